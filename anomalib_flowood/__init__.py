@@ -1,0 +1,1 @@
+"""Normalizing flows for anomaly and out-of-distribution detection, as anomalib models."""

@@ -1,0 +1,30 @@
+"""One way to say that a name is unknown."""
+
+# Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> ValueError:
+    """Build the error for a name that is not among the known ones.
+
+    Args:
+        kind: What is named, as a user would say it (``"mask"``, ``"data set"``).
+        name: What the user typed.
+        known: The names that would have worked.
+        hint: A sentence on what else would have worked.
+
+    Returns:
+        An error that offers the nearest names, or all of them where none is near and they are few.
+    """
+    known = sorted(known)
+    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    message = f"Unknown {kind} {name!r}."
+    if near:
+        message += f" Did you mean {' or '.join(repr(match) for match in near)}?"
+    elif len(known) <= 30:
+        message += f" Known: {', '.join(known)}."
+    return ValueError(f"{message} {hint}".strip())
