@@ -1,6 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
 """One way to say that a name is unknown."""
-
-# Apache-2.0
 
 from __future__ import annotations
 
