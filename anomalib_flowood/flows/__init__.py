@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
+
+from .architectures import pixel_flow, vector_flow
+from .couplings import AffineCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
+from .masks import MASKS, CouplingMask, coupling_mask, quadrants
+from .pixels import Logit, bits_per_dim, dequantize, standard_normal_log_prob
+from .subnets import SUBNETS, Bottleneck, Mlp, ResNet, subnet_constructor
+
+__all__ = [
+    "MASKS",
+    "SUBNETS",
+    "AffineCoupling",
+    "Bottleneck",
+    "CouplingMask",
+    "Logit",
+    "MaskedCoupling",
+    "Mlp",
+    "QuadrantCoupling",
+    "ResNet",
+    "bits_per_dim",
+    "coupling_mask",
+    "dequantize",
+    "pixel_flow",
+    "quadrant_size",
+    "quadrants",
+    "standard_normal_log_prob",
+    "subnet_constructor",
+    "vector_flow",
+]

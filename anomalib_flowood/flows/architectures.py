@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stacks of couplings: the flows that the detectors use."""
+
+from __future__ import annotations
+
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import IRevNetDownsampling
+
+from anomalib_flowood.names import unknown_name
+
+from .couplings import MaskedCoupling, QuadrantCoupling, quadrant_size
+from .masks import MASKS, coupling_mask
+from .pixels import Logit
+from .subnets import subnet_constructor
+
+
+def pixel_flow(
+    shape: tuple[int, int, int],
+    *,
+    mask: str = "cycle",
+    native: bool = True,
+    subnet: str = "bottleneck",
+    coupling_layers: int = 8,
+    hidden_channels: int = 256,
+    bottleneck_dim: int = 10,
+) -> SequenceINN:
+    """Build a flow on dequantised images: logit, then couplings of one mask family.
+
+    Args:
+        shape: ``(C, H, W)`` of the images.
+        mask: One of :data:`~anomalib_flowood.flows.MASKS`. ``channel`` couplings see the image after a 2×2 squeeze
+            where it has one channel only.
+        native: Use the quadrant-native form of the cycle mask; other masks have the zero-masked form only.
+        subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+
+    Returns:
+        The flow: ``flow(x) -> (z, log_det)`` with ``x`` in the open unit cube, ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: If a name is unknown, or the configuration makes no sense for this shape.
+    """
+    if mask not in MASKS:
+        raise unknown_name("mask", mask, MASKS)
+    _at_least_one("coupling_layers", coupling_layers)
+    flow = SequenceINN(*shape)
+    flow.append(Logit)
+    if mask == "channel" and shape[0] == 1:
+        if shape[1] % 2 or shape[2] % 2:
+            msg = f"Mask 'channel' on one channel needs an even height and width to squeeze, got {shape}."
+            raise ValueError(msg)
+        flow.append(IRevNetDownsampling)
+    inner = tuple(flow.shapes[-1])
+    native = native and mask == "cycle"
+    size = quadrant_size(*inner[1:]) if native else inner[1:]
+    constructor = subnet_constructor(
+        subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size
+    )
+    for layer in range(coupling_layers):
+        if native:
+            flow.append(QuadrantCoupling, layer=layer, subnet_constructor=constructor)
+        else:
+            flow.append(MaskedCoupling, mask=coupling_mask(mask, inner, layer), subnet_constructor=constructor)
+    return flow
+
+
+def vector_flow(
+    dims: int,
+    *,
+    subnet: str = "mlp",
+    coupling_layers: int = 8,
+    hidden_channels: int = 256,
+    bottleneck_dim: int = 16,
+) -> SequenceINN:
+    """Build a RealNVP flow on vectors: couplings whose halves swap their roles from layer to layer.
+
+    Args:
+        dims: Length of the vectors.
+        subnet: ``mlp`` or ``bottleneck``.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+
+    Returns:
+        The flow: ``flow(x) -> (z, log_det)``, ``x`` of shape ``(N, dims)``.
+
+    Raises:
+        ValueError: If a name is unknown, or the configuration makes no sense for this length.
+    """
+    _at_least_one("coupling_layers", coupling_layers)
+    constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
+    flow = SequenceINN(dims)
+    for layer in range(coupling_layers):
+        flow.append(
+            MaskedCoupling, mask=coupling_mask("channel", (dims,), layer), subnet_constructor=constructor
+        )
+    return flow
+
+
+def _at_least_one(argument: str, value: int) -> None:
+    if value < 1:
+        msg = f"{argument} must be at least 1, got {value}."
+        raise ValueError(msg)

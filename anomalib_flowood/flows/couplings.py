@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Affine coupling layers as FrEIA invertible modules.
+
+Both forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupling, with the scale
+``s = w * tanh(s_raw)`` of the paper's code (Kirichenko et al. 2020), ``w`` learned per channel::
+
+    s_raw, t = subnet(fed values)
+    y = (x + t) * exp(s)    where the mask changes x,    y = x elsewhere
+    log_det = sum of s over the changed values
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .masks import CouplingMask, quadrants
+
+SubnetConstructor = Callable[[int, int], nn.Module]
+
+
+class AffineCoupling(InvertibleModule):
+    """What the two forms share: shapes, the scale, FrEIA's calling convention.
+
+    Args:
+        dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, as FrEIA passes it.
+        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``.
+        dims_c: Shapes of conditions; FrEIA's convention, none are supported.
+
+    Raises:
+        ValueError: If there is more than one input, or a condition.
+    """
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        subnet_constructor: SubnetConstructor,
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        if len(self.dims_in) != 1 or self.dims_c:
+            msg = f"{type(self).__name__} takes one input and no condition, got {self.dims_in} and {self.dims_c}."
+            raise ValueError(msg)
+        self.shape = tuple(self.dims_in[0])
+        channels = self.shape[0]
+        self.subnet = subnet_constructor(channels, 2 * channels)
+        self.scale = nn.Parameter(torch.ones(channels, *[1] * (len(self.shape) - 1)))
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the shape of the output, which is that of the input."""
+        return input_dims
+
+    def scale_and_shift(self, fed: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate the s,t-network.
+
+        Args:
+            fed: Values that the network sees, ``(N, C, ...)``.
+
+        Returns:
+            ``s`` (bounded by ``|w|``) and ``t``, each ``(N, C, ...)``.
+        """
+        raw, shift = self.subnet(fed).chunk(2, dim=1)
+        return self.scale * torch.tanh(raw), shift
+
+
+class MaskedCoupling(AffineCoupling):
+    """Affine coupling in the zero-masked form: the network sees the whole input with zeros off the mask.
+
+    Works for every mask and every shape; the paper's own form.
+
+    Args:
+        dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``.
+        mask: The two sides of the coupling, boolean tensors of that shape.
+        subnet_constructor: Called as ``subnet_constructor(C, 2 * C)``; the network keeps the spatial size.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the mask does not fit the shape, or its sides overlap.
+    """
+
+    feed: Tensor
+    change: Tensor
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        mask: CouplingMask,
+        subnet_constructor: SubnetConstructor,
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(dims_in, subnet_constructor, dims_c)
+        if mask.feed.shape != self.shape or mask.change.shape != self.shape:
+            msg = f"The mask has the shape {tuple(mask.feed.shape)}, the input {self.shape}."
+            raise ValueError(msg)
+        if bool((mask.feed & mask.change).any()):
+            msg = "A value cannot both feed the network and be changed: the layer would not be invertible."
+            raise ValueError(msg)
+        # Buffers, not parameters; rebuilt from the configuration, so kept out of checkpoints.
+        self.register_buffer("feed", mask.feed.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("change", mask.change.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Transform the masked values; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
+        del c, jac
+        (x,) = x_or_z
+        s, t = self.scale_and_shift(x * self.feed)
+        s, t = s * self.change, t * self.change
+        y = x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s)
+        log_det = s.flatten(1).sum(1)
+        return (y,), -log_det if rev else log_det
+
+
+class QuadrantCoupling(AffineCoupling):
+    """Affine coupling of the cycle mask in its native form: the network works on one quadrant alone.
+
+    Layer ``k`` reads quadrant ``k % 4`` and changes the next one clockwise, as the zero-masked form does, at a
+    quarter of the work. Quadrants of odd-sized images are padded with zeros, after their values, to a common size.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``.
+        layer: Index of the layer in its stack.
+        subnet_constructor: Called as ``subnet_constructor(C, 2 * C)``; the network keeps the spatial size, which
+            is :func:`quadrant_size`.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no image of at least 2 × 2 pixels.
+    """
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        layer: int,
+        subnet_constructor: SubnetConstructor,
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(dims_in, subnet_constructor, dims_c)
+        if len(self.shape) != 3 or min(self.shape[1:]) < 2:
+            msg = f"The cycle mask needs an image (C, H, W) of at least 2 x 2 pixels, got the shape {self.shape}."
+            raise ValueError(msg)
+        parts = quadrants(*self.shape[1:])
+        self.source, self.target = parts[layer % 4], parts[(layer + 1) % 4]
+        self.size = quadrant_size(*self.shape[1:])
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Transform one quadrant; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
+        del c, jac
+        (x,) = x_or_z
+        fed = x[:, :, self.source.rows, self.source.columns]
+        changed = x[:, :, self.target.rows, self.target.columns]
+        height, width = self.size
+        fed = functional.pad(fed, (0, width - fed.shape[3], 0, height - fed.shape[2]))
+        s, t = (part[:, :, : changed.shape[2], : changed.shape[3]] for part in self.scale_and_shift(fed))
+        changed = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
+        y = self._replace(x, changed)
+        log_det = s.flatten(1).sum(1)
+        return (y,), -log_det if rev else log_det
+
+    def _replace(self, x: Tensor, changed: Tensor) -> Tensor:
+        """Put the changed quadrant back, out of place: concatenation differentiates and exports cleanly."""
+        height, width = self.shape[1] // 2, self.shape[2] // 2
+        beside = slice(width, None) if self.target.columns.start == 0 else slice(0, width)
+        other = x[:, :, self.target.rows, beside]
+        row = torch.cat((changed, other) if self.target.columns.start == 0 else (other, changed), dim=3)
+        if self.target.rows.start == 0:
+            return torch.cat((row, x[:, :, height:]), dim=2)
+        return torch.cat((x[:, :, :height], row), dim=2)
+
+
+def quadrant_size(height: int, width: int) -> tuple[int, int]:
+    """Return the common (padded) size of the four quadrants of an image of ``height`` × ``width`` pixels."""
+    return height - height // 2, width - width // 2

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen features, extracted once per fit instead of once per epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.data.dataclasses.generic import UpdateMixin
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchvision.transforms import v2
+
+logger = logging.getLogger(__name__)
+
+_DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.Grayscale, v2.ToDtype, v2.ToImage, v2.Identity)
+
+
+@dataclass
+class FeatureBatch(UpdateMixin):
+    """A batch of stored features in the place of images; same fields as anomalib's batches otherwise.
+
+    Attributes:
+        features: What the detector extracted, a tuple of tensors whose first dimension is the batch.
+        gt_label: 0 for normal and 1 for anomalous images, ``(N,)``.
+    """
+
+    features: tuple[Tensor, ...]
+    gt_label: Tensor | None = None
+    gt_mask: Tensor | None = None
+    pred_score: Tensor | None = None
+    pred_label: Tensor | None = None
+    anomaly_map: Tensor | None = None
+    pred_mask: Tensor | None = None
+
+
+class FeatureDataset(Dataset):
+    """Stored features, fetched a batch at a time.
+
+    Args:
+        features: Tensors with one row per image.
+        labels: Labels of the images, ``(N,)``, or ``None`` if they have none.
+    """
+
+    def __init__(self, features: tuple[Tensor, ...], labels: Tensor | None) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.features[0])
+
+    def __getitem__(self, indices: Sequence[int]) -> FeatureBatch:
+        """Return the features of several images as one batch."""
+        index = torch.as_tensor(indices)
+        labels = None if self.labels is None else self.labels[index]
+        return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
+
+
+def feature_loader(dataset: FeatureDataset, batch_size: int, *, shuffle: bool) -> DataLoader:
+    """Return a loader that takes whole batches out of stored features."""
+    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+
+
+class ImagesOnly(Callback):
+    """Hands a pre-processor the batches that hold images, and spares it those that hold stored features.
+
+    Args:
+        pre_processor: anomalib's pre-processor, itself a callback.
+    """
+
+    def __init__(self, pre_processor: Callback) -> None:
+        self.pre_processor = pre_processor
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Pre-process a training batch of images."""
+        if not isinstance(batch, FeatureBatch):
+            self.pre_processor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Pre-process a validation batch of images."""
+        del dataloader_idx  # anomalib's hook has no such argument
+        if not isinstance(batch, FeatureBatch):
+            self.pre_processor.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Pre-process a test batch."""
+        self.pre_processor.on_test_batch_start(*args, **kwargs)
+
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Pre-process a batch to predict."""
+        self.pre_processor.on_predict_batch_start(*args, **kwargs)
+
+
+class FrozenFeatures:
+    """Mixin for detectors on a frozen backbone, to the left of :class:`FlowModule`.
+
+    When a fit starts, the backbone sees every training and validation image once. The detector fits what it needs on
+    the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
+    random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
+
+    The detector implements :meth:`extract`, :meth:`fit_features`, :meth:`prepare_features` and
+    :meth:`score_features`.
+    """
+
+    model: nn.Module
+    pre_processor: nn.Module | None
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the features of pre-processed images; one row per image."""
+        raise NotImplementedError
+
+    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+        """Fit what comes before the flow on the features of all training images."""
+        raise NotImplementedError
+
+    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Turn features into what the flow trains on, once and not at every step."""
+        raise NotImplementedError
+
+    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
+        """Score prepared features, as the torch model scores images."""
+        raise NotImplementedError
+
+    def predict_batch(self, batch: Any) -> InferenceBatch:  # noqa: ANN401
+        """Score a validation batch, stored or of images."""
+        return self.score_features(self.features_of(batch))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """anomalib's callbacks, with the pre-processor kept away from stored features."""
+        callbacks = list(super().configure_callbacks())  # type: ignore[misc]
+        return [ImagesOnly(callback) if callback is self.pre_processor else callback for callback in callbacks]
+
+    def on_fit_start(self) -> None:
+        """Extract, fit, and train on what was stored."""
+        trainer: Trainer = self.trainer  # type: ignore[attr-defined]
+        source = trainer.fit_loop._data_source  # noqa: SLF001 - Lightning has no public way to exchange a loader
+        loader = source.dataloader()
+        features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
+        if trainer.ckpt_path is None:  # A resumed fit goes on with what its checkpoint brought.
+            self.fit_features(features)
+        if _is_random(getattr(loader.dataset, "augmentations", None)):
+            logger.warning("Training augmentations are on: the backbone extracts features anew in every epoch.")
+        else:
+            dataset = FeatureDataset(self._prepare_all(features), labels)
+            source.instance = feature_loader(dataset, loader.batch_size, shuffle=True)
+
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
+        loader = source.dataloader() if source.is_defined() else None
+        if loader is not None and trainer.limit_val_batches:
+            features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
+            dataset = FeatureDataset(self._prepare_all(features), labels)
+            source.instance = feature_loader(dataset, loader.batch_size, shuffle=False)
+
+    def features_of(self, batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        """Return the prepared features of a batch, stored or of images."""
+        if isinstance(batch, FeatureBatch):
+            return batch.features
+        with torch.no_grad():
+            return self.prepare_features(self.extract(batch.image))
+
+    @torch.no_grad()
+    def _extract_all(
+        self, loader: Iterable[Batch], limit: float, what: str
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        trainer: Trainer = self.trainer  # type: ignore[attr-defined]
+        training = self.training  # type: ignore[has-type]
+        self.eval()  # type: ignore[attr-defined]
+        total = len(loader)  # type: ignore[arg-type]
+        if isinstance(limit, int):  # A share is applied to the stored features, by Lightning, at every epoch.
+            total = min(total, limit)
+        parts, labels = [], []
+        batches: Iterable[Batch] = islice(loader, total)
+        if trainer.progress_bar_callback is not None and trainer.is_global_zero:
+            batches = track(batches, f"Extracting {what} features", total=total)
+        for batch in batches:
+            batch = trainer.strategy.batch_to_device(batch)
+            image = batch.image
+            if getattr(self.pre_processor, "transform", None) is not None:
+                image = self.pre_processor.transform(image)  # type: ignore[union-attr, operator]
+            parts.append(tuple(part.cpu() for part in self.extract(image)))
+            labels.append(batch.gt_label)
+        self.train(training)  # type: ignore[attr-defined]
+        if not parts:
+            msg = f"There are no {what} images to extract features from."
+            raise ValueError(msg)
+        stored = None if any(label is None for label in labels) else torch.cat(labels).cpu()
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True)), stored
+
+    @torch.no_grad()
+    def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 1024) -> tuple[Tensor, ...]:
+        device = self.device  # type: ignore[attr-defined]
+        chunks = zip(*(feature.split(chunk) for feature in features), strict=True)
+        parts = [self.prepare_features(tuple(part.to(device) for part in rows)) for rows in chunks]
+        return tuple(torch.cat(columns).cpu() for columns in zip(*parts, strict=True))
+
+
+def _is_random(transform: Any) -> bool:  # noqa: ANN401
+    """Whether a transform may give another image from one epoch to the next."""
+    if transform is None or isinstance(transform, _DETERMINISTIC):
+        return False
+    if isinstance(transform, v2.Compose):
+        return any(_is_random(part) for part in transform.transforms)
+    return True

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning model of EmbeddingFlow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor
+
+from anomalib_flowood.backbones import backbone_pre_processor
+from anomalib_flowood.models.components import FeatureBatch, FlowModule, FrozenFeatures
+
+from .torch_model import EmbeddingFlowModel
+
+
+class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
+    """Normalizing flow on the embeddings of a frozen, pretrained network.
+
+    For whole images that do not belong: another class, another data set. One density over the whole embedding: a
+    RealNVP flow in the principal subspace, a Gaussian in the rest.
+
+    Args:
+        backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
+        pre_trained: Load the backbone's weights.
+        image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
+        subspace_dim: Principal directions in which the flow works; below the number of training images.
+        subnet: s,t-network: ``mlp`` or ``bottleneck``.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        max_epochs: Epochs to train when the trainer names no limit.
+        learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
+        pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
+        post_processor: anomalib's; by default the threshold lets 5 % of normal validation images raise an alarm.
+        evaluator: anomalib's; by default AUROC, FPR95 and F1.
+        visualizer: anomalib's; none by default, since there is no anomaly map.
+
+    Raises:
+        ValueError: If the backbone is unknown, or the configuration makes no sense.
+        BackboneUnavailableError: If the backbone's weights cannot be had.
+    """
+
+    model: EmbeddingFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite0",
+        pre_trained: bool = True,
+        image_size: tuple[int, int] | None = None,
+        subspace_dim: int = 128,
+        subnet: str = "mlp",
+        bottleneck_dim: int = 16,
+        coupling_layers: int = 8,
+        hidden_channels: int = 256,
+        max_epochs: int = 20,
+        learning_rate: float = 1e-3,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.max_epochs = max_epochs
+        self.learning_rate = learning_rate
+        self.model = EmbeddingFlowModel(
+            backbone,
+            pre_trained=pre_trained,
+            subspace_dim=subspace_dim,
+            subnet=subnet,
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
+        )
+
+    def extract(self, images: Tensor) -> tuple[Tensor]:
+        """Return the embeddings, ``(N, D)``."""
+        return (self.model.embed(images),)
+
+    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the principal subspace."""
+        self.model.fit_subspace(features[0])
+
+    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
+        return self.model.project(features[0])
+
+    def log_prob_batch(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Log-density per dimension of a training batch; nats, ``(N,)``."""
+        whitened, rest = self.features_of(batch)
+        return self.model.flow_log_prob(whitened, rest) / self.model.dims
+
+    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
+        """Score prepared features, as the torch model scores images."""
+        return self.model.score(*features)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch model of PixelFlow."""
+
+from __future__ import annotations
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor, nn
+
+from anomalib_flowood import flows
+from anomalib_flowood.models.components import check_images, finite_scores
+
+
+class PixelFlowModel(nn.Module):
+    """Density of images under a normalizing flow on their pixels.
+
+    Args:
+        image_size: Height and width of the images.
+        channels: 1 (grey; colour images are converted) or 3.
+        mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
+        native: Use the quadrant-native form of the cycle mask.
+        subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+
+    Raises:
+        ValueError: If the configuration makes no sense.
+    """
+
+    fitted: Tensor
+    luma: Tensor
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (32, 32),
+        channels: int = 3,
+        *,
+        mask: str = "cycle",
+        native: bool = True,
+        subnet: str = "bottleneck",
+        coupling_layers: int = 8,
+        hidden_channels: int = 256,
+        bottleneck_dim: int = 10,
+    ) -> None:
+        super().__init__()
+        if channels not in {1, 3}:
+            msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."
+            raise ValueError(msg)
+        self.shape = (channels, *image_size)
+        self.dims = channels * image_size[0] * image_size[1]
+        self.flow = flows.pixel_flow(
+            self.shape,
+            mask=mask,
+            native=native,
+            subnet=subnet,
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
+        )
+        self.register_buffer("fitted", torch.tensor(False))  # noqa: FBT003
+        # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
+        self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Check images and bring them to the flow's number of channels."""
+        if images.ndim != 4 or tuple(images.shape[2:]) != self.shape[1:] or images.shape[1] not in {3, self.shape[0]}:
+            height, width = self.shape[1:]
+            msg = (
+                f"Expected images of shape (N, {self.shape[0]}, {height}, {width}), got {tuple(images.shape)}. "
+                "The pre-processor resizes; or set image_size to the size of your images."
+            )
+            raise ValueError(msg)
+        check_images(images, unit_range=True)
+        if images.shape[1] != self.shape[0]:
+            images = (images * self.luma.to(images.dtype)).sum(1, keepdim=True)
+        return images
+
+    def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
+        """Log-density of dequantised images with respect to the unit cube.
+
+        Args:
+            images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
+            noisy: Dequantise with uniform noise, as training does; without, with its mean, so that the value is
+                deterministic and independent of the batch.
+
+        Returns:
+            Nats, ``(N,)``.
+
+        Raises:
+            ValueError: If the shape is wrong, or a pixel is NaN or outside of [0, 1].
+        """
+        images = self._pixels(images)
+        x = flows.dequantize(images, torch.rand_like(images) if noisy else None)
+        z, log_det = self.flow(x)
+        return flows.standard_normal_log_prob(z) + log_det
+
+    def bits_per_dim(self, images: Tensor) -> Tensor:
+        """Bits per dimension of 8-bit images, ``(N,)``; arguments as for :meth:`log_prob`."""
+        return flows.bits_per_dim(self.log_prob(images), self.dims)
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw images.
+
+        Args:
+            n: How many.
+            temperature: Standard deviation of the latents.
+            generator: Source of randomness, on the model's device.
+
+        Returns:
+            Images in [0, 1], ``(n, C, H, W)``.
+        """
+        weight = next(self.flow.parameters())
+        shape = (n, *self.flow.shapes[-1])
+        z = temperature * torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
+        return self.flow(z, rev=True)[0].clamp(0, 1)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score images: −log p per dimension, in nats; higher is more anomalous.
+
+        Args:
+            images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
+
+        Returns:
+            A batch with ``pred_score``, ``(N,)``.
+        """
+        return InferenceBatch(pred_score=finite_scores(-self.log_prob(images) / self.dims))
