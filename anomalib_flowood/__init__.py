@@ -29,7 +29,7 @@ __all__ = ["CrossDataset", "EmbeddingFlow", "OneClass", "PixelFlow"]
 _MODULES = {"EmbeddingFlow": "models", "PixelFlow": "models", "CrossDataset": "data", "OneClass": "data"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)

@@ -21,11 +21,9 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from anomalib.pre_processing import PreProcessor
 from safetensors.torch import save_file
 from timm.models import is_model, list_models
 from torch import nn
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_flowood.names import unknown_name
 
@@ -51,7 +49,7 @@ class BackboneUnavailableError(RuntimeError):
         )
 
 
-def create_backbone(name: str, *, pre_trained: bool = True, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+def create_backbone(name: str, *, pre_trained: bool = True, **kwargs: Any) -> nn.Module:
     """Create a frozen timm backbone in evaluation mode.
 
     Args:
@@ -60,7 +58,7 @@ def create_backbone(name: str, *, pre_trained: bool = True, **kwargs: Any) -> nn
         **kwargs: Passed to :func:`timm.create_model` (``num_classes=0``, ``features_only=True``, …).
 
     Returns:
-        The network, without gradients. It stays in evaluation mode when its parent goes into training.
+        The network, without gradients, in evaluation mode.
 
     Raises:
         ValueError: If the name is unknown.
@@ -97,15 +95,8 @@ def check_backbone(name: str) -> None:
         raise unknown_name("backbone", name, list_models(), f"Any timm name works, and '{LOCAL_DIR}FOLDER'.")
 
 
-def backbone_pre_processor(name: str, image_size: tuple[int, int] | None = None) -> PreProcessor:
-    """Return the pre-processing that a backbone was trained with.
-
-    Args:
-        name: As for :func:`create_backbone`.
-        image_size: Height and width; ``None`` for the size that the backbone was trained at.
-
-    Returns:
-        Resize, then normalise with the mean and standard deviation of the backbone's configuration.
+def backbone_config(name: str) -> dict[str, Any]:
+    """Return how a backbone was trained: timm's ``pretrained_cfg``, with ``mean``, ``std`` and ``input_size``.
 
     Raises:
         ValueError: If the name is unknown.
@@ -113,9 +104,7 @@ def backbone_pre_processor(name: str, image_size: tuple[int, int] | None = None)
     """
     check_backbone(name)
     with torch.device("meta"):  # Only the configuration is wanted: no weights are made.
-        cfg: dict[str, Any] = timm.create_model(name, pretrained=False).pretrained_cfg
-    size = list(image_size or cfg["input_size"][-2:])
-    return PreProcessor(transform=Compose([Resize(size, antialias=True), Normalize(cfg["mean"], cfg["std"])]))
+        return timm.create_model(name, pretrained=False).pretrained_cfg  # type: ignore[return-value]
 
 
 def save_local(name: str, folder: str | Path) -> Path:
@@ -137,7 +126,7 @@ def save_local(name: str, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in backbone.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    cfg: dict[str, Any] = backbone.pretrained_cfg
+    cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     kept = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "mean", "std", "pool_size")
     config = {
         "architecture": cfg["architecture"],
@@ -192,7 +181,7 @@ def _offline_unless_reachable() -> Iterator[bool]:
 def _hub_answers() -> bool:
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT)
-    except Exception as error:  # noqa: BLE001 - the client's exceptions differ between its versions
+    except Exception as error:
         logger.debug("The model hub does not answer: %s", error)
         return False
     return True

@@ -4,10 +4,11 @@
 from .architectures import pixel_flow, vector_flow
 from .couplings import AffineCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
-from .pixels import Logit, bits_per_dim, dequantize, standard_normal_log_prob
+from .pixels import LEVELS, Logit, bits_per_dim, dequantize, standard_normal_log_prob
 from .subnets import SUBNETS, Bottleneck, Mlp, ResNet, subnet_constructor
 
 __all__ = [
+    "LEVELS",
     "MASKS",
     "SUBNETS",
     "AffineCoupling",

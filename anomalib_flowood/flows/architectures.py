@@ -55,9 +55,7 @@ def pixel_flow(
     inner = tuple(flow.shapes[-1])
     native = native and mask == "cycle"
     size = quadrant_size(*inner[1:]) if native else inner[1:]
-    constructor = subnet_constructor(
-        subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size
-    )
+    constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
     for layer in range(coupling_layers):
         if native:
             flow.append(QuadrantCoupling, layer=layer, subnet_constructor=constructor)
@@ -93,9 +91,7 @@ def vector_flow(
     constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
     flow = SequenceINN(dims)
     for layer in range(coupling_layers):
-        flow.append(
-            MaskedCoupling, mask=coupling_mask("channel", (dims,), layer), subnet_constructor=constructor
-        )
+        flow.append(MaskedCoupling, mask=coupling_mask("channel", (dims,), layer), subnet_constructor=constructor)
     return flow
 
 

@@ -28,9 +28,7 @@ class Logit(InvertibleModule):
         dims_c: FrEIA's convention; none are supported.
     """
 
-    def __init__(
-        self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None
-    ) -> None:
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

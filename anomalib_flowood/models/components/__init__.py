@@ -2,16 +2,19 @@
 """Parts that the detectors share."""
 
 from .features import FeatureBatch, FrozenFeatures
+from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, TrainingDivergedError
-from .images import check_images, finite_scores
 from .post_processor import QuantilePostProcessor
+from .pre_processor import ExactPreProcessor, backbone_pre_processor
 
 __all__ = [
+    "ExactPreProcessor",
     "FeatureBatch",
+    "FlowModel",
     "FlowModule",
     "FrozenFeatures",
     "QuantilePostProcessor",
     "TrainingDivergedError",
+    "backbone_pre_processor",
     "check_images",
-    "finite_scores",
 ]

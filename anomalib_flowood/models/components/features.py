@@ -7,18 +7,25 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.data.dataclasses.generic import UpdateMixin
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
 
+from .flow_module import FlowModule
+
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = FlowModule
+else:
+    _Base = object
 
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.Grayscale, v2.ToDtype, v2.ToImage, v2.Identity)
 
@@ -79,7 +86,7 @@ class ImagesOnly(Callback):
     def __init__(self, pre_processor: Callback) -> None:
         self.pre_processor = pre_processor
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Pre-process a training batch of images."""
         if not isinstance(batch, FeatureBatch):
             self.pre_processor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -88,7 +95,7 @@ class ImagesOnly(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        batch: Any,  # noqa: ANN401
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -97,16 +104,16 @@ class ImagesOnly(Callback):
         if not isinstance(batch, FeatureBatch):
             self.pre_processor.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Pre-process a test batch."""
         self.pre_processor.on_test_batch_start(*args, **kwargs)
 
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Pre-process a batch to predict."""
         self.pre_processor.on_predict_batch_start(*args, **kwargs)
 
 
-class FrozenFeatures:
+class FrozenFeatures(_Base):
     """Mixin for detectors on a frozen backbone, to the left of :class:`FlowModule`.
 
     When a fit starts, the backbone sees every training and validation image once. The detector fits what it needs on
@@ -116,9 +123,6 @@ class FrozenFeatures:
     The detector implements :meth:`extract`, :meth:`fit_features`, :meth:`prepare_features` and
     :meth:`score_features`.
     """
-
-    model: nn.Module
-    pre_processor: nn.Module | None
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
@@ -136,19 +140,19 @@ class FrozenFeatures:
         """Score prepared features, as the torch model scores images."""
         raise NotImplementedError
 
-    def predict_batch(self, batch: Any) -> InferenceBatch:  # noqa: ANN401
+    def predict_batch(self, batch: Any) -> InferenceBatch:
         """Score a validation batch, stored or of images."""
         return self.score_features(self.features_of(batch))
 
     def configure_callbacks(self) -> list[Callback]:
-        """anomalib's callbacks, with the pre-processor kept away from stored features."""
-        callbacks = list(super().configure_callbacks())  # type: ignore[misc]
+        """Anomalib's callbacks, with the pre-processor kept away from stored features."""
+        callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]
         return [ImagesOnly(callback) if callback is self.pre_processor else callback for callback in callbacks]
 
     def on_fit_start(self) -> None:
         """Extract, fit, and train on what was stored."""
-        trainer: Trainer = self.trainer  # type: ignore[attr-defined]
-        source = trainer.fit_loop._data_source  # noqa: SLF001 - Lightning has no public way to exchange a loader
+        trainer: Trainer = self.trainer
+        source = trainer.fit_loop._data_source
         loader = source.dataloader()
         features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
         if trainer.ckpt_path is None:  # A resumed fit goes on with what its checkpoint brought.
@@ -159,14 +163,14 @@ class FrozenFeatures:
             dataset = FeatureDataset(self._prepare_all(features), labels)
             source.instance = feature_loader(dataset, loader.batch_size, shuffle=True)
 
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source  # noqa: SLF001
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
         loader = source.dataloader() if source.is_defined() else None
         if loader is not None and trainer.limit_val_batches:
             features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
             dataset = FeatureDataset(self._prepare_all(features), labels)
             source.instance = feature_loader(dataset, loader.batch_size, shuffle=False)
 
-    def features_of(self, batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    def features_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the prepared features of a batch, stored or of images."""
         if isinstance(batch, FeatureBatch):
             return batch.features
@@ -174,13 +178,11 @@ class FrozenFeatures:
             return self.prepare_features(self.extract(batch.image))
 
     @torch.no_grad()
-    def _extract_all(
-        self, loader: Iterable[Batch], limit: float, what: str
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        trainer: Trainer = self.trainer  # type: ignore[attr-defined]
-        training = self.training  # type: ignore[has-type]
-        self.eval()  # type: ignore[attr-defined]
-        total = len(loader)  # type: ignore[arg-type]
+    def _extract_all(self, loader: DataLoader, limit: float, what: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        trainer: Trainer = self.trainer
+        training = self.training
+        self.eval()
+        total = len(loader)
         if isinstance(limit, int):  # A share is applied to the stored features, by Lightning, at every epoch.
             total = min(total, limit)
         parts, labels = [], []
@@ -190,11 +192,12 @@ class FrozenFeatures:
         for batch in batches:
             batch = trainer.strategy.batch_to_device(batch)
             image = batch.image
-            if getattr(self.pre_processor, "transform", None) is not None:
-                image = self.pre_processor.transform(image)  # type: ignore[union-attr, operator]
+            transform = getattr(self.pre_processor, "transform", None)
+            if transform is not None:
+                image = transform(image)
             parts.append(tuple(part.cpu() for part in self.extract(image)))
             labels.append(batch.gt_label)
-        self.train(training)  # type: ignore[attr-defined]
+        self.train(training)
         if not parts:
             msg = f"There are no {what} images to extract features from."
             raise ValueError(msg)
@@ -203,13 +206,13 @@ class FrozenFeatures:
 
     @torch.no_grad()
     def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 1024) -> tuple[Tensor, ...]:
-        device = self.device  # type: ignore[attr-defined]
+        device = self.device
         chunks = zip(*(feature.split(chunk) for feature in features), strict=True)
         parts = [self.prepare_features(tuple(part.to(device) for part in rows)) for rows in chunks]
         return tuple(torch.cat(columns).cpu() for columns in zip(*parts, strict=True))
 
 
-def _is_random(transform: Any) -> bool:  # noqa: ANN401
+def _is_random(transform: Any) -> bool:
     """Whether a transform may give another image from one epoch to the next."""
     if transform is None or isinstance(transform, _DETERMINISTIC):
         return False

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
@@ -18,24 +20,29 @@ from torch import Tensor, nn
 
 from anomalib_flowood.metrics import AUROC, FPR95
 
+from .flow_model import FlowModel
 from .post_processor import QuantilePostProcessor
 
 logger = logging.getLogger(__name__)
+
+
+if TYPE_CHECKING:
+    _Base = AnomalibModule
+else:  # A mixin and not a base class, since anomalib lists the direct subclasses of `AnomalibModule` only.
+    _Base = object
 
 
 class TrainingDivergedError(RuntimeError):
     """Training met a NaN or infinite loss."""
 
 
-class FlowModule:
+class FlowModule(_Base):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
-
-    A mixin and not a base class, since anomalib lists the direct subclasses of ``AnomalibModule`` only.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``log_prob_batch``.
     """
 
-    model: nn.Module
+    model: FlowModel
     max_epochs: int
     learning_rate: float
 
@@ -54,11 +61,11 @@ class FlowModule:
         if trainer is None:
             return
         loop = trainer.fit_loop
-        timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)
+        timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             loop.max_epochs = self.max_epochs
 
-    def log_prob_batch(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def log_prob_batch(self, batch: Any) -> Tensor:
         """Log-density of a training batch, per dimension.
 
         Args:
@@ -69,11 +76,11 @@ class FlowModule:
         """
         raise NotImplementedError
 
-    def predict_batch(self, batch: Any) -> InferenceBatch:  # noqa: ANN401
+    def predict_batch(self, batch: Any) -> InferenceBatch:
         """Score a validation batch."""
         return self.model(batch.image)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean −log p per dimension.
 
         Raises:
@@ -82,25 +89,25 @@ class FlowModule:
         loss = -self.log_prob_batch(batch).mean()
         if not bool(torch.isfinite(loss)):
             self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
-        self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)  # type: ignore[attr-defined]
+        self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         return loss
 
     def on_train_epoch_end(self) -> None:
         """Mark the torch model as fitted, so that it may be exported."""
-        self.model.fitted.fill_(True)  # type: ignore[union-attr, operator]  # noqa: FBT003
+        self.model.fitted.fill_(True)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log its mean −log p per dimension over normal images."""
         del batch_idx
         batch.update(**self.predict_batch(batch)._asdict())
         scores = batch.pred_score if batch.gt_label is None else batch.pred_score[~batch.gt_label]
         if scores.numel():
-            self.log("val_loss", scores.mean(), prog_bar=True, batch_size=scores.numel())  # type: ignore[attr-defined]
+            self.log("val_loss", scores.mean(), prog_bar=True, batch_size=scores.numel())
         return batch
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Adam on the flow, its learning rate following a cosine down to zero over the whole training."""
-        optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate)  # type: ignore[union-attr, arg-type]
+        optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}
@@ -115,9 +122,9 @@ class FlowModule:
     ) -> None:
         """Clip as the trainer says; by default to a norm that only an outlier reaches."""
         if gradient_clip_val is None:
-            nn.utils.clip_grad_norm_(self.model.flow.parameters(), max_norm=50.0)  # type: ignore[union-attr, arg-type]
+            nn.utils.clip_grad_norm_(self.model.flow.parameters(), max_norm=50.0)
         else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[attr-defined]
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _diverged(self, what: str) -> None:
         checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or getattr(
@@ -158,15 +165,15 @@ class FlowModule:
         )
 
     @classmethod
-    def configure_visualizer(cls) -> None:
+    def configure_visualizer(cls) -> None:  # type: ignore[override]
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
 
     # -- checkpoints and export ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the class's name; refuse to replace a good checkpoint by one with NaN in it."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        for name, value in self.model.flow.named_parameters():  # type: ignore[union-attr]
+        super().on_save_checkpoint(checkpoint)
+        for name, value in self.model.flow.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 self._diverged(f"the weights of {name} are NaN or infinite")
         checkpoint["anomalib_flowood_class"] = type(self).__name__
@@ -174,7 +181,7 @@ class FlowModule:
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another class."""
         self._check_class(checkpoint)
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_load_checkpoint(checkpoint)
 
     @classmethod
     def _check_class(cls, checkpoint: dict[str, Any], path: object = None) -> None:
@@ -187,7 +194,7 @@ class FlowModule:
             raise ValueError(msg)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **kwargs: Any) -> AnomalibModule:  # noqa: ANN401
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
         """Load a detector; the arguments are those of :meth:`AnomalibModule.load_from_checkpoint`.
 
         Raises:
@@ -200,20 +207,36 @@ class FlowModule:
         if pre_trained is not None:
             # The checkpoint holds the backbone's weights: nothing needs to be fetched.
             kwargs.setdefault("pre_trained", False)
-        detector = super().load_from_checkpoint(checkpoint_path, **kwargs)  # type: ignore[misc]
+        detector = super().load_from_checkpoint(checkpoint_path, **kwargs)
         if pre_trained is not None:
             detector.hparams["pre_trained"] = pre_trained
         return detector
 
-    def to_torch(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
         """Export as :meth:`AnomalibModule.to_torch` does, if fitted."""
         self._check_fitted()
-        return super().to_torch(*args, **kwargs)  # type: ignore[misc]
+        return super().to_torch(*args, **kwargs)
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
         """Export as :meth:`AnomalibModule.to_onnx` does, if fitted; OpenVINO export passes here too."""
         self._check_fitted()
-        return super().to_onnx(*args, **kwargs)  # type: ignore[misc]
+        kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
+        with self._raw_scores_if_uncalibrated():
+            return super().to_onnx(*args, **kwargs)
+
+    @contextmanager
+    def _raw_scores_if_uncalibrated(self) -> Iterator[None]:
+        """Without a threshold (no validation ran) a graph can only give raw scores; NaN in it would break it."""
+        post_processor = self.post_processor
+        if not isinstance(post_processor, QuantilePostProcessor) or post_processor.calibrated:
+            yield
+            return
+        logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
+        self.post_processor = None
+        try:
+            yield
+        finally:
+            self.post_processor = post_processor
 
     def _check_fitted(self) -> None:
         if not bool(self.model.fitted):

@@ -67,16 +67,16 @@ class QuantilePostProcessor(PostProcessor):
         ValueError: If the rate is not in (0, 1).
     """
 
-    def __init__(self, false_alarm_rate: float = 0.05, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, false_alarm_rate: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < false_alarm_rate < 1:
             msg = f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}."
             raise ValueError(msg)
         self.false_alarm_rate = false_alarm_rate
-        self._image_threshold_metric = NormalQuantile(
+        self._image_threshold_metric = NormalQuantile(  # type: ignore[assignment]
             quantile=1 - false_alarm_rate, fields=["pred_score", "gt_label"], strict=False
         )
-        self._pixel_threshold_metric = NormalQuantile(
+        self._pixel_threshold_metric = NormalQuantile(  # type: ignore[assignment]
             quantile=1 - false_alarm_rate, fields=["anomaly_map", "gt_mask"], strict=False
         )
         self._image_min_max_metric = MinMax(fields=["pred_score"], strict=False)
@@ -85,13 +85,18 @@ class QuantilePostProcessor(PostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "false_alarm_rate")
 
-    def on_validation_batch_end(
+    @property
+    def calibrated(self) -> bool:
+        """Whether normal validation images have set a threshold."""
+        return not bool(torch.isnan(self.image_threshold))
+
+    def on_validation_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Batch,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Collect scores; those of the sanity check come from an untrained model and are left out."""
         if not trainer.sanity_checking:
@@ -99,7 +104,7 @@ class QuantilePostProcessor(PostProcessor):
 
     def threshold_batch(self, batch: Batch) -> None:
         """Label a batch; without a threshold (no validation ran) there is nothing to label by."""
-        if not bool(torch.isnan(self.image_threshold)):
+        if self.calibrated:
             super().threshold_batch(batch)
 
     @staticmethod

@@ -13,8 +13,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_flowood.backbones import backbone_pre_processor
-from anomalib_flowood.models.components import FeatureBatch, FlowModule, FrozenFeatures
+from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 
 from .torch_model import EmbeddingFlowModel
 
@@ -95,11 +94,11 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return the whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
         return self.model.project(features[0])
 
-    def log_prob_batch(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def log_prob_batch(self, batch: Any) -> Tensor:
         """Log-density per dimension of a training batch; nats, ``(N,)``."""
         whitened, rest = self.features_of(batch)
         return self.model.flow_log_prob(whitened, rest) / self.model.dims
 
     def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
         """Score prepared features, as the torch model scores images."""
-        return self.model.score(*features)
+        return self.model.score(self.model.flow_log_prob(*features))

@@ -6,17 +6,16 @@ from __future__ import annotations
 import math
 
 import torch
-from anomalib.data import InferenceBatch
 from sklearn.decomposition import PCA
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.backbones import create_backbone
-from anomalib_flowood.models.components import check_images, finite_scores
+from anomalib_flowood.models.components import FlowModel, check_images
 
 
-class EmbeddingFlowModel(nn.Module):
+class EmbeddingFlowModel(FlowModel):
     """Density of a frozen network's embeddings: a flow in their principal subspace, a Gaussian in the rest.
 
     An embedding e is the network's pooled feature vector at length 1, of D numbers. With the principal subspace of the
@@ -42,7 +41,6 @@ class EmbeddingFlowModel(nn.Module):
         BackboneUnavailableError: If the backbone's weights cannot be had.
     """
 
-    fitted: Tensor
     mean: Tensor
     components: Tensor
     variances: Tensor
@@ -59,20 +57,21 @@ class EmbeddingFlowModel(nn.Module):
         hidden_channels: int = 256,
         bottleneck_dim: int = 16,
     ) -> None:
-        super().__init__()
-        self.flow = flows.vector_flow(
+        flow = flows.vector_flow(
             subspace_dim,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
         )
-        self.backbone = create_backbone(backbone, pre_trained=pre_trained, num_classes=0)
-        self.dims = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
-        if subspace_dim >= self.dims:
-            msg = f"subspace_dim={subspace_dim} must be below the {self.dims} numbers of an embedding of {backbone!r}."
+        network = create_backbone(backbone, pre_trained=pre_trained, num_classes=0)
+        # The head of some networks widens the pooled features.
+        dims = int(getattr(network, "head_hidden_size", None) or network.num_features)  # type: ignore[arg-type]
+        if subspace_dim >= dims:
+            msg = f"subspace_dim={subspace_dim} must be below the {dims} numbers of an embedding of {backbone!r}."
             raise ValueError(msg)
-        self.register_buffer("fitted", torch.tensor(False))  # noqa: FBT003
+        super().__init__(flow, dims, levels=1)
+        self.backbone = network
         self.register_buffer("mean", torch.zeros(self.dims))
         self.register_buffer("components", torch.zeros(subspace_dim, self.dims))
         self.register_buffer("variances", torch.ones(subspace_dim))
@@ -174,22 +173,3 @@ class EmbeddingFlowModel(nn.Module):
             ValueError: If a pixel is NaN or infinite.
         """
         return self.flow_log_prob(*self.project(self.embed(images)))
-
-    def bits_per_dim(self, images: Tensor) -> Tensor:
-        """Bits per dimension of the embedding, ``(N,)``; embeddings were never quantised, so it may be negative."""
-        return flows.bits_per_dim(self.log_prob(images), self.dims, levels=1)
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images: −log p per dimension of the embedding, in nats; higher is more anomalous.
-
-        Args:
-            images: Pre-processed images, ``(N, 3, H, W)``.
-
-        Returns:
-            A batch with ``pred_score``, ``(N,)``.
-        """
-        return self.score(*self.project(self.embed(images)))
-
-    def score(self, whitened: Tensor, rest: Tensor) -> InferenceBatch:
-        """Score images from the two parts of :meth:`project`, as :meth:`forward` does."""
-        return InferenceBatch(pred_score=finite_scores(-self.flow_log_prob(whitened, rest) / self.dims))

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from anomalib.data import Batch
+from typing import Any
+
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -12,7 +13,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
-from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
 
 from .torch_model import PixelFlowModel
 
@@ -64,7 +65,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
-            pre_processor=self.configure_pre_processor(tuple(image_size)) if pre_processor is True else pre_processor,
+            pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -72,7 +73,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.model = PixelFlowModel(
-            tuple(image_size),
+            image_size,
             channels,
             mask=mask,
             native=native,
@@ -85,8 +86,8 @@ class PixelFlow(FlowModule, AnomalibModule):
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize only: the flow models pixels, so they stay in [0, 1]."""
-        return PreProcessor(transform=Resize(image_size or (32, 32), antialias=True))
+        return ExactPreProcessor(Resize(image_size or (32, 32), antialias=True))
 
-    def log_prob_batch(self, batch: Batch) -> Tensor:
+    def log_prob_batch(self, batch: Any) -> Tensor:
         """Log-density per dimension of a training batch, with dequantisation noise; nats, ``(N,)``."""
         return self.model.log_prob(batch.image, noisy=True) / self.model.dims

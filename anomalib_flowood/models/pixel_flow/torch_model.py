@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from anomalib.data import InferenceBatch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_flowood import flows
-from anomalib_flowood.models.components import check_images, finite_scores
+from anomalib_flowood.models.components import FlowModel, check_images
 
 
-class PixelFlowModel(nn.Module):
+class PixelFlowModel(FlowModel):
     """Density of images under a normalizing flow on their pixels.
 
     Args:
@@ -28,12 +30,11 @@ class PixelFlowModel(nn.Module):
         ValueError: If the configuration makes no sense.
     """
 
-    fitted: Tensor
     luma: Tensor
 
     def __init__(
         self,
-        image_size: tuple[int, int] = (32, 32),
+        image_size: Sequence[int] = (32, 32),
         channels: int = 3,
         *,
         mask: str = "cycle",
@@ -43,14 +44,13 @@ class PixelFlowModel(nn.Module):
         hidden_channels: int = 256,
         bottleneck_dim: int = 10,
     ) -> None:
-        super().__init__()
         if channels not in {1, 3}:
             msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."
             raise ValueError(msg)
-        self.shape = (channels, *image_size)
-        self.dims = channels * image_size[0] * image_size[1]
-        self.flow = flows.pixel_flow(
-            self.shape,
+        height, width = image_size
+        shape = (channels, height, width)
+        flow = flows.pixel_flow(
+            shape,
             mask=mask,
             native=native,
             subnet=subnet,
@@ -58,7 +58,8 @@ class PixelFlowModel(nn.Module):
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
         )
-        self.register_buffer("fitted", torch.tensor(False))  # noqa: FBT003
+        super().__init__(flow, math.prod(shape), levels=flows.LEVELS)
+        self.shape = shape
         # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
         self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
 
@@ -95,10 +96,6 @@ class PixelFlowModel(nn.Module):
         z, log_det = self.flow(x)
         return flows.standard_normal_log_prob(z) + log_det
 
-    def bits_per_dim(self, images: Tensor) -> Tensor:
-        """Bits per dimension of 8-bit images, ``(N,)``; arguments as for :meth:`log_prob`."""
-        return flows.bits_per_dim(self.log_prob(images), self.dims)
-
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw images.
@@ -115,14 +112,3 @@ class PixelFlowModel(nn.Module):
         shape = (n, *self.flow.shapes[-1])
         z = temperature * torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
         return self.flow(z, rev=True)[0].clamp(0, 1)
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images: −log p per dimension, in nats; higher is more anomalous.
-
-        Args:
-            images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
-
-        Returns:
-            A batch with ``pred_score``, ``(N,)``.
-        """
-        return InferenceBatch(pred_score=finite_scores(-self.log_prob(images) / self.dims))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subcommands of ``flowood``: anomalib's, with our benchmark, and what anomalib lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.cli.pipelines import PIPELINE_REGISTRY
+from jsonargparse import ArgumentParser
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Their classes are found by name only once they exist.
+import anomalib_flowood.data
+import anomalib_flowood.models  # noqa: F401
+from anomalib_flowood.benchmark import Benchmark
+
+_SHOWN_PREDICTIONS = 10
+
+
+class FlowoodCLI(AnomalibCLI):
+    """anomalib's command line with our benchmark, ``backbone``, and predictions that are kept."""
+
+    @staticmethod
+    def init_parser(**kwargs: Any) -> ArgumentParser:
+        """Build a parser that calls itself ``flowood`` however it was started."""
+        kwargs.setdefault("prog", "flowood")
+        return AnomalibCLI.init_parser(**kwargs)
+
+    @staticmethod
+    def anomalib_subcommands() -> dict[str, dict[str, str]]:
+        """anomalib's subcommands and ours."""  # noqa: D403
+        return {
+            **AnomalibCLI.anomalib_subcommands(),
+            "backbone": {"description": "Save a timm backbone with its weights into a folder, for use offline."},
+        }
+
+    def add_subcommands(self, **kwargs: Any) -> None:
+        """Add all subcommands, ``benchmark`` being ours."""
+        # anomalib's own dictionary, because its parser and its dispatch both read it there.
+        if PIPELINE_REGISTRY is not None:
+            PIPELINE_REGISTRY["benchmark"] = Benchmark
+        super().add_subcommands(**kwargs)
+
+    def add_backbone_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``backbone``."""
+        parser.add_argument("name", type=str, help="Name of the backbone, as timm knows it.")
+        parser.add_argument("folder", type=Path, help="Folder to write it to; made if missing.")
+
+    def backbone(self) -> None:
+        """Save a backbone and say how to use it."""
+        from anomalib_flowood.backbones import save_local
+
+        arguments = self.config["backbone"]
+        folder = save_local(arguments["name"], Path(str(arguments["folder"])))
+        print(f"Saved {arguments['name']}. Use it with\n  backbone: local-dir:{folder}")
+
+    def _run_subcommand(self) -> None:
+        if self.subcommand == "predict":
+            predictions = self.engine.predict(**self._prepare_subcommand_kwargs("predict"))
+            keep_predictions(predictions, Path(self.engine.trainer.default_root_dir))
+        elif self.subcommand == "benchmark":
+            Benchmark().run(self.config["benchmark"])
+        else:
+            super()._run_subcommand()
+
+
+def keep_predictions(predictions: Iterable[Any] | None, folder: Path) -> Path | None:
+    """Write ``predictions.csv`` and print where it is and the most anomalous images.
+
+    Args:
+        predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
+        folder: Where to write.
+
+    Returns:
+        The file, or nothing if there were no predictions (``--return_predictions false``).
+    """
+    batches: list[Any] = []
+    for item in predictions or ():
+        batches.extend(item if isinstance(item, list) else [item])
+    if not batches:
+        print("No predictions were returned, so there is nothing to write.")
+        return None
+    frame = pd.concat([_rows(batch) for batch in batches], ignore_index=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "predictions.csv"
+    frame.to_csv(path, index=False)
+
+    worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
+    table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
+    table.add_column("image", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("label", no_wrap=True)
+    names = {True: "anomalous", False: "normal"}
+    for _, row in worst.iterrows():
+        label = "" if pd.isna(row["pred_label"]) else names[bool(row["pred_label"])]
+        table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", label)
+    console = Console()
+    console.print(table)
+    console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
+    return path
+
+
+def _rows(batch: Any) -> pd.DataFrame:
+    """One row per image of a predicted batch."""
+    scores = batch.pred_score.detach().flatten().cpu().numpy()
+    columns: dict[str, Any] = {"image_path": [str(path) for path in batch.image_path or [""] * len(scores)]}
+    source = getattr(batch, "source", None)
+    if source is not None:
+        columns["source"] = list(source)
+    label = batch.pred_label
+    columns["pred_score"] = scores
+    columns["pred_label"] = [None] * len(scores) if label is None else label.detach().flatten().cpu().int().numpy()
+    return pd.DataFrame(columns)

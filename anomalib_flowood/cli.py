@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``flowood``: anomalib's command line with this package's detectors and data, and what that one lacks.
+
+Importing anomalib takes seconds, so nothing here imports it before a subcommand is to run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import version
+
+SUBCOMMANDS = {
+    "train": "Fit a detector, then test it.",
+    "fit": "Fit a detector.",
+    "validate": "Run a fitted detector on the validation set.",
+    "test": "Run a fitted detector on the test set and print its metrics.",
+    "predict": "Score images, keep the scores as predictions.csv and show the most anomalous.",
+    "export": "Export a fitted detector (torch, ONNX, OpenVINO).",
+    "benchmark": "Compare detectors, ours and anomalib's, on data sets: a table, scores and histograms.",
+    "backbone": "Save a timm backbone with its weights into a folder, for use offline.",
+    "install": "Install anomalib's optional dependencies.",
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {description}" for name, description in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: flowood SUBCOMMAND ...",
+            "",
+            "anomalib's command line with normalizing-flow detectors (PixelFlow, EmbeddingFlow, FeatureMapFlow)",
+            "and data modules for out-of-distribution detection (CrossDataset, OneClass).",
+            "",
+            *lines,
+            "",
+            "flowood SUBCOMMAND --help tells more; add -v or -vv for all arguments. flowood --version shows versions.",
+            "FLOWOOD_DEBUG=1 in the environment shows the traceback of every error.",
+        ],
+    )
+
+
+def _configure_logging() -> None:
+    """Send log lines to stderr once; anomalib's own set-up prints each one twice."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    An error that the user can mend ends with its message and exit status 1, one in the command line itself with 2.
+    With the environment variable ``FLOWOOD_DEBUG=1`` every error shows its traceback.
+
+    Args:
+        args: The arguments after the command's name; the process's own if not given.
+    """
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["--version"]:
+        print(f"flowood {version('anomalib-flowood')} (anomalib {version('anomalib')}, torch {version('torch')})")
+        return
+    if given[:1] in (["-h"], ["--help"]):
+        print(_help())
+        return
+    if not given:
+        print(_help(), file=sys.stderr)
+        sys.exit(2)
+    _configure_logging()
+    _run(given)
+
+
+def _run(args: list[str]) -> None:
+    from rich.console import Console
+
+    # anomalib and timm warn about their own deprecated imports, which no user can mend.
+    with Console(stderr=True).status("loading anomalib"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from anomalib_flowood._commands import FlowoodCLI
+        from anomalib_flowood.benchmark import BenchmarkError, readable
+
+    try:
+        FlowoodCLI(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    # What a user can mend: a wrong value, a missing file, a trainer that cannot be set up, a job that failed.
+    except (ValueError, OSError, MisconfigurationException, BenchmarkError) as error:
+        if os.environ.get("FLOWOOD_DEBUG") == "1":
+            raise
+        print(f"flowood: {readable(error)}", file=sys.stderr)
+        if not isinstance(error, BenchmarkError):
+            print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Items and batches that know their source, and the data set that fetches them a batch at a time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib import TaskType
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+from anomalib.data.utils import LabelName
+from anomalib.visualization.image import visualizer
+from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.tv_tensors import Image
+
+from anomalib_flowood.data.sources import Images
+
+_COLUMNS = ("image_path", "split", "label_index", "source", "store", "row")
+
+
+@dataclass
+class SourcedNumpyImageItem(NumpyImageItem):
+    """A NumPy item with the name of the data set or class it comes from."""
+
+    source: str | None = None
+
+
+@dataclass
+class SourcedNumpyImageBatch(NumpyImageBatch):
+    """A NumPy batch with the name of the data set or class that each image comes from."""
+
+    source: list[str] | None = None
+    item_class: ClassVar[type[SourcedNumpyImageItem]] = SourcedNumpyImageItem
+
+
+@dataclass
+class SourcedImageItem(ImageItem):
+    """An item with the name of the data set or class it comes from."""
+
+    source: str | None = None
+    numpy_class: ClassVar[type[SourcedNumpyImageItem]] = SourcedNumpyImageItem
+
+
+@dataclass
+class SourcedImageBatch(ImageBatch):
+    """A batch with the name of the data set or class that each image comes from."""
+
+    source: list[str] | None = None
+    item_class: ClassVar[type[SourcedImageItem]] = SourcedImageItem
+    numpy_class: ClassVar[type[SourcedNumpyImageBatch]] = SourcedNumpyImageBatch
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SourcedImageBatch:
+        """Move the batch to a device.
+
+        Lightning calls this where it exists. Else it walks through the fields, string by string, which takes longer
+        than fetching the batch.
+
+        Args:
+            device: The device.
+            non_blocking: Whether copies from pinned memory may run in the background.
+
+        Returns:
+            A batch with its tensors on the device.
+        """
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return self.update(
+            in_place=False,
+            **{
+                name: value.to(device, non_blocking=non_blocking)
+                for name, value in values.items()
+                if isinstance(value, torch.Tensor)
+            },
+        )
+
+
+class SourcedDataset(AnomalibDataset):
+    """Images of one or more sources, fetched a batch at a time.
+
+    ``samples`` is anomalib's table with three more columns: ``source``, and where the pixels are: ``store``, an index
+    into the tuple of :class:`Images`, and ``row``. Taking a part of the data set or joining two changes the table
+    alone, so that all parts share the images.
+
+    Args:
+        images: The images.
+        label_index: 0 (normal) or 1 (anomalous) for each image, of shape ``(N,)``, or one label for all.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        rows: Positions in ``images`` of shape ``(N,)``; all of them by default.
+        source: Name for each image, or one name for all.
+        name: Name of the data set, for anomalib's result folders.
+        category: Category, likewise.
+        augmentations: Applied to the images. A :class:`~torchvision.transforms.v2.Resize` at the end, such as the
+            model's, is applied to the whole batch at once; what comes before it, to one image after another.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        label_index: np.ndarray | int,
+        split: str,
+        rows: np.ndarray | None = None,
+        source: Sequence[str] | str | None = None,
+        name: str = "",
+        category: str = "",
+        augmentations: Transform | None = None,
+    ) -> None:
+        super().__init__(augmentations=augmentations)
+        self._name = name or images.name
+        self._category = category
+        self._stores: tuple[Images, ...] = (images,)
+        rows = np.arange(len(images)) if rows is None else rows
+        labels = np.broadcast_to(np.asarray(label_index, dtype=np.int64), rows.shape)
+        self.samples = pd.DataFrame(
+            {
+                "image_path": [images.paths[row] for row in rows],
+                "split": split,
+                "label": np.where(labels == LabelName.NORMAL, "normal", "abnormal"),
+                "label_index": labels,
+                "mask_path": "",
+                "source": images.name if source is None else source,
+                "store": 0,
+                "row": rows,
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self._name
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """Table with one row per image."""
+        return super().samples
+
+    @samples.setter
+    def samples(self, samples: pd.DataFrame) -> None:
+        """Set the table of samples. Their order is kept and paths need not exist: most are stand-ins."""
+        if not isinstance(samples, pd.DataFrame):
+            msg = f"samples must be a pandas.DataFrame, found {type(samples)}."
+            raise TypeError(msg)
+        missing = [column for column in _COLUMNS if column not in samples.columns]
+        if missing:
+            msg = f"samples lack the columns {', '.join(missing)}."
+            raise ValueError(msg)
+        self._samples = samples.reset_index(drop=True)
+        self._samples.attrs["task"] = TaskType.CLASSIFICATION
+        # The table in a form that costs nothing to look up.
+        self._store = self._samples["store"].to_numpy(dtype=np.int64)
+        self._row = self._samples["row"].to_numpy(dtype=np.int64)
+        self._labels = torch.tensor(self._samples["label_index"].to_numpy(dtype=np.int64))
+        self._paths: list[str] = self._samples["image_path"].tolist()
+        self._sources: list[str] = self._samples["source"].tolist()
+
+    def __add__(self, other_dataset: AnomalibDataset) -> SourcedDataset:  # type: ignore[override]
+        """Join two data sets.
+
+        Args:
+            other_dataset: The one to append, another :class:`SourcedDataset`.
+
+        Returns:
+            Both, with this one's augmentations, name and category.
+
+        Raises:
+            TypeError: If the other is no :class:`SourcedDataset`.
+        """
+        if not isinstance(other_dataset, SourcedDataset):
+            msg = f"Cannot join a SourcedDataset and a {type(other_dataset).__name__}."
+            raise TypeError(msg)
+        joined = copy.deepcopy(self)
+        stores = list(self._stores)
+        places = []
+        for images in other_dataset._stores:
+            if images not in stores:  # by identity: Images have no other equality
+                stores.append(images)
+            places.append(stores.index(images))
+        samples = other_dataset.samples.assign(store=np.array(places)[other_dataset._store])
+        joined._stores = tuple(stores)
+        joined.samples = pd.concat([self.samples, samples], ignore_index=True)
+        return joined
+
+    def __getitem__(self, index: int) -> SourcedImageItem:
+        """Get one item.
+
+        Args:
+            index: Its position.
+
+        Returns:
+            The item: image of shape ``(3, H, W)``, ``float32`` in [0, 1].
+
+        Raises:
+            IndexError: If there is no such position.
+            ValueError: If a file cannot be read.
+        """
+        index = range(len(self))[index]  # from the end, if negative
+        return SourcedImageItem(
+            image=self._images([index])[0],
+            gt_label=self._labels[index],
+            image_path=self._paths[index],
+            source=self._sources[index],
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> SourcedImageBatch:
+        """Get a batch: what PyTorch's data loader calls in place of one ``__getitem__`` per image.
+
+        Args:
+            indices: Positions of N images.
+
+        Returns:
+            The batch: images of shape ``(N, 3, H, W)``, ``float32`` in [0, 1].
+
+        Raises:
+            ValueError: If the images have different sizes and nothing resizes them, or a file cannot be read.
+        """
+        return SourcedImageBatch(
+            image=self._images(indices),
+            gt_label=self._labels[list(indices)],
+            image_path=[self._paths[index] for index in indices],
+            source=[self._sources[index] for index in indices],
+        )
+
+    def _images(self, indices: Sequence[int]) -> torch.Tensor:
+        """Images of shape ``(N, 3, H, W)``, wherever they come from."""
+        index = np.asarray(indices, dtype=np.int64)
+        store, row = self._store[index], self._row[index]
+        parts = []
+        for number in np.unique(store):
+            places = np.flatnonzero(store == number)
+            parts.append((places, self._fetch(self._stores[number], row[places])))
+        if len(parts) == 1 and isinstance(parts[0][1], torch.Tensor):
+            return parts[0][1]
+        images: list[Any] = [None] * len(index)
+        for places, fetched in parts:
+            for place, image in zip(places, fetched, strict=True):
+                images[place] = image
+        _check_sizes(images, [self._paths[i] for i in index])
+        batch = np.empty((len(index), *images[0].shape), dtype=np.float32)
+        for places, fetched in parts:
+            batch[places] = fetched.numpy() if isinstance(fetched, torch.Tensor) else np.stack(fetched)
+        return torch.from_numpy(batch)
+
+    def _fetch(self, images: Images, rows: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+        """Read and augment: ``(M, 3, H, W)``, or M images of shape ``(3, H, W)`` where sizes differ."""
+        steps = list(_flatten(self.augmentations))
+        resizes: list[Transform] = []
+        while steps and type(steps[-1]) is Resize:
+            resizes.insert(0, steps.pop())
+        batch = images.read(rows)
+        if steps:
+            # A random transform draws once per call: one call per image, which sees what it would see in anomalib.
+            augmented = []
+            for image in batch:
+                one: Any = Image(_rgb(_scale(image)))
+                for step in steps:
+                    one = step(one)
+                augmented.append(one.as_subclass(torch.Tensor))
+            batch = augmented
+        else:
+            batch = _scale(batch) if isinstance(batch, torch.Tensor) else [_scale(image) for image in batch]
+        if isinstance(batch, list) and len({image.shape for image in batch}) == 1:
+            batch = torch.stack(batch)
+        # Grey images are resized before they are spread over three channels: a third of the work.
+        for resize in resizes:
+            batch = resize(batch) if isinstance(batch, torch.Tensor) else [resize(image) for image in batch]
+        # In memory of their own: an expanded view would break callers that write to the images or use view().
+        if isinstance(batch, torch.Tensor):
+            return torch.from_numpy(np.ascontiguousarray(_rgb(batch).numpy()))
+        return [_rgb(image) for image in batch]
+
+    @property
+    def collate_fn(self) -> Callable:
+        """Function for data loaders: passes ready batches on, and builds batches from items."""
+        return collate
+
+
+def collate(data: SourcedImageBatch | list[SourcedImageItem]) -> SourcedImageBatch:
+    """Make a batch of what a data loader fetched.
+
+    Args:
+        data: A ready batch, or N items (of a wrapper that does not hand batches through).
+
+    Returns:
+        The batch.
+
+    Raises:
+        ValueError: If the items' images have different sizes.
+    """
+    if isinstance(data, SourcedImageBatch):
+        return data
+    # anomalib would stretch smaller images to the largest without a word.
+    _check_sizes([item.image for item in data], [str(item.image_path) for item in data])
+    return cast("SourcedImageBatch", SourcedImageBatch.collate(list(data)))
+
+
+def _flatten(transform: Transform | None) -> Iterator[Transform]:
+    """The single steps of nested compositions."""
+    if isinstance(transform, Compose):
+        for step in transform.transforms:
+            yield from _flatten(step)
+    elif transform is not None:
+        yield transform
+
+
+def _scale(image: torch.Tensor) -> torch.Tensor:
+    """Bytes to floats in [0, 1], in NumPy for the reason given in :meth:`Images.read`."""
+    values = image.numpy().astype(np.float32)
+    values /= 255
+    return torch.from_numpy(values)
+
+
+def _rgb(image: torch.Tensor) -> torch.Tensor:
+    """Spread one channel over three: ``(..., 1 or 3, H, W)`` to ``(..., 3, H, W)``."""
+    return image.expand(*image.shape[:-3], 3, *image.shape[-2:])
+
+
+def _check_sizes(images: list[Any], paths: list[str]) -> None:
+    """Name two images whose sizes differ."""
+    first = images[0].shape[-2:]
+    for image, path in zip(images, paths, strict=True):
+        if image.shape[-2:] != first:
+            (height, width), (other_height, other_width) = first, image.shape[-2:]
+            msg = (
+                f"A batch needs images of one size, but {paths[0]} has {height} x {width} pixels (height x width) and "
+                f"{path} has {other_height} x {other_width}. Give the model's pre-processor a Resize to a height and a "
+                "width, or the data module augmentations with one."
+            )
+            raise ValueError(msg)
+
+
+def show_images_without_files() -> None:
+    """Let anomalib's visualiser draw images that have no file.
+
+    It opens ``image_path`` again, which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although it can
+    draw the item's own image. Every detector that keeps anomalib's default visualiser would fail in its first test
+    batch.
+    """
+    draw = visualizer.visualize_image_item
+
+    @functools.wraps(draw)
+    def draw_item(item: ImageItem, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(item, SourcedImageItem | SourcedNumpyImageItem) and not Path(item.image_path or "").is_file():
+            item = item.update(in_place=False, image_path=None)
+        return draw(item, *args, **kwargs)
+
+    visualizer.visualize_image_item = draw_item  # type: ignore[assignment]

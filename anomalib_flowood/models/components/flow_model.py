@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every torch model of a flow detector offers."""
+
+from __future__ import annotations
+
+import torch
+from anomalib.data import InferenceBatch
+from FrEIA.framework import SequenceINN
+from torch import Tensor, nn
+
+from anomalib_flowood import flows
+
+
+class FlowModel(nn.Module):
+    """A density of images, whose negative logarithm is the anomaly score.
+
+    Args:
+        flow: The flow: ``flow(x) -> (z, log_det)``, ``flow(z, rev=True)``.
+        dims: Number of dimensions of what the density is over.
+        levels: Quantisation levels per dimension: 256 for 8-bit pixels, 1 for values that were never quantised.
+    """
+
+    fitted: Tensor
+    """Whether training has finished an epoch, or a checkpoint was loaded that had."""
+
+    def __init__(self, flow: SequenceINN, dims: int, levels: int) -> None:
+        super().__init__()
+        self.flow = flow
+        self.dims = dims
+        self.levels = levels
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``."""
+        raise NotImplementedError
+
+    def bits_per_dim(self, images: Tensor) -> Tensor:
+        """Bits per dimension, ``(N,)``; arguments and errors as for :meth:`log_prob`."""
+        return flows.bits_per_dim(self.log_prob(images), self.dims, self.levels)
+
+    def score(self, log_prob: Tensor) -> InferenceBatch:
+        """Turn log-densities in nats, ``(N,)``, into anomaly scores.
+
+        Returns:
+            A batch whose ``pred_score`` is −log p per dimension, ``(N,)``: higher is more anomalous. Where the flow
+            overflowed, so that there is no density, the score is infinite: the most anomalous one.
+        """
+        score = -log_prob / self.dims
+        return InferenceBatch(pred_score=torch.where(torch.isnan(score), torch.full_like(score, float("inf")), score))
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score pre-processed images, ``(N, C, H, W)``; see :meth:`score`."""
+        return self.score(self.log_prob(images))
+
+
+def check_images(images: Tensor, *, unit_range: bool = False) -> None:
+    """Refuse images that cannot be scored. Skipped in exported graphs, which cannot raise.
+
+    Args:
+        images: Pre-processed images, ``(N, C, H, W)``.
+        unit_range: Whether values must lie in [0, 1].
+
+    Raises:
+        ValueError: If a value is NaN or infinite, or outside of the range.
+    """
+    if torch.compiler.is_compiling():
+        return
+    finite = torch.isfinite(images)
+    if not bool(finite.all()):
+        broken = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+        msg = f"Images {broken[:10]} of this batch have NaN or infinite pixels. Repair or remove them."
+        raise ValueError(msg)
+    if unit_range and images.numel() and bool((images.min() < -1e-3) | (images.max() > 1 + 1e-3)):
+        msg = (
+            f"Images must lie in [0, 1], got values from {images.min():.3g} to {images.max():.3g}. A flow on pixels "
+            "takes no normalisation: pass a pre-processor that only resizes, or none."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-processing that an exported model repeats exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
+
+from anomalib_flowood.backbones import backbone_config
+
+
+class ExactPreProcessor(PreProcessor):
+    """anomalib's pre-processor, without its loss of antialiasing in exported models.
+
+    anomalib exports ``Resize`` without antialiasing, because OpenVINO ignores it: an exported model then scores images
+    larger than its input differently from the model that was tested. Here the exported graph resizes by two matrix
+    products, which every runtime computes alike.
+
+    Args:
+        transform: Transform of the images.
+    """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = _exportable(transform)
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore the transform from a checkpoint."""
+        super().load_checkpoint_config(config)
+        self.export_transform = _exportable(self.transform)
+
+
+def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = None) -> ExactPreProcessor:
+    """Return the pre-processing that a backbone was trained with.
+
+    Args:
+        backbone: A timm name or ``local-dir:FOLDER``.
+        image_size: Height and width; ``None`` for the size that the backbone was trained at.
+
+    Returns:
+        Resize, then normalise with the mean and standard deviation of the backbone's configuration.
+
+    Raises:
+        ValueError: If the name is unknown.
+        FileNotFoundError: If a ``local-dir:`` folder lacks ``config.json`` or weights.
+    """
+    config = backbone_config(backbone)
+    size = tuple(image_size or config["input_size"][-2:])
+    return ExactPreProcessor(Compose([Resize(size, antialias=True), Normalize(config["mean"], config["std"])]))
+
+
+class AntialiasedResize(nn.Module):
+    """Bilinear resize with antialiasing, in matrix products; equals torchvision's ``Resize(antialias=True)``.
+
+    Args:
+        size: Height and width of the result.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize ``(N, C, H, W)``."""
+        rows, columns = (
+            _weights(length, out, images) for length, out in zip(images.shape[-2:], self.size, strict=True)
+        )
+        # Ends in a transposition: OpenVINO fuses a normalisation per channel into a product, along the wrong axis.
+        return (columns @ (rows @ images).mT).mT
+
+
+def _weights(length: int, out: int, like: Tensor) -> Tensor:
+    """Weights ``(out, length)`` of a triangle filter as wide as one step of the coarser grid, rows summing to 1."""
+    pixels = torch.arange(length, dtype=like.dtype, device=like.device) + 0.5
+    centres = (torch.arange(out, dtype=like.dtype, device=like.device) + 0.5) * (length / out)
+    slope: Any = torch.sym_min(out / length, 1.0)  # a number, or a symbol in an exported graph
+    weights = (1 - (pixels[None] - centres[:, None]).abs() * slope).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _exportable(transform: Transform | None) -> nn.Module | None:
+    if isinstance(transform, Compose):
+        return nn.Sequential(*filter(None, map(_exportable, transform.transforms)))
+    if (
+        isinstance(transform, Resize)
+        and transform.antialias
+        and len(transform.size) == 2
+        # A string or a member, depending on torchvision's version.
+        and InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR
+    ):
+        return AntialiasedResize(tuple(transform.size))
+    return transform

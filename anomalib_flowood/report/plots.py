@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what a benchmark's scores look like."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from anomalib_flowood.metrics import auroc
+
+_INSIDE = "in-distribution"
+_INSIDE_COLOUR = "#0072B2"
+# Okabe and Ito's colours without the blues, grey last; told apart by every common colour vision.
+_OUTSIDE_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777")
+_BINS = 40
+
+
+def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
+    """Draw one panel per detector and data set: in-distribution scores against every out-of-distribution source.
+
+    Of several seeds only the first is drawn: raw scores of two trainings have no common scale. Scores beyond the middle
+    99 % are counted in the outermost bins, so that one outlier does not squeeze everything else into a line.
+
+    Args:
+        scores: One row per test image with the columns ``detector``, ``data``, ``seed``, ``source``, ``label`` (0
+            in-distribution, 1 out-of-distribution) and ``score`` (raw, higher is more anomalous).
+        path: File to write; its suffix picks the format.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: If there are no scores to draw.
+    """
+    if scores.empty:
+        msg = "There are no scores to draw."
+        raise ValueError(msg)
+    panels = [
+        (str(detector), str(data), group[group["seed"] == group["seed"].iloc[0]])
+        for (detector, data), group in scores.groupby(["detector", "data"], sort=False)
+    ]
+    colours = _source_colours(scores)
+    columns = min(len(panels), 2 if len(panels) in {2, 4} else 3)
+    rows = math.ceil(len(panels) / columns)
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        # A figure of its own rather than pyplot's: no global state, no window, whatever backend the user chose.
+        figure = Figure(
+            figsize=(max(4.2 * columns, 5.5), 3.0 * rows + 0.9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        )
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        handles: dict[str, Artist] = {}
+        for axis, (detector, data, group) in zip(axes, panels, strict=False):
+            handles |= _panel(axis, group, colours)
+            axis.set_title(_title(detector, data, group), fontsize=10)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        figure.supxlabel("raw score (higher: more anomalous)", fontsize=10)
+        figure.supylabel("share of images", fontsize=10)
+        ordered = [name for name in colours if name in handles]
+        figure.legend(
+            [handles[name] for name in ordered],
+            [textwrap.shorten(name, 40, placeholder="…") for name in ordered],
+            loc="outside upper center",
+            ncols=min(len(ordered), columns + 1),
+            frameon=False,
+        )
+        figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def _source_colours(scores: pd.DataFrame) -> dict[str, str]:
+    """One colour for each out-of-distribution source, the same in all panels; the rarest share the last one."""
+    names = list(scores.loc[scores["label"] == 1, "source"].astype(str).value_counts(sort=True).index)
+    colours = {_INSIDE: _INSIDE_COLOUR}
+    if len(names) > len(_OUTSIDE_COLOURS):
+        names = [*names[: len(_OUTSIDE_COLOURS) - 1], "other anomalies"]
+    return colours | dict(zip(names, _OUTSIDE_COLOURS, strict=False))
+
+
+def _title(detector: str, data: str, group: pd.DataFrame) -> str:
+    value = auroc(torch.tensor(group["score"].to_numpy(float)), torch.tensor(group["label"].to_numpy(int)))
+    heading = textwrap.fill(detector, 40, max_lines=2, placeholder="…")
+    return f"{heading}\n{textwrap.fill(data, 40, max_lines=2, placeholder='…')}\nAUROC {value:.3f}"
+
+
+def _panel(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
+    """Draw one panel; returns a legend handle for each name drawn."""
+    values = group["score"].to_numpy(float)
+    low, high = np.quantile(values[np.isfinite(values)], [0.005, 0.995])
+    if low == high:  # constant scores still deserve a bar
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, _BINS + 1)
+    names = group["source"].astype(str).where(group["source"].astype(str).isin(list(colours)), "other anomalies")
+    names = names.where(group["label"] == 1, _INSIDE)
+    handles: dict[str, Artist] = {}
+    for name, colour in colours.items():
+        chosen = np.clip(values[(names == name).to_numpy()], low, high)
+        if len(chosen) == 0:
+            continue
+        weights = np.full(len(chosen), 1 / len(chosen))
+        axis.hist(
+            chosen,
+            bins=edges.tolist(),
+            weights=weights,
+            histtype="stepfilled",
+            facecolor=(colour, 0.35),
+            edgecolor=colour,
+            linewidth=1.2,
+            label=name,
+        )
+        handles[name] = axis.patches[-1]
+    axis.margins(x=0.02)
+    axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="y", nbins=4)
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 5), useMathText=True)
+    axis.tick_params(labelsize=8)
+    return handles

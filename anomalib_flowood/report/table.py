@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row per detector and data set, for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+_METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
+_TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
+
+
+def summarise(results: pd.DataFrame) -> pd.DataFrame:
+    """Gather a benchmark's jobs into one row per detector and data set.
+
+    Args:
+        results: One row per job with the columns ``detector``, ``data``, ``seed``, ``AUROC``, ``FPR95``,
+            ``fit_duration``, ``images_per_s`` and ``error`` (empty or missing where the job succeeded).
+
+    Returns:
+        A row per detector and data set, in order of first appearance: the means over seeds, ``AUROC_std`` and
+        ``FPR95_std`` (NaN for a single seed), ``seeds`` (how many succeeded), ``best`` (whether no other detector has a
+        higher AUROC on these data) and ``error`` (the first one, or an empty string).
+    """
+    frame = results.reindex(columns=["detector", "data", "seed", *_METRICS, "error"])
+    rows = []
+    for (detector, data), group in frame.groupby(["detector", "data"], sort=False):
+        errors = [error for error in group["error"] if isinstance(error, str) and error]
+        done = group[~group["error"].map(lambda error: isinstance(error, str) and bool(error))]
+        values = done[list(_METRICS)].astype(float)
+        rows.append(
+            {
+                "detector": detector,
+                "data": data,
+                **{name: values[name].mean() for name in _METRICS},
+                **{f"{name}_std": values[name].std(ddof=1) for name in ("AUROC", "FPR95")},
+                "seeds": len(done),
+                "error": errors[0] if errors else "",
+            },
+        )
+    summary = pd.DataFrame(rows)
+    # Compared as printed: a difference nobody can see does not make a winner.
+    shown = summary["AUROC"].round(3)
+    summary["best"] = shown.eq(shown.groupby(summary["data"]).transform("max"))
+    return summary
+
+
+def _number(value: float, std: float, digits: int) -> str:
+    if math.isnan(value):
+        return "-"
+    text = f"{value:,.{digits}f}"
+    return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
+
+
+def _cells(row: pd.Series) -> dict[str, str]:
+    """The numbers of one row as text."""
+    nan = float("nan")
+    rate = row["images_per_s"]
+    return {
+        "AUROC": _number(row["AUROC"], row["AUROC_std"], 3),
+        "FPR95": _number(row["FPR95"], row["FPR95_std"], 3),
+        "fit_duration": _number(row["fit_duration"], nan, 1 if row["fit_duration"] < 100 else 0),
+        "images_per_s": _number(rate, nan, 1 if rate < 10 else 0),
+    }
+
+
+def _several_seeds(results: pd.DataFrame) -> bool:
+    return "seed" in results and results["seed"].nunique() > 1
+
+
+def benchmark_table(results: pd.DataFrame) -> Table:
+    """Lay the results out for a terminal; the best AUROC on each data set is bold.
+
+    Args:
+        results: One row per job, see :func:`summarise`.
+
+    Returns:
+        A table that wraps its names, never its numbers, and fits into 100 columns.
+    """
+    seeds = _several_seeds(results)
+    table = Table(box=box.SIMPLE_HEAD, title="Benchmark", title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("detector", overflow="fold", ratio=3)
+    table.add_column("data", overflow="fold", ratio=2)
+    for name in _METRICS:
+        table.add_column(_TITLES[name], justify="right", no_wrap=True)
+    if seeds:
+        table.add_column("seeds", justify="right", no_wrap=True)
+    data = None
+    for _, row in summarise(results).sort_values("data", kind="stable", key=_first_seen).iterrows():
+        if data is not None and row["data"] != data:
+            table.add_section()
+        data = row["data"]
+        cells = _cells(row)
+        if row["best"]:
+            cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
+        detector = escape(str(row["detector"]))
+        if row["error"]:
+            detector += f"\n[red]failed: {escape(_shorten(row['error']))}[/red]"
+        table.add_row(detector, escape(str(data)), *cells.values(), *([str(row["seeds"])] if seeds else []))
+    return table
+
+
+def benchmark_markdown(results: pd.DataFrame) -> str:
+    """Write the table of :func:`benchmark_table` as Markdown.
+
+    Args:
+        results: One row per job, see :func:`summarise`.
+
+    Returns:
+        A Markdown table, ending in a newline.
+    """
+    seeds = _several_seeds(results)
+    header = ["detector", "data", *(_TITLES[name] for name in _METRICS), *(["seeds"] if seeds else [])]
+    lines = [" | ".join(header), " | ".join(["---", "---", *["---:"] * (len(header) - 2)])]
+    for _, row in summarise(results).sort_values("data", kind="stable", key=_first_seen).iterrows():
+        cells = _cells(row)
+        if row["best"]:
+            cells["AUROC"] = f"**{cells['AUROC']}**"
+        names = [str(row["detector"]), str(row["data"])]
+        if row["error"]:
+            names[0] += f" (failed: {_shorten(row['error'])})"
+        names = [name.replace("|", "\\|").replace("\n", " ") for name in names]
+        lines.append(" | ".join([*names, *cells.values(), *([str(row["seeds"])] if seeds else [])]))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _first_seen(column: pd.Series) -> pd.Series:
+    """Sort key that keeps data sets in the order of the configuration."""
+    return pd.Series(pd.factorize(column)[0], index=column.index)
+
+
+def _shorten(error: str, length: int = 160) -> str:
+    return error if len(error) <= length else error[: length - 1] + "…"

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+
+import anomalib_flowood.data
+import anomalib_flowood.models  # noqa: F401
+from anomalib_flowood.benchmark import (
+    BenchmarkError,
+    BenchmarkJob,
+    BenchmarkJobGenerator,
+    BenchmarkRunner,
+    ScoreRecorder,
+    build,
+    find_class,
+)
+from anomalib_flowood.cli import main
+from anomalib_flowood.report import JobProgress
+
+RESIZE = {
+    "class_path": "anomalib.pre_processing.PreProcessor",
+    "init_args": {"transform": {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [32, 32]}}},
+}
+DFM = {
+    "class_path": "anomalib.models.Dfm",
+    "name": "DFM tiny",
+    "init_args": {
+        "backbone": "resnet18",
+        "layer": "layer1",
+        "pre_trained": False,
+        "pooling_kernel_size": 4,
+        "pre_processor": RESIZE,
+    },
+}
+PADIM = {
+    "class_path": "padim",
+    "init_args": {
+        "backbone": "resnet18",
+        "layers": ["layer1"],
+        "pre_trained": False,
+        "n_features": 8,
+        "pre_processor": RESIZE,
+    },
+}
+FOLDER = {"name": "tiny", "normal_dir": "train", "normal_test_dir": "good", "abnormal_dir": ["bad", "worse"]}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name, count, mean in [("train", 12, 90), ("good", 8, 90), ("bad", 6, 110), ("worse", 6, 220)]:
+        (root / name).mkdir()
+        for i in range(count):
+            pixels = np.clip(rng.normal(mean, 20, (32, 32, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def folder(images: Path, **changes: object) -> dict:
+    return {"class_path": "Folder", "init_args": {**FOLDER, "root": str(images), "num_workers": 0, **changes}}
+
+
+def jobs(**section: object) -> list[BenchmarkJob]:
+    return list(BenchmarkJobGenerator(["cpu"]).generate_jobs(section))  # type: ignore[arg-type]
+
+
+def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 3,
+            "model": {"grid": [DFM, PADIM]},
+            "data": folder(images, normal_dir={"grid": ["train", "gone"]}),
+        },
+    }
+    Path("bench.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", "--config", "bench.yaml"])
+    assert exit_info.value.code == 1
+    out, err = capsys.readouterr()
+
+    (run,) = (here / "runs" / "benchmark").iterdir()
+    assert {file.name for file in run.iterdir()} == {
+        "benchmark.log",
+        "results.csv",
+        "scores.csv",
+        "scores.png",
+        "table.md",
+    }
+    results = pd.read_csv(run / "results.csv")
+    assert list(results["detector"]) == ["DFM tiny", "DFM tiny", "Padim", "Padim"]
+    assert list(results["error"].notna()) == [False, True, False, True]
+    assert results["error"][1].startswith("FileNotFoundError: Path does not exist")
+    assert {"image_AUROC", "fit_duration", "model.init_args.layer", "model.init_args.n_features"} <= {*results.columns}
+
+    scores = pd.read_csv(run / "scores.csv")
+    assert list(scores.columns) == ["detector", "data", "seed", "image_path", "source", "label", "score"]
+    assert set(scores["source"]) == {"good", "bad", "worse"}
+    assert scores["score"].max() > 1  # raw: anomalib's post-processor would have clamped it
+    for detector, group in scores.groupby("detector"):
+        row = results[(results["detector"] == detector) & results["error"].isna()].iloc[0]
+        assert row["AUROC"] == pytest.approx(roc_auc_score(group["label"], group["score"]), abs=1e-9)
+        assert row["images"] == len(group) == 10
+        assert row["images_per_s"] > 0
+
+    assert "[4/4] Padim on Folder (normal_dir=gone), seed 3" in out
+    assert "epoch 1/1" in out
+    assert f"In runs/benchmark/{run.name}: results.csv" in out
+    assert max(map(len, out.splitlines())) <= 100 + len(str(images))
+    assert "2 of 4 jobs failed" in err
+    assert f"Full tracebacks: runs/benchmark/{run.name}/benchmark.log" in err
+    assert "Traceback" not in err
+    assert "Traceback" in (run / "benchmark.log").read_text()
+    assert Image.open(run / "scores.png").size[0] > 300
+    assert not list(here.rglob("images"))  # no picture for each test image
+
+
+def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
+        files = list(here.glob("runs/benchmark/*/results.csv"))
+        seen.append(len(pd.read_csv(files[0])) if files else 0)
+        if self.seed == 3:
+            raise KeyboardInterrupt
+        columns = {"image_path": ["a/b.png", "c/d.png"], "source": ["a", "c"], "label": [0, 1], "score": [1.0, 2.0]}
+        self.scores = pd.DataFrame(columns).assign(detector=self.detector, data=self.data, seed=self.seed)
+        return {**self.row(), "AUROC": 1.0, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0}
+
+    monkeypatch.setattr(BenchmarkJob, "run", run)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self: None)
+    runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run({"seed": {"grid": [1, 2, 3]}, "model": DFM, "data": folder(images)})
+    assert seen == [0, 1, 2]
+    (path,) = here.glob("runs/benchmark/*/scores.csv")
+    assert len(pd.read_csv(path)) == 4
+    assert (path.parent / "scores.png").exists()  # interrupted, and still drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {**DFM, "class_path": "Pixelflo"}}, "Unknown detector 'Pixelflo'. Did you mean 'pixelflow'"),
+        ({"model": {**DFM, "class_path": "anomalib.models.Padm"}}, "'anomalib.models.Padm'. Did you mean 'padim'"),
+        ({"model": {**DFM, "init_args": {"lyer": "layer1"}}}, "argument of Dfm 'lyer'. Did you mean 'layer'"),
+        ({"model": {**DFM, "init_args": {"pca_level": "high"}}}, r"(?s)Dfm: .*pca_level.*float.*Got value: high"),
+        ({"model": {**DFM, "init_arg": {"layer": "layer1"}}}, "'init_arg'. Did you mean 'init_args'"),
+        ({"model": {"grid": ["Padim"]}}, "needs a class_path, got 'Padim'"),
+        ({"data": {"class_path": "Foldr"}}, "Unknown data module 'Foldr'. Did you mean"),
+        ({"trainer": {"max_epoch": 1}}, "trainer argument 'max_epoch'. Did you mean 'max_epochs'"),
+        ({"trainer": {"callbacks": []}}, "callbacks is set by the benchmark itself"),
+        ({"trainer": {"max_epochs": {"grid": [1, 2]}}}, "grid is possible in seed, model and data only"),
+        ({"trianer": {}}, "'trianer'. Did you mean 'trainer'"),
+        ({"data": None}, "lacks data"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    here: Path, images: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
+    with pytest.raises(ValueError, match=message):
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": DFM, "data": folder(images), **change})
+    assert not (here / "runs").exists()
+
+
+def test_a_wrong_value_in_the_last_entry_is_found_first(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
+    wrong = {"class_path": "PixelFlow", "init_args": {"mask": "cycel"}}
+    with pytest.raises(ValueError, match=r"Job 2 of 2 \(PixelFlow on Folder, seed 42\) cannot run: .*cycel"):
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": {"grid": [DFM, wrong]}, "data": folder(images)})
+
+
+def test_a_training_without_end_is_refused(images: Path) -> None:
+    fastflow = {"class_path": "Fastflow", "init_args": {"backbone": "resnet18", "pre_trained": False}}
+    with pytest.raises(ValueError, match=r"1,000 epochs. Set benchmark.trainer.max_epochs"):
+        jobs(model=fastflow, data=folder(images))[0].check()
+    jobs(model=fastflow, data=folder(images), trainer={"max_steps": 3})[0].check()
+    ours = {"class_path": "PixelFlow", "init_args": {"image_size": [8, 8]}}
+    jobs(model=ours, data=folder(images))[0].check()  # brings its own max_epochs
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("model", "PixelFlow", "anomalib_flowood.models"),
+        ("model", "pixel_flow", "anomalib_flowood.models"),
+        ("model", "anomalib_flowood.PixelFlow", "anomalib_flowood.models"),
+        ("model", "Padim", "anomalib.models"),
+        ("model", "anomalib.models.Dfm", "anomalib.models"),
+        ("data", "CrossDataset", "anomalib_flowood.data"),
+        ("data", "cross_dataset", "anomalib_flowood.data"),
+        ("data", "anomalib_flowood.data.CrossDataset", "anomalib_flowood.data"),
+        ("data", "MVTecAD", "anomalib.data"),
+    ],
+)
+def test_names_of_ours_and_anomalibs(kind: str, name: str, expected: str) -> None:
+    assert find_class(kind, name).__module__.startswith(expected)
+
+
+def test_nested_objects_are_built() -> None:
+    model = build("model", DFM)
+    assert list(model.pre_processor.transform.size) == [32, 32]
+
+
+def test_labels_say_what_differs(images: Path) -> None:
+    def labels(*entries: dict) -> list[str]:
+        return [job.detector for job in jobs(model={"grid": list(entries)}, data=folder(images))]
+
+    def dfm(**args: object) -> dict:
+        return {"class_path": "Dfm", "init_args": args}
+
+    assert labels(dfm(), PADIM) == ["Dfm", "Padim"]
+    assert labels(dfm(layer="layer1", pca_level=0.9), dfm(layer="layer2", pca_level=0.9)) == [
+        "Dfm (layer=layer1)",
+        "Dfm (layer=layer2)",
+    ]
+    assert labels(dfm(), dfm(layer="layer2")) == ["Dfm", "Dfm (layer=layer2)"]
+    named = {**dfm(layer="layer1"), "name": "mine"}, {**dfm(layer="layer2"), "name": "mine"}
+    assert labels(*named) == ["mine (layer=layer1)", "mine (layer=layer2)"]
+    long = [dfm(layer=start + "x" * 40) for start in "ab"]
+    assert len(set(labels(*long))) == 2
+
+
+def test_seeds_expand_and_the_trainer_reaches_every_job(images: Path) -> None:
+    both = jobs(seed={"grid": [1, 2]}, model=DFM, data=folder(images), trainer={"max_epochs": 1})
+    assert [(job.seed, job.detector, job.trainer) for job in both] == [
+        (1, "DFM tiny", {"max_epochs": 1}),
+        (2, "DFM tiny", {"max_epochs": 1}),
+    ]
+
+
+def test_the_same_seed_draws_the_same_weights(here: Path, images: Path) -> None:
+    """anomalib builds the model before it sets the seed."""
+    values = []
+    for _ in range(2):
+        (job,) = jobs(seed=5, model=DFM, data=folder(images, seed=0, val_split_mode="same_as_test"))
+        torch.rand(7)
+        job.run()
+        values.append(job.scores["score"].to_numpy())
+    np.testing.assert_array_equal(values[0], values[1])
+
+
+def test_a_map_alone_is_scored_by_its_maximum() -> None:
+    recorder = ScoreRecorder()
+    recorder.on_test_start(None, None)  # type: ignore[arg-type]
+    batch = SimpleNamespace(gt_label=torch.tensor([False, True]), image_path=["x/a.png", "b.png"])
+    maps = torch.zeros(2, 1, 3, 3)
+    maps[1, 0, 1, 2] = 5
+    outputs = SimpleNamespace(pred_score=None, anomaly_map=maps)
+    recorder.on_test_batch_end(None, None, outputs, batch, 0)  # type: ignore[arg-type]
+    assert recorder.scores["score"].tolist() == [0, 5]
+    assert recorder.scores["source"].tolist() == ["x", "test"]
+    batch.source = ["mnist", "kmnist"]
+    recorder.on_test_batch_end(None, None, outputs, batch, 1)  # type: ignore[arg-type]
+    assert recorder.scores["source"].tolist() == ["x", "test", "mnist", "kmnist"]
+    batch.gt_label = None
+    with pytest.raises(ValueError, match="no labels"):
+        recorder.on_test_batch_end(None, None, outputs, batch, 2)  # type: ignore[arg-type]
+
+
+def test_a_log_is_never_silent_for_long() -> None:
+    stream = io.StringIO()
+    with JobProgress(Console(file=stream), heartbeat=0.05) as progress:
+        progress.start_job(1, 3, "Dfm on tiny")
+        time.sleep(0.4)
+    assert "[1/3] Dfm on tiny" in stream.getvalue()
+    assert stream.getvalue().count("preparing, 0:00") >= 2
+
+
+def test_the_error_is_anomalibs_too() -> None:
+    from anomalib.pipelines.components.runners.serial import SerialExecutionError
+
+    assert issubclass(BenchmarkError, SerialExecutionError)
+
+
+def test_our_configurations_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[1] / "configs" / "benchmark").glob("*.yaml"))
+    assert [path.stem for path in paths] == ["cross_dataset", "one_class", "quickstart"]
+    for path in paths:
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["benchmark"]
+        assert len(jobs(**section)) >= 4

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_flowood._commands import FlowoodCLI, keep_predictions
+from anomalib_flowood.benchmark import Benchmark
+from anomalib_flowood.cli import SUBCOMMANDS, main
+
+
+def test_version_and_help_do_not_import_anomalib() -> None:
+    code = (
+        "import sys; from anomalib_flowood.cli import main; main(['--version']); main(['--help']);"
+        "assert 'torch' not in sys.modules and 'anomalib' not in sys.modules"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.startswith("flowood ")
+    for name in SUBCOMMANDS:
+        assert f"\n  {name} " in out
+
+
+def test_run_as_a_module() -> None:
+    command = [sys.executable, "-m", "anomalib_flowood"]
+    assert "anomalib 2." in subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
+    bare = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert bare.returncode == 2
+    assert "usage: flowood" in bare.stderr
+
+
+def test_the_help_lists_what_the_parser_has() -> None:
+    cli = FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False)
+    assert set(cli.subcommand_parsers) == set(SUBCOMMANDS)
+
+
+def test_the_benchmark_is_ours() -> None:
+    from anomalib.cli.pipelines import PIPELINE_REGISTRY
+
+    FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False)
+    assert PIPELINE_REGISTRY is not None
+    assert PIPELINE_REGISTRY["benchmark"] is Benchmark
+
+
+def test_backbone_says_how_to_use_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import anomalib_flowood.backbones
+
+    calls = []
+    monkeypatch.setattr(
+        anomalib_flowood.backbones,
+        "save_local",
+        lambda name, folder: calls.append((name, folder)) or folder,
+    )
+    main(["backbone", "resnet18", "nets/r18"])
+    assert calls == [("resnet18", Path("nets/r18"))]
+    assert "backbone: local-dir:nets/r18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["benchmark", "--config", "gone.yaml"], "flowood: There is no configuration file gone.yaml."),
+        (["backbone", "no_such_net", "x"], "flowood: Unknown backbone 'no_such_net'."),
+    ],
+)
+def test_a_users_error_is_one_message(
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLOWOOD_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as exit_info:
+        main(args)
+    assert exit_info.value.code == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("flowood:")]) == 1
+
+    monkeypatch.setenv("FLOWOOD_DEBUG", "1")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        main(args)
+
+
+def test_a_wrong_option_ends_with_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", "--confg", "x.yaml"])
+    assert exit_info.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+def test_train_then_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, mean in [("train", 90), ("good", 90), ("bad", 200)]:
+        (tmp_path / name).mkdir()
+        for i in range(12 if name == "bad" else 6):
+            pixels = np.clip(rng.normal(mean, 20, (32, 32, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    model = (
+        "model: {class_path: Dfm, init_args: {backbone: resnet18, layer: layer1, pre_trained: false, "
+        "visualizer: false, pooling_kernel_size: 4}}\n"
+    )
+    Path("train.yaml").write_text(
+        f"{model}data: {{class_path: Folder, init_args: {{name: tiny, root: {tmp_path}, normal_dir: train, "
+        "normal_test_dir: good, abnormal_dir: bad, num_workers: 0, train_batch_size: 6}}\n"
+        "trainer: {enable_progress_bar: false}\n",
+    )
+    Path("predict.yaml").write_text(f"{model}data: {tmp_path / 'bad'}\ntrainer: {{enable_progress_bar: false}}\n")
+    main(["train", "--config", "train.yaml"])
+    (checkpoint,) = (tmp_path / "results").rglob("v0/**/model.ckpt")
+    capsys.readouterr()
+    main(["predict", "--config", "predict.yaml", "--ckpt_path", str(checkpoint)])
+    (path,) = (tmp_path / "results").rglob("predictions.csv")
+    frame = pd.read_csv(path)
+    assert list(frame.columns) == ["image_path", "pred_score", "pred_label"]
+    assert len(frame) == 12
+    assert set(frame["pred_label"]) <= {0, 1}
+    out = capsys.readouterr().out
+    assert "Most anomalous of 12 images" in out
+    assert f"All predictions: {path}" in out
+
+
+def test_predictions_with_sources_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch = SimpleNamespace(
+        image_path=["a.png", "b.png"],
+        source=["mnist", "kmnist"],
+        pred_score=torch.tensor([1.0, 2.0]),
+        pred_label=None,
+    )
+    path = keep_predictions([[batch], [batch]], tmp_path / "new")  # a list for each data loader
+    assert path == tmp_path / "new" / "predictions.csv"
+    frame = pd.read_csv(path)
+    assert list(frame.columns) == ["image_path", "source", "pred_score", "pred_label"]
+    assert list(frame["source"]) == ["mnist", "kmnist"] * 2
+    out = capsys.readouterr().out
+    assert out.index("b.png") < out.index("a.png")
+    assert keep_predictions(None, tmp_path) is None
+    assert "nothing to write" in capsys.readouterr().out
