@@ -18,7 +18,10 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .masks import CouplingMask, quadrants
+from .masks import CouplingMask
+
+_CLOCKWISE = (0, 1, 3, 2)
+"""Quadrants clockwise from the top left, as places in reading order."""
 
 SubnetConstructor = Callable[[int, int], nn.Module]
 
@@ -148,8 +151,8 @@ class QuadrantCoupling(AffineCoupling):
         if len(self.shape) != 3 or min(self.shape[1:]) < 2:
             msg = f"The cycle mask needs an image (C, H, W) of at least 2 x 2 pixels, got the shape {self.shape}."
             raise ValueError(msg)
-        parts = quadrants(*self.shape[1:])
-        self.source, self.target = parts[layer % 4], parts[(layer + 1) % 4]
+        self.source, self.target = _CLOCKWISE[layer % 4], _CLOCKWISE[(layer + 1) % 4]
+        self.heights, self.widths = ((length // 2, length - length // 2) for length in self.shape[1:])
         self.size = quadrant_size(*self.shape[1:])
 
     def forward(
@@ -162,25 +165,16 @@ class QuadrantCoupling(AffineCoupling):
         """Transform one quadrant; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
         del c, jac
         (x,) = x_or_z
-        fed = x[:, :, self.source.rows, self.source.columns]
-        changed = x[:, :, self.target.rows, self.target.columns]
+        # Splitting and concatenating differentiate into each other; slices would fill an image with zeros each.
+        parts = [part for row in x.split(self.heights, dim=2) for part in row.split(self.widths, dim=3)]
+        fed, changed = parts[self.source], parts[self.target]
         height, width = self.size
         fed = functional.pad(fed, (0, width - fed.shape[3], 0, height - fed.shape[2]))
         s, t = (part[:, :, : changed.shape[2], : changed.shape[3]] for part in self.scale_and_shift(fed))
-        changed = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
-        y = self._replace(x, changed)
+        parts[self.target] = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
+        y = torch.cat((torch.cat(parts[:2], dim=3), torch.cat(parts[2:], dim=3)), dim=2)
         log_det = s.flatten(1).sum(1)
         return (y,), -log_det if rev else log_det
-
-    def _replace(self, x: Tensor, changed: Tensor) -> Tensor:
-        """Put the changed quadrant back, out of place: concatenation differentiates and exports cleanly."""
-        height, width = self.shape[1] // 2, self.shape[2] // 2
-        beside = slice(width, None) if self.target.columns.start == 0 else slice(0, width)
-        other = x[:, :, self.target.rows, beside]
-        row = torch.cat((changed, other) if self.target.columns.start == 0 else (other, changed), dim=3)
-        if self.target.rows.start == 0:
-            return torch.cat((row, x[:, :, height:]), dim=2)
-        return torch.cat((x[:, :, :height], row), dim=2)
 
 
 def quadrant_size(height: int, width: int) -> tuple[int, int]:

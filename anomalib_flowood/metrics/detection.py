@@ -3,7 +3,7 @@
 
 torchmetrics passes scores outside [0, 1] through a sigmoid, batch by batch. A negative log-likelihood in the thousands
 becomes 1.0 there, every image ties with every other, and the AUROC reads 0.5. It also forms the rates in float32. Both
-metrics here only ever *compare* scores, count in integers, and divide once in float64.
+metrics here rank the raw scores and leave the rest to scikit-learn, in float64.
 """
 
 from __future__ import annotations
@@ -11,23 +11,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.metrics import AnomalibMetric
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
-
-
-def _roc_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Count false and true positives at every distinct threshold, highest first, starting from (0, 0).
-
-    Tied scores share one threshold, so that the order of the images never matters.
-    """
-    values, inverse = torch.unique(scores, return_inverse=True)
-    positives = torch.bincount(inverse[labels == 1], minlength=len(values)).flip(0).cumsum(0)
-    negatives = torch.bincount(inverse[labels == 0], minlength=len(values)).flip(0).cumsum(0)
-    start = torch.zeros(1, dtype=torch.long)
-    return torch.cat([start, negatives]), torch.cat([start, positives])
 
 
 def _check(scores: Tensor, labels: Tensor) -> None:
@@ -44,13 +34,19 @@ def _check(scores: Tensor, labels: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _both_classes(false_positives: Tensor, true_positives: Tensor, name: str) -> bool:
-    """Say whether there is anything to tell apart, with a warning where there is not."""
-    if true_positives[-1] > 0 and false_positives[-1] > 0:
-        return True
-    missing = "out-of-distribution (label 1)" if true_positives[-1] == 0 else "in-distribution (label 0)"
+def _ranked(scores: Tensor, labels: Tensor, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return labels and dense ranks, or nothing (with a warning) if one of the two classes is absent.
+
+    scikit-learn refuses infinite scores, and only their order counts.
+    """
+    _check(scores, labels)
+    ranks = torch.unique(scores.detach().flatten().cpu(), return_inverse=True)[1].numpy()
+    truth = labels.detach().flatten().cpu().long().numpy()
+    if len(np.unique(truth)) == 2:
+        return truth, ranks
+    missing = "in-distribution (label 0)" if truth.any() else "out-of-distribution (label 1)"
     warnings.warn(f"{name} is NaN: there are no {missing} samples to tell apart.", UserWarning, stacklevel=3)
-    return False
+    return None
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
@@ -66,13 +62,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    _check(scores, labels)
-    fps, tps = _roc_counts(scores.detach().flatten().cpu().double(), labels.detach().flatten().cpu().long())
-    if not _both_classes(fps, tps, "AUROC"):
-        return float("nan")
-    # Twice the trapezoids' area, in whole images.
-    twice = ((fps[1:] - fps[:-1]) * (tps[1:] + tps[:-1])).sum()
-    return float(twice.double() / (2.0 * fps[-1].double() * tps[-1].double()))
+    ranked = _ranked(scores, labels, "AUROC")
+    return float("nan") if ranked is None else float(roc_auc_score(*ranked))
 
 
 def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
@@ -91,12 +82,11 @@ def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    _check(scores, labels)
-    fps, tps = _roc_counts(scores.detach().flatten().cpu().double(), labels.detach().flatten().cpu().long())
-    if not _both_classes(fps, tps, f"FPR{round(100 * tpr)}"):
+    ranked = _ranked(scores, labels, f"FPR{round(100 * tpr)}")
+    if ranked is None:
         return float("nan")
-    caught = tps.double() / tps[-1].double() >= tpr
-    return float(fps[caught][0].double() / fps[-1].double())
+    fpr, reached, _ = roc_curve(*ranked, drop_intermediate=False)
+    return float(fpr[reached >= tpr][0])
 
 
 class _RawScores(Metric):

@@ -117,6 +117,18 @@ class JobProgress(Callback):
 
     # Lightning's hooks, in the order in which they come.
 
+    def on_extract(self, what: str, done: int, total: int) -> None:
+        """Show how far a frozen backbone is; our detectors call this before their training starts.
+
+        Args:
+            what: Which images, ``"training"`` or ``"validation"``.
+            done: Batches done.
+            total: Of how many.
+        """
+        if done == 0:
+            self.stage(f"extracting {what} features")
+        self._show(f"extracting {what} features, batch {done + 1}/{total}", done / total)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting the steps of a training."""
         del trainer, pl_module

@@ -187,9 +187,12 @@ class FrozenFeatures(_Base):
             total = min(total, limit)
         parts, labels = [], []
         batches: Iterable[Batch] = islice(loader, total)
+        watchers = [watch for callback in trainer.callbacks if (watch := getattr(callback, "on_extract", None))]  # type: ignore[attr-defined]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
             batches = track(batches, f"Extracting {what} features", total=total)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            for watch in watchers:
+                watch(what, number, total)
             batch = trainer.strategy.batch_to_device(batch)
             image = batch.image
             transform = getattr(self.pre_processor, "transform", None)

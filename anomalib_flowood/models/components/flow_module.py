@@ -107,7 +107,7 @@ class FlowModule(_Base):
 
     def configure_optimizers(self) -> Any:
         """Adam on the flow, its learning rate following a cosine down to zero over the whole training."""
-        optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate)
+        optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate, fused=True)
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from flow_helpers import check_inverse, check_log_det
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anomalib_flowood.flows import Logit, bits_per_dim, dequantize, standard_normal_log_prob
+
+
+def logit(x, rev=False):
+    (y,), log_det = Logit([x.shape[1:]])((x,), rev=rev)
+    return y, log_det
+
+
+@given(seed=st.integers(0, 1000))
+def test_logit_inverse_and_log_determinant(seed):
+    x = torch.rand(2, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    check_inverse(logit, x)
+    check_log_det(logit, x)
+
+
+def test_logit_is_the_papers_formula():
+    x = torch.linspace(0, 1, 11, dtype=torch.float64)[None]
+    torch.testing.assert_close(logit(x)[0], torch.logit((2 * x - 1) * 0.9 / 2 + 0.5))
+
+
+@given(level=st.integers(0, 255), noise=st.floats(0, 1, exclude_max=True))
+def test_dequantisation_keeps_a_level_inside_of_its_bin(level, noise):
+    image = torch.full((1, 1, 1, 1), level / 255, dtype=torch.float64)
+    x = dequantize(image, torch.full_like(image, noise)).item()
+    assert level / 256 <= x < (level + 1) / 256
+    assert dequantize(image).item() == (level + 0.5) / 256
+
+
+def test_bits_per_dim_of_known_densities():
+    # Uniform over the cube: every 8-bit image costs 8 bits a pixel.
+    assert bits_per_dim(torch.zeros(3), dims=784).tolist() == [8, 8, 8]
+    # A density of 256 per dimension puts all its mass on one level: 0 bits.
+    assert bits_per_dim(torch.tensor([784 * math.log(256)]), dims=784).item() == pytest.approx(0, abs=1e-5)
+    assert bits_per_dim(torch.tensor([-math.log(2)]), dims=1, levels=1).item() == pytest.approx(1)
+
+
+def test_standard_normal_agrees_with_torch():
+    z = torch.randn(4, 2, 3, dtype=torch.float64)
+    expected = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1)
+    torch.testing.assert_close(standard_normal_log_prob(z), expected.double())
