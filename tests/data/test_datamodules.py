@@ -189,7 +189,7 @@ def test_fashion_mnist_class_by_name(tmp_path: Path) -> None:
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown data set 'fashion_mnst'. Did you mean 'fashion_mnist'"):  # noqa: RUF043
+    with pytest.raises(ValueError, match="Unknown data set 'fashion_mnst'. Did you mean 'fashion_mnist'"):
         CrossDataset("fashion_mnst", "mnist", root=tmp_path)
     with pytest.raises(ValueError, match="Unknown data set 'mnits'"):
         OneClass("mnits", 1, root=tmp_path)
@@ -255,7 +255,7 @@ def test_one_training_image(tmp_path: Path, clothes: Path, digits: Path) -> None
 
 def test_unknown_class(tmp_path: Path) -> None:
     folder = write_parts(tmp_path / "parts")
-    with pytest.raises(ValueError, match="Unknown class of 'parts' 'goood'. Did you mean 'good'.*0 to 1 work too"):  # noqa: RUF043
+    with pytest.raises(ValueError, match="Unknown class of 'parts' 'goood'. Did you mean 'good'.*0 to 1 work too"):
         OneClass(folder, "goood").setup()
     for label in (2, -1):
         with pytest.raises(ValueError, match=f"Unknown class of 'parts' {label}. Known: bad, good"):

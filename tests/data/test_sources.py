@@ -30,7 +30,7 @@ def source(data_set: str | Path, root: Path, held_out: float = 0.2, seed: int = 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args, **kwargs):
-        raise URLError("no network")  # noqa: EM101
+        raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
@@ -385,7 +385,7 @@ def test_no_download_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def refuse(*args, **kwargs):
         seen.append(socket.getdefaulttimeout())
-        raise URLError("no network")  # noqa: EM101
+        raise URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(FileNotFoundError):

@@ -9,9 +9,7 @@ from anomalib_flowood.flows import SUBNETS, subnet_constructor
 
 @pytest.mark.parametrize("name", SUBNETS)
 def test_keeps_the_spatial_size_starts_at_zero_and_pickles(name):
-    constructor = pickle.loads(
-        pickle.dumps(subnet_constructor(name, hidden_channels=5, bottleneck_dim=2, size=(3, 4)))
-    )
+    constructor = pickle.loads(pickle.dumps(subnet_constructor(name, hidden_channels=5, bottleneck_dim=2, size=(3, 4))))
     y = constructor(2, 6)(torch.randn(7, 2, 3, 4))
     assert y.shape == (7, 6, 3, 4)
     assert torch.equal(y, torch.zeros_like(y))

@@ -162,6 +162,8 @@ class FrozenFeatures(_Base):
         else:
             dataset = FeatureDataset(self._prepare_all(features), labels)
             source.instance = feature_loader(dataset, loader.batch_size, shuffle=True)
+            # The scheduler has asked for the number of steps, for which the image loader was set up already.
+            trainer.fit_loop._combined_loader = None
 
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
         loader = source.dataloader() if source.is_defined() else None

