@@ -36,7 +36,7 @@ _HUB_TIMEOUT = 3.0
 """Seconds to wait for the model hub to answer at all."""
 
 
-class BackboneUnavailableError(RuntimeError):
+class BackboneUnavailableError(OSError):
     """The weights of a backbone cannot be had on this machine."""
 
     def __init__(self, backbone: str, reason: str) -> None:

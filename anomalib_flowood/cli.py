@@ -89,8 +89,9 @@ def _run(args: list[str]) -> None:
         FlowoodCLI(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    # What a user can mend: a wrong value, a missing file, a trainer that cannot be set up, a job that failed.
-    except (ValueError, OSError, MisconfigurationException, BenchmarkError) as error:
+    # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a
+    # job that failed.
+    except (ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError) as error:
         if os.environ.get("FLOWOOD_DEBUG") == "1":
             raise
         print(f"flowood: {readable(error)}", file=sys.stderr)

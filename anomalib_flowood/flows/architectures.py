@@ -22,7 +22,7 @@ def pixel_flow(
     subnet: str = "bottleneck",
     coupling_layers: int = 8,
     hidden_channels: int = 256,
-    bottleneck_dim: int = 10,
+    bottleneck_dim: int = 5,
 ) -> SequenceINN:
     """Build a flow on dequantised images: logit, then couplings of one mask family.
 

@@ -11,6 +11,7 @@ from anomalib.models import Padim, get_model, list_models
 from lightning.pytorch import Callback
 from model_helpers import DETECTORS, data, embedding_flow, engine, pixel_flow
 from PIL import Image
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 
 from anomalib_flowood import EmbeddingFlow, PixelFlow
@@ -209,7 +210,7 @@ def test_weights_that_broke_in_the_last_step_do_not_reach_a_checkpoint(tmp_path)
 @pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
 @each_detector
 def test_a_detector_that_was_never_fitted_is_not_exported(name, export_type, tmp_path):
-    with pytest.raises(RuntimeError, match="was never fitted, so there is nothing to export"):
+    with pytest.raises(NotFittedError, match="was never fitted, so there is nothing to export"):
         engine(tmp_path).export(DETECTORS[name](), export_type, export_root=tmp_path)
 
 

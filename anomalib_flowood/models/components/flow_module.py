@@ -16,6 +16,7 @@ from anomalib.metrics import Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood.metrics import AUROC, FPR95
@@ -32,7 +33,7 @@ else:  # A mixin and not a base class, since anomalib lists the direct subclasse
     _Base = object
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(FloatingPointError):
     """Training met a NaN or infinite loss."""
 
 
@@ -244,4 +245,4 @@ class FlowModule(_Base):
                 f"This {type(self).__name__} was never fitted, so there is nothing to export. Train it first, or load "
                 "a checkpoint (`--ckpt_path`)."
             )
-            raise RuntimeError(msg)
+            raise NotFittedError(msg)

@@ -42,7 +42,7 @@ class PixelFlowModel(FlowModel):
         subnet: str = "bottleneck",
         coupling_layers: int = 8,
         hidden_channels: int = 256,
-        bottleneck_dim: int = 10,
+        bottleneck_dim: int = 5,
     ) -> None:
         if channels not in {1, 3}:
             msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."

@@ -1,0 +1,51 @@
+# make quickstart   install into .venv, get the data, compare four detectors, show a table and a picture
+# make test         install into .venv, run all tests
+# make lint         ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+BACKBONE := backbones/tf_efficientnet_lite0
+
+# glibc hands the buffers of every operation back to the system and asks for them again, which slows a backbone down
+# on the CPU. Keep up to 512 MiB, and buffers of up to 32 MiB, instead.
+export MALLOC_TRIM_THRESHOLD_ ?= 536870912
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+
+.PHONY: quickstart seeds test lint fashion-mnist
+
+quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
+	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
+
+seeds: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
+	$(BIN)/flowood benchmark --config configs/benchmark/quickstart_seeds.yaml
+
+test: .venv/test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/pip:
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && apt-get install -qy --no-install-recommends python3-venv && $(PYTHON) -m venv .venv; \
+		else echo "Install Python's venv module first; on Debian, as root: apt-get install python3-venv" >&2; exit 1; fi; }
+
+# The stamps: one for each set of extras.
+.venv/offline .venv/test .venv/dev: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -e ".[$(@F)]"
+	@touch $@
+
+fashion-mnist:
+	@if [ ! -d /usr/share/datasets/fashion-mnist ] && [ ! -d datasets/FashionMNIST/raw ]; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && apt-get install -qy --no-install-recommends dataset-fashion-mnist; \
+		else \
+			echo "FashionMNIST is not on this machine. On Debian, as root: apt-get install dataset-fashion-mnist" >&2; \
+			echo "Going on: torchvision downloads it where there is a network." >&2; \
+		fi; \
+	fi
+
+$(BACKBONE)/model.safetensors: | .venv/offline
+	$(BIN)/flowood backbone $(notdir $(BACKBONE)) $(BACKBONE)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line end to end: config file, train, test, predict, export; and anomalib's own with our class paths."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from model_helpers import BACKBONE, data
+
+from anomalib_flowood.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    data(tmp_path)  # writes ramps/ and squares/
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_config(path: Path, detector: str, **init_args) -> Path:
+    config = {
+        "model": {"class_path": detector, "init_args": {"max_epochs": 2, **init_args}},
+        "data": {
+            "class_path": "anomalib_flowood.data.CrossDataset",
+            "init_args": {"in_distribution": "ramps", "out_of_distribution": ["squares"]},
+        },
+        "trainer": TRAINER,
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+PIXELS = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+EMBEDDINGS = {"backbone": BACKBONE, "pre_trained": False, "image_size": [32, 32], "subspace_dim": 8}
+
+
+def test_train_test_predict_and_export(here, capsys):
+    config = write_config(here / "pixels.yaml", "anomalib_flowood.PixelFlow", **PIXELS)
+    main(["train", "--config", str(config)])
+    assert "image_AUROC" in capsys.readouterr().out
+    checkpoint = "results/PixelFlow/CrossDataset/ramps-squares/latest/weights/lightning/model.ckpt"
+
+    main(["test", "--config", str(config), "--ckpt_path", checkpoint])
+    assert "image_FPR95" in capsys.readouterr().out
+
+    main(["predict", "--config", str(config), "--ckpt_path", checkpoint])
+    out = capsys.readouterr().out
+    assert "Most anomalous of 80 images" in out
+    (path,) = here.rglob("predictions.csv")
+    predictions = pd.read_csv(path)
+    assert set(predictions["source"]) == {"ramps", "squares"}
+    assert predictions["pred_score"].between(0, 1).all()
+    assert predictions.sort_values("pred_score").tail(20)["source"].eq("squares").all()
+
+    model = ["--model", "PixelFlow", *(f"--model.{key}={value}" for key, value in PIXELS.items())]
+    main(["export", *model, "--ckpt_path", checkpoint, "--export_type", "torch", "--export_root", "exported"])
+    assert (here / "exported" / "weights" / "torch" / "model.pt").is_file()
+
+
+def test_anomalibs_own_command_takes_our_class_paths(here):
+    config = write_config(here / "embeddings.yaml", "anomalib_flowood.EmbeddingFlow", **EMBEDDINGS)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "anomalib"), "train", "--config", str(config)],
+        capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "image_AUROC" in done.stdout
+
+
+@pytest.mark.parametrize("model", sorted((REPOSITORY / "configs" / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_model_configs_train_on_the_data_config(model, here, capsys):
+    given = yaml.safe_load(model.read_text(encoding="utf-8"))["model"]["init_args"]
+    small = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false"] if "backbone" in given else []
+    small += ["--model.subspace_dim=8"] if "subspace_dim" in given else []
+    folders = ["--data.in_distribution=ramps", "--data.out_of_distribution=[squares]"]
+    main(
+        ["train", "--config", str(model), "--data", str(REPOSITORY / "configs" / "data" / "cross_dataset.yaml")]
+        + [*small, *folders, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    )
+    assert "image_AUROC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model=PixelFlow", "--model.mask=cicle"], "Unknown mask 'cicle'. Did you mean 'cycle'"),
+        (["--model=EmbeddingFlow", "--model.backbone=resnet188"], "Did you mean 'resnet18'"),
+        (["--model=PixelFlow", "--data.in_distribution=fashion_mnst"], "Did you mean 'fashion_mnist'"),
+        (["--model=PixelFlow", "--data.in_distribution=./nowhere"], "There is no folder nowhere"),
+    ],
+)
+def test_users_errors_are_one_message(args, message, here, capsys):
+    base = ["--data=CrossDataset", "--data.in_distribution=ramps", "--data.out_of_distribution=[squares]"]
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *base, *args, "--trainer.accelerator=cpu"])
+    assert caught.value.code in {1, 2}
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
