@@ -80,10 +80,8 @@ def test_the_model_configs_train_on_the_data_config(model, here, capsys):
     small = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false"] if "backbone" in given else []
     small += ["--model.subspace_dim=8"] if "subspace_dim" in given else []
     folders = ["--data.in_distribution=ramps", "--data.out_of_distribution=[squares]"]
-    main(
-        ["train", "--config", str(model), "--data", str(REPOSITORY / "configs" / "data" / "cross_dataset.yaml")]
-        + [*small, *folders, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    )
+    config = ["--config", str(model), "--data", str(REPOSITORY / "configs" / "data" / "cross_dataset.yaml")]
+    main(["train", *config, *small, *folders, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"])
     assert "image_AUROC" in capsys.readouterr().out
 
 

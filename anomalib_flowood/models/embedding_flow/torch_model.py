@@ -14,7 +14,6 @@ from anomalib_flowood import flows
 from anomalib_flowood.backbones import create_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
 
-
 _CPU_CHUNK = 32
 """Images that go through the backbone at once on the CPU."""
 
@@ -76,7 +75,7 @@ class EmbeddingFlowModel(FlowModel):
             raise ValueError(msg)
         super().__init__(flow, dims, levels=1)
         # On the CPU, convolutions are twice as fast in this layout.
-        self.backbone = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone = network.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.zeros(self.dims))
         self.register_buffer("components", torch.zeros(subspace_dim, self.dims))
         self.register_buffer("variances", torch.ones(subspace_dim))
