@@ -28,8 +28,9 @@ _BINS = 40
 def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
     """Draw one panel per detector and data set: in-distribution scores against every out-of-distribution source.
 
-    Of several seeds only the first is drawn: raw scores of two trainings have no common scale. Scores beyond the middle
-    99 % are counted in the outermost bins, so that one outlier does not squeeze everything else into a line.
+    Of several seeds only the first is drawn: raw scores of two trainings have no common scale. Scores beyond every
+    source's whiskers (Tukey's, 1.5 interquartile ranges) are counted in the outermost bins, so that a long tail does
+    not squeeze everything else into a line.
 
     Args:
         scores: One row per test image with the columns ``detector``, ``data``, ``seed``, ``source``, ``label`` (0
@@ -94,10 +95,20 @@ def _title(detector: str, data: str, group: pd.DataFrame) -> str:
     return f"{heading}\n{textwrap.fill(data, 40, max_lines=2, placeholder='…')}\nAUROC {value:.3f}"
 
 
+def _range(group: pd.DataFrame) -> tuple[float, float]:
+    """Span the whiskers of the in-distribution scores and of each other source's."""
+    ends = []
+    for _, part in group.groupby(["label", "source"])["score"]:
+        quarter, three_quarters = np.quantile(part, [0.25, 0.75])
+        reach = 1.5 * (three_quarters - quarter)
+        ends += [max(part.min(), quarter - reach), min(part.max(), three_quarters + reach)]
+    return min(ends), max(ends)
+
+
 def _panel(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
     """Draw one panel; returns a legend handle for each name drawn."""
     values = group["score"].to_numpy(float)
-    low, high = np.quantile(values[np.isfinite(values)], [0.005, 0.995])
+    low, high = _range(group[np.isfinite(values)])
     if low == high:  # constant scores still deserve a bar
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)

@@ -58,7 +58,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         coupling_layers: int = 6,
         hidden_channels: int = 128,
         max_epochs: int = 10,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
