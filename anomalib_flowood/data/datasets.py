@@ -235,12 +235,21 @@ class SourcedDataset(AnomalibDataset):
             parts.append((places, self._fetch(self._stores[number], row[places])))
         if len(parts) == 1 and isinstance(parts[0][1], torch.Tensor):
             return parts[0][1]
-        images: list[Any] = [None] * len(index)
-        for places, fetched in parts:
-            for place, image in zip(places, fetched, strict=True):
-                images[place] = image
-        _check_sizes(images, [self._paths[i] for i in index])
-        batch = np.empty((len(index), *images[0].shape), dtype=np.float32)
+        if (
+            len(
+                {
+                    image.shape
+                    for _, fetched in parts
+                    for image in (fetched[:1] if torch.is_tensor(fetched) else fetched)
+                }
+            )
+            > 1
+        ):
+            images = {
+                place: image for places, part in parts for place, image in zip(places.tolist(), part, strict=True)
+            }
+            _check_sizes([images[place] for place in range(len(index))], [self._paths[i] for i in index])
+        batch = np.empty((len(index), *parts[0][1][0].shape), dtype=np.float32)
         for places, fetched in parts:
             batch[places] = fetched.numpy() if isinstance(fetched, torch.Tensor) else np.stack(fetched)
         return torch.from_numpy(batch)
