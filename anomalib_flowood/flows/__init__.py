@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
-from .architectures import pixel_flow, vector_flow
+from .architectures import map_flow, pixel_flow, vector_flow
 from .couplings import AffineCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
 from .pixels import LEVELS, Logit, bits_per_dim, dequantize, standard_normal_log_prob
@@ -22,6 +22,7 @@ __all__ = [
     "bits_per_dim",
     "coupling_mask",
     "dequantize",
+    "map_flow",
     "pixel_flow",
     "quadrant_size",
     "quadrants",

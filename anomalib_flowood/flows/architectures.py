@@ -42,9 +42,6 @@ def pixel_flow(
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
-    if mask not in MASKS:
-        raise unknown_name("mask", mask, MASKS)
-    _at_least_one("coupling_layers", coupling_layers)
     flow = SequenceINN(*shape)
     flow.append(Logit)
     if mask == "channel" and shape[0] == 1:
@@ -52,16 +49,63 @@ def pixel_flow(
             msg = f"Mask 'channel' on one channel needs an even height and width to squeeze, got {shape}."
             raise ValueError(msg)
         flow.append(IRevNetDownsampling)
-    inner = tuple(flow.shapes[-1])
+    _append_couplings(flow, mask, native, subnet, coupling_layers, hidden_channels, bottleneck_dim)
+    return flow
+
+
+def map_flow(
+    shape: tuple[int, int, int],
+    *,
+    mask: str = "cycle",
+    native: bool = True,
+    subnet: str = "bottleneck",
+    coupling_layers: int = 8,
+    hidden_channels: int = 256,
+    bottleneck_dim: int = 32,
+) -> SequenceINN:
+    """Build a flow on feature maps: couplings of one mask family.
+
+    Args:
+        shape: ``(C, H, W)`` of the maps.
+        mask: One of :data:`~anomalib_flowood.flows.MASKS`.
+        native: Use the quadrant-native form of the cycle mask; other masks have the zero-masked form only.
+        subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+
+    Returns:
+        The flow: ``flow(x) -> (z, log_det)`` with ``x`` of shape ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: If a name is unknown, or the configuration makes no sense for this shape.
+    """
+    flow = SequenceINN(*shape)
+    _append_couplings(flow, mask, native, subnet, coupling_layers, hidden_channels, bottleneck_dim)
+    return flow
+
+
+def _append_couplings(
+    flow: SequenceINN,
+    mask: str,
+    native: bool,
+    subnet: str,
+    coupling_layers: int,
+    hidden_channels: int,
+    bottleneck_dim: int,
+) -> None:
+    if mask not in MASKS:
+        raise unknown_name("mask", mask, MASKS)
+    _at_least_one("coupling_layers", coupling_layers)
+    shape = tuple(flow.shapes[-1])
     native = native and mask == "cycle"
-    size = quadrant_size(*inner[1:]) if native else inner[1:]
+    size = quadrant_size(*shape[1:]) if native else shape[1:]
     constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
     for layer in range(coupling_layers):
         if native:
             flow.append(QuadrantCoupling, layer=layer, subnet_constructor=constructor)
         else:
-            flow.append(MaskedCoupling, mask=coupling_mask(mask, inner, layer), subnet_constructor=constructor)
-    return flow
+            flow.append(MaskedCoupling, mask=coupling_mask(mask, shape, layer), subnet_constructor=constructor)
 
 
 def vector_flow(

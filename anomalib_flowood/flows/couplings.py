@@ -69,6 +69,44 @@ class AffineCoupling(InvertibleModule):
         raw, shift = self.subnet(fed).chunk(2, dim=1)
         return self.scale * torch.tanh(raw), shift
 
+    def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Transform the changed values.
+
+        Args:
+            x: Input, or output of the forward direction, ``(N, C, ...)``.
+            rev: Undo the transformation.
+
+        Returns:
+            The transformed input, and the log-scales ``s`` of the forward direction, which sum to its
+            log-determinant; see :meth:`spread` for where they are.
+        """
+        raise NotImplementedError
+
+    def spread(self, s: Tensor) -> Tensor:
+        """Place log-scales where the values are that they scaled; zero elsewhere.
+
+        Args:
+            s: Log-scales from :meth:`couple`.
+
+        Returns:
+            Tensor of the input's shape, ``(N, C, ...)``.
+        """
+        return s
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Transform the changed values; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
+        del c, jac
+        (x,) = x_or_z
+        y, s = self.couple(x, rev=rev)
+        log_det = s.flatten(1).sum(1)
+        return (y,), -log_det if rev else log_det
+
 
 class MaskedCoupling(AffineCoupling):
     """Affine coupling in the zero-masked form: the network sees the whole input with zeros off the mask.
@@ -106,21 +144,11 @@ class MaskedCoupling(AffineCoupling):
         self.register_buffer("feed", mask.feed.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("change", mask.change.to(torch.get_default_dtype()), persistent=False)
 
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Transform the masked values; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del c, jac
-        (x,) = x_or_z
+    def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Transform the masked values; see :meth:`AffineCoupling.couple`."""
         s, t = self.scale_and_shift(x * self.feed)
         s, t = s * self.change, t * self.change
-        y = x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s)
-        log_det = s.flatten(1).sum(1)
-        return (y,), -log_det if rev else log_det
+        return x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s), s
 
 
 class QuadrantCoupling(AffineCoupling):
@@ -155,16 +183,8 @@ class QuadrantCoupling(AffineCoupling):
         self.heights, self.widths = ((length // 2, length - length // 2) for length in self.shape[1:])
         self.size = quadrant_size(*self.shape[1:])
 
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Transform one quadrant; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del c, jac
-        (x,) = x_or_z
+    def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Transform one quadrant; see :meth:`AffineCoupling.couple`."""
         # Splitting and concatenating differentiate into each other; slices would fill an image with zeros each.
         parts = [part for row in x.split(self.heights, dim=2) for part in row.split(self.widths, dim=3)]
         fed, changed = parts[self.source], parts[self.target]
@@ -173,8 +193,14 @@ class QuadrantCoupling(AffineCoupling):
         s, t = (part[:, :, : changed.shape[2], : changed.shape[3]] for part in self.scale_and_shift(fed))
         parts[self.target] = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
         y = torch.cat((torch.cat(parts[:2], dim=3), torch.cat(parts[2:], dim=3)), dim=2)
-        log_det = s.flatten(1).sum(1)
-        return (y,), -log_det if rev else log_det
+        return y, s
+
+    def spread(self, s: Tensor) -> Tensor:
+        """Place the scales of the quadrant in the image; see :meth:`AffineCoupling.spread`."""
+        top, left = (
+            sizes[0] * place for sizes, place in zip((self.heights, self.widths), divmod(self.target, 2), strict=True)
+        )
+        return functional.pad(s, (left, self.shape[2] - left - s.shape[3], top, self.shape[1] - top - s.shape[2]))
 
 
 def quadrant_size(height: int, width: int) -> tuple[int, int]:
