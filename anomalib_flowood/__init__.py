@@ -20,13 +20,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .data import CrossDataset, OneClass
-    from .models import EmbeddingFlow, PixelFlow
+    from .models import EmbeddingFlow, FeatureMapFlow, PixelFlow
 
 __version__ = version("anomalib-flowood")
 
-__all__ = ["CrossDataset", "EmbeddingFlow", "OneClass", "PixelFlow"]
+__all__ = ["CrossDataset", "EmbeddingFlow", "FeatureMapFlow", "OneClass", "PixelFlow"]
 
-_MODULES = {"EmbeddingFlow": "models", "PixelFlow": "models", "CrossDataset": "data", "OneClass": "data"}
+_MODULES = {
+    "EmbeddingFlow": "models",
+    "FeatureMapFlow": "models",
+    "PixelFlow": "models",
+    "CrossDataset": "data",
+    "OneClass": "data",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +93,39 @@ def check_backbone(name: str) -> None:
             raise FileNotFoundError(msg)
     elif ":" not in name and not is_model(name):
         raise unknown_name("backbone", name, list_models(), f"Any timm name works, and '{LOCAL_DIR}FOLDER'.")
+
+
+def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: bool = True) -> nn.Module:
+    """Create a frozen backbone that returns feature maps.
+
+    Args:
+        name: As for :func:`create_backbone`; a transformer's token grid counts as a map.
+        layers: Layers by timm's module names (``blocks.4``, ``layer2``) or by their indices.
+        pre_trained: Load weights; without, they are random.
+
+    Returns:
+        A network that maps images ``(N, 3, H, W)`` to a list of maps ``(N, C, h, w)``, in the order of the network.
+
+    Raises:
+        ValueError: If the name or a layer is unknown, or no layer is given.
+        BackboneUnavailableError: If the weights cannot be had.
+    """
+    check_backbone(name)
+    with torch.device("meta"):
+        known = [info["module"] for info in timm.create_model(name, pretrained=False, features_only=True).feature_info]  # type: ignore[union-attr]
+    indices = []
+    for layer in layers:
+        if isinstance(layer, int) and -len(known) <= layer < len(known):
+            indices.append(layer % len(known))
+        elif layer in known:
+            indices.append(known.index(layer))
+        else:
+            kind = f"layer of {name}"
+            raise unknown_name(kind, layer, known)
+    if not indices or len(set(indices)) < len(indices):
+        msg = f"layers must name at least one layer, and none twice, got {list(layers)}. Known: {', '.join(known)}."
+        raise ValueError(msg)
+    return create_backbone(name, pre_trained=pre_trained, features_only=True, out_indices=sorted(indices))
 
 
 def backbone_config(name: str) -> dict[str, Any]:

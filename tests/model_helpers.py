@@ -8,7 +8,7 @@ import torch
 from anomalib.engine import Engine
 from torch import nn
 
-from anomalib_flowood import CrossDataset, EmbeddingFlow, PixelFlow
+from anomalib_flowood import CrossDataset, EmbeddingFlow, FeatureMapFlow, PixelFlow
 
 BACKBONE = "test_efficientnet"
 """timm's network for tests; without weights it needs no network."""
@@ -50,7 +50,13 @@ def embedding_flow(**kwargs) -> EmbeddingFlow:
     return EmbeddingFlow(**{**small, "coupling_layers": 4, "hidden_channels": 16, "max_epochs": 2, **kwargs})
 
 
-DETECTORS = {"pixel_flow": pixel_flow, "embedding_flow": embedding_flow}
+def feature_map_flow(**kwargs) -> FeatureMapFlow:
+    small = {"backbone": BACKBONE, "pre_trained": False, "layers": (1, 2), "image_size": (48, 48), "subspace_dim": 4}
+    small |= {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3, "visualizer": False}
+    return FeatureMapFlow(**{**small, "max_epochs": 2, **kwargs})
+
+
+DETECTORS = {"pixel_flow": pixel_flow, "embedding_flow": embedding_flow, "feature_map_flow": feature_map_flow}
 
 
 def engine(tmp_path: Path, **kwargs) -> Engine:

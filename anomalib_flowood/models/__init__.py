@@ -7,9 +7,10 @@
 from anomalib import models as anomalib_models
 
 from .embedding_flow import EmbeddingFlow
+from .feature_map_flow import FeatureMapFlow
 from .pixel_flow import PixelFlow
 
-__all__ = ["EmbeddingFlow", "PixelFlow"]
+__all__ = ["EmbeddingFlow", "FeatureMapFlow", "PixelFlow"]
 
 anomalib_models.ALLOWED_MODULES.update({"anomalib_flowood", "anomalib_flowood.models"})
 for _name in __all__:

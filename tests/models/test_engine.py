@@ -185,7 +185,7 @@ def test_a_diverged_training_stops_and_keeps_the_last_good_checkpoint(name, tmp_
     class Break(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 2:
-                torch.nn.init.constant_(pl_module.model.flow[-1].scale, float("nan"))
+                torch.nn.init.constant_([*pl_module.model.flow.parameters()][-1], float("nan"))
 
     run = engine(tmp_path, callbacks=[Break()])
     with pytest.raises(TrainingDivergedError, match=r"loss is nan in epoch 2, batch 0.*last good checkpoint is kept"):
@@ -257,6 +257,9 @@ def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, fitted, tm
         ):
             np.testing.assert_allclose(outputs["pred_score"], batch.pred_score, rtol=1e-4)
             assert np.array_equal(outputs["pred_label"], batch.pred_label)
+            if batch.anomaly_map is not None:
+                exported = np.squeeze(outputs["anomaly_map"], axis=1)
+                np.testing.assert_allclose(exported, batch.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
 def test_without_validation_scores_stay_raw_and_there_are_no_labels(tmp_path, caplog):
@@ -339,7 +342,7 @@ def test_plain_data_loaders_work_too(name, tmp_path):
 
 
 def test_anomalib_knows_the_detectors():
-    assert {"pixel_flow", "embedding_flow"} <= list_models()
+    assert {"pixel_flow", "embedding_flow", "feature_map_flow"} <= list_models()
     assert isinstance(get_model("pixel_flow"), PixelFlow)
     assert isinstance(get_model({"class_path": "PixelFlow", "init_args": {"channels": 1}}), PixelFlow)
     assert isinstance(get_model({"class_path": "anomalib_flowood.PixelFlow"}), PixelFlow)

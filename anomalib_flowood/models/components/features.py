@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,6 +126,9 @@ class FrozenFeatures(_Base):
     :meth:`score_features`.
     """
 
+    cache_gib: float = 2.0
+    """Memory for features, in GiB."""
+
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
         raise NotImplementedError
@@ -187,7 +192,7 @@ class FrozenFeatures(_Base):
         total = len(loader)
         if isinstance(limit, int):  # A share is applied to the stored features, by Lightning, at every epoch.
             total = min(total, limit)
-        parts, labels = [], []
+        store, labels = FeatureStore(len(loader.dataset), self.cache_gib), []  # type: ignore[arg-type]
         batches: Iterable[Batch] = islice(loader, total)
         watchers = [watch for callback in trainer.callbacks if (watch := getattr(callback, "on_extract", None))]  # type: ignore[attr-defined]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
@@ -200,21 +205,68 @@ class FrozenFeatures(_Base):
             transform = getattr(self.pre_processor, "transform", None)
             if transform is not None:
                 image = transform(image)
-            parts.append(tuple(part.cpu() for part in self.extract(image)))
+            store.append(self.extract(image))
             labels.append(batch.gt_label)
         self.train(training)
-        if not parts:
+        if not labels:
             msg = f"There are no {what} images to extract features from."
             raise ValueError(msg)
         stored = None if any(label is None for label in labels) else torch.cat(labels).cpu()
-        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True)), stored
+        return store.features, stored
 
     @torch.no_grad()
-    def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 1024) -> tuple[Tensor, ...]:
-        device = self.device
-        chunks = zip(*(feature.split(chunk) for feature in features), strict=True)
-        parts = [self.prepare_features(tuple(part.to(device) for part in rows)) for rows in chunks]
-        return tuple(torch.cat(columns).cpu() for columns in zip(*parts, strict=True))
+    def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 256) -> tuple[Tensor, ...]:
+        store = FeatureStore(len(features[0]), self.cache_gib)
+        for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
+            store.append(self.prepare_features(tuple(part.to(self.device) for part in rows)))
+        return store.features
+
+
+class FeatureStore:
+    """Features of many images, one row each: in memory, or mapped to a file where memory is short.
+
+    Args:
+        rows: The most rows that will come.
+        cache_gib: The most memory to take, in GiB; what needs more goes to a temporary file, which the system removes
+            when the features are no longer used.
+    """
+
+    def __init__(self, rows: int, cache_gib: float) -> None:
+        self.rows, self.cache_gib = rows, cache_gib
+        self._columns: list[Tensor] = []
+        self._filled = 0
+
+    def append(self, features: tuple[Tensor, ...]) -> None:
+        """Add the features of some images, tensors with one row per image."""
+        if not self._columns:
+            self._columns = self._allocate(features)
+        end = self._filled + len(features[0])
+        for column, feature in zip(self._columns, features, strict=True):
+            column[self._filled : end] = feature
+        self._filled = end
+
+    @property
+    def features(self) -> tuple[Tensor, ...]:
+        """What was added."""
+        return tuple(column[: self._filled] for column in self._columns)
+
+    def _allocate(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        shapes = [(self.rows, *feature.shape[1:]) for feature in features]
+        size = sum(math.prod(shape) * feature.element_size() for shape, feature in zip(shapes, features, strict=True))
+        if size <= self.cache_gib * 2**30:
+            return [torch.empty(shape, dtype=feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
+        logger.warning(
+            "The features of %d images take %.1f GiB, more than cache_gib=%g: they are kept in a temporary file.",
+            self.rows,
+            size / 2**30,
+            self.cache_gib,
+        )
+        columns = []
+        for shape, feature in zip(shapes, features, strict=True):
+            with NamedTemporaryFile(prefix="flowood-features-") as file:  # The mapping outlives the name.
+                flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=feature.dtype)
+            columns.append(flat.reshape(shape))
+        return columns
 
 
 def _is_random(transform: Any) -> bool:

@@ -166,7 +166,7 @@ class FlowModule(_Base):
         )
 
     @classmethod
-    def configure_visualizer(cls) -> None:  # type: ignore[override]
+    def configure_visualizer(cls) -> Any:
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
 
     # -- checkpoints and export ----------------------------------------------------------------------------------

@@ -76,9 +76,6 @@ class QuantilePostProcessor(PostProcessor):
         self._image_threshold_metric = NormalQuantile(  # type: ignore[assignment]
             quantile=1 - false_alarm_rate, fields=["pred_score", "gt_label"], strict=False
         )
-        self._pixel_threshold_metric = NormalQuantile(  # type: ignore[assignment]
-            quantile=1 - false_alarm_rate, fields=["anomaly_map", "gt_mask"], strict=False
-        )
         self._image_min_max_metric = MinMax(fields=["pred_score"], strict=False)
 
     @property
@@ -98,9 +95,18 @@ class QuantilePostProcessor(PostProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Collect scores; those of the sanity check come from an untrained model and are left out."""
-        if not trainer.sanity_checking:
-            super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        """Collect scores; those of the sanity check come from an untrained model and are left out.
+
+        Maps get no threshold of their own: a pixel is anomalous where its value would make an image anomalous.
+        """
+        del pl_module, args, kwargs
+        if trainer.sanity_checking:
+            return
+        if self.enable_thresholding:
+            self._image_threshold_metric.update(outputs)
+        if self.enable_normalization:
+            self._image_min_max_metric.update(outputs)
+            self._pixel_min_max_metric.update(outputs)
 
     def threshold_batch(self, batch: Batch) -> None:
         """Label a batch; without a threshold (no validation ran) there is nothing to label by."""

