@@ -27,7 +27,7 @@ SHAPE = (2, 5, 4)
 def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
     native = form == "native"
     size = quadrant_size(*shape[1:]) if native else shape[1:]
-    constructor = subnet_constructor(subnet, hidden_channels=6, bottleneck_dim=3, size=size)
+    constructor = subnet_constructor(subnet, hidden_channels=12, bottleneck_dim=3, size=size)
     if native:
         return randomise(QuadrantCoupling([shape], layer=layer, subnet_constructor=constructor))
     return randomise(MaskedCoupling([shape], mask=coupling_mask(form, shape, layer), subnet_constructor=constructor))
