@@ -98,7 +98,7 @@ class FlowModule(_Base):
         self.model.fitted.fill_(True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
-        """Score a batch for the threshold, and log its mean −log p per dimension over normal images."""
+        """Score a batch for the threshold, and log the mean score of its normal images."""
         del batch_idx
         batch.update(**self.predict_batch(batch)._asdict())
         scores = batch.pred_score if batch.gt_label is None else batch.pred_score[~batch.gt_label]
