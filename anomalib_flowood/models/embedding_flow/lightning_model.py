@@ -57,7 +57,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: int = 16,
         coupling_layers: int = 6,
         hidden_channels: int = 128,
-        max_epochs: int = 10,
+        max_epochs: int = 6,
         learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
