@@ -23,13 +23,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import is_model, list_models
-from torch import nn
+from torch import Tensor, nn
 
 from anomalib_flowood.names import unknown_name
 
 logger = logging.getLogger(__name__)
 
 LOCAL_DIR = "local-dir:"
+
+_CPU_CHUNK = 16
+"""Images that go through a backbone at once on the CPU: more fall out of the caches, twice as slow at 64 and worse."""
 
 _PACKAGED = "tf_efficientnet_lite0"
 _HUB_TIMEOUT = 3.0
@@ -73,7 +76,8 @@ def create_backbone(name: str, *, pre_trained: bool = True, **kwargs: Any) -> nn
     else:
         backbone = _from_hub(name, kwargs)
     backbone.requires_grad_(requires_grad=False)
-    return backbone.eval()
+    # On the CPU, convolutions are twice as fast in this layout.
+    return backbone.to(memory_format=torch.channels_last).eval()
 
 
 def check_backbone(name: str) -> None:
@@ -126,6 +130,27 @@ def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: 
         msg = f"layers must name at least one layer, and none twice, got {list(layers)}. Known: {', '.join(known)}."
         raise ValueError(msg)
     return create_backbone(name, pre_trained=pre_trained, features_only=True, out_indices=sorted(indices))
+
+
+def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Run a backbone as fast as the device allows.
+
+    Args:
+        backbone: From :func:`create_backbone` or :func:`create_feature_maps`.
+        images: Images as the backbone wants them, ``(N, 3, H, W)``.
+
+    Returns:
+        What the backbone returns, always as a tuple: pooled features, or one map for each layer.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return _as_tuple(backbone(images))
+    chunks = [_as_tuple(backbone(chunk)) for chunk in images.split(_CPU_CHUNK)]
+    return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
+
+
+def _as_tuple(output: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
 def backbone_config(name: str) -> dict[str, Any]:

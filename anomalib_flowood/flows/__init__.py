@@ -2,7 +2,7 @@
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
 from .architectures import map_flow, pixel_flow, vector_flow
-from .couplings import AffineCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
+from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
 from .pixels import LEVELS, Logit, bits_per_dim, dequantize, standard_normal_log_prob
 from .subnets import SUBNETS, Bottleneck, Mlp, ResNet, subnet_constructor
@@ -13,6 +13,7 @@ __all__ = [
     "SUBNETS",
     "AffineCoupling",
     "Bottleneck",
+    "ChannelCoupling",
     "CouplingMask",
     "Logit",
     "MaskedCoupling",

@@ -8,7 +8,7 @@ from FrEIA.modules import IRevNetDownsampling
 
 from anomalib_flowood.names import unknown_name
 
-from .couplings import MaskedCoupling, QuadrantCoupling, quadrant_size
+from .couplings import ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .masks import MASKS, coupling_mask
 from .pixels import Logit
 from .subnets import subnet_constructor
@@ -30,7 +30,8 @@ def pixel_flow(
         shape: ``(C, H, W)`` of the images.
         mask: One of :data:`~anomalib_flowood.flows.MASKS`. ``channel`` couplings see the image after a 2×2 squeeze
             where it has one channel only.
-        native: Use the quadrant-native form of the cycle mask; other masks have the zero-masked form only.
+        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone; the
+            other masks have the zero-masked form only.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
@@ -68,7 +69,8 @@ def map_flow(
     Args:
         shape: ``(C, H, W)`` of the maps.
         mask: One of :data:`~anomalib_flowood.flows.MASKS`.
-        native: Use the quadrant-native form of the cycle mask; other masks have the zero-masked form only.
+        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone; the
+            other masks have the zero-masked form only.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
@@ -98,12 +100,12 @@ def _append_couplings(
         raise unknown_name("mask", mask, MASKS)
     _at_least_one("coupling_layers", coupling_layers)
     shape = tuple(flow.shapes[-1])
-    native = native and mask == "cycle"
-    size = quadrant_size(*shape[1:]) if native else shape[1:]
+    coupling = {"cycle": QuadrantCoupling, "channel": ChannelCoupling}.get(mask) if native else None
+    size = quadrant_size(*shape[1:]) if coupling is QuadrantCoupling else shape[1:]
     constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
     for layer in range(coupling_layers):
-        if native:
-            flow.append(QuadrantCoupling, layer=layer, subnet_constructor=constructor)
+        if coupling:
+            flow.append(coupling, layer=layer, subnet_constructor=constructor)
         else:
             flow.append(MaskedCoupling, mask=coupling_mask(mask, shape, layer), subnet_constructor=constructor)
 
@@ -135,7 +137,7 @@ def vector_flow(
     constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
     flow = SequenceINN(dims)
     for layer in range(coupling_layers):
-        flow.append(MaskedCoupling, mask=coupling_mask("channel", (dims,), layer), subnet_constructor=constructor)
+        flow.append(ChannelCoupling, layer=layer, subnet_constructor=constructor)
     return flow
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Affine coupling layers as FrEIA invertible modules.
 
-Both forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupling, with the scale
+All forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupling, with the scale
 ``s = w * tanh(s_raw)`` of the paper's code (Kirichenko et al. 2020), ``w`` learned per channel::
 
     s_raw, t = subnet(fed values)
@@ -27,12 +27,13 @@ SubnetConstructor = Callable[[int, int], nn.Module]
 
 
 class AffineCoupling(InvertibleModule):
-    """What the two forms share: shapes, the scale, FrEIA's calling convention.
+    """What all forms share: shapes, the scale, FrEIA's calling convention.
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, as FrEIA passes it.
         subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``.
         dims_c: Shapes of conditions; FrEIA's convention, none are supported.
+        channels: Channels that feed the network, and channels of what is changed; all of them by default.
 
     Raises:
         ValueError: If there is more than one input, or a condition.
@@ -43,15 +44,16 @@ class AffineCoupling(InvertibleModule):
         dims_in: Iterable[tuple[int, ...]],
         subnet_constructor: SubnetConstructor,
         dims_c: Iterable[tuple[int, ...]] | None = None,
+        channels: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(dims_in, dims_c)
         if len(self.dims_in) != 1 or self.dims_c:
             msg = f"{type(self).__name__} takes one input and no condition, got {self.dims_in} and {self.dims_c}."
             raise ValueError(msg)
         self.shape = tuple(self.dims_in[0])
-        channels = self.shape[0]
-        self.subnet = subnet_constructor(channels, 2 * channels)
-        self.scale = nn.Parameter(torch.ones(channels, *[1] * (len(self.shape) - 1)))
+        fed, changed = channels or (self.shape[0], self.shape[0])
+        self.subnet = subnet_constructor(fed, 2 * changed)
+        self.scale = nn.Parameter(torch.ones(changed, *[1] * (len(self.shape) - 1)))
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Return the shape of the output, which is that of the input."""
@@ -149,6 +151,55 @@ class MaskedCoupling(AffineCoupling):
         s, t = self.scale_and_shift(x * self.feed)
         s, t = s * self.change, t * self.change
         return x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s), s
+
+
+class ChannelCoupling(AffineCoupling):
+    """Affine coupling of the channel mask in its native form: the network sees one half of the channels alone.
+
+    Even layers read the first ``C // 2`` channels and change the others, odd layers the other way round, as the
+    zero-masked form does.
+
+    Args:
+        dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, of at least two channels.
+        layer: Index of the layer in its stack.
+        subnet_constructor: Called as ``subnet_constructor(channels_fed, 2 * channels_changed)``; the network keeps
+            the spatial size.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If there is one channel only.
+    """
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        layer: int,
+        subnet_constructor: SubnetConstructor,
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        dims_in = list(dims_in)
+        channels = dims_in[0][0]
+        if channels < 2:
+            msg = f"The channel mask needs at least 2 channels, got the shape {tuple(dims_in[0])}."
+            raise ValueError(msg)
+        halves = (channels // 2, channels - channels // 2)
+        source, target = layer % 2, 1 - layer % 2
+        super().__init__(dims_in, subnet_constructor, dims_c, (halves[source], halves[target]))
+        self.halves, self.source, self.target = halves, source, target
+
+    def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Transform one half of the channels; see :meth:`AffineCoupling.couple`."""
+        parts = list(x.split(self.halves, dim=1))
+        s, t = self.scale_and_shift(parts[self.source])
+        changed = parts[self.target]
+        parts[self.target] = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
+        return torch.cat(parts, dim=1), s
+
+    def spread(self, s: Tensor) -> Tensor:
+        """Place the scales of the half in all channels; see :meth:`AffineCoupling.spread`."""
+        parts = [torch.zeros_like(s[:, :1]).expand(-1, length, *s.shape[2:]) for length in self.halves]
+        parts[self.target] = s
+        return torch.cat(parts, dim=1)
 
 
 class QuadrantCoupling(AffineCoupling):

@@ -12,6 +12,7 @@ from torch import nn
 
 from anomalib_flowood.flows import (
     MASKS,
+    ChannelCoupling,
     CouplingMask,
     MaskedCoupling,
     QuadrantCoupling,
@@ -22,15 +23,23 @@ from anomalib_flowood.flows import (
 )
 
 SHAPE = (2, 5, 4)
+NATIVE = {"native cycle": QuadrantCoupling, "native channel": ChannelCoupling}
 
 
 def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
-    native = form == "native"
-    size = quadrant_size(*shape[1:]) if native else shape[1:]
+    return randomise(fresh_coupling(form, shape, layer, subnet))
+
+
+def fresh_coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
+    size = quadrant_size(*shape[1:]) if form == "native cycle" else shape[1:]
     constructor = subnet_constructor(subnet, hidden_channels=12, bottleneck_dim=3, size=size)
-    if native:
-        return randomise(QuadrantCoupling([shape], layer=layer, subnet_constructor=constructor))
-    return randomise(MaskedCoupling([shape], mask=coupling_mask(form, shape, layer), subnet_constructor=constructor))
+    if form in NATIVE:
+        return NATIVE[form]([shape], layer=layer, subnet_constructor=constructor)
+    return MaskedCoupling([shape], mask=coupling_mask(form, shape, layer), subnet_constructor=constructor)
+
+
+def mask_of(form, shape=SHAPE, layer=0):
+    return coupling_mask(form.removeprefix("native "), shape, layer)
 
 
 def call(module):
@@ -38,12 +47,12 @@ def call(module):
     return lambda x, rev=False: (lambda out: (out[0][0], out[1]))(module((x,), rev=rev))
 
 
-forms = pytest.mark.parametrize("form", [*MASKS, "native"])
+forms = pytest.mark.parametrize("form", [*MASKS, *NATIVE])
 shapes = st.tuples(st.integers(2, 3), st.integers(3, 6), st.integers(3, 6))
 
 
 @given(
-    form=st.sampled_from([*MASKS, "native"]),
+    form=st.sampled_from([*MASKS, *NATIVE]),
     shape=shapes,
     layer=st.integers(0, 7),
     subnet=st.sampled_from(["bottleneck", "mlp", "resnet"]),
@@ -60,7 +69,7 @@ def test_inverse_and_log_determinant(form, shape, layer, subnet, seed):
 @pytest.mark.parametrize("layer", range(4))
 def test_only_the_masked_part_changes_and_only_the_fed_part_matters(form, layer):
     module = call(coupling(form, layer=layer))
-    feed, change = coupling_mask("cycle" if form == "native" else form, SHAPE, layer)
+    feed, change = mask_of(form, layer=layer)
     x = torch.randn(1, *SHAPE, dtype=torch.float64, requires_grad=True)
     y, _ = module(x)
     assert torch.equal(y[0][~change], x[0][~change])
@@ -75,7 +84,7 @@ def test_one_cycle_layer_depends_only_on_the_quadrant_before():
     shape = (1, 6, 6)
     parts = quadrants(6, 6)
     for layer in range(8):
-        module = call(coupling("native", shape, layer))
+        module = call(coupling("native cycle", shape, layer))
         x = torch.randn(1, *shape, dtype=torch.float64)
         y, _ = module(x)
         for number, (rows, columns) in enumerate(parts):
@@ -110,7 +119,7 @@ class FromMasked(nn.Module):
 @pytest.mark.parametrize("layer", range(4))
 def test_native_and_zero_masked_cycle_agree(layer):
     shape = (2, 6, 4)
-    native = coupling("native", shape, layer)
+    native = coupling("native cycle", shape, layer)
     masked = MaskedCoupling(
         [shape],
         mask=coupling_mask("cycle", shape, layer),
@@ -122,14 +131,36 @@ def test_native_and_zero_masked_cycle_agree(layer):
         torch.testing.assert_close(ours, theirs)
 
 
+class FromMaskedHalf(nn.Module):
+    """The network of the native channel form inside of the zero-masked form: reads one half, writes the other."""
+
+    def __init__(self, coupling: ChannelCoupling) -> None:
+        super().__init__()
+        self.coupling = coupling
+
+    def forward(self, x):
+        halves = x.split(self.coupling.halves, dim=1)
+        raw, shift = self.coupling.subnet(halves[self.coupling.source]).chunk(2, dim=1)
+        return torch.cat([self.coupling.spread(raw), self.coupling.spread(shift)], dim=1)
+
+
+@pytest.mark.parametrize("layer", range(2))
+@pytest.mark.parametrize("shape", [(3, 4, 5), (9,)])
+def test_native_and_zero_masked_channel_agree(layer, shape):
+    native = coupling("native channel", shape, layer)
+    masked = MaskedCoupling(
+        [shape], mask=coupling_mask("channel", shape, layer), subnet_constructor=lambda *_: FromMaskedHalf(native)
+    ).double()
+    masked.scale.data = native.spread(native.scale[None])[0].data
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    for ours, theirs in zip(call(native)(x), call(masked)(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @forms
 def test_starts_as_the_identity(form):
-    size = quadrant_size(*SHAPE[1:]) if form == "native" else SHAPE[1:]
-    constructor = subnet_constructor("mlp", hidden_channels=4, bottleneck_dim=2, size=size)
-    kwargs = {"layer": 0} if form == "native" else {"mask": coupling_mask(form, SHAPE, 0)}
-    cls = QuadrantCoupling if form == "native" else MaskedCoupling
     x = torch.randn(2, *SHAPE)
-    y, log_det = call(cls([SHAPE], subnet_constructor=constructor, **kwargs))(x)
+    y, log_det = call(fresh_coupling(form, subnet="mlp"))(x)
     torch.testing.assert_close(y, x)
     assert torch.equal(log_det, torch.zeros(2))
 
@@ -150,7 +181,7 @@ def test_moves_to_another_device_with_its_mask(form):
     assert y.device.type == log_det.device.type == "meta"
 
 
-@pytest.mark.parametrize("form", ["checkerboard", "native"])
+@pytest.mark.parametrize("form", ["checkerboard", *NATIVE])
 def test_exports_to_onnx(form, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
 
@@ -191,5 +222,7 @@ def test_bad_masks_are_refused():
         MaskedCoupling([(2, 4, 4)], mask=CouplingMask(ones, ~ones), subnet_constructor=constructor)
     with pytest.raises(ValueError, match="at least 2 x 2 pixels"):
         QuadrantCoupling([(1, 1, 4)], layer=0, subnet_constructor=constructor)
+    with pytest.raises(ValueError, match="at least 2 channels"):
+        ChannelCoupling([(1, 4, 4)], layer=0, subnet_constructor=constructor)
     with pytest.raises(ValueError, match="one input and no condition"):
         QuadrantCoupling([(1, 4, 4)], layer=0, subnet_constructor=constructor, dims_c=[(3,)])

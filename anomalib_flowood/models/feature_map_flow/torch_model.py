@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import create_feature_maps
+from anomalib_flowood.backbones import create_feature_maps, run_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
 
-_CPU_CHUNK = 32
 _FIT_POSITIONS = 60_000
 """Positions from which the principal subspaces are fitted; more change nothing but the time."""
 
@@ -133,7 +132,7 @@ class FeatureMapFlowModel(FlowModel):
         super().__init__(graph, sum(math.prod(shape) for shape in shapes), levels=1)
         # The graph sorts its modules in an order of its own.
         self._places = [list(graph.module_list).index(node.module) for node in middle]
-        self.backbone = network.to(memory_format=torch.channels_last)
+        self.backbone = network
         self.image_size = tuple(image_size)
         self.score_fraction = score_fraction
         for number, (layer, shape) in enumerate(zip(maps, shapes, strict=True)):
@@ -168,11 +167,7 @@ class FeatureMapFlowModel(FlowModel):
             ValueError: If a pixel is NaN or infinite.
         """
         check_images(images)
-        images = images.contiguous(memory_format=torch.channels_last)
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            chunks = [self.backbone(chunk) for chunk in images.split(_CPU_CHUNK)]
-            return tuple(torch.cat(layer) for layer in zip(*chunks, strict=True))
-        return tuple(self.backbone(images))
+        return run_backbone(self.backbone, images)
 
     def fit_subspaces(self, maps: tuple[Tensor, ...]) -> None:
         """Fit each layer's principal subspace over positions and images.

@@ -29,7 +29,8 @@ class PixelFlow(FlowModule, AnomalibModule):
         image_size: Height and width to which images are resized.
         channels: 3 for colour, 1 for grey.
         mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
-        native: Compute the cycle mask's networks on the quadrant alone (fast) and not on the zero-masked image.
+        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone (fast),
+            and not the zero-masked image.
         subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network; the paper's K.
         coupling_layers: Number of couplings.

@@ -20,7 +20,7 @@ class PixelFlowModel(FlowModel):
         image_size: Height and width of the images.
         channels: 1 (grey; colour images are converted) or 3.
         mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
-        native: Use the quadrant-native form of the cycle mask.
+        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone.
         subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
