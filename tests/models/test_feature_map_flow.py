@@ -27,11 +27,30 @@ def model(**kwargs) -> FeatureMapFlowModel:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("subnet", ["bottleneck", "mlp", "resnet"])
-def test_the_maps_sum_to_minus_log_p(mask, subnet):
-    density = model(mask=mask, subnet=subnet)
+@pytest.mark.parametrize("tail", [False, True])
+def test_the_maps_sum_to_minus_log_p(mask, subnet, tail):
+    density = model(mask=mask, subnet=subnet, tail=tail)
     images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
     maps = density.layer_maps(density.reduce(density.extract(images)))
-    torch.testing.assert_close(sum(layer.flatten(1).sum(1) for layer in maps), -density.log_prob(images))
+    torch.testing.assert_close(sum(layer.flatten(1).sum(1) for layer, _ in maps), -density.log_prob(images))
+
+
+def test_the_leading_directions_share_is_the_whole_where_all_lead():
+    density = model(score_dims=SMALL["subspace_dim"])
+    for whole, leading in density.layer_maps(density.reduce(density.extract(torch.rand(2, 3, 40, 56).double()))):
+        torch.testing.assert_close(leading, whole)
+
+
+def descriptors(layer: torch.Tensor) -> torch.Tensor:
+    """A feature vector and the mean of its neighbours' directions, position by position; (N, 2 C, h, w)."""
+    unit = layer / layer.norm(dim=1, keepdim=True)
+    height, width = layer.shape[2:]
+    rows = []
+    for row in range(height):
+        for column in range(width):
+            near = unit[:, :, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+            rows.append(torch.cat([layer[:, :, row, column], near.mean((2, 3))], dim=1))
+    return torch.stack(rows, dim=2).unflatten(2, (height, width))
 
 
 def test_the_graph_is_one_invertible_network_over_all_layers():
@@ -54,26 +73,46 @@ def test_with_a_fresh_flow_positions_are_independent_gaussians():
     state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
     fresh.load_state_dict(state, strict=False)
     maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
-    projected = torch.einsum("dc,nchw->nhwd", fresh.components_0, maps[0] - fresh.mean_0[:, None, None])
+    centred = descriptors(maps[0]) * fresh.scale_0[:, None, None] - fresh.mean_0[:, None, None]
+    projected = torch.einsum("dc,nchw->nhwd", fresh.components_0, centred)
     expected = MultivariateNormal(torch.zeros(3).double(), torch.diag(fresh.variances_0)).log_prob(projected)
-    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0], -expected)
+    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0][0], -expected)
+
+
+def test_with_a_fresh_flow_and_the_tail_it_is_probabilistic_pca():
+    density = model(layers=(2,), tail=True)
+    fresh = FeatureMapFlowModel(
+        BACKBONE, layers=(2,), image_size=(40, 56), pre_trained=False, tail=True, **SMALL
+    ).double()
+    state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
+    fresh.load_state_dict(state, strict=False)
+    maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
+    described = descriptors(maps[0]).permute(0, 2, 3, 1) * fresh.scale_0
+    directions, dims = fresh.components_0, fresh.components_0.shape[1]
+    covariance = directions.T @ torch.diag(fresh.variances_0 - fresh.tail_variance_0) @ directions
+    covariance = covariance + fresh.tail_variance_0 * torch.eye(dims)
+    expected = MultivariateNormal(fresh.mean_0, covariance).log_prob(described)
+    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0][0], -expected)
 
 
 def test_layers_are_brought_to_a_common_scale():
     density = model()
     reduced = density.reduce(density.extract(torch.rand(20, 3, 40, 56, dtype=torch.float64)))
     density.fit_map_scale(reduced)
-    for number, layer in enumerate(density.layer_maps(reduced)):
-        scaled = (layer - density.map_mean[number]) / density.map_std[number]
-        assert scaled.mean().item() == pytest.approx(0, abs=1e-9)
-        assert scaled.std().item() == pytest.approx(1, abs=1e-9)
+    for number, (whole, leading) in enumerate(density.layer_maps(reduced)):
+        for name, values in (("map", whole), ("score", leading)):
+            scaled = (values - getattr(density, f"{name}_mean")[number]) / getattr(density, f"{name}_std")[number]
+            assert scaled.mean().item() == pytest.approx(0, abs=1e-9)
+            assert scaled.std().item() == pytest.approx(1, abs=1e-9)
 
 
-def test_the_score_is_the_mean_of_the_highest_values_of_the_map():
-    density = model(score_fraction=0.1)
-    batch = density(torch.rand(3, 3, 40, 56, dtype=torch.float64))
+def test_the_score_is_the_mean_where_the_leading_directions_are_least_likely():
+    density = model(score_fraction=0.1, score_dims=2, layers=(2,))
+    images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
+    batch = density(images)
     assert batch.anomaly_map.shape == (3, 1, 40, 56)
-    expected = batch.anomaly_map.flatten(1).sort(dim=1).values[:, -224:].mean(1)
+    ((_, leading),) = density.layer_maps(density.reduce(density.extract(images)))
+    expected = leading.flatten(1).sort(dim=1).values[:, -4:].mean(1)  # of 5 x 7
     torch.testing.assert_close(batch.pred_score, expected)
 
 
@@ -118,6 +157,8 @@ def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
         ({"layers": (1, 1)}, "none twice"),
         ({"mask": "cicle"}, "Did you mean 'cycle'"),
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
+        ({"score_dims": 0}, "score_dims must be at least 1"),
+        ({"image_size": (8, 8)}, "has 1 x 1 positions for images of 8 x 8.*Use larger images"),
         ({"bottleneck_dim": 10_000}, "squeezes nothing"),
     ],
 )
@@ -129,7 +170,7 @@ def test_bad_configurations(kwargs, message):
 def test_constant_features_are_refused():
     density = model()
     with pytest.raises(ValueError, match="vary in fewer than subspace_dim=3 directions"):
-        density.fit_subspaces(tuple(torch.ones(9, len(density.mean_0), 5, 7) for _ in range(2)))
+        density.fit_subspaces(tuple(torch.ones(9, len(density.mean_0) // 2, 5, 7) for _ in range(2)))
 
 
 def test_defaults():

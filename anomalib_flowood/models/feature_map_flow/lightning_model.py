@@ -31,14 +31,18 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         layers: Layers whose maps are modelled, by timm's module names or indices; one flow for each.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
-        subspace_dim: Principal directions to which each layer's channels are reduced.
+        subspace_dim: Principal directions to which each layer's descriptors are reduced.
+        tail: Add a Gaussian for the discarded directions to density and anomaly map.
         mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
         subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
-        score_fraction: The image score is the mean of this share of the highest values of the anomaly map: 1 takes the
-            whole map, so that with one layer the score is −log p up to its scale; small shares look for small defects.
+        score_dims: Leading principal directions of each layer that make the image score; the anomaly map takes all.
+        score_fraction: The image score is a mean over positions: those where the leading directions are least likely,
+            this share of them. All by default; small shares look for small defects.
+        feature_noise: Standard deviation of the Gaussian noise on standardised features in training. It keeps the flow
+            from learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
@@ -60,15 +64,18 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         layers: tuple[str | int, ...] = ("blocks.4",),
         pre_trained: bool = True,
         image_size: tuple[int, int] = (224, 224),
-        subspace_dim: int = 48,
+        subspace_dim: int = 96,
+        tail: bool = False,
         mask: str = "cycle",
         subnet: str = "bottleneck",
-        bottleneck_dim: int = 32,
-        coupling_layers: int = 8,
+        bottleneck_dim: int = 128,
+        coupling_layers: int = 4,
         hidden_channels: int = 256,
+        score_dims: int = 16,
         score_fraction: float = 1.0,
+        feature_noise: float = 0.5,
         cache_gib: float = 2.0,
-        max_epochs: int = 40,
+        max_epochs: int = 20,
         learning_rate: float = 1e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -84,6 +91,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.cache_gib = cache_gib
+        self.feature_noise = feature_noise
         height, width = image_size
         self.model = FeatureMapFlowModel(
             backbone,
@@ -91,11 +99,13 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             (height, width),
             pre_trained=pre_trained,
             subspace_dim=subspace_dim,
+            tail=tail,
             mask=mask,
             subnet=subnet,
             bottleneck_dim=bottleneck_dim,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
+            score_dims=score_dims,
             score_fraction=score_fraction,
         )
         self._reference: tuple[Tensor, ...] = ()
@@ -123,13 +133,14 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self._reference = self.prepare_features(some)
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the reduced maps, ``(N, d, h, w)`` for each layer, in half precision."""
+        """Return the reduced maps, ``(N, D, h, w)`` for each layer, in half precision."""
         return tuple(layer.half() for layer in self.model.reduce(features))
 
     def log_prob_batch(self, batch: Any) -> Tensor:
         """Log-density per dimension of a training batch; nats, ``(N,)``."""
         reduced = tuple(layer.float() for layer in self.features_of(batch))
-        return self.model.reduced_log_prob(reduced) / self.model.dims
+        noisy = tuple(layer + self.feature_noise * self._noise_like(layer) for layer in reduced)
+        return self.model.reduced_log_prob(noisy) / self.model.dims
 
     def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
         """Score prepared features, as the torch model scores images."""
@@ -148,3 +159,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def _fit_map_scale(self) -> None:
         if self._reference:
             self.model.fit_map_scale(tuple(layer.float() for layer in self._reference))
+
+    def _noise_like(self, layer: Tensor) -> Tensor:
+        noise = torch.randn_like(layer)
+        if self.model.tail:
+            noise[:, -1] = 0  # nats, not a coordinate
+        return noise

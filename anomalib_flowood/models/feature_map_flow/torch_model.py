@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from FrEIA.framework import GraphINN, InputNode, Node, OutputNode
@@ -20,6 +21,9 @@ from anomalib_flowood.models.components import FlowModel, check_images
 
 _FIT_POSITIONS = 60_000
 """Positions from which the principal subspaces are fitted; more change nothing but the time."""
+
+_CHUNK = 256
+"""Images whose maps are described at once."""
 
 
 class LayerFlow(InvertibleModule):
@@ -68,26 +72,36 @@ class LayerFlow(InvertibleModule):
 class FeatureMapFlowModel(FlowModel):
     """Density of the reduced feature maps of a frozen network, one flow per layer; says where it is low.
 
-    A layer's map, of C channels at h × w positions, is projected onto the d principal directions of its channels over
-    all positions and training images, and standardised. A flow models the whole d × h × w map at once. At every
-    position p the anomaly map is::
+    Every position of a layer's map of C channels gets a descriptor of 2 C numbers: its feature vector, and the mean of
+    the L2-normalised vectors in the 3 × 3 positions around it (Roth et al. 2022, section 3.1, pool likewise). The two
+    halves are scaled to one total variance, projected onto the D principal directions over all positions and training
+    images, and standardised. A flow models the whole D × h × w map at once. Couplings scale and shift each value, so
+    that the density has a share for each direction d at each position p::
 
-        a(p) = 1/2 |z(p)|^2 - sum of log-scales at p + 1/2 sum log v + d/2 log(2 pi)
+        a(d, p) = 1/2 z(d, p)^2 - sum of log-scales at (d, p) + 1/2 log(2 pi v(d))
 
-    and its sum over the positions is −log p of the reduced map.
+    The shares sum to −log p of the reduced map. The anomaly map is their sum over the directions: many directions show
+    well where something is. The image score takes the leading ``score_dims`` directions alone, which say best whether
+    an image belongs: they change with what it shows, the others with its texture.
+
+    With ``tail``, what the projection leaves out has an isotropic Gaussian (probabilistic PCA, Tipping and Bishop 1999,
+    section 3), whose share of the density joins the anomaly map.
 
     Args:
         backbone: A timm name or ``local-dir:FOLDER``.
         layers: Layers by timm's module names (``blocks.4``) or indices.
         image_size: Height and width of the images.
         pre_trained: Load the backbone's weights.
-        subspace_dim: d, the principal directions of each layer's channels; all channels where a layer has fewer.
+        subspace_dim: D, the principal directions of each layer's descriptors; all where a layer has fewer.
+        tail: Add a Gaussian for the discarded directions.
         mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
         subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
-        score_fraction: The image score is the mean of the highest values of the anomaly map, this share of them.
+        score_dims: Leading directions of each layer that make the image score.
+        score_fraction: The image score is a mean over the positions where those directions are least likely, this
+            share of all positions.
 
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense.
@@ -96,6 +110,8 @@ class FeatureMapFlowModel(FlowModel):
 
     map_mean: Tensor
     map_std: Tensor
+    score_mean: Tensor
+    score_std: Tensor
 
     def __init__(
         self,
@@ -104,21 +120,34 @@ class FeatureMapFlowModel(FlowModel):
         image_size: tuple[int, int] = (224, 224),
         *,
         pre_trained: bool = True,
-        subspace_dim: int = 48,
+        subspace_dim: int = 96,
+        tail: bool = False,
         mask: str = "cycle",
         subnet: str = "bottleneck",
-        bottleneck_dim: int = 32,
-        coupling_layers: int = 8,
+        bottleneck_dim: int = 128,
+        coupling_layers: int = 4,
         hidden_channels: int = 256,
+        score_dims: int = 16,
         score_fraction: float = 1.0,
     ) -> None:
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)
+        if score_dims < 1:
+            msg = f"score_dims must be at least 1, got {score_dims}."
+            raise ValueError(msg)
         network = create_feature_maps(backbone, layers, pre_trained=pre_trained)
         with torch.no_grad():
             maps = network(torch.zeros(1, 3, *image_size))
-        shapes = [(min(subspace_dim, layer.shape[1]), *layer.shape[2:]) for layer in maps]
+        shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
+        for layer, (_, height, width) in zip(network.feature_info.module_name(), shapes, strict=True):  # type: ignore[operator, union-attr]
+            if min(height, width) < 2:
+                msg = (
+                    f"The map of layer {layer!r} has {height} x {width} positions for images of {image_size[0]} x "
+                    f"{image_size[1]}, which leaves a coupling nothing to work with. Use larger images, an earlier "
+                    "layer, or EmbeddingFlow."
+                )
+                raise ValueError(msg)
         inputs = [InputNode(*shape, name=f"layer {number}") for number, shape in enumerate(shapes)]
         arguments = {
             "mask": mask,
@@ -129,19 +158,31 @@ class FeatureMapFlowModel(FlowModel):
         }
         middle = [Node(node, LayerFlow, arguments) for node in inputs]
         graph = GraphINN([*inputs, *middle, *(OutputNode(node) for node in middle)])
-        super().__init__(graph, sum(math.prod(shape) for shape in shapes), levels=1)
+        self._tail_dims = [2 * layer.shape[1] - shape[0] for layer, shape in zip(maps, shapes, strict=True)]
+        dims = sum(
+            math.prod(shape) + tail * left * math.prod(shape[1:])
+            for shape, left in zip(shapes, self._tail_dims, strict=True)
+        )
+        super().__init__(graph, dims, levels=1)
         # The graph sorts its modules in an order of its own.
         self._places = [list(graph.module_list).index(node.module) for node in middle]
         self.backbone = network
         self.image_size = tuple(image_size)
+        self.tail = tail
+        self.score_dims = score_dims
         self.score_fraction = score_fraction
         for number, (layer, shape) in enumerate(zip(maps, shapes, strict=True)):
-            self.register_buffer(f"mean_{number}", torch.zeros(layer.shape[1]))
-            self.register_buffer(f"components_{number}", torch.zeros(shape[0], layer.shape[1]))
+            channels = 2 * layer.shape[1]
+            self.register_buffer(f"scale_{number}", torch.ones(channels))
+            self.register_buffer(f"mean_{number}", torch.zeros(channels))
+            self.register_buffer(f"components_{number}", torch.zeros(shape[0], channels))
             self.register_buffer(f"variances_{number}", torch.ones(shape[0]))
-        # Location and scale of each layer's anomaly map on normal images, to bring layers to a common scale.
-        self.register_buffer("map_mean", torch.zeros(len(shapes)))
-        self.register_buffer("map_std", torch.ones(len(shapes)))
+            self.register_buffer(f"tail_variance_{number}", torch.ones(()))
+        # Location and scale of each layer's map and of its leading directions on normal images, to bring layers to a
+        # common scale.
+        for name in ("map", "score"):
+            self.register_buffer(f"{name}_mean", torch.zeros(len(shapes)))
+            self.register_buffer(f"{name}_std", torch.ones(len(shapes)))
 
     @property
     def layer_flows(self) -> list[LayerFlow]:
@@ -164,9 +205,16 @@ class FeatureMapFlowModel(FlowModel):
             One map for each layer, ``(N, C, h, w)``.
 
         Raises:
-            ValueError: If a pixel is NaN or infinite.
+            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
         check_images(images)
+        if tuple(images.shape[2:]) != self.image_size and not torch.compiler.is_compiling():
+            height, width = images.shape[2:]
+            msg = (
+                f"This model works on images of {self.image_size[0]} x {self.image_size[1]} pixels, got {height} x "
+                f"{width}. Keep the pre-processor's Resize, or set image_size."
+            )
+            raise ValueError(msg)
         return run_backbone(self.backbone, images)
 
     def fit_subspaces(self, maps: tuple[Tensor, ...]) -> None:
@@ -178,56 +226,73 @@ class FeatureMapFlowModel(FlowModel):
         Raises:
             ValueError: If the features are all alike, or vary in too few directions.
         """
-        generator = torch.Generator().manual_seed(0)
         for number, layer in enumerate(maps):
+            vectors = _descriptors(layer).double().cpu().numpy()
             components = getattr(self, f"components_{number}")
-            n, _, height, width = layer.shape
-            count = min(_FIT_POSITIONS, n * height * width)
-            place = torch.randperm(n * height * width, generator=generator)[:count].sort().values
-            image, row, column = place // (height * width), place // width % height, place % width
-            # One channel vector for each position drawn; NumPy's solver runs once per fit.
-            vectors = layer[image, :, row, column].double().numpy()
-            if len(components) >= count:
-                msg = f"{count} positions have no {len(components)} principal directions: give more training images."
-                raise ValueError(msg)
-            pca = PCA(n_components=len(components), random_state=0).fit(vectors)
-            variances = torch.from_numpy(pca.explained_variance_)
-            if float(variances[-1]) <= 1e-8 * float(variances[0]) or float(variances[0]) <= 1e-12:
+            directions, channels = components.shape
+            if directions >= len(vectors):
                 msg = (
-                    f"The features of layer {number} vary in fewer than subspace_dim={len(components)} directions: "
+                    f"{len(vectors)} positions have no {directions} principal directions: give more training images, "
+                    f"or set subspace_dim to at most {max(1, len(vectors) // 2)}."
+                )
+                raise ValueError(msg)
+            # Both halves of a descriptor get one total variance.
+            totals = vectors.var(axis=0).reshape(2, -1).sum(axis=1)
+            scale = (1 / np.sqrt(np.maximum(totals, 1e-12))).repeat(channels // 2)
+            pca = PCA(n_components=directions, svd_solver="covariance_eigh").fit(vectors * scale)
+            variances = torch.from_numpy(pca.explained_variance_)
+            if totals.min() <= 1e-10 or float(variances[-1]) <= 1e-8 * float(variances[0]):
+                msg = (
+                    f"The features of layer {number} vary in fewer than subspace_dim={directions} directions: "
                     "are the training images all the same, or constant? Set subspace_dim lower."
                 )
                 raise ValueError(msg)
-            getattr(self, f"mean_{number}").copy_(torch.from_numpy(pca.mean_))
-            components.copy_(torch.from_numpy(pca.components_))
-            getattr(self, f"variances_{number}").copy_(variances)
+            tail = torch.tensor(pca.noise_variance_)  # mean variance of what is left out
+            for name, value in (
+                ("scale", torch.from_numpy(scale)),
+                ("mean", torch.from_numpy(pca.mean_)),
+                ("components", torch.from_numpy(pca.components_)),
+                ("variances", variances),
+                # A floor for descriptors that lie in the subspace.
+                ("tail_variance", torch.maximum(tail, 1e-3 * variances[-1])),
+            ):
+                getattr(self, f"{name}_{number}").copy_(value)
 
     def reduce(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Project feature maps onto their principal directions and standardise them.
+        """Project the positions' descriptors onto their principal directions and standardise them.
 
         Args:
             maps: One map for each layer, ``(N, C, h, w)``.
 
         Returns:
-            One map for each layer, ``(N, d, h, w)``.
+            One map for each layer, ``(N, D, h, w)``; with ``tail``, ``(N, D + 1, h, w)``, the last of them what the
+            discarded directions add to −log p at each position.
         """
         reduced = []
         for number, layer in enumerate(maps):
-            components = getattr(self, f"components_{number}")
-            scale = getattr(self, f"variances_{number}").rsqrt()
-            weight = (components * scale[:, None])[:, :, None, None]
-            bias = -(components @ getattr(self, f"mean_{number}")) * scale
-            reduced.append(functional.conv2d(layer.to(weight.dtype), weight, bias))
+            scale, mean, components, variances, tail_variance = (
+                getattr(self, f"{name}_{number}")
+                for name in ("scale", "mean", "components", "variances", "tail_variance")
+            )
+            described = _describe(layer.to(scale.dtype)) * scale[:, None, None] - mean[:, None, None]
+            coordinates = functional.conv2d(described, components[:, :, None, None])
+            parts = [coordinates * variances.rsqrt()[:, None, None]]
+            if self.tail:
+                left = (described.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+                constant = 0.5 * self._tail_dims[number] * torch.log(2 * math.pi * tail_variance)
+                parts.append((0.5 * left / tail_variance + constant)[:, None])
+            reduced.append(torch.cat(parts, dim=1))
         return tuple(reduced)
 
     def reduced_log_prob(self, reduced: tuple[Tensor, ...]) -> Tensor:
         """Log-density of reduced maps, before their standardisation; nats, ``(N,)``."""
         total = torch.zeros(len(reduced[0]), dtype=reduced[0].dtype, device=reduced[0].device)
         for number, (layer, flow) in enumerate(zip(reduced, self.layer_flows, strict=True)):
-            (z,), log_det = flow((layer,))
+            standardised, tail = self._split(number, layer)
+            (z,), log_det = flow((standardised,))
             positions = layer.shape[2] * layer.shape[3]
             scales = 0.5 * positions * getattr(self, f"variances_{number}").log().sum()
-            total = total + flows.standard_normal_log_prob(z) + log_det - scales
+            total = total + flows.standard_normal_log_prob(z) + log_det - scales - tail.flatten(1).sum(1)
         return total
 
     def log_prob(self, images: Tensor) -> Tensor:
@@ -240,43 +305,76 @@ class FeatureMapFlowModel(FlowModel):
             Nats, ``(N,)``.
 
         Raises:
-            ValueError: If a pixel is NaN or infinite.
+            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
         return self.reduced_log_prob(self.reduce(self.extract(images)))
 
-    def layer_maps(self, reduced: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the anomaly map of each layer, ``(N, h, w)``; all of their values sum to −log p."""
+    def layer_maps(self, reduced: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each layer, its anomaly map and the share that the leading directions have in it.
+
+        Returns:
+            Pairs of ``(N, h, w)``, nats. The values of all anomaly maps sum to −log p.
+        """
         maps = []
         for number, (layer, flow) in enumerate(zip(reduced, self.layer_flows, strict=True)):
-            z, scales = flow.latents_and_scales(layer)
-            constant = 0.5 * (getattr(self, f"variances_{number}").log() + math.log(2 * math.pi)).sum()
-            maps.append((0.5 * z.square() - scales).sum(1) + constant)
+            standardised, tail = self._split(number, layer)
+            z, scales = flow.latents_and_scales(standardised)
+            constant = 0.5 * torch.log(2 * math.pi * getattr(self, f"variances_{number}"))
+            shares = 0.5 * z.square() - scales + constant[:, None, None]
+            maps.append((shares.sum(1) + tail.sum(1), shares[:, : self.score_dims].sum(1)))
         return maps
 
     def fit_map_scale(self, reduced: tuple[Tensor, ...]) -> None:
         """Set the location and scale by which layers are brought together, from normal images' reduced maps."""
-        for number, layer in enumerate(self.layer_maps(reduced)):
-            self.map_mean[number] = layer.mean()
-            self.map_std[number] = layer.std().clamp(min=1e-6)
+        for number, maps in enumerate(self.layer_maps(reduced)):
+            for name, values in zip(("map", "score"), maps, strict=True):
+                getattr(self, f"{name}_mean")[number] = values.mean()
+                getattr(self, f"{name}_std")[number] = values.std().clamp(min=1e-6)
 
     def score_maps(self, reduced: tuple[Tensor, ...]) -> InferenceBatch:
         """Score reduced maps.
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the layers' maps in units of their standard deviation over
-            normal images, up-sampled and averaged; and ``pred_score``, ``(N,)``: the mean of its highest values.
+            normal images, up-sampled and averaged; and ``pred_score``, ``(N,)``: the mean of the leading directions'
+            share over the positions where it is highest, likewise in units of its standard deviation and averaged over
+            the layers.
         """
-        maps = []
-        for number, layer in enumerate(self.layer_maps(reduced)):
+        maps, scores = [], []
+        for number, (layer, leading) in enumerate(self.layer_maps(reduced)):
             layer = ((layer - self.map_mean[number]) / self.map_std[number])[:, None]
             maps.append(functional.interpolate(layer, size=self.image_size, mode="bilinear", align_corners=False))
-        anomaly_map = torch.stack(maps).mean(0)
-        values = anomaly_map.flatten(1)
-        top = values.topk(max(1, round(self.score_fraction * values.shape[1])), dim=1).values
-        score = top.mean(1)
+            leading = ((leading - self.score_mean[number]) / self.score_std[number]).flatten(1)
+            highest = leading.topk(max(1, round(self.score_fraction * leading.shape[1])), dim=1).values
+            scores.append(highest.mean(1))
+        score = torch.stack(scores).mean(0)
         score = torch.where(torch.isnan(score), torch.full_like(score, float("inf")), score)
-        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map)
+        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(maps).mean(0))
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score pre-processed images, ``(N, 3, H, W)``; see :meth:`score_maps`."""
         return self.score_maps(self.reduce(self.extract(images)))
+
+    def _split(self, number: int, layer: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a reduced map into standardised coordinates and the tail's share, which may have no channel."""
+        directions = len(getattr(self, f"variances_{number}"))
+        return layer[:, :directions], layer[:, directions:]
+
+
+def _describe(layer: Tensor) -> Tensor:
+    """Return every position's descriptor, before scaling: ``(N, C, h, w)`` to ``(N, 2 C, h, w)``."""
+    directions = functional.normalize(layer, dim=1)
+    return torch.cat([layer, functional.avg_pool2d(directions, 3, 1, 1, count_include_pad=False)], dim=1)
+
+
+def _descriptors(layer: Tensor) -> Tensor:
+    """Draw descriptors from the maps of all training images, ``(N, C, h, w)``: at most ``(_FIT_POSITIONS, 2 C)``."""
+    n, _, height, width = layer.shape
+    positions = height * width
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(n * positions, generator=generator)[:_FIT_POSITIONS].sort().values
+    parts = []
+    for start, chunk in zip(range(0, n, _CHUNK), layer.split(_CHUNK), strict=True):
+        inside = drawn[(drawn >= start * positions) & (drawn < (start + len(chunk)) * positions)] - start * positions
+        parts.append(_describe(chunk.float()).permute(0, 2, 3, 1).flatten(0, 2)[inside])
+    return torch.cat(parts)
