@@ -11,7 +11,7 @@ from anomalib_flowood.flows import MASKS
 from anomalib_flowood.models.components.features import FeatureStore
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
-SMALL = {"subspace_dim": 3, "coupling_layers": 5, "hidden_channels": 6, "bottleneck_dim": 2}
+SMALL = {"subspace_dim": 3, "layout_dims": 4, "coupling_layers": 5, "hidden_channels": 6, "bottleneck_dim": 2}
 
 
 def model(**kwargs) -> FeatureMapFlowModel:
@@ -67,25 +67,34 @@ def test_the_graph_is_one_invertible_network_over_all_layers():
         torch.testing.assert_close(again, layer)
 
 
-def test_with_a_fresh_flow_positions_are_independent_gaussians():
-    density = model(layers=(2,))
-    fresh = FeatureMapFlowModel(BACKBONE, layers=(2,), image_size=(40, 56), pre_trained=False, **SMALL).double()
+def fresh_like(density: FeatureMapFlowModel, **kwargs) -> FeatureMapFlowModel:
+    """The same subspaces with a flow that is the identity."""
+    arguments = {"layers": (2,), "image_size": (40, 56), "pre_trained": False, **SMALL, **kwargs}
+    fresh = FeatureMapFlowModel(BACKBONE, **arguments).double()
     state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
     fresh.load_state_dict(state, strict=False)
+    return fresh
+
+
+def test_with_a_fresh_flow_whole_maps_have_the_density_of_probabilistic_pca():
+    fresh = fresh_like(model(layers=(2,)))
     maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
     centred = descriptors(maps[0]) * fresh.scale_0[:, None, None] - fresh.mean_0[:, None, None]
-    projected = torch.einsum("dc,nchw->nhwd", fresh.components_0, centred)
-    expected = MultivariateNormal(torch.zeros(3).double(), torch.diag(fresh.variances_0)).log_prob(projected)
-    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0][0], -expected)
+    standardised = torch.einsum("dc,nchw->ndhw", fresh.components_0, centred) / fresh.variances_0.sqrt()[:, None, None]
+    directions, rest = fresh.layout_directions_0, fresh.layout_rest_0
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4).double(), atol=1e-4, rtol=0)
+    covariance = directions.T @ torch.diag(fresh.layout_variances_0 - rest) @ directions
+    covariance = covariance + rest * torch.eye(directions.shape[1])
+    gaussian = MultivariateNormal(fresh.layout_mean_0.flatten(), covariance)
+    expected = gaussian.log_prob(standardised.flatten(1)) - 0.5 * 5 * 7 * fresh.variances_0.log().sum()
+    torch.testing.assert_close(fresh.reduced_log_prob(fresh.reduce(maps)), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_with_a_fresh_flow_and_the_tail_it_is_probabilistic_pca():
-    density = model(layers=(2,), tail=True)
-    fresh = FeatureMapFlowModel(
-        BACKBONE, layers=(2,), image_size=(40, 56), pre_trained=False, tail=True, **SMALL
-    ).double()
-    state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
-    fresh.load_state_dict(state, strict=False)
+def test_without_layout_but_with_the_tail_positions_have_the_density_of_probabilistic_pca():
+    kwargs = {"layers": (2,), "tail": True, "layout_dims": 0}
+    fresh = fresh_like(model(**kwargs), **kwargs)
+    fresh.layout_mean_0.zero_()
+    fresh.layout_rest_0.fill_(1)
     maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
     described = descriptors(maps[0]).permute(0, 2, 3, 1) * fresh.scale_0
     directions, dims = fresh.components_0, fresh.components_0.shape[1]
@@ -93,6 +102,26 @@ def test_with_a_fresh_flow_and_the_tail_it_is_probabilistic_pca():
     covariance = covariance + fresh.tail_variance_0 * torch.eye(dims)
     expected = MultivariateNormal(fresh.mean_0, covariance).log_prob(described)
     torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0][0], -expected)
+
+
+def test_whitened_training_maps_have_unit_variance_along_every_direction():
+    density = model(layers=(2,))
+    images = torch.rand(30, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    maps = density.extract(images)
+    density.fit_subspaces(maps)
+    (whitened,) = density.reduce(maps)
+    along = whitened.flatten(1) @ density.layout_directions_0.T
+    torch.testing.assert_close(along.var(0), torch.ones(4).double(), rtol=1e-3, atol=0)
+    assert whitened.mean(0).abs().max() < 1e-5
+    # The rest has unit variance on average over its dimensions.
+    left = whitened.flatten(1) - along @ density.layout_directions_0
+    assert left.var(0).sum().item() == pytest.approx(left.shape[1] - 4, rel=1e-3)
+
+
+def test_few_images_get_few_layout_directions():
+    density = model(layers=(2,), layout_dims=8)
+    density.fit_subspaces(density.extract(torch.rand(12, 3, 40, 56, dtype=torch.float64)))
+    assert (density.layout_directions_0.norm(dim=1) > 0).sum() == 2  # one for five images
 
 
 def test_layers_are_brought_to_a_common_scale():
@@ -158,6 +187,7 @@ def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
         ({"mask": "cicle"}, "Did you mean 'cycle'"),
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
         ({"score_dims": 0}, "score_dims must be at least 1"),
+        ({"layout_dims": -1}, "layout_dims must be at least 0"),
         ({"image_size": (8, 8)}, "has 1 x 1 positions for images of 8 x 8.*Use larger images"),
         ({"bottleneck_dim": 10_000}, "squeezes nothing"),
     ],

@@ -32,7 +32,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
-        tail: Add a Gaussian for the discarded directions to density and anomaly map.
+        layout_dims: Principal directions of whole maps that are whitened before the flow; at most one for five training
+            images are used.
+        tail: Add a Gaussian for the discarded directions of each position to density and anomaly map.
         mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
         subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
@@ -41,7 +43,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         score_dims: Leading principal directions of each layer that make the image score; the anomaly map takes all.
         score_fraction: The image score is a mean over positions: those where the leading directions are least likely,
             this share of them. All by default; small shares look for small defects.
-        feature_noise: Standard deviation of the Gaussian noise on standardised features in training. It keeps the flow
+        feature_noise: Standard deviation of the Gaussian noise on whitened features in training. It keeps the flow
             from learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
         max_epochs: Epochs to train when the trainer names no limit.
@@ -65,6 +67,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         pre_trained: bool = True,
         image_size: tuple[int, int] = (224, 224),
         subspace_dim: int = 96,
+        layout_dims: int = 128,
         tail: bool = False,
         mask: str = "cycle",
         subnet: str = "bottleneck",
@@ -73,9 +76,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: int = 256,
         score_dims: int = 16,
         score_fraction: float = 1.0,
-        feature_noise: float = 0.5,
+        feature_noise: float = 1.0,
         cache_gib: float = 2.0,
-        max_epochs: int = 20,
+        max_epochs: int = 12,
         learning_rate: float = 1e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -99,6 +102,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             (height, width),
             pre_trained=pre_trained,
             subspace_dim=subspace_dim,
+            layout_dims=layout_dims,
             tail=tail,
             mask=mask,
             subnet=subnet,

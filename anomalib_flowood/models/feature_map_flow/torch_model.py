@@ -22,6 +22,12 @@ from anomalib_flowood.models.components import FlowModel, check_images
 _FIT_POSITIONS = 60_000
 """Positions from which the principal subspaces are fitted; more change nothing but the time."""
 
+_LAYOUT_IMAGES = 2_000
+"""Training images from which the layout's directions are fitted."""
+
+_IMAGES_PER_LAYOUT_DIRECTION = 5
+"""With fewer training images for each direction, the whitening would learn the images by heart."""
+
 _CHUNK = 256
 """Images whose maps are described at once."""
 
@@ -75,17 +81,27 @@ class FeatureMapFlowModel(FlowModel):
     Every position of a layer's map of C channels gets a descriptor of 2 C numbers: its feature vector, and the mean of
     the L2-normalised vectors in the 3 × 3 positions around it (Roth et al. 2022, section 3.1, pool likewise). The two
     halves are scaled to one total variance, projected onto the D principal directions over all positions and training
-    images, and standardised. A flow models the whole D × h × w map at once. Couplings scale and shift each value, so
+    images, and standardised.
+
+    The layout of the whole map, D × h × w values, is whitened next. With its leading principal directions W over the
+    training images (k of them, variances u, the mean variance of the rest r, the mean map m)::
+
+        w = (x - m) / sqrt(r) + W (1 / sqrt(u) - 1 / sqrt(r)) W^T (x - m)
+
+    is invertible, and it is a map as before: what varies from image to image as a whole (light, texture) no longer
+    stands out, what a single place does to itself still does. Alone it is the Gaussian of probabilistic PCA (Tipping
+    and Bishop 1999, section 3) of whole maps. A flow of couplings models w. Couplings scale and shift each value, so
     that the density has a share for each direction d at each position p::
 
-        a(d, p) = 1/2 z(d, p)^2 - sum of log-scales at (d, p) + 1/2 log(2 pi v(d))
+        a(d, p) = 1/2 z(d, p)^2 - sum of log-scales at (d, p) + constant
 
-    The shares sum to −log p of the reduced map. The anomaly map is their sum over the directions: many directions show
+    whose constant holds the log-determinants of standardising and whitening, the latter spread evenly. The shares sum
+    to −log p of the reduced map. The anomaly map is their sum over the directions: many directions show
     well where something is. The image score takes the leading ``score_dims`` directions alone, which say best whether
     an image belongs: they change with what it shows, the others with its texture.
 
-    With ``tail``, what the projection leaves out has an isotropic Gaussian (probabilistic PCA, Tipping and Bishop 1999,
-    section 3), whose share of the density joins the anomaly map.
+    With ``tail``, what the projection leaves out at a position has an isotropic Gaussian, whose share of the density
+    joins the anomaly map.
 
     Args:
         backbone: A timm name or ``local-dir:FOLDER``.
@@ -93,7 +109,8 @@ class FeatureMapFlowModel(FlowModel):
         image_size: Height and width of the images.
         pre_trained: Load the backbone's weights.
         subspace_dim: D, the principal directions of each layer's descriptors; all where a layer has fewer.
-        tail: Add a Gaussian for the discarded directions.
+        layout_dims: k, the directions of the layout; at most one for five training images are used.
+        tail: Add a Gaussian for the discarded directions of each position.
         mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
         subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
@@ -121,6 +138,7 @@ class FeatureMapFlowModel(FlowModel):
         *,
         pre_trained: bool = True,
         subspace_dim: int = 96,
+        layout_dims: int = 128,
         tail: bool = False,
         mask: str = "cycle",
         subnet: str = "bottleneck",
@@ -133,9 +151,10 @@ class FeatureMapFlowModel(FlowModel):
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)
-        if score_dims < 1:
-            msg = f"score_dims must be at least 1, got {score_dims}."
-            raise ValueError(msg)
+        for argument, value, least in (("score_dims", score_dims, 1), ("layout_dims", layout_dims, 0)):
+            if value < least:
+                msg = f"{argument} must be at least {least}, got {value}."
+                raise ValueError(msg)
         network = create_feature_maps(backbone, layers, pre_trained=pre_trained)
         with torch.no_grad():
             maps = network(torch.zeros(1, 3, *image_size))
@@ -178,6 +197,10 @@ class FeatureMapFlowModel(FlowModel):
             self.register_buffer(f"components_{number}", torch.zeros(shape[0], channels))
             self.register_buffer(f"variances_{number}", torch.ones(shape[0]))
             self.register_buffer(f"tail_variance_{number}", torch.ones(()))
+            self.register_buffer(f"layout_mean_{number}", torch.zeros(shape))
+            self.register_buffer(f"layout_directions_{number}", torch.zeros(layout_dims, math.prod(shape)))
+            self.register_buffer(f"layout_variances_{number}", torch.ones(layout_dims))
+            self.register_buffer(f"layout_rest_{number}", torch.ones(()))
         # Location and scale of each layer's map and of its leading directions on normal images, to bring layers to a
         # common scale.
         for name in ("map", "score"):
@@ -257,9 +280,47 @@ class FeatureMapFlowModel(FlowModel):
                 ("tail_variance", torch.maximum(tail, 1e-3 * variances[-1])),
             ):
                 getattr(self, f"{name}_{number}").copy_(value)
+            self._fit_layout(number, layer)
+
+    def _fit_layout(self, number: int, layer: Tensor) -> None:
+        """Fit the whitening of a layer's whole maps."""
+        n = len(layer)
+        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:_LAYOUT_IMAGES].sort().values
+        maps = torch.cat([self._standardise(number, layer[some])[0].flatten(1) for some in drawn.split(_CHUNK)])
+        mean, directions, variances, rest = (
+            getattr(self, f"layout_{name}_{number}") for name in ("mean", "directions", "variances", "rest")
+        )
+        centre = maps.mean(0)
+        mean.copy_(centre.unflatten(0, mean.shape))
+        total = maps.var(0).sum()
+        rank = min(len(directions), len(maps) // _IMAGES_PER_LAYOUT_DIRECTION)
+        pca = PCA(n_components=rank, random_state=0).fit((maps - centre).cpu().numpy()) if rank else None
+        kept = torch.from_numpy(pca.explained_variance_).to(total) if pca else total.new_zeros(0)
+        rest.copy_(((total - kept.sum()) / (maps.shape[1] - rank)).clamp(min=1e-6))
+        # Directions that are not used are zero, and their variances without effect.
+        directions.zero_()
+        variances.copy_(rest.expand_as(variances))
+        if pca:
+            directions[:rank] = torch.from_numpy(pca.components_).to(directions)
+            variances[:rank] = torch.maximum(kept, rest)
+
+    def _whiten(self, number: int, standardised: Tensor) -> Tensor:
+        mean, directions, variances, rest = (
+            getattr(self, f"layout_{name}_{number}") for name in ("mean", "directions", "variances", "rest")
+        )
+        centred = standardised - mean
+        coordinates = centred.flatten(1) @ directions.T
+        leading = (coordinates * (variances.rsqrt() - rest.rsqrt())) @ directions
+        return centred * rest.rsqrt() + leading.unflatten(1, mean.shape)
+
+    def _log_scale(self, number: int) -> Tensor:
+        """Mean log-scale per value that standardising and whitening take away, for each direction: ``(D, 1, 1)``."""
+        mean, variances, rest = (getattr(self, f"layout_{name}_{number}") for name in ("mean", "variances", "rest"))
+        whitening = 0.5 * (variances / rest).log().sum() / mean.numel() + 0.5 * rest.log()
+        return (0.5 * getattr(self, f"variances_{number}").log() + whitening)[:, None, None]
 
     def reduce(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Project the positions' descriptors onto their principal directions and standardise them.
+        """Turn feature maps into what the flow models: descriptors, projected, standardised, their layout whitened.
 
         Args:
             maps: One map for each layer, ``(N, C, h, w)``.
@@ -270,28 +331,31 @@ class FeatureMapFlowModel(FlowModel):
         """
         reduced = []
         for number, layer in enumerate(maps):
-            scale, mean, components, variances, tail_variance = (
-                getattr(self, f"{name}_{number}")
-                for name in ("scale", "mean", "components", "variances", "tail_variance")
-            )
-            described = _describe(layer.to(scale.dtype)) * scale[:, None, None] - mean[:, None, None]
-            coordinates = functional.conv2d(described, components[:, :, None, None])
-            parts = [coordinates * variances.rsqrt()[:, None, None]]
+            standardised, tail = self._standardise(number, layer)
+            parts = [self._whiten(number, standardised)]
             if self.tail:
-                left = (described.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-                constant = 0.5 * self._tail_dims[number] * torch.log(2 * math.pi * tail_variance)
-                parts.append((0.5 * left / tail_variance + constant)[:, None])
+                parts.append(tail)
             reduced.append(torch.cat(parts, dim=1))
         return tuple(reduced)
 
+    def _standardise(self, number: int, layer: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the standardised principal coordinates, ``(N, D, h, w)``, and the tail's share, ``(N, 1, h, w)``."""
+        scale, mean, components, variances, tail_variance = (
+            getattr(self, f"{name}_{number}") for name in ("scale", "mean", "components", "variances", "tail_variance")
+        )
+        described = _describe(layer.to(scale)) * scale[:, None, None] - mean[:, None, None]
+        coordinates = functional.conv2d(described, components[:, :, None, None])
+        left = (described.square().sum(1, keepdim=True) - coordinates.square().sum(1, keepdim=True)).clamp(min=0)
+        constant = 0.5 * self._tail_dims[number] * torch.log(2 * math.pi * tail_variance)
+        return coordinates * variances.rsqrt()[:, None, None], 0.5 * left / tail_variance + constant
+
     def reduced_log_prob(self, reduced: tuple[Tensor, ...]) -> Tensor:
-        """Log-density of reduced maps, before their standardisation; nats, ``(N,)``."""
+        """Log-density of reduced maps, before they were standardised and whitened; nats, ``(N,)``."""
         total = torch.zeros(len(reduced[0]), dtype=reduced[0].dtype, device=reduced[0].device)
         for number, (layer, flow) in enumerate(zip(reduced, self.layer_flows, strict=True)):
             standardised, tail = self._split(number, layer)
             (z,), log_det = flow((standardised,))
-            positions = layer.shape[2] * layer.shape[3]
-            scales = 0.5 * positions * getattr(self, f"variances_{number}").log().sum()
+            scales = self._log_scale(number).expand_as(standardised[0]).sum()
             total = total + flows.standard_normal_log_prob(z) + log_det - scales - tail.flatten(1).sum(1)
         return total
 
@@ -319,8 +383,7 @@ class FeatureMapFlowModel(FlowModel):
         for number, (layer, flow) in enumerate(zip(reduced, self.layer_flows, strict=True)):
             standardised, tail = self._split(number, layer)
             z, scales = flow.latents_and_scales(standardised)
-            constant = 0.5 * torch.log(2 * math.pi * getattr(self, f"variances_{number}"))
-            shares = 0.5 * z.square() - scales + constant[:, None, None]
+            shares = 0.5 * (z.square() + math.log(2 * math.pi)) - scales + self._log_scale(number)
             maps.append((shares.sum(1) + tail.sum(1), shares[:, : self.score_dims].sum(1)))
         return maps
 
