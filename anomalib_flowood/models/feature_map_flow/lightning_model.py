@@ -68,7 +68,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         image_size: tuple[int, int] = (224, 224),
         subspace_dim: int = 96,
         layout_dims: int = 128,
-        tail: bool = False,
+        tail: bool = True,
         mask: str = "cycle",
         subnet: str = "bottleneck",
         bottleneck_dim: int = 128,

@@ -139,7 +139,7 @@ class FeatureMapFlowModel(FlowModel):
         pre_trained: bool = True,
         subspace_dim: int = 96,
         layout_dims: int = 128,
-        tail: bool = False,
+        tail: bool = True,
         mask: str = "cycle",
         subnet: str = "bottleneck",
         bottleneck_dim: int = 128,

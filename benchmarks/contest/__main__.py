@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our detectors, anomalib's and plain baselines on the same backbone weights.
+
+python -m benchmarks.contest run --industrial shared/data/magnetic_tile
+python -m benchmarks.contest report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from . import contest, report
+from .detectors import DETECTORS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.contest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run what is not finished yet, then report")
+    run.add_argument("--industrial", type=Path, metavar="FOLDER", help="one category, laid out as MVTec AD")
+    run.add_argument("--mvtec", type=Path, metavar="ROOT", help="MVTec AD, with a folder per category")
+    run.add_argument("--visa", type=Path, metavar="ROOT", help="VisA")
+    run.add_argument("--categories", nargs="+", default=(), help="of --mvtec and --visa; all by default")
+    run.add_argument("--parts", nargs="+", choices=contest.PARTS, default=contest.PARTS)
+    run.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=(), metavar="NAME", help="some only")
+    run.add_argument("--tasks", nargs="+", default=(), metavar="TEXT", help="tasks with such a text in their name")
+    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    run.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
+    run.add_argument("--root", default="./datasets", help="folder of the data sets that are given by name")
+    run.add_argument("--limit", type=int, help="a trial on about so many images, in OUTPUT/trial")
+    reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
+    for command in (run, reporting):
+        command.add_argument("--output", type=Path, default=Path("runs/contest"))
+        command.add_argument("--into", type=Path, default=report.HERE, help="folder of README.md and the pictures")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    arguments = vars(_parser().parse_args())
+    command, into = arguments.pop("command"), arguments.pop("into")
+    console = Console(soft_wrap=True)
+    if arguments.get("limit"):  # a trial's rows and pictures keep away from results
+        arguments["output"] = arguments["output"] / "trial"
+        into = arguments["output"] if into == report.HERE else into
+    output = arguments["output"]
+    try:
+        if command == "run":
+            contest.run(contest.Options(**arguments), console)
+        written = report.write(output, into)
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+        return 2
+    console.print((output / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print(f"Written: {', '.join(map(str, written))}", markup=False, highlight=False)
+    failed = contest.read_rows(output)["error"].notna().sum()
+    if failed:
+        console.print(f"{failed} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baselines without a flow, on exactly the features that our flows get.
+
+Whatever a flow is better at than these, it has earned by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import InferenceBatch
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from sklearn.covariance import LedoitWolf
+from torch import Tensor
+
+from anomalib_flowood import flows
+from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
+from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
+
+NEIGHBOURS = 5
+_SCALE_IMAGES = 256  # as FeatureMapFlow measures its layers' scales
+
+
+class KNNModel(EmbeddingFlowModel):
+    """Mean cosine distance of an embedding to its five nearest training embeddings."""
+
+    bank: Tensor
+
+    def __init__(self, *args: Any, neighbours: int = NEIGHBOURS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.neighbours = neighbours
+        self.register_buffer("bank", torch.zeros(0, self.dims), persistent=False)
+
+    def observe(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the embeddings of training images, of length 1."""
+        return (self.embed(images),)
+
+    def fit(self, features: tuple[Tensor, ...]) -> None:
+        """Keep the training embeddings."""
+        (self.bank,) = features
+
+    def distance(self, embeddings: Tensor) -> Tensor:
+        """Score embeddings ``(N, D)``."""
+        nearest = (embeddings @ self.bank.T).topk(min(self.neighbours, len(self.bank)), dim=1).values
+        return 1 - nearest.mean(1)
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score pre-processed images."""
+        return InferenceBatch(pred_score=self.distance(self.embed(images)))
+
+
+class MahalanobisModel(KNNModel):
+    """Squared Mahalanobis distance from the mean of the training embeddings, covariance after Ledoit and Wolf."""
+
+    def fit(self, features: tuple[Tensor, ...]) -> None:
+        """Fit mean and shrunk covariance."""
+        fitted = LedoitWolf().fit(features[0].double().cpu().numpy())
+        self.location = torch.from_numpy(fitted.location_)
+        self.precision = torch.from_numpy(fitted.precision_)
+
+    def distance(self, embeddings: Tensor) -> Tensor:
+        """Score embeddings ``(N, D)``."""
+        centred = embeddings.double() - self.location
+        return ((centred @ self.precision) * centred).sum(1)
+
+
+class PPCAModel(KNNModel):
+    """−log p under probabilistic PCA: `EmbeddingFlow` with a standard normal in the place of its flow."""
+
+    def fit(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the principal subspace."""
+        self.fit_subspace(features[0])
+
+    def distance(self, embeddings: Tensor) -> Tensor:
+        """Score embeddings ``(N, D)``."""
+        whitened, rest = self.project(embeddings)
+        return -(flows.standard_normal_log_prob(whitened) + rest) / self.dims
+
+
+class GaussianMapModel(FeatureMapFlowModel):
+    """`FeatureMapFlow` with an untrained flow, which is the identity: a whitened Gaussian."""
+
+    def observe(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps of training images in half precision, as `FeatureMapFlow` keeps them."""
+        return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.extract(images))
+
+    def fit(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the principal subspaces, and the layers' scales."""
+        self.fit_subspaces(features)
+        self.fit_map_scale(self.reduce(tuple(layer[:_SCALE_IMAGES] for layer in features)))
+
+
+class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
+    """Sees the training images once, fits, and is done.
+
+    Args:
+        name: A key of :data:`MODELS`.
+        backbone: A timm name or ``local-dir:FOLDER``.
+        image_size: Height and width of the images.
+        model_arguments: Arguments of the torch model.
+        **components: anomalib's ``pre_processor``, ``post_processor``, ``evaluator`` and ``visualizer``.
+    """
+
+    model: KNNModel | GaussianMapModel
+
+    def __init__(
+        self,
+        name: str,
+        backbone: str,
+        image_size: Sequence[int],
+        model_arguments: dict[str, Any] | None = None,
+        **components: Any,
+    ) -> None:
+        super().__init__(**components)
+        arguments = dict(model_arguments or {})
+        if name == "GaussianMap":
+            arguments["image_size"] = tuple(image_size)
+        self.model = MODELS[name](backbone, **arguments)
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep a batch's features."""
+        del args, kwargs
+        with torch.no_grad():
+            self._seen.append(self.model.observe(batch.image))
+        return torch.zeros((), requires_grad=True, device=self.device)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Fit what the batches brought."""
+        self.model.fit(tuple(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+        self._seen.clear()
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def configure_optimizers(self) -> None:
+        """Nothing is trained."""
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One epoch."""
+        return {"max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One-class: fitted to normal images alone."""
+        return LearningType.ONE_CLASS
+
+
+MODELS: dict[str, type[KNNModel] | type[GaussianMapModel]] = {
+    "KNN": KNNModel,
+    "Mahalanobis": MahalanobisModel,
+    "PPCA": PPCAModel,
+    "GaussianMap": GaussianMapModel,
+}
