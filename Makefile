@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, get the data, compare four detectors, show a table and a picture
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what anomalib's engine costs the detectors
+# make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make test         install into .venv, run all tests
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -12,7 +13,11 @@ BACKBONE := backbones/tf_efficientnet_lite0
 export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-.PHONY: quickstart seeds speed test lint fashion-mnist
+
+TILES ?=
+SEEDS ?= 0 1 2
+
+.PHONY: quickstart seeds speed contest test lint fashion-mnist
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -24,6 +29,10 @@ seeds: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 
 speed: .venv/offline fashion-mnist
 	$(BIN)/python benchmarks/speed.py
+
+# Repeat it to go on where it was interrupted.
+contest: .venv/offline fashion-mnist
+	$(BIN)/python -m benchmarks.contest run --seeds $(SEEDS) $(if $(TILES),--industrial $(TILES),--parts one_class cross)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from .contest import PARTS, read_rows
+from .contest import PARTS, TRAIN_ON_MAPS, read_rows
 from .detectors import DETECTORS
 
 HERE = Path(__file__).parent
@@ -172,7 +172,7 @@ def _one_class(rows: pd.DataFrame) -> str:
     sets = rows["task"].str.partition(" class ")[0]
     for name in sets.unique():
         some = rows[sets == name]
-        few, every = some[some["detector"].isin(TRAINED)], some[~some["detector"].isin(TRAINED)]
+        few, every = some[some["detector"].isin(TRAIN_ON_MAPS)], some[~some["detector"].isin(TRAIN_ON_MAPS)]
         columns = [
             Column("AUROC ↑, all", "auroc", best=max),
             Column("chosen on", "auroc", _mean, best=max, where=lambda part: _label(part["task"]) % 2 == 0),
@@ -186,8 +186,8 @@ def _one_class(rows: pd.DataFrame) -> str:
         if not few.empty:
             tasks = few["task"].unique()
             both = _complete(some[some["task"].isin(tasks) & (some["seed"] == some["seed"].min())])
-            words = ", ".join(task.partition(" class ")[2] for task in tasks)
-            texts += [f"{name}, only classes {words}, one seed, with the detectors that train for long:"]
+            words = ", ".join(task.partition(" ")[2] for task in tasks)
+            texts += [f"{name}, only {words}, one seed, with the detectors that train on maps:"]
             texts += [_table(both, [_AUROC, _FPR95, *_COST])]
     return "\n\n".join([*texts, *_training(rows)])
 
@@ -363,8 +363,8 @@ def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
     figure = Figure(figsize=(5.2 * len(parts), 3.8), layout="constrained")
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         some = good[good["part"] == part]
-        if part == "one_class":  # the trained rivals have seen few of the classes
-            some = some[~some["detector"].isin(TRAINED)]
+        if part == "one_class":  # these have seen few of the classes
+            some = some[~some["detector"].isin(TRAIN_ON_MAPS)]
         means = _complete(some).groupby("detector")[["auroc", "fit_s"]].mean()
         for name, (score, seconds) in means.iterrows():
             ours = name in OURS

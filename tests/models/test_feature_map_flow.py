@@ -11,7 +11,14 @@ from anomalib_flowood.flows import MASKS
 from anomalib_flowood.models.components.features import FeatureStore
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
-SMALL = {"subspace_dim": 3, "layout_dims": 4, "tail": False, "coupling_layers": 5, "hidden_channels": 6, "bottleneck_dim": 2}
+SMALL = {
+    "subspace_dim": 3,
+    "layout_dims": 4,
+    "tail": False,
+    "coupling_layers": 5,
+    "hidden_channels": 6,
+    "bottleneck_dim": 2,
+}
 
 
 def model(**kwargs) -> FeatureMapFlowModel:
