@@ -17,13 +17,13 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
         hint: A sentence on what else would have worked.
 
     Returns:
-        An error that offers the nearest names, or all of them where none is near and they are few.
+        An error that offers the nearest names, and all of them where they are few.
     """
     known = sorted(known)
     near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     message = f"Unknown {kind} {name!r}."
     if near:
         message += f" Did you mean {' or '.join(repr(match) for match in near)}?"
-    elif len(known) <= 30:
+    if len(known) <= (8 if near else 30):
         message += f" Known: {', '.join(known)}."
     return ValueError(f"{message} {hint}".strip())

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
 from model_helpers import BACKBONE, data, engine, feature_map_flow, randomise_flow
+from PIL import Image
 from torch.distributions import MultivariateNormal
 
-from anomalib_flowood import FeatureMapFlow
+from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.flows import MASKS
 from anomalib_flowood.models.components.features import FeatureStore
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
@@ -202,6 +206,107 @@ def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
 def test_bad_configurations(kwargs, message):
     with pytest.raises(ValueError, match=message):
         feature_map_flow(**kwargs)
+
+
+def test_the_error_for_an_unknown_layer_lists_those_that_exist():
+    with pytest.raises(ValueError, match="Known: blocks.0.*blocks.2"):
+        feature_map_flow(layers=("layer3",))
+
+
+def test_too_few_training_images_are_refused(tmp_path):
+    density = model()
+    maps = density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at least 3 training images, more are better; got 2"):
+        density.fit_subspaces(maps)
+
+
+def test_more_directions_than_positions_are_refused():
+    density = model(layers=(2,), subspace_dim=30)
+    maps = density.extract(torch.rand(3, 3, 40, 56, dtype=torch.float64))
+    with pytest.raises(ValueError, match="12 positions have no 30 principal directions.*subspace_dim to at most 6"):
+        density.fit_subspaces(tuple(layer[:, :, :2, :2] for layer in maps))
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="works on images of 40 x 56 pixels, got 40 x 40"):
+        model()(torch.rand(2, 3, 40, 40, dtype=torch.float64))
+
+
+def test_a_token_grid_counts_as_a_map():
+    vit = FeatureMapFlowModel("test_vit", layers=(-1,), image_size=(160, 160), pre_trained=False, **SMALL).eval()
+    images = torch.rand(12, 3, 160, 160)
+    vit.fit_subspaces(vit.extract(images))
+    ((whole, _),) = vit.layer_maps(vit.reduce(vit.extract(images)))
+    assert whole.shape == (12, 10, 10)
+    torch.testing.assert_close(whole.flatten(1).sum(1), -vit.log_prob(images), rtol=1e-4, atol=1e-2)
+
+
+def png(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def folder_of_squares(root: Path, mask_size: int = 24) -> Path:
+    """Noise to train on; noise with a bright square to find, with masks; all 24 x 24 pixels but for the masks."""
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        png(root / "train" / "good" / f"{number}.png", rng.normal(90, 12, (24, 24)))
+    for number in range(6):
+        png(root / "test" / "good" / f"{number}.png", rng.normal(90, 12, (24, 24)))
+        marked = rng.normal(90, 12, (24, 24))
+        marked[4:12, 4:12] += 120
+        png(root / "test" / "square" / f"{number}.png", marked.clip(0, 255))
+        mask = np.zeros((mask_size, mask_size))
+        mask[mask_size // 6 : mask_size // 2, mask_size // 6 : mask_size // 2] = 255
+        png(root / "ground_truth" / "square" / f"{number}.png", mask)
+    return root
+
+
+def folder_module(root: Path) -> Folder:
+    return Folder(
+        "squares",
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/square",
+        mask_dir="ground_truth/square",
+        val_split_mode="from_train",
+        num_workers=0,
+    )
+
+
+@pytest.mark.parametrize("mask_size", [24, 12])
+def test_pixel_auroc_on_a_folder_whose_masks_may_be_smaller_than_the_images(tmp_path, mask_size):
+    detector = feature_map_flow(max_epochs=3)
+    run = engine(tmp_path)
+    module = folder_module(folder_of_squares(tmp_path / "squares", mask_size))
+    run.fit(detector, datamodule=module)
+    (result,) = run.test(detector, datamodule=module, verbose=False)
+    # Like their images, masks are resized to what the model works on.
+    assert result["pixel_AUROC"] > 0.8
+    assert result["image_AUROC"] > 0.9
+
+
+def test_a_corrupt_file_in_the_middle_of_a_fit_is_named_and_loses_nothing(tmp_path):
+    root = folder_of_squares(tmp_path / "squares")
+    module = OneClass(root, "good", num_workers=0)
+    run, detector = engine(tmp_path), feature_map_flow()
+    run.fit(detector, datamodule=module)
+    checkpoints = set((tmp_path / "results").rglob("*.ckpt"))
+    (root / "train" / "good" / "17.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    with pytest.raises((ValueError, OSError), match="17.png"):
+        engine(tmp_path).fit(feature_map_flow(), datamodule=OneClass(root, "good", num_workers=0))
+    assert checkpoints
+    assert checkpoints <= set((tmp_path / "results").rglob("*.ckpt"))
+
+
+def test_half_precision_changes_no_score_that_matters():
+    density = model(layers=(2,)).float()
+    maps = density.extract(torch.rand(40, 3, 40, 56))
+    exact = density.score_maps(density.reduce(maps)).pred_score
+    stored = tuple(layer.half() for layer in maps)
+    halved = density.score_maps(tuple(layer.half().float() for layer in density.reduce(stored))).pred_score
+    assert (exact - halved).abs().max() < 0.02 * exact.std()
 
 
 def test_constant_features_are_refused():

@@ -247,8 +247,11 @@ class FeatureMapFlowModel(FlowModel):
             maps: The feature maps of all training images, one tensor ``(N, C, h, w)`` for each layer.
 
         Raises:
-            ValueError: If the features are all alike, or vary in too few directions.
+            ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
         """
+        if len(maps[0]) < 3:
+            msg = f"A density of whole maps needs at least 3 training images, more are better; got {len(maps[0])}."
+            raise ValueError(msg)
         for number, layer in enumerate(maps):
             vectors = _descriptors(layer).double().cpu().numpy()
             components = getattr(self, f"components_{number}")
