@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
+from .baselines import MODELS
 from .contest import PARTS, TRAIN_ON_MAPS, read_rows
 from .detectors import DETECTORS
 
@@ -274,7 +275,7 @@ def _choose(maps: dict[str, np.ndarray], count: int = 2) -> list[tuple[str, int]
 
 
 def draw_maps(folder: Path, rows: pd.DataFrame, task: str, path: Path) -> bool:
-    """Draw images, ground truth, our map and that of the best rival by AUPRO.
+    """Draw images, ground truth, our map and that of anomalib's best detector by AUPRO.
 
     Args:
         folder: Where the maps of a task's detectors are.
@@ -290,7 +291,7 @@ def draw_maps(folder: Path, rows: pd.DataFrame, task: str, path: Path) -> bool:
     aupro = aupro[[name for name in aupro.index if (folder / f"{name}.npz").is_file()]]
     if "FeatureMapFlow" not in aupro.index:
         return False
-    shown = ["FeatureMapFlow", *[name for name in aupro.index if name not in OURS][:1]]
+    shown = ["FeatureMapFlow", *[name for name in aupro.index if name not in OURS and name not in MODELS][:1]]
     stored = {name: dict(np.load(folder / f"{name}.npz")) for name in shown}
     ours = stored["FeatureMapFlow"]
     chosen = _choose(ours)
