@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -393,7 +394,8 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
 
     Args:
         output: Folder of the rows and maps.
-        into: Folder of the pictures; the tables go between the markers of its README.md, where it has one.
+        into: Folder of the pictures and a copy of the rows; the tables go between the markers of its README.md, where
+            it has one.
 
     Returns:
         What was written.
@@ -409,6 +411,8 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
     text = tables(rows)
     (output / "tables.md").write_text(text, encoding="utf-8")
     written = [output / "tables.md"]
+    if into != output:
+        written.append(Path(shutil.copyfile(output / "results.csv", into / "results.csv")))
     pictures = []
     tasks = sorted(path.relative_to(output / "maps").parent.as_posix() for path in output.glob("maps/**/*.npz"))
     for task in dict.fromkeys(tasks):
