@@ -13,7 +13,6 @@ BACKBONE := backbones/tf_efficientnet_lite0
 export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-
 TILES ?=
 SEEDS ?= 0 1 2
 

@@ -114,9 +114,7 @@ def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: 
         ValueError: If the name or a layer is unknown, or no layer is given.
         BackboneUnavailableError: If the weights cannot be had.
     """
-    check_backbone(name)
-    with torch.device("meta"):
-        known = [info["module"] for info in timm.create_model(name, pretrained=False, features_only=True).feature_info]  # type: ignore[union-attr]
+    known = list(feature_layers(name))
     indices = []
     for layer in layers:
         if isinstance(layer, int) and -len(known) <= layer < len(known):
@@ -130,6 +128,19 @@ def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: 
         msg = f"layers must name at least one layer, and none twice, got {list(layers)}. Known: {', '.join(known)}."
         raise ValueError(msg)
     return create_backbone(name, pre_trained=pre_trained, features_only=True, out_indices=sorted(indices))
+
+
+def feature_layers(name: str) -> dict[str, int]:
+    """Return the layers of which a backbone can give maps: timm's module names and their strides, in order.
+
+    Raises:
+        ValueError: If the name is unknown.
+        FileNotFoundError: If a ``local-dir:`` folder lacks ``config.json`` or weights.
+    """
+    check_backbone(name)
+    with torch.device("meta"):  # Only the names are wanted: no weights are made.
+        network: Any = timm.create_model(name, pretrained=False, features_only=True)
+    return {layer["module"]: layer["reduction"] for layer in network.feature_info}
 
 
 def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:

@@ -58,19 +58,16 @@ def map_flow(
     shape: tuple[int, int, int],
     *,
     mask: str = "cycle",
-    native: bool = True,
     subnet: str = "bottleneck",
     coupling_layers: int = 8,
     hidden_channels: int = 256,
     bottleneck_dim: int = 32,
 ) -> SequenceINN:
-    """Build a flow on feature maps: couplings of one mask family.
+    """Build a flow on feature maps: couplings of one mask family, in their native form where there is one.
 
     Args:
         shape: ``(C, H, W)`` of the maps.
         mask: One of :data:`~anomalib_flowood.flows.MASKS`.
-        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone; the
-            other masks have the zero-masked form only.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
@@ -83,7 +80,7 @@ def map_flow(
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
     flow = SequenceINN(*shape)
-    _append_couplings(flow, mask, native, subnet, coupling_layers, hidden_channels, bottleneck_dim)
+    _append_couplings(flow, mask, True, subnet, coupling_layers, hidden_channels, bottleneck_dim)
     return flow
 
 

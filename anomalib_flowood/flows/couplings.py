@@ -150,7 +150,7 @@ class MaskedCoupling(AffineCoupling):
         """Transform the masked values; see :meth:`AffineCoupling.couple`."""
         s, t = self.scale_and_shift(x * self.feed)
         s, t = s * self.change, t * self.change
-        return x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s), s
+        return _affine(x, s, t, rev), s
 
 
 class ChannelCoupling(AffineCoupling):
@@ -191,8 +191,7 @@ class ChannelCoupling(AffineCoupling):
         """Transform one half of the channels; see :meth:`AffineCoupling.couple`."""
         parts = list(x.split(self.halves, dim=1))
         s, t = self.scale_and_shift(parts[self.source])
-        changed = parts[self.target]
-        parts[self.target] = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
+        parts[self.target] = _affine(parts[self.target], s, t, rev)
         return torch.cat(parts, dim=1), s
 
     def spread(self, s: Tensor) -> Tensor:
@@ -242,7 +241,7 @@ class QuadrantCoupling(AffineCoupling):
         height, width = self.size
         fed = functional.pad(fed, (0, width - fed.shape[3], 0, height - fed.shape[2]))
         s, t = (part[:, :, : changed.shape[2], : changed.shape[3]] for part in self.scale_and_shift(fed))
-        parts[self.target] = changed * torch.exp(-s) - t if rev else (changed + t) * torch.exp(s)
+        parts[self.target] = _affine(changed, s, t, rev)
         y = torch.cat((torch.cat(parts[:2], dim=3), torch.cat(parts[2:], dim=3)), dim=2)
         return y, s
 
@@ -252,6 +251,10 @@ class QuadrantCoupling(AffineCoupling):
             sizes[0] * place for sizes, place in zip((self.heights, self.widths), divmod(self.target, 2), strict=True)
         )
         return functional.pad(s, (left, self.shape[2] - left - s.shape[3], top, self.shape[1] - top - s.shape[2]))
+
+
+def _affine(x: Tensor, s: Tensor, t: Tensor, rev: bool) -> Tensor:
+    return x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s)
 
 
 def quadrant_size(height: int, width: int) -> tuple[int, int]:
