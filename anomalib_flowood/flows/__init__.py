@@ -1,25 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
-from .architectures import map_flow, pixel_flow, vector_flow
+from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
+from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
 from .pixels import LEVELS, Logit, bits_per_dim, dequantize, standard_normal_log_prob
-from .subnets import SUBNETS, Bottleneck, Mlp, ResNet, subnet_constructor
+from .subnets import (
+    SUBNETS,
+    Bottleneck,
+    ConvBottleneck,
+    Highway,
+    Mlp,
+    ResNet,
+    WeightNormConv2d,
+    subnet_constructor,
+)
 
 __all__ = [
+    "ARCHITECTURES",
     "LEVELS",
     "MASKS",
     "SUBNETS",
+    "ActNorm",
     "AffineCoupling",
     "Bottleneck",
     "ChannelCoupling",
+    "ConvBottleneck",
     "CouplingMask",
+    "FactorOut",
+    "Highway",
+    "InvertibleConv1x1",
     "Logit",
     "MaskedCoupling",
     "Mlp",
     "QuadrantCoupling",
     "ResNet",
+    "Squeeze",
+    "Unsqueeze",
+    "WeightNormConv2d",
     "bits_per_dim",
     "coupling_mask",
     "dequantize",

@@ -11,6 +11,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from anomalib_flowood.names import unknown_name
@@ -18,7 +19,13 @@ from anomalib_flowood.names import unknown_name
 if TYPE_CHECKING:
     from .couplings import SubnetConstructor
 
-SUBNETS = ("bottleneck", "mlp", "resnet")
+SUBNETS = ("bottleneck", "conv_bottleneck", "highway", "mlp", "resnet")
+
+FULLY_CONNECTED = ("bottleneck", "mlp")
+"""Subnets with weights of their own for every position; the others are convolutional."""
+
+BOTTLENECKS = ("bottleneck", "conv_bottleneck")
+"""Subnets that let only ``bottleneck_dim`` numbers pass."""
 
 
 class FullyConnected(nn.Module):
@@ -89,44 +96,171 @@ class Bottleneck(FullyConnected):
         bottleneck_dim: int,
         size: tuple[int, ...] = (),
     ) -> None:
-        values = channels_in * math.prod(size)
-        if bottleneck_dim >= values:
-            msg = f"bottleneck_dim={bottleneck_dim} squeezes nothing: the network's input has {values} values."
-            raise ValueError(msg)
+        check_bottleneck(bottleneck_dim, channels_in * math.prod(size))
         super().__init__(
             channels_in, channels_out, widths=(hidden_channels, bottleneck_dim, hidden_channels), size=size
         )
 
 
+class ConvBottleneck(nn.Module):
+    """Convolutional encoder and decoder around a few numbers (Kirichenko et al. 2020, section 6.2).
+
+    Two convolutions of stride 2, a linear layer down to the code, one up again, two transposed convolutions. It has
+    far fewer weights than :class:`Bottleneck` on large images.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        hidden_channels: Channels of the convolutions.
+        bottleneck_dim: Numbers that pass the squeeze; the paper's K.
+        size: Spatial size of input and output, ``(H, W)``.
+
+    Raises:
+        ValueError: If the squeeze is no narrower than the input.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, hidden_channels: int, bottleneck_dim: int, size: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        check_bottleneck(bottleneck_dim, channels_in * math.prod(size))
+        half = tuple((length + 1) // 2 for length in size)
+        quarter = tuple((length + 1) // 2 for length in half)
+        features = hidden_channels * math.prod(quarter)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels_in, hidden_channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(features, bottleneck_dim),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(bottleneck_dim, features),
+            nn.ReLU(),
+            nn.Unflatten(1, (hidden_channels, *quarter)),
+            _doubling(hidden_channels, hidden_channels, half),
+            nn.ReLU(),
+            _start_at_zero(_doubling(hidden_channels, channels_out, size)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, channels_in, H, W)`` to ``(N, channels_out, H, W)``."""
+        return self.decoder(self.encoder(x))
+
+
+def _doubling(channels_in: int, channels_out: int, size: tuple[int, ...]) -> nn.ConvTranspose2d:
+    """Transposed convolution to ``size`` from half of it, rounded up."""
+    extra = (1 - size[0] % 2, 1 - size[1] % 2)
+    return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=extra)
+
+
+class WeightNormConv2d(nn.Conv2d):
+    """Convolution whose filters are a direction and a length each (Salimans and Kingma 2016, equation 2).
+
+    PyTorch's parametrisation of the same name neither pickles nor exports; this one is an ordinary module. It cannot
+    start at zero, where a filter has no direction.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        kernel_size: Height and width of the filters, odd; the spatial size is kept.
+        bias: Whether there is one.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.gain = nn.Parameter(self._length().detach())
+
+    def _length(self) -> Tensor:
+        return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, channels_in, H, W)`` to ``(N, channels_out, H, W)``."""
+        return self._conv_forward(x, self.weight * (self.gain / self._length()), self.bias)
+
+
 class ResNet(nn.Module):
-    """Convolutional residual network, without normalisation (after Dinh et al. 2017, section 3.6).
+    """Convolutional residual network of RealNVP (Dinh et al. 2017, section 3.6 and its code).
+
+    Convolutions are weight-normalised, and every block's output also reaches the last layer through a skip
+    connection.
 
     Args:
         channels_in: Channels of the input.
         channels_out: Channels of the output.
         hidden_channels: Channels inside.
         num_blocks: Residual blocks of two 3×3 convolutions each.
+        batch_norm: Normalise before every convolution but those of the skip connections. In evaluation the running
+            statistics count, so that an image's density does not depend on its batch.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        hidden_channels: int,
+        num_blocks: int = 2,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d if batch_norm else nn.Identity
+        self.stem = nn.Sequential(norm(channels_in), WeightNormConv2d(channels_in, hidden_channels, 3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                norm(hidden_channels),
+                nn.ReLU(),
+                # The normalisation that may follow would take a bias away.
+                WeightNormConv2d(hidden_channels, hidden_channels, 3, bias=not batch_norm),
+                norm(hidden_channels),
+                nn.ReLU(),
+                WeightNormConv2d(hidden_channels, hidden_channels, 3),
+            )
+            for _ in range(num_blocks)
+        )
+        self.skips = nn.ModuleList(WeightNormConv2d(hidden_channels, hidden_channels, 1) for _ in range(num_blocks + 1))
+        self.head = nn.Sequential(
+            norm(hidden_channels), nn.ReLU(), _start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, channels_in, H, W)`` to ``(N, channels_out, H, W)``."""
+        x = self.stem(x)
+        total = self.skips[0](x)
+        for block, skip in zip(self.blocks, self.skips[1:], strict=True):
+            x = x + block(x)
+            total = total + skip(x)
+        return self.head(total)
+
+
+class Highway(nn.Module):
+    """Convolutional highway network (Srivastava et al. 2015), with which Kirichenko et al. (2020) train Glow.
+
+    Each block mixes a convolution ``h`` of its input into it, ``y = g h(x) + (1 - g) x``, where the gates
+    ``g = sigmoid(conv(x))`` are its only nonlinearity, as in the paper's code.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        hidden_channels: Channels inside.
+        num_blocks: Highway blocks.
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, hidden_channels: int, num_blocks: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels_in, hidden_channels, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(),
-                nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
-            )
-            for _ in range(num_blocks)
+            nn.Conv2d(hidden_channels, 2 * hidden_channels, 3, padding=1) for _ in range(num_blocks)
         )
-        self.head = nn.Sequential(nn.ReLU(), _start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1)))
+        self.head = _start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, channels_in, H, W)`` to ``(N, channels_out, H, W)``."""
         x = self.stem(x)
         for block in self.blocks:
-            x = x + block(x)
+            h, gate = block(x).chunk(2, dim=1)
+            x = x + torch.sigmoid(gate) * (h - x)
         return self.head(x)
 
 
@@ -136,38 +270,65 @@ def subnet_constructor(
     hidden_channels: int,
     bottleneck_dim: int,
     size: tuple[int, ...] = (),
+    num_blocks: int = 2,
+    batch_norm: bool = False,
 ) -> SubnetConstructor:
     """Return the constructor of an s,t-network, to be called with ``(channels_in, channels_out)``.
 
     Args:
         name: One of :data:`SUBNETS`.
         hidden_channels: Width of the hidden layers.
-        bottleneck_dim: Numbers that pass the squeeze of ``bottleneck``; other networks have none.
+        bottleneck_dim: Numbers that pass the squeeze of :data:`BOTTLENECKS`; other networks have none.
         size: Spatial size of what the network sees; empty for flat vectors.
+        num_blocks: Blocks of ``resnet`` and ``highway``; other networks have none.
+        batch_norm: Batch normalisation in ``resnet``.
 
     Returns:
         A constructor that pickles.
 
     Raises:
-        ValueError: If the name is unknown, a width is not positive, or ``resnet`` is asked for flat vectors.
+        ValueError: If the name is unknown, a number is not positive, a convolutional network is asked for flat
+            vectors, or batch normalisation for another network than ``resnet``.
     """
     if name not in SUBNETS:
         raise unknown_name("subnet", name, SUBNETS)
-    for argument, value in (("hidden_channels", hidden_channels), ("bottleneck_dim", bottleneck_dim)):
+    numbers = {"hidden_channels": hidden_channels, "bottleneck_dim": bottleneck_dim, "num_blocks": num_blocks}
+    for argument, value in numbers.items():
         if value < 1:
             msg = f"{argument} must be at least 1, got {value}."
             raise ValueError(msg)
+    if batch_norm and name != "resnet":
+        msg = f"Only subnet 'resnet' has batch normalisation: leave batch_norm out, or choose it instead of {name!r}."
+        raise ValueError(msg)
+    if name not in FULLY_CONNECTED and len(size) != 2:
+        msg = f"Subnet {name!r} is convolutional and needs images; choose 'mlp' or 'bottleneck' for flat vectors."
+        raise ValueError(msg)
     if name == "resnet":
-        if len(size) != 2:
-            msg = "Subnet 'resnet' is convolutional and needs images; choose 'mlp' or 'bottleneck' for flat vectors."
-            raise ValueError(msg)
-        return partial(ResNet, hidden_channels=hidden_channels)
+        return partial(ResNet, hidden_channels=hidden_channels, num_blocks=num_blocks, batch_norm=batch_norm)
+    if name == "highway":
+        return partial(Highway, hidden_channels=hidden_channels, num_blocks=num_blocks)
     if name == "mlp":
         return partial(Mlp, hidden_channels=hidden_channels, size=size)
-    return partial(Bottleneck, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
+    bottleneck = ConvBottleneck if name == "conv_bottleneck" else Bottleneck
+    return partial(bottleneck, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
 
 
-def _start_at_zero(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+def check_bottleneck(bottleneck_dim: int, values: int) -> None:
+    """Refuse a bottleneck that is no narrower than what feeds it.
+
+    Args:
+        bottleneck_dim: Numbers that pass.
+        values: Numbers that feed the network.
+
+    Raises:
+        ValueError: If as many or more pass as there are.
+    """
+    if bottleneck_dim >= values:
+        msg = f"bottleneck_dim={bottleneck_dim} squeezes nothing: the network's input has {values} values."
+        raise ValueError(msg)
+
+
+def _start_at_zero(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import randomise_flow
+from model_helpers import data, engine, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood.flows import MASKS
+from anomalib_flowood.flows import MASKS, QuadrantCoupling
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
 SMALL = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
@@ -66,6 +67,81 @@ def test_sampling_inverts_the_flow(model):
     torch.testing.assert_close(model.flow(x)[0], z, rtol=1e-3, atol=1e-3)
 
 
+CONVOLUTIONAL = {
+    "realnvp": {"architecture": "realnvp", "coupling_layers": 2, "hidden_channels": 4, "num_blocks": 1},
+    "realnvp with batch norm": {
+        "architecture": "realnvp", "coupling_layers": 2, "hidden_channels": 4, "num_blocks": 1, "batch_norm": True,
+    },
+    "realnvp with a bottleneck": {
+        "architecture": "realnvp", "coupling_layers": 2, "hidden_channels": 4, "subnet": "conv_bottleneck",
+    },
+    "glow": {"architecture": "glow", "coupling_layers": 2, "hidden_channels": 4, "num_blocks": 1},
+    "cycle with a convolutional bottleneck": {"subnet": "conv_bottleneck", "coupling_layers": 4, "hidden_channels": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_training_step_a_likelihood_and_samples_of_every_architecture(name, channels):
+    torch.manual_seed(0)
+    model = PixelFlowModel((8, 12), channels, **CONVOLUTIONAL[name])
+    optimizer = torch.optim.Adam(model.flow.parameters(), lr=1e-3)
+    images = torch.rand(6, channels, 8, 12)
+    losses = []
+    for _ in range(8):
+        loss = -model.log_prob(images, noisy=True).mean() / model.dims
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        bits = model.bits_per_dim(images)
+        assert torch.isfinite(bits).all()
+        torch.testing.assert_close(model.bits_per_dim(images[:1]), bits[:1])
+    samples = model.sample(5, generator=torch.Generator().manual_seed(1))
+    assert samples.shape == (5, channels, 8, 12)
+    assert torch.isfinite(samples).all()
+    assert samples.std() > 0
+
+
+def test_samples_in_training_leave_the_running_statistics_alone():
+    model = PixelFlowModel((8, 8), 1, **CONVOLUTIONAL["realnvp with batch norm"])
+    randomise_flow(model)
+    model.log_prob(torch.rand(6, 1, 8, 8))
+    before = [buffer.clone() for buffer in model.flow.buffers()]
+    draw = lambda: model.sample(4, generator=torch.Generator().manual_seed(0))
+    samples = draw()
+    assert model.flow.training
+    assert all(torch.equal(old, new) for old, new in zip(before, model.flow.buffers(), strict=True))
+    model.eval()
+    assert torch.equal(draw(), samples)
+    assert not model.flow.training
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_every_architecture_trains_is_saved_and_exported(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
+    detector, module, run = pixel_flow(max_epochs=1, **CONVOLUTIONAL[name]), data(tmp_path), engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    images = torch.rand(5, 3, 20, 17)
+    with torch.no_grad():
+        scores = detector.eval()(images).pred_score
+
+        path = run.trainer.checkpoint_callback.best_model_path
+        torch.load(path, weights_only=True)
+        again = PixelFlow.load_from_checkpoint(path)
+        assert torch.equal(again.eval()(images).pred_score, scores)
+
+        exported = torch.load(run.export(detector, "torch", export_root=tmp_path), weights_only=False)["model"]
+        assert torch.equal(exported(images).pred_score, scores)
+
+    session = onnxruntime.InferenceSession(str(run.export(detector, "onnx", export_root=tmp_path)))
+    (score,) = session.run(["pred_score"], {"input": images.numpy()})
+    np.testing.assert_allclose(score, scores, rtol=1e-4)
+
+
 def test_grey_images_come_as_one_channel_or_as_three():
     model = PixelFlowModel((6, 6), 1, **SMALL)
     randomise_flow(model)
@@ -118,7 +194,13 @@ def test_one_nan_pixel_is_found(model):
         ({"subnet": "resnets"}, "Unknown subnet 'resnets'. Did you mean 'resnet'"),
         ({"channels": 4}, "channels must be 1"),
         ({"bottleneck_dim": 5000}, "squeezes nothing"),
-        ({"mask": "channel", "channels": 1, "image_size": (27, 27)}, "even height and width to squeeze"),
+        ({"mask": "channel", "channels": 1, "image_size": (27, 27)}, "divisible by 2 to squeeze the image"),
+        ({"architecture": "glow", "image_size": (30, 32)}, "divisible by 4 to squeeze the image"),
+        ({"architecture": "glow", "mask": "cycle"}, "'glow' has its own masks"),
+        ({"architecture": "realnvp", "subnet": "bottleneck"}, "'bottleneck' is fully connected"),
+        ({"architecture": "realnvp", "scales": 0}, "scales must be at least 1"),
+        ({"subnet": "mlp", "batch_norm": True}, "Only subnet 'resnet' has batch normalisation"),
+        ({"subnet": "highway", "num_blocks": 0}, "num_blocks must be at least 1"),
     ],
 )
 def test_bad_configurations_are_refused_when_the_model_is_built(kwargs, message):
@@ -129,6 +211,9 @@ def test_bad_configurations_are_refused_when_the_model_is_built(kwargs, message)
 def test_defaults():
     detector = PixelFlow()
     assert detector.model.shape == (3, 32, 32)
-    assert detector.hparams["mask"] == "cycle"
+    couplings = list(detector.model.flow)[1:]
+    assert [type(coupling) for coupling in couplings] == [QuadrantCoupling] * 8
+    assert couplings[0].subnet.layers[0].out_features == 256
+    assert couplings[0].subnet.layers[2].out_features == 5
     assert detector.visualizer is None
     assert detector(torch.rand(2, 3, 40, 50)).pred_score.shape == (2,)

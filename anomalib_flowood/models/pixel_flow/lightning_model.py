@@ -28,13 +28,24 @@ class PixelFlow(FlowModule, AnomalibModule):
     Args:
         image_size: Height and width to which images are resized.
         channels: 3 for colour, 1 for grey.
-        mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
+        architecture: ``single_scale`` (couplings of one mask), ``realnvp`` (checkerboard and channel couplings at
+            several scales) or ``glow`` (ActNorm, 1×1 convolutions and channel couplings at several scales).
+        scales: Number of scales of ``realnvp`` and ``glow``, which halve the image ``scales - 1`` and ``scales``
+            times.
+        mask: Coupling mask of ``single_scale``: ``cycle`` (its default), ``checkerboard``, ``channel`` or
+            ``horizontal``. The other architectures have their own.
         native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone (fast),
             and not the zero-masked image.
-        subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network; the paper's K.
-        coupling_layers: Number of couplings.
-        hidden_channels: Width of the s,t-networks: units, or channels of ``resnet``.
+        subnet: s,t-network: ``bottleneck`` (default of ``single_scale``), ``mlp``, ``resnet`` (default of
+            ``realnvp``), ``highway`` (default of ``glow``) or ``conv_bottleneck``; the first two for
+            ``single_scale`` only.
+        bottleneck_dim: Numbers that pass the squeeze of ``bottleneck`` and ``conv_bottleneck``; the paper's K.
+        coupling_layers: Number of couplings (``single_scale``; default 8), of couplings in each group of ``realnvp``
+            (default 3, and one more at the last scale), or of steps at each scale of ``glow`` (default 8).
+        hidden_channels: Width of the s,t-networks: units, or channels of the convolutional ones. Default 256 for
+            ``single_scale``, 64 for the others; ``realnvp`` doubles it with every squeeze.
+        num_blocks: Blocks of ``resnet`` and ``highway``.
+        batch_norm: Batch normalisation in ``resnet``.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
@@ -52,12 +63,16 @@ class PixelFlow(FlowModule, AnomalibModule):
         self,
         image_size: tuple[int, int] = (32, 32),
         channels: int = 3,
-        mask: str = "cycle",
+        architecture: str = "single_scale",
+        scales: int = 2,
+        mask: str | None = None,
         native: bool = True,
-        subnet: str = "bottleneck",
+        subnet: str | None = None,
         bottleneck_dim: int = 5,
-        coupling_layers: int = 8,
-        hidden_channels: int = 256,
+        coupling_layers: int | None = None,
+        hidden_channels: int | None = None,
+        num_blocks: int = 2,
+        batch_norm: bool = False,
         max_epochs: int = 30,
         learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
@@ -76,12 +91,16 @@ class PixelFlow(FlowModule, AnomalibModule):
         self.model = PixelFlowModel(
             image_size,
             channels,
+            architecture=architecture,
+            scales=scales,
             mask=mask,
             native=native,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
+            num_blocks=num_blocks,
+            batch_norm=batch_norm,
         )
 
     @staticmethod

@@ -19,12 +19,16 @@ class PixelFlowModel(FlowModel):
     Args:
         image_size: Height and width of the images.
         channels: 1 (grey; colour images are converted) or 3.
-        mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
+        architecture: One of :data:`anomalib_flowood.flows.ARCHITECTURES`.
+        scales: Number of scales of ``realnvp`` and ``glow``.
+        mask: Coupling mask of ``single_scale``, one of :data:`anomalib_flowood.flows.MASKS`; ``cycle`` by default.
         native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone.
-        subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
-        coupling_layers: Number of couplings.
-        hidden_channels: Width of the s,t-networks.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`; the architecture's own by default.
+        coupling_layers: Number of couplings, as :func:`anomalib_flowood.flows.pixel_flow` counts them.
+        hidden_channels: Width of the s,t-networks; the architecture's own by default.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
+        num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
+        batch_norm: Batch normalisation in the ``resnet`` networks.
 
     Raises:
         ValueError: If the configuration makes no sense.
@@ -37,12 +41,16 @@ class PixelFlowModel(FlowModel):
         image_size: Sequence[int] = (32, 32),
         channels: int = 3,
         *,
-        mask: str = "cycle",
+        architecture: str = "single_scale",
+        scales: int = 2,
+        mask: str | None = None,
         native: bool = True,
-        subnet: str = "bottleneck",
-        coupling_layers: int = 8,
-        hidden_channels: int = 256,
+        subnet: str | None = None,
+        coupling_layers: int | None = None,
+        hidden_channels: int | None = None,
         bottleneck_dim: int = 5,
+        num_blocks: int = 2,
+        batch_norm: bool = False,
     ) -> None:
         if channels not in {1, 3}:
             msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."
@@ -51,12 +59,16 @@ class PixelFlowModel(FlowModel):
         shape = (channels, height, width)
         flow = flows.pixel_flow(
             shape,
+            architecture=architecture,
+            scales=scales,
             mask=mask,
             native=native,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
+            num_blocks=num_blocks,
+            batch_norm=batch_norm,
         )
         super().__init__(flow, math.prod(shape), levels=flows.LEVELS)
         self.shape = shape
@@ -111,4 +123,9 @@ class PixelFlowModel(FlowModel):
         weight = next(self.flow.parameters())
         shape = (n, *self.flow.shapes[-1])
         z = temperature * torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
-        return self.flow(z, rev=True)[0].clamp(0, 1)
+        # As at evaluation: batch statistics would make the images depend on each other, and shift the running ones.
+        training = self.flow.training
+        self.flow.eval()
+        images, _ = self.flow(z, rev=True)
+        self.flow.train(training)
+        return images.clamp(0, 1)

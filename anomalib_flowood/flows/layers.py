@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The invertible layers between couplings: squeeze, factoring out, ActNorm, 1×1 convolution.
+
+FrEIA has some of them, which do not fit here: its squeeze is a convolution, which GPUs compute in reduced precision
+(TF32) by default, so that a reordering would round; its ActNorm starts in evaluation and in the inverse direction,
+and forgets across checkpoints whether it has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+_CONSTANT = 1e-5
+"""Standard deviation below which a channel counts as constant: half a grey level is a hundred times as much."""
+
+
+class _ImageLayer(InvertibleModule):
+    """One image in, one image out.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If there is more than one input, a condition, or the input is no image.
+    """
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        if len(self.dims_in) != 1 or len(self.dims_in[0]) != 3 or self.dims_c:
+            msg = f"{type(self).__name__} takes one image (C, H, W), got {self.dims_in} and {self.dims_c}."
+            raise ValueError(msg)
+        self.shape = tuple(self.dims_in[0])
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the shape of the output, which is that of the input."""
+        return input_dims
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor | float]:
+        """Transform images, ``(N, C, H, W)``, or undo it; also return the log-determinant of this direction."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x_or_z: Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Tensor | float]:
+        """Transform images; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
+        del c, jac
+        (x,) = x_or_z
+        y, log_det = self.transform(x, rev)
+        return (y,), log_det
+
+
+class Squeeze(_ImageLayer):
+    """Turn blocks of 2 × 2 pixels into channels: ``(C, H, W)`` to ``(4 C, H / 2, W / 2)``.
+
+    Source: Dinh et al. (2017), section 3.6. The four pixels of a channel become neighbouring channels, in reading
+    order. Nothing is computed, so that the inverse is exact.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``, of even height and width.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no image, or its height or width is odd.
+    """
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        if self.shape[1] % 2 or self.shape[2] % 2:
+            msg = f"Squeezing needs an even height and width, got the shape {self.shape}."
+            raise ValueError(msg)
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return ``[(4 C, H / 2, W / 2)]``."""
+        channels, height, width = input_dims[0]
+        return [(4 * channels, height // 2, width // 2)]
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, float]:
+        """Reorder the pixels of ``x``, or put them back; the log-determinant is 0."""
+        return functional.pixel_shuffle(x, 2) if rev else functional.pixel_unshuffle(x, 2), 0.0
+
+
+class Unsqueeze(_ImageLayer):
+    """Undo :class:`Squeeze`: ``(4 C, H, W)`` to ``(C, 2 H, 2 W)``.
+
+    Args:
+        dims_in: One image shape, ``[(4 C, H, W)]``.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no image, or four does not divide its number of channels.
+    """
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        if self.shape[0] % 4:
+            msg = f"Undoing a squeeze needs a multiple of 4 channels, got the shape {self.shape}."
+            raise ValueError(msg)
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return ``[(C, 2 H, 2 W)]``."""
+        channels, height, width = input_dims[0]
+        return [(channels // 4, 2 * height, 2 * width)]
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, float]:
+        """Reorder the pixels of ``x``, or put them back; the log-determinant is 0."""
+        return functional.pixel_unshuffle(x, 2) if rev else functional.pixel_shuffle(x, 2), 0.0
+
+
+class FactorOut(_ImageLayer):
+    """Send the first half of the channels through an inner flow; the other half are latents already.
+
+    Source: Dinh et al. (2017), section 3.6. Theirs drops the finished half from the tensor; here it rides along, so
+    that latents keep the shape of the image and a flow of many scales is used like any other.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``, of at least two channels.
+        fill: Called once with an empty flow on ``(C // 2, H, W)``, to which it appends layers; their output must
+            have that shape, too.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If there is one channel only, or the inner flow changes the shape.
+    """
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        fill: Callable[[SequenceINN], None],
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        channels, *size = self.shape
+        if channels < 2:
+            msg = f"Factoring out needs at least 2 channels, got the shape {self.shape}."
+            raise ValueError(msg)
+        self.halves = (channels // 2, channels - channels // 2)
+        self.inner = SequenceINN(self.halves[0], *size)
+        fill(self.inner)
+        if tuple(self.inner.shapes[-1]) != (self.halves[0], *size):
+            msg = f"The inner flow turns {self.inner.shapes[0]} into {self.inner.shapes[-1]}; it must keep the shape."
+            raise ValueError(msg)
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor | float]:
+        """Run the inner flow on half of the channels; its log-determinant is the whole one."""
+        inner, done = x.split(self.halves, dim=1)
+        inner, log_det = self.inner(inner, rev=rev)
+        return torch.cat((inner, done), dim=1), log_det
+
+
+class ActNorm(_ImageLayer):
+    """Shift and scale each channel, ``y = (x + b) exp(l)``, starting so that the first batch comes out standardised.
+
+    Source: Kingma and Dhariwal (2018), section 3.1. The start happens once, in the forward direction of the training
+    mode; a checkpoint remembers it. Until then, and in the other directions and modes, the layer is what its
+    parameters say: at first the identity. A channel that is constant over the first batch is shifted and keeps its
+    scale.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no image.
+    """
+
+    initialized: Tensor
+    """Whether the start has happened; a buffer."""
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        self.bias = nn.Parameter(torch.zeros(self.shape[0], 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(self.shape[0], 1, 1))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor) -> None:
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+        self.bias.copy_(-mean.reshape(-1, 1, 1))
+        self.log_scale.copy_(-torch.where(std > _CONSTANT, std, torch.ones_like(std)).log().reshape(-1, 1, 1))
+        self.initialized.fill_(True)
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """Shift and scale ``x``, or undo it."""
+        if self.training and not rev and not self.initialized:
+            self._initialize(x)
+        log_det = (self.shape[1] * self.shape[2] * self.log_scale.sum()).expand(x.shape[0])
+        if rev:
+            return x * torch.exp(-self.log_scale) - self.bias, -log_det
+        return (x + self.bias) * torch.exp(self.log_scale), log_det
+
+
+class InvertibleConv1x1(_ImageLayer):
+    """Mix the channels by a learned matrix ``W = P L (U + diag(s))``, the same for every pixel.
+
+    Source: Kingma and Dhariwal (2018), section 3.2, the LU parameterisation: ``P`` is a permutation and the signs of
+    ``s`` are fixed, so that ``W`` can never become singular and ``log|det W| = sum log|s|`` costs nothing. Starts as
+    a random rotation.
+
+    Args:
+        dims_in: One image shape, ``[(C, H, W)]``.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no image.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+    below: Tensor
+    identity: Tensor
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        identity = torch.eye(self.shape[0])
+        below = torch.ones_like(identity).tril(-1)
+        rotation, _ = torch.linalg.qr(torch.randn_like(identity))
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower * below)
+        self.upper = nn.Parameter(upper * below.T)
+        self.log_s = nn.Parameter(diagonal.abs().log())
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+        # Known from the shape, so kept out of checkpoints.
+        self.register_buffer("below", below, persistent=False)
+        self.register_buffer("identity", identity, persistent=False)
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        lower = self.lower * self.below + self.identity
+        upper = self.upper * self.below.T + self.identity * (self.sign * self.log_s.exp())
+        return lower, upper
+
+    def weight(self) -> Tensor:
+        """Return the matrix ``W``, ``(C, C)``."""
+        lower, upper = self._triangles()
+        return self.permutation @ lower @ upper
+
+    def _inverse_weight(self) -> Tensor:
+        lower, upper = self._triangles()
+        inner = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, inner, upper=True)
+
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """Multiply the channels of ``x`` by ``W``, or by its inverse."""
+        weight = self._inverse_weight() if rev else self.weight()
+        # A matrix product and not a convolution, which GPUs compute in reduced precision by default.
+        y = (weight @ x.flatten(2)).unflatten(2, self.shape[1:])
+        log_det = (self.shape[1] * self.shape[2] * self.log_s.sum()).expand(x.shape[0])
+        return y, -log_det if rev else log_det
