@@ -10,7 +10,10 @@ from typing import Any
 import pandas as pd
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
+from lightning.fabric import Fabric
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +22,7 @@ from rich.table import Table
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark
+from anomalib_flowood.benchmark import Benchmark, find_class
 
 _SHOWN_PREDICTIONS = 10
 
@@ -38,6 +41,7 @@ class FlowoodCLI(AnomalibCLI):
         """anomalib's subcommands and ours."""  # noqa: D403
         return {
             **AnomalibCLI.anomalib_subcommands(),
+            "explain": {"description": "Draw what a fitted flow does to images from inside and outside, on one page."},
             "backbone": {"description": "Save a timm backbone with its weights into a folder, for use offline."},
         }
 
@@ -47,6 +51,41 @@ class FlowoodCLI(AnomalibCLI):
         if PIPELINE_REGISTRY is not None:
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
+
+    def add_explain_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``explain``: those of ``test``, so that the same files serve, and two more."""
+        self._add_default_arguments_to_parser(parser)
+        self._add_trainer_arguments_to_parser(parser, add_optimizer=True, add_scheduler=True)
+        # Its class is enough: the checkpoint holds its configuration, and building it might ask for weights.
+        parser.add_subclass_arguments(AnomalibModule, "model", fail_untyped=False, required=True, instantiate=False)
+        parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
+        self.add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=Path, required=True, help="Checkpoint of the trained detector.")
+        parser.add_argument(
+            "--output", type=Path, default=Path("results/explain"), help="Folder to write to; made if missing."
+        )
+        parser.add_argument("--max_images", type=int, default=64, help="The most images of each set.")
+
+    def explain(self) -> None:
+        """Load a detector, explain it and say where the page is."""
+        from anomalib_flowood.explain.explanation import check_explainable, explain
+
+        arguments = self.config_init["explain"]
+        detector_class: Any = find_class("model", arguments["model"]["class_path"])
+        check_explainable(detector_class)
+        checkpoint = arguments["ckpt_path"]
+        if not checkpoint.is_file():
+            msg = f"There is no checkpoint {checkpoint}. `flowood train` writes one, below its results folder."
+            raise FileNotFoundError(msg)
+        device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
+        detector = detector_class.load_from_checkpoint(checkpoint, map_location="cpu")
+        page = explain(
+            detector.to(device),
+            arguments["data"],
+            arguments["output"],
+            max_images=arguments["max_images"],
+        )
+        Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
 
     def add_backbone_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``backbone``."""
@@ -67,6 +106,8 @@ class FlowoodCLI(AnomalibCLI):
             keep_predictions(predictions, Path(self.engine.trainer.default_root_dir))
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
+        elif self.subcommand == "explain":  # anomalib would build the data module a second time
+            self.explain()
         else:
             super()._run_subcommand()
 

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "predict": "Score images, keep the scores as predictions.csv and show the most anomalous.",
     "export": "Export a fitted detector (torch, ONNX, OpenVINO).",
     "benchmark": "Compare detectors, ours and anomalib's, on data sets: a table, scores and histograms.",
+    "explain": "Draw what a fitted flow does to images from inside and outside, on one page.",
     "backbone": "Save a timm backbone with its weights into a folder, for use offline.",
     "install": "Install anomalib's optional dependencies.",
 }

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,80 @@ def test_train_then_predict(
     out = capsys.readouterr().out
     assert "Most anomalous of 12 images" in out
     assert f"All predictions: {path}" in out
+
+
+@pytest.fixture(scope="module")
+def pixel_flow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A config file and the checkpoint of a small PixelFlow trained with it."""
+    folder = tmp_path_factory.mktemp("pixel_flow")
+    rng = np.random.default_rng(0)
+    for name, mean in [("train", 90), ("good", 90), ("bad", 200)]:
+        (folder / name).mkdir()
+        for i in range(10):
+            pixels = np.clip(rng.normal(mean, 20, (16, 16, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    config = folder / "train.yaml"
+    config.write_text(
+        "model: {class_path: anomalib_flowood.PixelFlow, init_args: {image_size: [8, 8], channels: 1, "
+        "coupling_layers: 4, hidden_channels: 8, bottleneck_dim: 2, max_epochs: 1}}\n"
+        f"data: {{class_path: Folder, init_args: {{name: tiny, root: {folder}, normal_dir: train, "
+        "normal_test_dir: good, abnormal_dir: bad, num_workers: 0, val_split_mode: same_as_test}}\n"
+        f"default_root_dir: {folder / 'results'}\n"
+        "trainer: {accelerator: cpu, enable_progress_bar: false}\n",
+    )
+    main(["train", "--config", str(config)])
+    (checkpoint,) = (folder / "results").rglob("v0/**/model.ckpt")
+    return config, checkpoint
+
+
+def test_explain_writes_a_page(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, checkpoint = pixel_flow_run
+    output = tmp_path / "new" / "page"
+    # The configuration that it was trained with serves; and since the checkpoint holds it, so does the class alone.
+    for more in ([], ["--model", "PixelFlow"]):
+        arguments = ["--ckpt_path", str(checkpoint), "--output", str(output), "--max_images", "6"]
+        main(["explain", "--config", str(config), *more, *arguments])
+        assert f"Page: {output / 'index.html'}\n" in capsys.readouterr().out
+        sets = json.loads((output / "explain.json").read_text())["sets"]
+        assert {name: entry["images"] for name, entry in sets.items()} == {"inside": 6, "outside": 6}
+        assert len(sets["outside"]["coadaptation"]["layers"]) == 4
+        page = output / "index.html"
+        for name in ("histograms", "latents", "scales", "shifts", "coadaptation", "samples"):
+            assert f'src="{name}.png"' in page.read_text()
+            assert (output / f"{name}.png").stat().st_size > 5000
+        page.unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--ckpt_path", "gone.ckpt"], 1, "There is no checkpoint gone.ckpt."),
+        ([], 2, "ckpt_path"),
+        (["--model", "Padim", "--ckpt_path", "gone.ckpt"], 1, "Padim cannot be explained: it is no flow."),
+        (["--model", "EmbeddingFlow", "--ckpt_path", "CHECKPOINT"], 1, "written by PixelFlow, so EmbeddingFlow cannot"),
+    ],
+)
+def test_explain_says_what_is_wrong(
+    args: list[str],
+    status: int,
+    message: str,
+    pixel_flow_run: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, checkpoint = pixel_flow_run
+    args = [str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["explain", "--config", str(config), *args])
+    assert exit_info.value.code == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_predictions_with_sources_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images from inside and outside, out of a data module or from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+_INSIDE = "inside"
+_OUTSIDE = "outside"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one source.
+
+    Attributes:
+        name: What the source is called.
+        outside: Whether the images do not belong.
+        images: For the eye: in [0, 1] at the detector's size, ``(N, 3, H, W)``.
+        inputs: For the detector: pre-processed, ``(N, 3, H, W)``.
+    """
+
+    name: str
+    outside: bool
+    images: Tensor
+    inputs: Tensor
+
+
+def image_sets(
+    detector: AnomalibModule, data: AnomalibDataModule | Mapping[str, Tensor], max_images: int
+) -> list[ImageSet]:
+    """Take images of every source.
+
+    Args:
+        detector: Its pre-processor is applied.
+        data: A data module, whose test images with label 0 are inside; those with label 1 are told apart by their
+            ``source``, or are one set where there is none. Or images in [0, 1] by name, each ``(N, 3, H, W)`` or
+            ``(N, 1, H, W)``, the inside ones first.
+        max_images: The most images of each set, spread evenly over it.
+
+    Returns:
+        The inside set, then the outside sets.
+
+    Raises:
+        ValueError: If there are no inside or no outside images, or images have the wrong shape.
+    """
+    if isinstance(data, AnomalibDataModule):
+        return _from_datamodule(detector, data, max_images)
+    if len(data) < 2 or any(len(images) == 0 for images in data.values()):
+        msg = "Give images by name: the inside ones first, then at least one outside set, and none of them empty."
+        raise ValueError(msg)
+    sets = []
+    for number, (name, images) in enumerate(data.items()):
+        if images.ndim != 4 or images.shape[1] not in {1, 3}:
+            msg = f"Images must be of shape (N, 3, H, W) or (N, 1, H, W), those of {name!r} are {tuple(images.shape)}."
+            raise ValueError(msg)
+        chosen = images[spread(len(images), max_images)].float().expand(-1, 3, -1, -1)
+        sets.append(_image_set(detector, name, number > 0, list(chosen)))
+    return sets
+
+
+def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, max_images: int) -> list[ImageSet]:
+    if not hasattr(datamodule, "test_data"):
+        datamodule.prepare_data()
+        datamodule.setup("test")
+    samples: pd.DataFrame = datamodule.test_data.samples
+    label = samples["label_index"].to_numpy()
+    for value, which in ((0, "inside (normal)"), (1, "outside (anomalous)")):
+        if not (label == value).any():
+            msg = f"The test set of {datamodule.name} has no {which} images: both kinds are needed to explain."
+            raise ValueError(msg)
+    source = samples["source"].astype(str).to_numpy() if "source" in samples else None
+
+    inside = set() if source is None else set(source[label == 0])
+    name = inside.pop() if len(inside) == 1 else _INSIDE
+    rows = {name: np.flatnonzero(label == 0)}
+    for other in [_OUTSIDE] if source is None else dict.fromkeys(source[label == 1]):
+        chosen = label == 1 if source is None else (label == 1) & (source == other)
+        rows[f"{other} (outside)" if other in rows else other] = np.flatnonzero(chosen)
+    sets = []
+    for number, (title, places) in enumerate(rows.items()):
+        images: list[Any] = [datamodule.test_data[int(row)].image for row in places[spread(len(places), max_images)]]
+        sets.append(_image_set(detector, title, number > 0, images))
+    return sets
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Choose places of at most so many items, evenly spread: files are often sorted by what they show."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+@torch.no_grad()
+def _image_set(detector: AnomalibModule, name: str, outside: bool, images: Sequence[Tensor]) -> ImageSet:
+    transform = getattr(detector.pre_processor, "transform", None)
+    plain = [image.as_subclass(Tensor) for image in images]
+    # One by one, since files may differ in size until they are resized.
+    inputs = plain if transform is None else [transform(image) for image in plain]
+    if len({image.shape for image in inputs}) > 1:
+        msg = f"The images of {name!r} differ in size, and the detector's pre-processor does not resize them."
+        raise ValueError(msg)
+    height, width = inputs[0].shape[-2:]
+    shown = [resize(image, [height, width], antialias=True).clamp(0, 1) for image in plain]
+    return ImageSet(name, outside, torch.stack(shown), torch.stack(inputs))

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of an explanation: histograms, lines, and mosaics of small images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn import functional
+
+# Okabe and Ito's colours, inside first; told apart by every common colour vision.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777")
+SHOWN_SETS = len(_COLOURS)
+"""The most sets that a picture shows, the inside one included."""
+
+_DIVERGING = mpl.colormaps["RdBu_r"].with_extremes(bad="#c8c8c8")
+_STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+_BINS = 30
+_TILE = 0.8  # inches
+_GAP = 0.08  # of a tile
+_QUANTILE = 0.995
+
+
+def label(name: str, length: int = 28) -> str:
+    """Shorten a name for a picture, in which ``$`` would start a formula."""
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float], path: Path) -> None:
+    """Draw the log-likelihoods of the inside set against those of each outside set (Kirichenko et al. 2020, figure 1).
+
+    Each panel has a range of its own. Values beyond both sets' whiskers (Tukey's, 1.5 interquartile ranges) are counted
+    in the outermost bins.
+
+    Args:
+        log_probs: Log-likelihoods in nats by set, ``(N,)`` each, the inside set first; −inf and NaN count as the
+            lowest.
+        aurocs: AUROC by outside set.
+        path: File to write.
+    """
+    numbers = {name: part.double().cpu().numpy() for name, part in log_probs.items()}
+    values = {name: np.where(np.isnan(part), -np.inf, part) for name, part in numbers.items()}
+    inside, *outside = values
+    with mpl.rc_context(_STYLE):
+        height = 3.6 if len(outside) == 1 else 2.1 * len(outside) + 0.5
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        axes = figure.subplots(len(outside), 1, squeeze=False).flatten()
+        for axis, name, colour in zip(axes, outside, _COLOURS[1:], strict=False):
+            low, high = _range([values[inside], values[name]])
+            for part, shade, title in (
+                (values[inside], _COLOURS[0], f"{label(inside)} (inside)"),
+                (values[name], colour, f"{label(name)} (AUROC {aurocs[name]:.3f})"),
+            ):
+                axis.hist(
+                    np.clip(part, low, high),
+                    bins=np.linspace(low, high, _BINS + 1).tolist(),
+                    weights=np.full(len(part), 1 / len(part)),
+                    histtype="stepfilled",
+                    facecolor=(shade, 0.35),
+                    edgecolor=shade,
+                    linewidth=1.2,
+                    label=title,
+                )
+            axis.ticklabel_format(axis="x", style="plain", useOffset=False)
+            axis.locator_params(axis="x", nbins=6)
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        figure.supxlabel("log-likelihood log p(x) in nats (right: more likely)", fontsize=10)
+        figure.supylabel("share of images", fontsize=10)
+        figure.savefig(path, dpi=130)
+
+
+def draw_coadaptation(by_set: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draw the co-adaptation of each layer, a line for each set.
+
+    Args:
+        by_set: Values in 0..1 by set, one for each layer, the inside set first; NaN leaves a gap.
+        path: File to write.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axis = figure.subplots()
+        for (name, values), colour, marker in zip(by_set.items(), _COLOURS, "os^Dvx", strict=False):
+            axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, label=label(name))
+        axis.set_ylim(-0.03, 1.03)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+        axis.set_xlabel("coupling layer, in order of application")
+        axis.set_ylabel("co-adaptation\n(squared correlation of −t and x)")
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=130)
+
+
+def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path: Path) -> None:
+    """Draw images above their latents (Kirichenko et al. 2020, figure 2), one colour scale for all latents.
+
+    Args:
+        blocks: By set, images ``(N, 3, H, W)``, and by name maps ``(N, H, W)`` of the same images.
+        path: File to write.
+    """
+    limit = _limit([values for _, latents in blocks.values() for values in latents.values()])
+    columns = min(2, len(blocks))
+    rows = math.ceil(len(blocks) / columns)
+    images, latents = next(iter(blocks.values()))
+    with mpl.rc_context(_STYLE):
+        width = columns * (len(images) * _TILE + 0.3) + 1.4 + 0.8
+        figure = Figure(figsize=(width, rows * ((1 + len(latents)) * _TILE + 0.5)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        size = tuple(images.shape[2:])
+        for number, (axis, (name, (images, latents))) in enumerate(zip(axes, blocks.items(), strict=False)):
+            tiles = [_rgb(images, size), *(_coloured(values, limit, size) for values in latents.values())]
+            names = ["image", *latents] if number % columns == 0 else [""] * len(tiles)
+            _mosaic(axis, tiles, names, [""] * len(images))
+            axis.set_title(label(name), fontsize=10)
+        for axis in axes[len(blocks) :]:
+            axis.set_axis_off()
+        _colourbar(figure, axes.tolist(), limit, "z")
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def draw_layers(
+    images: Mapping[str, Tensor], layers: Mapping[str, Sequence[Tensor]], symbol: str, path: Path, per_row: int = 8
+) -> None:
+    """Draw what every layer computes for one image of each set (Kirichenko et al. 2020, figure 3), on one colour scale.
+
+    Args:
+        images: By set, one image ``(3, H, W)``.
+        layers: By set, one map ``(h, w)`` for each layer, NaN where the layer changes nothing.
+        symbol: What is drawn, ``s`` or ``t``.
+        path: File to write.
+        per_row: Layers side by side; more wrap.
+    """
+    limit = _limit([values for maps in layers.values() for values in maps])
+    count = len(next(iter(layers.values())))
+    per_row = min(per_row, count)
+    starts = range(0, count, per_row)
+    size = tuple(next(iter(images.values())).shape[1:])
+    blank = np.ones((*size, 3))
+    with mpl.rc_context(_STYLE):
+        width = (per_row + 1) * _TILE + 2.2
+        figure = Figure(figsize=(width, len(starts) * (len(images) * _TILE + 0.45)), layout="constrained")
+        axes = figure.subplots(len(starts), 1, squeeze=False).flatten()
+        for axis, start in zip(axes, starts, strict=True):
+            numbers = range(start, min(start + per_row, count))
+            rest = [blank] * (per_row - len(numbers))
+            tiles = [
+                [
+                    *_rgb(images[name][None], size),
+                    *(_coloured(maps[number][None], limit, size)[0] for number in numbers),
+                    *rest,
+                ]
+                for name, maps in layers.items()
+            ]
+            titles = ["image", *(f"{symbol}, layer {number + 1}" for number in numbers), *[""] * len(rest)]
+            _mosaic(axis, tiles, [label(name, 18) for name in images], titles)
+        _colourbar(figure, axes.tolist(), limit, symbol)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: Path) -> None:
+    """Draw rows of images.
+
+    Args:
+        rows: By name, images ``(N, C, H, W)`` in [0, 1], N alike.
+        column_names: A heading for each column; empty strings for none.
+        path: File to write.
+    """
+    sizes = [tuple(images.shape[2:]) for images in rows.values()]
+    with mpl.rc_context(_STYLE):
+        headed = any(column_names)
+        tile = 1.1 if headed else _TILE
+        figure = Figure(
+            figsize=(len(column_names) * tile + 1.6, len(rows) * tile + (0.6 if headed else 0.2)), layout="constrained"
+        )
+        tiles = [_rgb(images, sizes[0]) for images in rows.values()]
+        _mosaic(figure.subplots(), tiles, [label(name, 22) for name in rows], column_names)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def _range(parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Span the whiskers of all parts."""
+    ends: list[float] = []
+    for part in parts:
+        finite = part[np.isfinite(part)]
+        if len(finite):
+            quarter, three_quarters = np.quantile(finite, [0.25, 0.75])
+            reach = 1.5 * (three_quarters - quarter)
+            ends += [max(finite.min(), quarter - reach), min(finite.max(), three_quarters + reach)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
+    return (low, high) if low < high else (low - 0.5, high + 0.5)  # constant values still deserve a bar
+
+
+def _limit(maps: Sequence[Tensor]) -> float:
+    """Colour scale that all maps share: symmetric, without the rarest extremes."""
+    values = torch.cat([part.flatten() for part in maps]).abs()
+    values = values[values.isfinite()]
+    limit = float(np.quantile(values.cpu().numpy(), _QUANTILE)) if len(values) else 0.0
+    return limit or 1.0
+
+
+def _resized(images: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """``(N, C, h, w)`` to ``(N, H, W, C)``, each pixel kept a square."""
+    if tuple(images.shape[2:]) != size:
+        images = functional.interpolate(images, size, mode="nearest-exact")
+    return images.float().cpu().permute(0, 2, 3, 1).numpy()
+
+
+def _rgb(images: Tensor, size: tuple[int, ...]) -> list[np.ndarray]:
+    """``(N, C, h, w)`` in [0, 1] to tiles; grey images get three channels, what is not finite becomes black."""
+    return list(np.nan_to_num(_resized(images.expand(-1, 3, -1, -1), size), nan=0.0).clip(0, 1))
+
+
+def _coloured(maps: Tensor, limit: float, size: tuple[int, ...]) -> list[np.ndarray]:
+    """``(N, h, w)`` to tiles; NaN becomes grey."""
+    return list(_DIVERGING(Normalize(-limit, limit)(_resized(maps[:, None], size)[..., 0]))[..., :3])
+
+
+def _mosaic(axis: Axes, tiles: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Draw a grid of tiles ``(H, W, 3)`` as one picture, with headings at its edges."""
+    height, width = tiles[0][0].shape[:2]
+    gap = max(1, round(_GAP * min(height, width)))
+    canvas = np.ones((len(tiles) * (height + gap) - gap, len(tiles[0]) * (width + gap) - gap, 3))
+    for y, row in enumerate(tiles):
+        for x, tile in enumerate(row):
+            canvas[y * (height + gap) :, x * (width + gap) :][:height, :width] = tile
+    axis.imshow(canvas)
+    axis.spines[:].set_visible(False)
+    axis.xaxis.tick_top()
+    axis.set_xticks([x * (width + gap) + width / 2 for x in range(len(columns))], columns, fontsize=8)
+    axis.set_yticks([y * (height + gap) + height / 2 for y in range(len(rows))], rows, fontsize=9)
+    axis.tick_params(length=0)
+
+
+def _colourbar(figure: Figure, axes: list[Axes], limit: float, symbol: str) -> None:
+    bar = figure.colorbar(ScalarMappable(Normalize(-limit, limit), _DIVERGING), ax=axes, fraction=0.03, aspect=25)
+    bar.ax.set_title(symbol, fontsize=10)
+    bar.locator = MaxNLocator(nbins=5)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
