@@ -114,6 +114,45 @@ def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: 
         ValueError: If the name or a layer is unknown, or no layer is given.
         BackboneUnavailableError: If the weights cannot be had.
     """
+    indices = _layer_indices(name, layers)
+    if not indices:
+        msg = f"layers must name at least one layer of {name}. Known: {', '.join(feature_layers(name))}."
+        raise ValueError(msg)
+    return create_backbone(name, pre_trained=pre_trained, features_only=True, out_indices=indices)
+
+
+class PooledAndMaps(nn.Module):
+    """A frozen backbone that returns its pooled features and some of its feature maps, from one pass.
+
+    Args:
+        name: As for :func:`create_backbone`; a transformer's token grid counts as a map.
+        layers: Layers by timm's module names or by their indices; none for the pooled features alone.
+        pre_trained: Load weights; without, they are random.
+
+    Raises:
+        ValueError: If the name or a layer is unknown, or timm cannot take maps out of this network.
+        BackboneUnavailableError: If the weights cannot be had.
+    """
+
+    def __init__(self, name: str, layers: Sequence[str | int] = (), *, pre_trained: bool = True) -> None:
+        super().__init__()
+        self.indices = _layer_indices(name, layers)
+        self.network: Any = create_backbone(name, pre_trained=pre_trained, num_classes=0)
+        self.pretrained_cfg = self.network.pretrained_cfg
+        if self.indices and not hasattr(self.network, "forward_intermediates"):
+            msg = f"timm takes no maps out of {name} beside its pooled features: set layers to an empty list."
+            raise ValueError(msg)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the pooled features, ``(N, D)``, and each layer's map, ``(N, C, h, w)``, in the network's order."""
+        if not self.indices:
+            return [self.network(images)]
+        last, maps = self.network.forward_intermediates(images, indices=self.indices, output_fmt="NCHW")
+        return [self.network.forward_head(last), *maps]
+
+
+def _layer_indices(name: str, layers: Sequence[str | int]) -> list[int]:
+    """Return the places of layers among :func:`feature_layers`, in order."""
     known = list(feature_layers(name))
     indices = []
     for layer in layers:
@@ -124,10 +163,10 @@ def create_feature_maps(name: str, layers: Sequence[str | int], *, pre_trained: 
         else:
             kind = f"layer of {name}"
             raise unknown_name(kind, layer, known)
-    if not indices or len(set(indices)) < len(indices):
-        msg = f"layers must name at least one layer, and none twice, got {list(layers)}. Known: {', '.join(known)}."
+    if len(set(indices)) < len(indices):
+        msg = f"layers must name no layer twice, got {list(layers)}. Known: {', '.join(known)}."
         raise ValueError(msg)
-    return create_backbone(name, pre_trained=pre_trained, features_only=True, out_indices=sorted(indices))
+    return sorted(indices)
 
 
 def feature_layers(name: str) -> dict[str, int]:
@@ -147,7 +186,7 @@ def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """Run a backbone as fast as the device allows.
 
     Args:
-        backbone: From :func:`create_backbone` or :func:`create_feature_maps`.
+        backbone: From :func:`create_feature_maps`, or :class:`PooledAndMaps`.
         images: Images as the backbone wants them, ``(N, 3, H, W)``.
 
     Returns:

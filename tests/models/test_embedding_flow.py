@@ -4,37 +4,85 @@ import math
 import pytest
 import torch
 from model_helpers import BACKBONE, data, embedding_flow, engine, randomise_flow
-from torch.distributions import MultivariateNormal
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import EmbeddingFlow
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
+from anomalib_flowood.models.embedding_flow.torch_model import _to_grid
 
 
-def fitted(n: int = 400, k: int = 6, dims: int = 24) -> tuple[EmbeddingFlowModel, torch.Tensor]:
-    """A model whose embeddings are random vectors of `dims` numbers instead of a network's."""
-    model = EmbeddingFlowModel(BACKBONE, pre_trained=False, subspace_dim=k, coupling_layers=4, hidden_channels=8)
+def fitted(n: int = 400, k: int = 6, dims: int = 24, **kwargs) -> tuple[EmbeddingFlowModel, torch.Tensor]:
+    """A model whose embeddings are random vectors of `dims` numbers, of several kinds, instead of a network's."""
+    small = {"coupling_layers": 4, "hidden_channels": 8, "modes": 1, "feature_noise": 0.0, "image_size": (32, 32)}
+    model = EmbeddingFlowModel(BACKBONE, (), pre_trained=False, subspace_dim=k, **{**small, **kwargs})
     model.dims = dims
     model.register_buffer("mean", torch.zeros(dims))
     model.register_buffer("components", torch.zeros(k, dims))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, dims, generator=generator) * torch.linspace(2, 0.1, dims) + 3
+    x[::2, :2] += 6
     model.double()
     model.fit_subspace(x.double())
     return model, x.double()
 
 
-def test_with_a_fresh_flow_the_density_is_probabilistic_pca():
-    model, x = fitted()
+def covariance(model: EmbeddingFlowModel) -> torch.Tensor:
+    """Of one mode of the density, from the model's buffers."""
     u, q = model.components, model.tail_variance
-    covariance = u.T @ torch.diag(model.variances) @ u + q * (torch.eye(len(x[0])) - u.T @ u)
-    expected = MultivariateNormal(model.mean, (covariance + covariance.T) / 2).log_prob(x)
+    matrix = u.T @ torch.diag(model.variances) @ u + q * (torch.eye(model.dims) - u.T @ u)
+    return (matrix + matrix.T) / 2
+
+
+def test_with_one_mode_and_a_fresh_flow_the_density_is_probabilistic_pca():
+    model, x = fitted()
+    expected = MultivariateNormal(x.mean(0), covariance(model)).log_prob(x)
     torch.testing.assert_close(model.flow_log_prob(*model.project(x)), expected)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
+    torch.testing.assert_close(model.variances, eigenvalues[:6].flip(0))
+    torch.testing.assert_close(model.tail_variance, eigenvalues[6:].mean())
+
+
+def test_with_a_fresh_flow_the_density_is_a_mixture_of_gaussians_with_noise():
+    model, x = fitted(modes=7, feature_noise=0.5)
+    shift = (model.centres * model.variances.sqrt()) @ model.components
+    mixture = MixtureSameFamily(
+        Categorical(logits=model.log_weights), MultivariateNormal(model.mean + shift, covariance(model))
+    )
+    torch.testing.assert_close(model.flow_log_prob(*model.project(x)), mixture.log_prob(x))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_noise_is_added_to_every_direction_alike(noise):
+    clean, _ = fitted(modes=7)
+    model, _ = fitted(modes=7, feature_noise=noise)
+    added = noise * clean.variances.mean()
+    torch.testing.assert_close(model.variances, clean.variances + added)
+    torch.testing.assert_close(model.tail_variance, clean.tail_variance + added)
+    # What the flow trains on has unit variance within a mode again: that of the images plus the noise.
+    blurred = model.blur(torch.zeros(20_000, 6, dtype=torch.float64))
+    torch.testing.assert_close(blurred.var(0) * model.variances, added.expand(6), rtol=0.05, atol=1e-12)
+
+
+def test_modes_are_the_kinds_of_training_images():
+    model, x = fitted(modes=2)
+    kinds = torch.stack([x[::2].mean(0), x[1::2].mean(0)])
+    centres = model.mean + (model.centres * model.variances.sqrt()) @ model.components
+    found = torch.cdist(kinds, centres)
+    assert float(found.min(1).values.max()) < 0.5 < 5 < float(found.max(1).values.min())
+    torch.testing.assert_close(model.log_weights.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_few_images_have_few_modes_and_the_same_density():
+    few, x = fitted(n=65, modes=50)  # 65 images are enough for 3
+    assert len(few.centres.unique(dim=0)) == 3
+    three, _ = fitted(n=65, modes=3)
+    torch.testing.assert_close(few.flow_log_prob(*few.project(x)), three.flow_log_prob(*three.project(x)))
 
 
 def test_log_density_follows_a_change_of_variables():
     # Against autograd: the whole map from embedding to (z, scaled residual) is linear but for the flow.
-    model, x = fitted()
+    model, x = fitted(modes=5, feature_noise=0.1)
     randomise_flow(model, scale=0.3)
     k, basis = len(model.components), torch.linalg.svd(model.components)[2]
 
@@ -45,16 +93,11 @@ def test_log_density_follows_a_change_of_variables():
 
     for e in x[:3]:
         jacobian = torch.autograd.functional.jacobian(latent, e)
-        z = latent(e)
-        expected = -0.5 * (z.square().sum() + len(z) * math.log(2 * math.pi)) + torch.linalg.slogdet(jacobian)[1]
+        z, rest = latent(e).split([k, len(e) - k])
+        kernels = model.log_weights - 0.5 * (z - model.centres).square().sum(1)
+        expected = torch.logsumexp(kernels, dim=0) - 0.5 * rest.square().sum() - 0.5 * len(e) * math.log(2 * math.pi)
+        expected = expected + torch.linalg.slogdet(jacobian)[1]
         torch.testing.assert_close(model.flow_log_prob(*model.project(e[None]))[0], expected)
-
-
-def test_the_tail_is_the_mean_discarded_variance():
-    model, x = fitted()
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
-    torch.testing.assert_close(model.variances, eigenvalues[:6])
-    torch.testing.assert_close(model.tail_variance, eigenvalues[6:].mean())
 
 
 @pytest.mark.parametrize(
@@ -73,10 +116,64 @@ def test_embeddings_without_such_a_subspace(embeddings, message):
 
 
 def test_embeddings_have_length_one_and_the_backbone_stays_frozen():
-    model = EmbeddingFlowModel(BACKBONE, pre_trained=False, subspace_dim=8).train()
+    model = EmbeddingFlowModel(BACKBONE, image_size=(32, 32), pre_trained=False, subspace_dim=8).train()
     assert not model.backbone.training
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
-    torch.testing.assert_close(model.embed(torch.rand(3, 3, 32, 32)).norm(dim=1), torch.ones(3))
+    images = torch.rand(12, 3, 32, 32)
+    features = model.extract(images)
+    assert [tuple(part.shape) for part in features] == [(12, 256), (12, 48, 2, 2)]
+    model.fit_maps(features[1:])
+    embeddings = model.embed(images)
+    assert embeddings.shape == (12, model.dims) == (12, 256 + 32 * 4)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(12))
+    # Pooled features and layout have the same say.
+    torch.testing.assert_close(embeddings[:, :256].norm(dim=1), torch.full((12,), 0.5**0.5))
+
+
+def test_the_layout_knows_where_things_are_and_pooled_features_do_not():
+    model = EmbeddingFlowModel(BACKBONE, (2,), (64, 64), pre_trained=False, subspace_dim=8)
+    _, layer = model.extract(torch.rand(20, 3, 64, 64))
+    model.fit_maps((layer,))
+    pooled = torch.rand(20, 256)
+    one = model.embed_features((pooled, layer))
+    turned = model.embed_features((pooled, layer.flip(3)))
+    torch.testing.assert_close(one[:, :256], turned[:, :256])
+    height, width = layer.shape[2:]
+    layout = one[:, 256:].unflatten(1, (-1, height, width))
+    torch.testing.assert_close(layout.flip(3).flatten(1), turned[:, 256:])
+
+
+def test_each_direction_of_a_map_weighs_by_the_fourth_root_of_its_variance():
+    model = EmbeddingFlowModel(BACKBONE, (2,), (64, 64), pre_trained=False, subspace_dim=8, map_dims=4)
+    channels = model.map_directions_0.shape[1]
+    layer = torch.randn(200, channels, 4, 4) * torch.linspace(5, 0.5, channels)[:, None, None] + 2
+    model.fit_maps((layer,))
+    projected = torch.einsum("dc,nchw->dnhw", model.map_directions_0, layer - model.map_mean_0[:, None, None])
+    leading = torch.linalg.eigvalsh(torch.cov(layer.movedim(1, 0).flatten(1))).flip(0)[:4]
+    torch.testing.assert_close(projected.flatten(1).var(1), leading.sqrt(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("length", "pooled"), [(3, 3), (7, 7), (10, 10), (11, 5), (14, 7), (28, 7), (56, 7)])
+def test_maps_are_pooled_to_a_grid(length, pooled):
+    assert _to_grid(torch.rand(1, 2, length, length)).shape[2:] == (pooled, pooled)
+
+
+def test_layers_that_do_not_exist_are_named():
+    with pytest.raises(ValueError, match=r"blocks.9.*blocks"):
+        embedding_flow(layers=["blocks.9"])
+    with pytest.raises(ValueError, match="no layer twice"):
+        embedding_flow(layers=[1, 1])
+
+
+@pytest.mark.parametrize("wrong", [{"modes": 0}, {"map_dims": 0}, {"feature_noise": -0.1}])
+def test_settings_below_their_least_value(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+        embedding_flow(**wrong)
+
+
+def test_images_of_another_size():
+    with pytest.raises(ValueError, match="works on images of 32 x 32 pixels, got 48 x 48"):
+        embedding_flow().model(torch.rand(1, 3, 48, 48))
 
 
 def test_nan_pixels_are_refused():
@@ -87,7 +184,7 @@ def test_nan_pixels_are_refused():
 
 
 def test_the_subspace_must_be_smaller_than_the_embedding():
-    with pytest.raises(ValueError, match="subspace_dim=5000 must be below the 256 numbers"):
+    with pytest.raises(ValueError, match="subspace_dim=5000 must be below the 384 numbers"):
         embedding_flow(subspace_dim=5000)
 
 
@@ -100,13 +197,13 @@ def test_resnet_subnets_need_images():
 def count_backbone_images(monkeypatch):
     """The number of images that went through the backbone, in training and validation."""
     seen = []
-    embed = EmbeddingFlowModel.embed
+    extract = EmbeddingFlowModel.extract
 
     def counting(self, images):
         seen.append(len(images))
-        return embed(self, images)
+        return extract(self, images)
 
-    monkeypatch.setattr(EmbeddingFlowModel, "embed", counting)
+    monkeypatch.setattr(EmbeddingFlowModel, "extract", counting)
     return seen
 
 
@@ -142,4 +239,4 @@ def test_defaults_follow_the_backbone():
     resize, normalize = detector.pre_processor.transform.transforms
     assert tuple(resize.size) == (224, 224)
     assert list(normalize.mean) == [0.5, 0.5, 0.5]
-    assert detector.model.dims == 1280
+    assert detector.model.dims == 1280 + 32 * 7 * 7

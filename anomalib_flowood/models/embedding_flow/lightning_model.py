@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from anomalib.data import InferenceBatch
@@ -21,14 +22,21 @@ from .torch_model import EmbeddingFlowModel
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the embeddings of a frozen, pretrained network.
 
-    For whole images that do not belong: another class, another data set. One density over the whole embedding: a
-    RealNVP flow in the principal subspace, a Gaussian in the rest.
+    For whole images that do not belong: another class, another data set. One density over the whole embedding, which
+    holds the pooled features and the layout of a feature map: a RealNVP flow in the principal subspace, a Gaussian in
+    the rest.
 
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
+        layers: Layers whose layout counts beside the pooled features, by timm's module names or indices; ``None`` for
+            the last one of stride 16 or less, an empty list for none.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
+        map_dims: Principal directions of each layer's feature vectors.
         subspace_dim: Principal directions in which the flow works; below the number of training images.
+        modes: Gaussians of the flow's base distribution; at most one for twenty training images are used.
+        feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
+            directions.
         subnet: s,t-network: ``mlp`` or ``bottleneck``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
@@ -50,9 +58,13 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
+        layers: Sequence[str | int] | None = None,
         pre_trained: bool = True,
         image_size: tuple[int, int] | None = None,
+        map_dims: int = 32,
         subspace_dim: int = 128,
+        modes: int = 128,
+        feature_noise: float = 0.3,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
         coupling_layers: int = 6,
@@ -74,30 +86,35 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.learning_rate = learning_rate
         self.model = EmbeddingFlowModel(
             backbone,
+            layers,
+            image_size,
             pre_trained=pre_trained,
+            map_dims=map_dims,
             subspace_dim=subspace_dim,
+            modes=modes,
+            feature_noise=feature_noise,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
         )
 
-    def extract(self, images: Tensor) -> tuple[Tensor]:
-        """Return the embeddings, ``(N, D)``."""
-        return (self.model.embed(images),)
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the pooled features, ``(N, P)``, and the layers' maps, ``(N, C, h, w)``."""
+        return self.model.extract(images)
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the principal subspace."""
-        self.model.fit_subspace(features[0])
+        """Fit embedding, subspace and base distribution."""
+        self.model.fit_features(features)
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return the whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
-        return self.model.project(features[0])
+        return self.model.project(self.model.embed_features(features))
 
     def log_prob_batch(self, batch: Any) -> Tensor:
-        """Log-density per dimension of a training batch; nats, ``(N,)``."""
+        """Log-density per dimension of a training batch, with noise; nats, ``(N,)``."""
         whitened, rest = self.features_of(batch)
-        return self.model.flow_log_prob(whitened, rest) / self.model.dims
+        return self.model.flow_log_prob(self.model.blur(whitened), rest) / self.model.dims
 
     def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
         """Score prepared features, as the torch model scores images."""

@@ -4,40 +4,75 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import create_backbone, run_backbone
+from anomalib_flowood.backbones import PooledAndMaps, backbone_config, feature_layers, run_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
+
+_STRIDE = 16
+"""Maps at this stride still say what is where, and no longer what every edge looks like."""
+
+_GRID = 7
+"""Positions to a side to which larger maps are pooled, or just above."""
+
+_IMAGES_PER_MODE = 20
+"""With fewer training images for each Gaussian of the base, they would learn the images by heart."""
+
+_FIT_POSITIONS = 60_000
+"""Positions from which the directions of feature vectors are fitted; more change nothing but the time."""
+
+_FIT_IMAGES = 10_000
+"""Training images from which subspace and base are fitted; likewise."""
+
+_CHUNK = 512
+"""Images that are embedded at once where features are at hand."""
 
 
 class EmbeddingFlowModel(FlowModel):
     """Density of a frozen network's embeddings: a flow in their principal subspace, a Gaussian in the rest.
 
-    An embedding e is the network's pooled feature vector at length 1, of D numbers. With the principal subspace of the
-    training embeddings (mean m, directions U, variances v, k of them) and the mean variance q of what is left over::
+    An embedding e has D numbers: the network's pooled features, and for each of ``layers`` the layout of its map, which
+    pooling loses. At every position of the map the feature vector is projected onto the leading principal directions
+    (``map_dims`` of them, over all positions and training images) and divided by the fourth root of their variances, so
+    that none of them drowns the others. Each part is brought to the same length, and the whole to length 1.
 
-        w = U^T (e - m) / sqrt(v),   r = (e - m) - U U^T (e - m)
-        log p(e) = log p_flow(w) - 1/2 sum log v  -  |r|^2 / (2 q) - (D - k)/2 log(2 pi q)
+    With the principal subspace of the training embeddings (mean m, k directions U, variances v within the modes below,
+    their mean s) and the mean variance q of what is left over, the density is that of embeddings with some noise, of
+    variance a = ``feature_noise`` * s in every direction::
+
+        w = U^T (e - m) / sqrt(v + a),   r = (e - m) - U U^T (e - m)
+        log p(e) = log p_flow(w) - 1/2 sum log(v + a)  -  |r|^2 / (2 (q + a)) - (D - k)/2 log(2 pi (q + a))
 
     which is the density of probabilistic PCA (Tipping and Bishop 1999, section 3) with its Gaussian in the subspace
-    replaced by a RealNVP flow.
+    replaced by a RealNVP flow. The flow's base distribution is a mixture of Gaussians of unit variance, whose means
+    k-means finds among the training embeddings: what is inside comes in several kinds. The noise keeps few images from
+    being learned by heart.
 
     Args:
         backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.backbones`.
+        layers: Layers whose layout counts, by timm's module names (``blocks.4``) or indices; by default the last one
+            of stride 16 or less. None for the pooled features alone.
+        image_size: Height and width of the images; by default the size that the backbone was trained at.
         pre_trained: Load the backbone's weights.
+        map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.
         subspace_dim: k, the number of principal directions.
+        modes: Gaussians of the base; at most one for twenty training images are used.
+        feature_noise: Variance of the noise, in units of the mean variance over the principal directions.
         subnet: s,t-network on vectors: ``mlp`` or ``bottleneck``.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
 
     Raises:
-        ValueError: If the backbone is unknown, or the configuration makes no sense.
+        ValueError: If the backbone or a layer is unknown, or the configuration makes no sense.
         BackboneUnavailableError: If the backbone's weights cannot be had.
     """
 
@@ -45,18 +80,34 @@ class EmbeddingFlowModel(FlowModel):
     components: Tensor
     variances: Tensor
     tail_variance: Tensor
+    noise: Tensor
+    centres: Tensor
+    log_weights: Tensor
 
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
+        layers: Sequence[str | int] | None = None,
+        image_size: tuple[int, int] | None = None,
         *,
         pre_trained: bool = True,
+        map_dims: int = 32,
         subspace_dim: int = 128,
+        modes: int = 128,
+        feature_noise: float = 0.3,
         subnet: str = "mlp",
         coupling_layers: int = 6,
         hidden_channels: int = 128,
         bottleneck_dim: int = 16,
     ) -> None:
+        for argument, value, least in (
+            ("map_dims", map_dims, 1),
+            ("modes", modes, 1),
+            ("feature_noise", feature_noise, 0),
+        ):
+            if value < least:
+                msg = f"{argument} must be at least {least}, got {value}."
+                raise ValueError(msg)
         flow = flows.vector_flow(
             subspace_dim,
             subnet=subnet,
@@ -64,18 +115,32 @@ class EmbeddingFlowModel(FlowModel):
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
         )
-        network = create_backbone(backbone, pre_trained=pre_trained, num_classes=0)
-        # The head of some networks widens the pooled features.
-        dims = int(getattr(network, "head_hidden_size", None) or network.num_features)  # type: ignore[arg-type]
+        if layers is None:
+            layers = [layer for layer, stride in feature_layers(backbone).items() if stride <= _STRIDE][-1:]
+        network = PooledAndMaps(backbone, layers, pre_trained=pre_trained)
+        size = tuple(image_size or backbone_config(backbone)["input_size"][-2:])
+        with torch.no_grad():
+            pooled, *maps = network(torch.zeros(1, 3, *size))
+        maps = [_to_grid(layer) for layer in maps]
+        directions = [min(map_dims, layer.shape[1]) for layer in maps]
+        dims = pooled.shape[1] + sum(count * layer[0, 0].numel() for count, layer in zip(directions, maps, strict=True))
         if subspace_dim >= dims:
             msg = f"subspace_dim={subspace_dim} must be below the {dims} numbers of an embedding of {backbone!r}."
             raise ValueError(msg)
         super().__init__(flow, dims, levels=1)
         self.backbone = network
+        self.image_size = size
+        self.feature_noise = feature_noise
+        for number, (layer, count) in enumerate(zip(maps, directions, strict=True)):
+            self.register_buffer(f"map_mean_{number}", torch.zeros(layer.shape[1]))
+            self.register_buffer(f"map_directions_{number}", torch.zeros(count, layer.shape[1]))
         self.register_buffer("mean", torch.zeros(self.dims))
         self.register_buffer("components", torch.zeros(subspace_dim, self.dims))
-        self.register_buffer("variances", torch.ones(subspace_dim))
-        self.register_buffer("tail_variance", torch.ones(()))
+        self.register_buffer("variances", torch.ones(subspace_dim))  # v + a
+        self.register_buffer("tail_variance", torch.ones(()))  # q + a
+        self.register_buffer("noise", torch.zeros(subspace_dim))  # a / (v + a)
+        self.register_buffer("centres", torch.zeros(modes, subspace_dim))
+        self.register_buffer("log_weights", torch.full((modes,), -math.log(modes)))
 
     def train(self, mode: bool = True) -> EmbeddingFlowModel:
         """Set the flow's mode; the backbone is frozen, its batch norms included."""
@@ -83,27 +148,86 @@ class EmbeddingFlowModel(FlowModel):
         self.backbone.eval()
         return self
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embed images at length 1.
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what embeddings are made of.
 
         Args:
             images: Images as the backbone wants them, ``(N, 3, H, W)``.
 
         Returns:
-            Embeddings, ``(N, D)``.
+            The pooled features, ``(N, P)``, and for each layer its map, ``(N, C, h, w)``.
 
         Raises:
-            ValueError: If a pixel is NaN or infinite.
+            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
         check_images(images)
-        (pooled,) = run_backbone(self.backbone, images)
-        return functional.normalize(pooled, dim=1)
+        if tuple(images.shape[2:]) != self.image_size and not torch.compiler.is_compiling():
+            height, width = images.shape[2:]
+            msg = (
+                f"This model works on images of {self.image_size[0]} x {self.image_size[1]} pixels, got {height} x "
+                f"{width}. Keep the pre-processor's Resize, or set image_size."
+            )
+            raise ValueError(msg)
+        pooled, *maps = run_backbone(self.backbone, images)
+        return (pooled, *(_to_grid(layer) for layer in maps))
 
-    def fit_subspace(self, embeddings: Tensor) -> None:
-        """Fit the principal subspace and the variance of the rest.
+    def embed_features(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Make embeddings of what :meth:`extract` returned.
+
+        Returns:
+            Embeddings of length 1, ``(N, D)``.
+        """
+        pooled, *maps = features
+        parts = [pooled]
+        for number, layer in enumerate(maps):
+            mean, directions = getattr(self, f"map_mean_{number}"), getattr(self, f"map_directions_{number}")
+            centred = layer - mean[:, None, None]
+            parts.append(functional.conv2d(centred, directions[:, :, None, None]).flatten(1))
+        length = math.sqrt(len(parts))
+        return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed pre-processed images, ``(N, 3, H, W)``: ``(N, D)``, length 1; errors as for :meth:`extract`."""
+        return self.embed_features(self.extract(images))
+
+    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+        """Fit everything but the flow.
 
         Args:
-            embeddings: All training embeddings, ``(N, D)``.
+            features: What :meth:`extract` returns for all training images.
+
+        Raises:
+            ValueError: If there are too few of them, or they are all alike.
+        """
+        drawn = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(0))[:_FIT_IMAGES].sort().values
+        features = tuple(part[drawn] for part in features)
+        self.fit_maps(features[1:])
+        chunks = zip(*(part.split(_CHUNK) for part in features), strict=True)
+        self.fit_subspace(torch.cat([self.embed_features(chunk) for chunk in chunks]))
+
+    def fit_maps(self, maps: tuple[Tensor, ...]) -> None:
+        """Fit the principal directions of each layer's feature vectors, over all positions and images."""
+        for number, layer in enumerate(maps):
+            vectors = layer.movedim(1, -1).flatten(0, -2)
+            drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:_FIT_POSITIONS]
+            directions = getattr(self, f"map_directions_{number}")
+            if len(vectors) < 2:
+                continue  # the fit of the subspace says that there are too few images
+            centre = vectors[drawn].double()
+            pca = PCA(svd_solver="covariance_eigh").fit(centre.cpu().numpy())
+            variances = torch.from_numpy(pca.explained_variance_[: len(directions)])
+            scale = variances.clamp(min=max(1e-6 * float(variances[0]), 1e-12)) ** -0.25
+            getattr(self, f"map_mean_{number}").copy_(torch.from_numpy(pca.mean_))
+            directions.zero_()
+            directions[: len(variances)] = (torch.from_numpy(pca.components_[: len(directions)]) * scale[:, None]).to(
+                directions
+            )
+
+    def fit_subspace(self, embeddings: Tensor) -> None:
+        """Fit the principal subspace, the variance of the rest, and the base distribution.
+
+        Args:
+            embeddings: Training embeddings, ``(N, D)``.
 
         Raises:
             ValueError: If there are too few of them, or they are all alike.
@@ -121,21 +245,39 @@ class EmbeddingFlowModel(FlowModel):
         # dimensions, the covariance is exact and the fastest.
         solver = "covariance_eigh" if n > self.dims else "auto"
         pca = PCA(n_components=k, svd_solver=solver, random_state=0).fit(embeddings.double().cpu().numpy())
-        variances = torch.from_numpy(pca.explained_variance_)
-        total = embeddings.double().var(0).sum()
-        tail = (total - variances.sum()).clamp(min=0) / (self.dims - k)
-        if float(variances[-1]) <= 1e-10 * float(variances[0]) or float(variances[0]) <= 1e-12:
-            rank = int((variances > 1e-10 * variances[0]).sum()) if float(variances[0]) > 1e-12 else 0
+        explained = torch.from_numpy(pca.explained_variance_)
+        if float(explained[-1]) <= 1e-10 * float(explained[0]) or float(explained[0]) <= 1e-12:
+            rank = int((explained > 1e-10 * explained[0]).sum()) if float(explained[0]) > 1e-12 else 0
             msg = (
                 f"The {n} training embeddings vary in {rank} directions only, fewer than subspace_dim={k}: "
                 "are many training images the same, or constant? Set subspace_dim lower or give more varied images."
             )
             raise ValueError(msg)
-        self.mean.copy_(torch.from_numpy(pca.mean_))
-        self.components.copy_(torch.from_numpy(pca.components_))
-        self.variances.copy_(variances)
+        total = embeddings.double().var(0).sum().cpu()
         # A floor for embeddings that lie in the subspace: far below any variance inside of it.
-        self.tail_variance.copy_(torch.maximum(tail.cpu(), 1e-3 * variances[-1]))
+        tail = torch.maximum((total - explained.sum()) / (self.dims - k), 1e-3 * explained[-1])
+
+        coordinates = (embeddings.double().cpu() - torch.from_numpy(pca.mean_)) @ torch.from_numpy(pca.components_).T
+        modes = max(1, min(len(self.centres), n // _IMAGES_PER_MODE))
+        clusters = KMeans(modes, n_init=1, random_state=0).fit(coordinates.float().numpy())
+        kind = torch.from_numpy(clusters.labels_).long()
+        share = torch.bincount(kind, minlength=modes).double() / n
+        centres = torch.zeros(modes, k, dtype=torch.float64).index_add(0, kind, coordinates) / (share * n)[:, None]
+        deviation = coordinates - centres[kind]
+        variances, rotation = np.linalg.eigh((deviation.T @ deviation / (n - modes)).numpy())
+        within = torch.maximum(torch.from_numpy(variances), tail)
+        turn = torch.from_numpy(rotation)
+        noise = self.feature_noise * within.mean()
+
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+        self.components.copy_(turn.T @ torch.from_numpy(pca.components_))
+        self.variances.copy_(within + noise)
+        self.tail_variance.copy_(tail + noise)
+        self.noise.copy_(noise / (within + noise))
+        # More Gaussians than modes: some share one, which is the same density.
+        slots = torch.arange(len(self.centres)) % modes
+        self.centres.copy_((centres @ turn / (within + noise).sqrt())[slots])
+        self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
 
     def project(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Split the density of embeddings into what the flow models, and the rest.
@@ -158,10 +300,21 @@ class EmbeddingFlowModel(FlowModel):
         )
         return coordinates / self.variances.sqrt(), rest
 
+    def blur(self, whitened: Tensor) -> Tensor:
+        """Add the noise to whitened coordinates, ``(N, k)``, on which the flow trains."""
+        return whitened + self.noise.sqrt() * torch.randn_like(whitened)
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents ``(N, k)`` under the mixture of Gaussians; nats, ``(N,)``."""
+        # |z - c|^2 by a matrix product: no tensor of N x modes x k numbers.
+        squares = z.square().sum(1, keepdim=True) - 2 * z @ self.centres.T + self.centres.square().sum(1)
+        kernels = self.log_weights - 0.5 * squares
+        return torch.logsumexp(kernels, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+
     def flow_log_prob(self, whitened: Tensor, rest: Tensor) -> Tensor:
         """Log-density of embeddings from the two parts of :meth:`project`; nats, ``(N,)``."""
         z, log_det = self.flow(whitened)
-        return flows.standard_normal_log_prob(z) + log_det + rest
+        return self.base_log_prob(z) + log_det + rest
 
     def log_prob(self, images: Tensor) -> Tensor:
         """Log-density of the images' embeddings.
@@ -173,6 +326,12 @@ class EmbeddingFlowModel(FlowModel):
             Nats, ``(N,)``.
 
         Raises:
-            ValueError: If a pixel is NaN or infinite.
+            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
         return self.flow_log_prob(*self.project(self.embed(images)))
+
+
+def _to_grid(layer: Tensor) -> Tensor:
+    """Pool a map, ``(N, C, h, w)``, to about seven positions to a side; smaller ones stay as they are."""
+    kernel = [max(1, round(length / _GRID)) for length in layer.shape[2:]]
+    return functional.avg_pool2d(layer, kernel) if max(kernel) > 1 else layer
