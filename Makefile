@@ -2,6 +2,8 @@
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what anomalib's engine costs the detectors
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
+# make paper        the experiments of the paper behind the detectors, small enough for two cores;
+#                   PROFILE=full: as published, on a GPU
 # make test         install into .venv, run all tests
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -15,8 +17,9 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 TILES ?=
 SEEDS ?= 0 1 2
+PROFILE ?= laptop
 
-.PHONY: quickstart seeds speed contest test lint fashion-mnist
+.PHONY: quickstart seeds speed contest paper test lint fashion-mnist
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -32,6 +35,10 @@ speed: .venv/offline fashion-mnist
 # Repeat it to go on where it was interrupted.
 contest: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.contest run --seeds $(SEEDS) $(if $(TILES),--industrial $(TILES),--parts one_class cross)
+
+# Repeat it to go on where it was interrupted.
+paper: .venv/offline fashion-mnist
+	$(BIN)/python -m benchmarks.paper run --profile $(PROFILE)
 
 test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from anomalib_flowood import flows
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
@@ -36,12 +35,17 @@ class KNNModel(EmbeddingFlowModel):
         self.register_buffer("bank", torch.zeros(0, self.dims), persistent=False)
 
     def observe(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the embeddings of training images, of length 1."""
-        return (self.embed(images),)
+        """Return what the embeddings of training images are made of."""
+        return self.extract(images)
 
     def fit(self, features: tuple[Tensor, ...]) -> None:
-        """Keep the training embeddings."""
-        (self.bank,) = features
+        """Fit the embedding, then the baseline on training embeddings of length 1."""
+        self.fit_maps(features[1:])
+        self.fit_embeddings(self.embed_features(features))
+
+    def fit_embeddings(self, embeddings: Tensor) -> None:
+        """Keep the training embeddings, ``(N, D)``."""
+        self.bank = embeddings
 
     def distance(self, embeddings: Tensor) -> Tensor:
         """Score embeddings ``(N, D)``."""
@@ -56,9 +60,9 @@ class KNNModel(EmbeddingFlowModel):
 class MahalanobisModel(KNNModel):
     """Squared Mahalanobis distance from the mean of the training embeddings, covariance after Ledoit and Wolf."""
 
-    def fit(self, features: tuple[Tensor, ...]) -> None:
-        """Fit mean and shrunk covariance."""
-        fitted = LedoitWolf().fit(features[0].double().cpu().numpy())
+    def fit_embeddings(self, embeddings: Tensor) -> None:
+        """Fit mean and shrunk covariance to ``(N, D)``."""
+        fitted = LedoitWolf().fit(embeddings.double().cpu().numpy())
         self.location = torch.from_numpy(fitted.location_)
         self.precision = torch.from_numpy(fitted.precision_)
 
@@ -69,16 +73,18 @@ class MahalanobisModel(KNNModel):
 
 
 class PPCAModel(KNNModel):
-    """−log p under probabilistic PCA: `EmbeddingFlow` with a standard normal in the place of its flow."""
+    """−log p under probabilistic PCA: `EmbeddingFlow`'s subspace and tail, one Gaussian in the place of its flow."""
 
-    def fit(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the principal subspace."""
-        self.fit_subspace(features[0])
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, modes=1, feature_noise=0.0, **kwargs)
+
+    def fit_embeddings(self, embeddings: Tensor) -> None:
+        """Fit the principal subspace to ``(N, D)``."""
+        self.fit_subspace(embeddings)
 
     def distance(self, embeddings: Tensor) -> Tensor:
-        """Score embeddings ``(N, D)``."""
-        whitened, rest = self.project(embeddings)
-        return -(flows.standard_normal_log_prob(whitened) + rest) / self.dims
+        """Score embeddings ``(N, D)``; the flow is untrained, which is the identity."""
+        return -self.flow_log_prob(*self.project(embeddings)) / self.dims
 
 
 class GaussianMapModel(FeatureMapFlowModel):
@@ -116,10 +122,7 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         **components: Any,
     ) -> None:
         super().__init__(**components)
-        arguments = dict(model_arguments or {})
-        if name == "GaussianMap":
-            arguments["image_size"] = tuple(image_size)
-        self.model = MODELS[name](backbone, **arguments)
+        self.model = MODELS[name](backbone, image_size=tuple(image_size), **(model_arguments or {}))
         self._seen: list[tuple[Tensor, ...]] = []
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:

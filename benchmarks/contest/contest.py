@@ -59,8 +59,8 @@ TRAINING_SECONDS = {"industrial": 150.0, "one_class": 30.0, "cross": 30.0}
 LEVEL, PATIENCE = 0.005, 3
 """Levelled off: no improvement of more than this share in so many epochs."""
 LONG_CLASS = 0
-"""The class of each set on which detectors run that train on maps; on all of them a contest would take hours."""
-TRAIN_ON_MAPS = ("FeatureMapFlow", "Fastflow", "Patchflow", "Cflow")
+"""The class of each set on which detectors run that train for long; on all of them a contest would take hours."""
+TRAIN_LONG = ("Fastflow", "Patchflow", "Cflow")
 AUPIMO_THRESHOLDS = 30_000
 """A tenth of anomalib's default, for the time it takes."""
 SPEED_BATCH = 32
@@ -239,7 +239,7 @@ def _seeds(task: Task, detector: Detector, seeds: Sequence[int]) -> Sequence[int
     if task.part == "industrial":
         return seeds if detector.random else seeds[:1]
     small = task.part in {"one_class", "cross"}
-    if small and detector.name in TRAIN_ON_MAPS and not task.name.endswith(f"class {LONG_CLASS}"):
+    if small and detector.name in TRAIN_LONG and not task.name.endswith(f"class {LONG_CLASS}"):
         return ()
     return seeds if small and detector.name == "EmbeddingFlow" else seeds[:1]
 
@@ -461,7 +461,7 @@ def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[s
             "wall_s": round(wall, 3),
             "hits": hits,
             "backbone_s": round(saved / hits, 6) if hits else "",
-            "epochs": _epochs(trainer),
+            "epochs": trained_epochs(trainer),
             "stopped_by": (rule.stopped_by if rule else "") or "default epochs",
             "peak_gib": "" if memory.gib is None else round(memory.gib, 3),
             "train_images": len(datamodule.train_data),
@@ -484,7 +484,7 @@ def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[s
     return rows
 
 
-def _epochs(trainer: Trainer) -> float:
+def trained_epochs(trainer: Trainer) -> float:
     """Epochs trained, a broken-off one by its share."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
     return round(batches / max(1, trainer.num_training_batches), 2)
@@ -612,7 +612,7 @@ def finished(output: Path) -> set[tuple[str, str, str, int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what anomalib and Lightning have to say about every fit."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -645,7 +645,8 @@ class _Clock:
         return time.perf_counter() - self.start
 
 
-def _minutes(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Write a duration as hours, minutes and seconds."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
@@ -669,7 +670,7 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
     jobs = [job for job in every if set(job.keys(options.parts)) - done]
     console.print(f"{len(jobs)} fits to run, {len(every) - len(jobs)} finished before; rows in {options.output}")
     clock = _Clock()
-    with Memo() as memo, _quiet():
+    with Memo() as memo, quiet():
         backbone = options.backbone
         if jobs and not backbone.startswith(LOCAL_DIR):
             backbone = f"{LOCAL_DIR}{save_local(backbone, options.output.resolve() / 'backbone')}"
@@ -692,8 +693,8 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
             clock.took(job, time.perf_counter() - start)
             console.print(
                 f"[bold]{number}/{len(jobs)}[/bold] {job.task.part} {job.task.name}, {job.detector.name}, "
-                f"seed {job.seed}: {said} [dim]({_minutes(clock.elapsed)} elapsed, about "
-                f"{_minutes(clock.remaining(jobs[number:]))} left)[/dim]",
+                f"seed {job.seed}: {said} [dim]({clock_time(clock.elapsed)} elapsed, about "
+                f"{clock_time(clock.remaining(jobs[number:]))} left)[/dim]",
                 highlight=False,
             )
             gc.collect()

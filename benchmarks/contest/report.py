@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from .baselines import MODELS
-from .contest import PARTS, TRAIN_ON_MAPS, read_rows
+from .contest import PARTS, TRAIN_LONG, read_rows
 from .detectors import DETECTORS
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ _TITLES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _mean_sd(values: pd.Series) -> str:
+def mean_sd(values: pd.Series) -> str:
     """Mean, and standard deviation where there is more than one value."""
     values = values.dropna()
     if values.empty:
@@ -53,7 +53,7 @@ def _mean(values: pd.Series) -> str:
     return "–" if values.dropna().empty else f"{values.mean():.3f}"
 
 
-def _number(values: pd.Series) -> str:
+def short_number(values: pd.Series) -> str:
     """A mean in three significant digits."""
     values = values.dropna()
     if values.empty:
@@ -78,7 +78,7 @@ class Column:
         self,
         title: str,
         name: str,
-        show: Callable[[pd.Series], str] = _mean_sd,
+        show: Callable[[pd.Series], str] = mean_sd,
         best: Callable[[pd.Series], float] | None = None,
         where: Callable[[pd.DataFrame], pd.Series] | None = None,
     ) -> None:
@@ -118,9 +118,9 @@ def _table(rows: pd.DataFrame, columns: Sequence[Column], head: str = "detector"
 _AUROC = Column("AUROC ↑", "auroc", best=max)
 _FPR95 = Column("FPR95 ↓", "fpr95", _mean, best=min)
 _COST = [
-    Column("fit s", "fit_s", _number),
-    Column("images/s", "images_per_s", _number),
-    Column("GiB", "peak_gib", _number),
+    Column("fit s", "fit_s", short_number),
+    Column("images/s", "images_per_s", short_number),
+    Column("GiB", "peak_gib", short_number),
 ]
 _PIXELS = [
     Column("pixel", "pixel_auroc", _mean, best=max),
@@ -161,7 +161,7 @@ def _training(rows: pd.DataFrame) -> list[str]:
     texts = []
     for name, some in rows[rows["detector"].isin(TRAINED)].groupby("detector", sort=False):
         ends = ", ".join(f"{count} × {end}" for end, count in some["stopped_by"].value_counts().items())
-        texts.append(f"{name}: {_number(some['epochs'])} epochs, stopped by: {ends}.")
+        texts.append(f"{name}: {short_number(some['epochs'])} epochs, stopped by: {ends}.")
     return [" ".join(texts)] if texts else []
 
 
@@ -174,7 +174,7 @@ def _one_class(rows: pd.DataFrame) -> str:
     sets = rows["task"].str.partition(" class ")[0]
     for name in sets.unique():
         some = rows[sets == name]
-        few, every = some[some["detector"].isin(TRAIN_ON_MAPS)], some[~some["detector"].isin(TRAIN_ON_MAPS)]
+        few, every = some[some["detector"].isin(TRAIN_LONG)], some[~some["detector"].isin(TRAIN_LONG)]
         columns = [
             Column("AUROC ↑, all", "auroc", best=max),
             Column("chosen on", "auroc", _mean, best=max, where=lambda part: _label(part["task"]) % 2 == 0),
@@ -366,7 +366,7 @@ def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
     for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         some = good[good["part"] == part]
         if part == "one_class":  # these have seen few of the classes
-            some = some[~some["detector"].isin(TRAIN_ON_MAPS)]
+            some = some[~some["detector"].isin(TRAIN_LONG)]
         means = _complete(some).groupby("detector")[["auroc", "fit_s"]].mean()
         for name, (score, seconds) in means.iterrows():
             ours = name in OURS

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments of Kirichenko, Izmailov and Wilson (NeurIPS 2020), small enough for two cores, or as published.
+
+python -m benchmarks.paper run                  # two cores, no GPU
+python -m benchmarks.paper run --profile full   # the published settings, on a GPU
+python -m benchmarks.paper report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.contest.contest import read_rows
+
+from . import report, study
+
+OUTPUTS = {"laptop": Path("runs/paper"), "full": Path("runs/paper_full")}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run what is not finished yet, then report")
+    run.add_argument("--parts", nargs="+", choices=study.PARTS, default=study.PARTS)
+    run.add_argument("--accelerator", help="Lightning's; cpu for laptop and gpu for full by default")
+    run.add_argument("--root", default="./datasets", help="folder of the data sets")
+    run.add_argument("--limit", type=int, help="a trial on so many training images, in OUTPUT/trial")
+    reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
+    for command in (run, reporting):
+        command.add_argument("--profile", choices=list(study.PROFILES), default="laptop")
+        command.add_argument("--output", type=Path, help="folder of the rows; runs/paper or runs/paper_full by default")
+        command.add_argument("--into", type=Path, help="folder of the tables and pictures; beside README.md by default")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args()
+    console = Console(soft_wrap=True)
+    output, into = arguments.output or OUTPUTS[arguments.profile], arguments.into or report.HERE
+    if arguments.profile == "full" and arguments.into is None:  # the README's generated part shows one profile
+        into = output
+    profile = study.PROFILES[arguments.profile]
+    if arguments.command == "run":
+        if arguments.limit:  # a trial's rows and pictures keep away from results
+            profile, output = study.trial(profile, arguments.limit), output / "trial"
+            into = arguments.into or output
+        if arguments.accelerator:
+            profile = replace(profile, accelerator=arguments.accelerator)
+        study.run(profile, output, arguments.root, arguments.parts, console)
+    try:
+        written = report.write(output, into)
+    except FileNotFoundError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+        return 2
+    console.print((output / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print(f"Written: {', '.join(map(str, written))}", markup=False, highlight=False)
+    failed = read_rows(output)["error"].notna().sum()
+    if failed:
+        console.print(f"{failed} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
