@@ -402,14 +402,14 @@ class FeatureMapFlowModel(FlowModel):
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the layers' maps in units of their standard deviation over
-            normal images, up-sampled and averaged; and ``pred_score``, ``(N,)``: the mean of the leading directions'
-            share over the positions where it is highest, likewise in units of its standard deviation and averaged over
-            the layers.
+            normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and averaged; and
+            ``pred_score``, ``(N,)``: the mean of the leading directions' share over the positions where it is highest,
+            likewise in units of its standard deviation and averaged over the layers.
         """
         maps, scores = [], []
         for number, (layer, leading) in enumerate(self.layer_maps(reduced)):
             layer = ((layer - self.map_mean[number]) / self.map_std[number])[:, None]
-            maps.append(functional.interpolate(layer, size=self.image_size, mode="bilinear", align_corners=False))
+            maps.append(functional.interpolate(layer, size=self.image_size, mode="bicubic", align_corners=False))
             leading = ((leading - self.score_mean[number]) / self.score_std[number]).flatten(1)
             highest = leading.topk(max(1, round(self.score_fraction * leading.shape[1])), dim=1).values
             scores.append(highest.mean(1))
