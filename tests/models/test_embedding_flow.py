@@ -74,9 +74,9 @@ def test_modes_are_the_kinds_of_training_images():
 
 
 def test_few_images_have_few_modes_and_the_same_density():
-    few, x = fitted(n=65, modes=50)  # 65 images are enough for 3
+    few, x = fitted(n=35, modes=50)  # 35 images are enough for 3
     assert len(few.centres.unique(dim=0)) == 3
-    three, _ = fitted(n=65, modes=3)
+    three, _ = fitted(n=35, modes=3)
     torch.testing.assert_close(few.flow_log_prob(*few.project(x)), three.flow_log_prob(*three.project(x)))
 
 

@@ -34,7 +34,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
         map_dims: Principal directions of each layer's feature vectors.
         subspace_dim: Principal directions in which the flow works; below the number of training images.
-        modes: Gaussians of the flow's base distribution; at most one for twenty training images are used.
+        modes: Gaussians of the flow's base distribution; at most one for ten training images are used.
         feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
             directions.
         subnet: s,t-network: ``mlp`` or ``bottleneck``.
@@ -63,8 +63,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         image_size: tuple[int, int] | None = None,
         map_dims: int = 32,
         subspace_dim: int = 128,
-        modes: int = 128,
-        feature_noise: float = 0.3,
+        modes: int = 256,
+        feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
         coupling_layers: int = 6,

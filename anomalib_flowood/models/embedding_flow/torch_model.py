@@ -23,7 +23,7 @@ _STRIDE = 16
 _GRID = 7
 """Positions to a side to which larger maps are pooled, or just above."""
 
-_IMAGES_PER_MODE = 20
+_IMAGES_PER_MODE = 10
 """With fewer training images for each Gaussian of the base, they would learn the images by heart."""
 
 _FIT_POSITIONS = 60_000
@@ -64,7 +64,7 @@ class EmbeddingFlowModel(FlowModel):
         pre_trained: Load the backbone's weights.
         map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.
         subspace_dim: k, the number of principal directions.
-        modes: Gaussians of the base; at most one for twenty training images are used.
+        modes: Gaussians of the base; at most one for ten training images are used.
         feature_noise: Variance of the noise, in units of the mean variance over the principal directions.
         subnet: s,t-network on vectors: ``mlp`` or ``bottleneck``.
         coupling_layers: Number of couplings.
@@ -93,8 +93,8 @@ class EmbeddingFlowModel(FlowModel):
         pre_trained: bool = True,
         map_dims: int = 32,
         subspace_dim: int = 128,
-        modes: int = 128,
-        feature_noise: float = 0.3,
+        modes: int = 256,
+        feature_noise: float = 1.0,
         subnet: str = "mlp",
         coupling_layers: int = 6,
         hidden_channels: int = 128,
@@ -241,10 +241,8 @@ class EmbeddingFlowModel(FlowModel):
                 else f"{n} training image(s) have no principal subspace: give at least 4, more are better."
             )
             raise ValueError(msg)
-        # NumPy: torch's eigensolvers are slower on the CPU, and this runs once per fit. Where images outnumber
-        # dimensions, the covariance is exact and the fastest.
-        solver = "covariance_eigh" if n > self.dims else "auto"
-        pca = PCA(n_components=k, svd_solver=solver, random_state=0).fit(embeddings.double().cpu().numpy())
+        # In NumPy, where eigensolvers are faster on the CPU. Randomised where few of many directions are wanted.
+        pca = PCA(n_components=k, random_state=0).fit(embeddings.double().cpu().numpy())
         explained = torch.from_numpy(pca.explained_variance_)
         if float(explained[-1]) <= 1e-10 * float(explained[0]) or float(explained[0]) <= 1e-12:
             rank = int((explained > 1e-10 * explained[0]).sum()) if float(explained[0]) > 1e-12 else 0
