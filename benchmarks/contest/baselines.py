@@ -6,7 +6,6 @@ Whatever a flow is better at than these, it has earned by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,12 +116,12 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         self,
         name: str,
         backbone: str,
-        image_size: Sequence[int],
+        image_size: tuple[int, int],
         model_arguments: dict[str, Any] | None = None,
         **components: Any,
     ) -> None:
         super().__init__(**components)
-        self.model = MODELS[name](backbone, image_size=tuple(image_size), **(model_arguments or {}))
+        self.model = MODELS[name](backbone, image_size=image_size, **(model_arguments or {}))
         self._seen: list[tuple[Tensor, ...]] = []
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:

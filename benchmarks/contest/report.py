@@ -189,7 +189,7 @@ def _one_class(rows: pd.DataFrame) -> str:
             tasks = few["task"].unique()
             both = _complete(some[some["task"].isin(tasks) & (some["seed"] == some["seed"].min())])
             words = ", ".join(task.partition(" ")[2] for task in tasks)
-            texts += [f"{name}, only {words}, one seed, with the detectors that train on maps:"]
+            texts += [f"{name}, only {words}, one seed, with the detectors that train for long:"]
             texts += [_table(both, [_AUROC, _FPR95, *_COST])]
     return "\n\n".join([*texts, *_training(rows)])
 
