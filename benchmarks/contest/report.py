@@ -372,7 +372,7 @@ def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
             ours = name in OURS
             axis.scatter(seconds, score, s=46 if ours else 24, color="C3" if ours else "0.35", zorder=3)
         axis.set_xscale("log")
-        axis.margins(x=0.18, y=0.16)
+        axis.margins(x=0.18, y=0.25)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
