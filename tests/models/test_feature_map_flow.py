@@ -194,7 +194,7 @@ def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
     [
         ({"layers": ("block.2",)}, "Unknown layer of test_efficientnet 'block.2'. Did you mean 'blocks.2'"),
         ({"layers": ()}, "must name at least one layer"),
-        ({"layers": (1, 1)}, "none twice"),
+        ({"layers": (1, 1)}, "no layer twice"),
         ({"mask": "cicle"}, "Did you mean 'cycle'"),
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
         ({"score_dims": 0}, "score_dims must be at least 1"),
