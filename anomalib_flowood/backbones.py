@@ -137,8 +137,9 @@ class PooledAndMaps(nn.Module):
     def __init__(self, name: str, layers: Sequence[str | int] = (), *, pre_trained: bool = True) -> None:
         super().__init__()
         self.indices = _layer_indices(name, layers)
-        self.network: Any = create_backbone(name, pre_trained=pre_trained, num_classes=0)
-        self.pretrained_cfg = self.network.pretrained_cfg
+        network: Any = create_backbone(name, pre_trained=pre_trained, num_classes=0)
+        self.network = network
+        self.pretrained_cfg: dict[str, Any] = network.pretrained_cfg
         if self.indices and not hasattr(self.network, "forward_intermediates"):
             msg = f"timm takes no maps out of {name} beside its pooled features: set layers to an empty list."
             raise ValueError(msg)

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
-import logging
 import math
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -43,6 +39,7 @@ from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.backbones import LOCAL_DIR, save_local
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
+from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
 from .detectors import DETECTORS, Detector, ablation
 from .memo import Memo, mapped
@@ -65,7 +62,6 @@ AUPIMO_THRESHOLDS = 30_000
 """A tenth of anomalib's default, for the time it takes."""
 SPEED_BATCH = 32
 
-KEY = ("part", "task", "detector", "seed")
 COLUMNS = (
     *KEY,
     *("auroc", "fpr95", "pixel_auroc", "aupro", "aupimo"),
@@ -484,12 +480,6 @@ def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[s
     return rows
 
 
-def trained_epochs(trainer: Trainer) -> float:
-    """Epochs trained, a broken-off one by its share."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-    return round(batches / max(1, trainer.num_training_batches), 2)
-
-
 def _image_metrics(scores: pd.DataFrame) -> dict[str, Any]:
     values, labels = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
     return {"auroc": auroc(values, labels), "fpr95": fpr_at_tpr(values, labels), "test_images": len(scores)}
@@ -583,47 +573,6 @@ def save_maps(path: Path, recorder: Recorder, scores: pd.DataFrame) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(output: Path) -> pd.DataFrame:
-    """Return the last row of every key; failures included."""
-    path = output / "results.csv"
-    if not path.is_file():
-        return pd.DataFrame(columns=list(COLUMNS))
-    rows = pd.read_csv(path, dtype={"task": str, "detector": str, "error": str, "stopped_by": str})
-    return rows.drop_duplicates(list(KEY), keep="last", ignore_index=True)
-
-
-def append_rows(output: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to ``results.csv``."""
-    path = output / "results.csv"
-    output.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def finished(output: Path) -> set[tuple[str, str, str, int]]:
-    """Return the keys of the rows that need not be run again."""
-    rows = read_rows(output)
-    done = rows[rows["error"].isna()]
-    return set(zip(done["part"], done["task"], done["detector"], done["seed"].astype(int), strict=True))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what anomalib and Lightning have to say about every fit."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-
 @dataclass
 class _Clock:
     """What is left, from what the fits so far took: for each detector its own, for a new one the mean of all."""
@@ -643,12 +592,6 @@ class _Clock:
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
-
-
-def clock_time(seconds: float) -> str:
-    """Write a duration as hours, minutes and seconds."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
 def run(options: Options, console: Console | None = None) -> pd.DataFrame:
@@ -689,7 +632,7 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
                 with (options.output / "errors.log").open("a", encoding="utf-8") as file:
                     file.write(f"{wanted[0]}\n{traceback.format_exc()}\n")
                 said = f"[red]failed[/red] {said}"
-            append_rows(options.output, rows)
+            append_rows(options.output, rows, COLUMNS)
             clock.took(job, time.perf_counter() - start)
             console.print(
                 f"[bold]{number}/{len(jobs)}[/bold] {job.task.part} {job.task.name}, {job.detector.name}, "

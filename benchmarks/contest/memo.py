@@ -216,6 +216,6 @@ def _identity(module: nn.Module) -> tuple:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     info = getattr(module, "feature_info", None)
-    indices = tuple(getattr(info, "out_indices", ()))
+    indices = tuple(getattr(info, "out_indices", ())) or tuple(getattr(module, "indices", ()))
     head = (getattr(module, "num_classes", None), type(getattr(module, "global_pool", None)).__name__)
     return type(module).__name__, indices, head, digest.digest()

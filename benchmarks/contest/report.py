@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import math
-import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
+from benchmarks.results import Column, publish, rows_to_report, short_number
+
 from .baselines import MODELS
-from .contest import PARTS, TRAIN_LONG, read_rows
+from .contest import PARTS, TRAIN_LONG
 from .detectors import DETECTORS
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- contest: begin -->", "<!-- contest: end -->"
 OURS = {name for name, detector in DETECTORS.items() if detector.ours}
 TRAINED = {name for name, detector in DETECTORS.items() if detector.held_out_loss}
 _ORDER = {name: place for place, name in enumerate(DETECTORS)}
@@ -39,55 +37,9 @@ _TITLES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mean_sd(values: pd.Series) -> str:
-    """Mean, and standard deviation where there is more than one value."""
-    values = values.dropna()
-    if values.empty:
-        return "–"
-    text = f"{values.mean():.3f}"
-    return f"{text} ± {values.std():.3f}" if len(values) > 1 else text
-
-
 def _mean(values: pd.Series) -> str:
     """Mean alone, where the table has no room for more."""
     return "–" if values.dropna().empty else f"{values.mean():.3f}"
-
-
-def short_number(values: pd.Series) -> str:
-    """A mean in three significant digits."""
-    values = values.dropna()
-    if values.empty:
-        return "–"
-    mean = float(values.mean())
-    digits = 0 if mean == 0 else max(0, 2 - math.floor(math.log10(abs(mean))))
-    return f"{mean:,.{min(digits, 3)}f}"
-
-
-class Column:
-    """A column of a table.
-
-    Args:
-        title: Its head.
-        name: The column of the rows.
-        show: Writes the values of a detector, one for each seed.
-        best: ``max`` or ``min``, for the best to be found; ``None`` where none is.
-        where: Which of a detector's rows count; all by default.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        name: str,
-        show: Callable[[pd.Series], str] = mean_sd,
-        best: Callable[[pd.Series], float] | None = None,
-        where: Callable[[pd.DataFrame], pd.Series] | None = None,
-    ) -> None:
-        self.title, self.name, self.show, self.best, self.where = title, name, show, best, where
-
-    def values(self, rows: pd.DataFrame) -> pd.Series:
-        """One value for each seed: the mean over the tasks."""
-        rows = rows if self.where is None else rows[self.where(rows)]
-        return rows.groupby("seed")[self.name].mean()
 
 
 def _table(rows: pd.DataFrame, columns: Sequence[Column], head: str = "detector", ours: set[str] = OURS) -> str:
@@ -225,7 +177,7 @@ def tables(rows: pd.DataFrame) -> str:
     """Return all tables in Markdown.
 
     Args:
-        rows: As :func:`.contest.read_rows` gives them.
+        rows: As :func:`benchmarks.results.read_rows` gives them.
 
     Returns:
         A section for each part that has rows.
@@ -403,16 +355,8 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
     Raises:
         FileNotFoundError: If there are no rows.
     """
-    rows = read_rows(output)
-    if rows.empty:
-        msg = f"There are no rows in {output}: run the contest first."
-        raise FileNotFoundError(msg)
+    rows = rows_to_report(output)
     into.mkdir(parents=True, exist_ok=True)
-    text = tables(rows)
-    (output / "tables.md").write_text(text, encoding="utf-8")
-    written = [output / "tables.md"]
-    if into != output:
-        written.append(Path(shutil.copyfile(output / "results.csv", into / "results.csv")))
     pictures = []
     tasks = sorted(path.relative_to(output / "maps").parent.as_posix() for path in output.glob("maps/**/*.npz"))
     for task in dict.fromkeys(tasks):
@@ -421,14 +365,4 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
             pictures.append((name, f"{task}: images, ground truth, maps"))
     if draw_cost(rows, into / "cost.png"):
         pictures.append(("cost.png", "image AUROC over the seconds of a fit"))
-    written += [into / name for name, _ in pictures]
-    readme = into / "README.md"
-    if readme.is_file():
-        shown = "".join(f"\n![{caption}]({name})\n" for name, caption in pictures)
-        before = readme.read_text(encoding="utf-8")
-        pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        if pattern.search(before):
-            after = pattern.sub(lambda _: f"{BEGIN}\n\n{text}{shown}\n{END}", before)
-            readme.write_text(after, encoding="utf-8")
-            written.append(readme)
-    return written
+    return publish(output, into, "contest", tables(rows), pictures)

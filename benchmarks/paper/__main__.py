@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.contest.contest import read_rows
+from benchmarks.results import announce
 
 from . import report, study
 
@@ -60,12 +60,7 @@ def main() -> int:
     except FileNotFoundError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
         return 2
-    console.print((output / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
-    console.print(f"Written: {', '.join(map(str, written))}", markup=False, highlight=False)
-    failed = read_rows(output)["error"].notna().sum()
-    if failed:
-        console.print(f"{failed} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
-    return 1 if failed else 0
+    return announce(output, written, console)
 
 
 if __name__ == "__main__":

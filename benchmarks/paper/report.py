@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.contest.contest import read_rows
-from benchmarks.contest.report import Column, mean_sd, short_number
+from benchmarks.results import Column, mean_sd, publish, rows_to_report, short_number
 
 from .study import (
     CHANNEL,
@@ -33,7 +30,6 @@ from .study import (
 )
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
 
 FLOWS = (CHECKERBOARD, CHANNEL, GLOW, HORIZONTAL, CYCLE, CYCLE_BOTTLENECK)
 # Okabe and Ito's colours; told apart by every common colour vision.
@@ -281,7 +277,7 @@ def tables(rows: pd.DataFrame) -> str:
     """Return everything in Markdown.
 
     Args:
-        rows: As :func:`benchmarks.contest.contest.read_rows` gives them.
+        rows: As :func:`benchmarks.results.read_rows` gives them.
     """
     good = rows[rows["error"].isna()]
     texts = []
@@ -463,16 +459,8 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
     Raises:
         FileNotFoundError: If there are no rows.
     """
-    rows = read_rows(output)
-    if rows.empty:
-        msg = f"There are no rows in {output}: run the benchmark first."
-        raise FileNotFoundError(msg)
+    rows = rows_to_report(output)
     into.mkdir(parents=True, exist_ok=True)
-    text = tables(rows)
-    (output / "tables.md").write_text(text, encoding="utf-8")
-    written = [output / "tables.md"]
-    if into != output:
-        written.append(Path(shutil.copyfile(output / "results.csv", into / "results.csv")))
     good = rows[rows["error"].isna()]
     drawn = {
         ("masks.png", "AUROC and co-adaptation by mask"): draw_masks(good, into / "masks.png"),
@@ -482,14 +470,4 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
         ),
         ("one_class.png", "AUROC of one-class tasks"): draw_one_class(good, into / "one_class.png"),
     }
-    plots = [names for names, was in drawn.items() if was]
-    written += [into / name for name, _ in plots]
-    readme = into / "README.md"
-    if readme.is_file():
-        shown = "".join(f"\n![{caption}]({name})\n" for name, caption in plots)
-        pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        before = readme.read_text(encoding="utf-8")
-        if pattern.search(before):
-            readme.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}{shown}\n{END}", before), encoding="utf-8")
-            written.append(readme)
-    return written
+    return publish(output, into, "paper", tables(rows), [names for names, was in drawn.items() if was])

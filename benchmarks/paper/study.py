@@ -35,7 +35,7 @@ from anomalib_flowood import CrossDataset, EmbeddingFlow, OneClass, PixelFlow, f
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.explain import coadaptation, record_couplings
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
-from benchmarks.contest.contest import KEY, clock_time, finished, quiet, read_rows, trained_epochs
+from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
 PARTS = ("mask_time", "mask_epochs", "bottleneck", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
@@ -412,13 +412,6 @@ def machine(accelerator: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def append_row(output: Path, row: dict[str, Any]) -> None:
-    """Add a row to ``results.csv``."""
-    path = output / "results.csv"
-    output.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame([row], columns=list(COLUMNS)).to_csv(path, mode="a", header=not path.is_file(), index=False)
-
-
 def processes(profile: Profile) -> Executor:
     """Return the pool that fits are sent to."""
     # Not forked: a fork of a process whose PyTorch has threads may hang.
@@ -495,7 +488,7 @@ def run(
                     with (output / "errors.log").open("a", encoding="utf-8") as file:
                         file.write(f"{fit.key}\n{''.join(traceback.format_exception(error))}\n")
                     said = f"[red]failed[/red] {message}"
-                append_row(output, row)
+                append_rows(output, [row], COLUMNS)
                 del left[fit.key]
                 good = read_rows(output)
                 seconds = _expected(left.values(), good[good["error"].isna()]) / profile.workers

@@ -16,19 +16,11 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from anomalib_flowood import FeatureMapFlow
-from anomalib_flowood.backbones import create_backbone, create_feature_maps
+from anomalib_flowood.backbones import PooledAndMaps, create_backbone, create_feature_maps
 from anomalib_flowood.metrics import auroc
 from benchmarks.contest import baselines, contest, detectors, report
 from benchmarks.contest.memo import Memo
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+from benchmarks.results import append_rows, finished, read_rows
 
 # -- memo -----------------------------------------------------------------------------------------------------------
 
@@ -97,6 +89,22 @@ def test_memo_is_shared_by_equal_backbones_only(memo):
         weights(images)
         same(torch.randn(2, 3, 48, 48))
     assert account.hits == 2
+
+
+def test_memo_tells_pooled_features_with_other_maps_apart(memo):
+    networks = []
+    for layers in ((1,), (2,), (1, 2)):
+        torch.manual_seed(3)
+        networks.append(PooledAndMaps(BACKBONE, layers, pre_trained=False).eval())
+        assert memo.attach(networks[-1]) == 1
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        one, two, both = (network(images) for network in networks)
+        assert memo.account().hits == 0
+        again = networks[0](images)
+    assert one[1].shape != two[1].shape
+    torch.testing.assert_close(both, [one[0], one[1], two[1]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, one)
 
 
 def test_memo_steps_aside(memo):
@@ -304,7 +312,7 @@ def small_contest(monkeypatch):
 def test_run_report_resume_retry(tmp_path, folder, small_contest, monkeypatch):
     into, output = tmp_path / "into", tmp_path / "out"
     into.mkdir()
-    (into / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (into / "README.md").write_text("before\n<!-- contest: begin -->\nold\n<!-- contest: end -->\nafter\n")
     options = contest.Options(output, ("industrial",), folder, seeds=(0,), backbone="local-dir:none")
     good = contest.DETECTORS["KNN"]
 
@@ -455,8 +463,8 @@ def test_tables_from_a_few_rows(tmp_path):
             task = f"mnist class {number}"
             rows.append(rows_of("one_class", task, name, 0, auroc=value + better, **cost))
             rows.append(rows_of("cross", f"{task} -> fashion_mnist", name, 0, auroc=value, **cost))
-    contest.append_rows(tmp_path, rows)
-    text = report.tables(contest.read_rows(tmp_path))
+    append_rows(tmp_path, rows, contest.COLUMNS)
+    text = report.tables(read_rows(tmp_path))
     assert "| FeatureMapFlow | **0.920 ± 0.028** | **0.150** |" in text
     assert "| Padim | 0.850 | 0.300 | – | 0.900 |" in text
     assert "Fastflow: 12.0 epochs, stopped by: 1 × time." in text
@@ -473,5 +481,5 @@ def test_tables_from_a_few_rows(tmp_path):
 def test_no_rows(tmp_path):
     with pytest.raises(FileNotFoundError, match="no rows"):
         report.write(tmp_path)
-    assert contest.finished(tmp_path) == set()
-    assert isinstance(contest.read_rows(tmp_path), pd.DataFrame)
+    assert finished(tmp_path) == set()
+    assert isinstance(read_rows(tmp_path), pd.DataFrame)

@@ -10,16 +10,8 @@ import torch
 from model_helpers import BACKBONE, idx_folder, write_idx
 
 from anomalib_flowood import PixelFlow
-from benchmarks.contest.contest import finished, read_rows
 from benchmarks.paper import report, study
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from benchmarks.results import append_rows, finished, read_rows
 
 
 class Here:
@@ -297,15 +289,15 @@ def test_better_likelihood_may_detect_better():
 def test_report_writes_tables_and_plots(tmp_path):
     output, into = tmp_path / "out", tmp_path / "into"
     into.mkdir()
-    (into / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (into / "README.md").write_text("before\n<!-- paper: begin -->\nold\n<!-- paper: end -->\nafter\n")
     for row in as_study_would().to_dict("records"):
-        study.append_row(output, row)
+        append_rows(output, [row], study.COLUMNS)
     (failed,) = rows_of("mask_epochs", study.GLOW, [None], error="X: y")
-    study.append_row(output, failed)
+    append_rows(output, [failed], study.COLUMNS)
     report.write(output, into)
     text = (into / "README.md").read_text()
-    assert text.startswith(f"before\n{report.BEGIN}")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith("before\n<!-- paper: begin -->")
+    assert text.endswith("<!-- paper: end -->\nafter\n")
     assert "old" not in text
     assert "| Co-adaptation: horizontal at least twice that of cycle, same subnet | 0.500 ± 0.000 and 0.200" in text
     assert "| horizontal | 0.210 ± 0.014 |" in text

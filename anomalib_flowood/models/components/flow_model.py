@@ -53,18 +53,26 @@ class FlowModel(nn.Module):
         return self.score(self.log_prob(images))
 
 
-def check_images(images: Tensor, *, unit_range: bool = False) -> None:
+def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, int] | None = None) -> None:
     """Refuse images that cannot be scored. Skipped in exported graphs, which cannot raise.
 
     Args:
         images: Pre-processed images, ``(N, C, H, W)``.
         unit_range: Whether values must lie in [0, 1].
+        size: Height and width that a model on a backbone was built for.
 
     Raises:
-        ValueError: If a value is NaN or infinite, or outside of the range.
+        ValueError: If a value is NaN or infinite, or outside of the range, or the images have another size.
     """
     if torch.compiler.is_compiling():
         return
+    if size is not None and tuple(images.shape[2:]) != size:
+        height, width = images.shape[2:]
+        msg = (
+            f"This model works on images of {size[0]} x {size[1]} pixels, got {height} x {width}. Keep the "
+            "pre-processor's Resize, or set image_size."
+        )
+        raise ValueError(msg)
     # NaN and infinities survive a sum, which is much cheaper than a look at every value. A sum may also overflow.
     if not bool(images.sum().isfinite()):
         broken = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import PooledAndMaps, backbone_config, feature_layers, run_backbone
+from anomalib_flowood.backbones import PooledAndMaps, feature_layers, run_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
 
 _STRIDE = 16
@@ -24,13 +24,13 @@ _GRID = 7
 """Positions to a side to which larger maps are pooled, or just above."""
 
 _IMAGES_PER_MODE = 10
-"""With fewer training images for each Gaussian of the base, they would learn the images by heart."""
+"""A Gaussian of the base is to stand for a kind of images, and not for one image."""
 
 _FIT_POSITIONS = 60_000
-"""Positions from which the directions of feature vectors are fitted; more change nothing but the time."""
+"""Most positions from which the directions of feature vectors are fitted, for the time it takes."""
 
 _FIT_IMAGES = 10_000
-"""Training images from which subspace and base are fitted; likewise."""
+"""Most training images from which subspace and base are fitted, for the time and the memory it takes."""
 
 _CHUNK = 512
 """Images that are embedded at once where features are at hand."""
@@ -80,7 +80,7 @@ class EmbeddingFlowModel(FlowModel):
     components: Tensor
     variances: Tensor
     tail_variance: Tensor
-    noise: Tensor
+    noise_variance: Tensor
     centres: Tensor
     log_weights: Tensor
 
@@ -118,9 +118,9 @@ class EmbeddingFlowModel(FlowModel):
         if layers is None:
             layers = [layer for layer, stride in feature_layers(backbone).items() if stride <= _STRIDE][-1:]
         network = PooledAndMaps(backbone, layers, pre_trained=pre_trained)
-        size = tuple(image_size or backbone_config(backbone)["input_size"][-2:])
+        height, width = image_size or network.pretrained_cfg["input_size"][-2:]
         with torch.no_grad():
-            pooled, *maps = network(torch.zeros(1, 3, *size))
+            pooled, *maps = network(torch.zeros(1, 3, height, width))
         maps = [_to_grid(layer) for layer in maps]
         directions = [min(map_dims, layer.shape[1]) for layer in maps]
         dims = pooled.shape[1] + sum(count * layer[0, 0].numel() for count, layer in zip(directions, maps, strict=True))
@@ -129,7 +129,7 @@ class EmbeddingFlowModel(FlowModel):
             raise ValueError(msg)
         super().__init__(flow, dims, levels=1)
         self.backbone = network
-        self.image_size = size
+        self.image_size = (height, width)
         self.feature_noise = feature_noise
         for number, (layer, count) in enumerate(zip(maps, directions, strict=True)):
             self.register_buffer(f"map_mean_{number}", torch.zeros(layer.shape[1]))
@@ -138,7 +138,7 @@ class EmbeddingFlowModel(FlowModel):
         self.register_buffer("components", torch.zeros(subspace_dim, self.dims))
         self.register_buffer("variances", torch.ones(subspace_dim))  # v + a
         self.register_buffer("tail_variance", torch.ones(()))  # q + a
-        self.register_buffer("noise", torch.zeros(subspace_dim))  # a / (v + a)
+        self.register_buffer("noise_variance", torch.zeros(()))  # a
         self.register_buffer("centres", torch.zeros(modes, subspace_dim))
         self.register_buffer("log_weights", torch.full((modes,), -math.log(modes)))
 
@@ -160,14 +160,7 @@ class EmbeddingFlowModel(FlowModel):
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        check_images(images)
-        if tuple(images.shape[2:]) != self.image_size and not torch.compiler.is_compiling():
-            height, width = images.shape[2:]
-            msg = (
-                f"This model works on images of {self.image_size[0]} x {self.image_size[1]} pixels, got {height} x "
-                f"{width}. Keep the pre-processor's Resize, or set image_size."
-            )
-            raise ValueError(msg)
+        check_images(images, size=self.image_size)
         pooled, *maps = run_backbone(self.backbone, images)
         return (pooled, *(_to_grid(layer) for layer in maps))
 
@@ -211,10 +204,7 @@ class EmbeddingFlowModel(FlowModel):
             vectors = layer.movedim(1, -1).flatten(0, -2)
             drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:_FIT_POSITIONS]
             directions = getattr(self, f"map_directions_{number}")
-            if len(vectors) < 2:
-                continue  # the fit of the subspace says that there are too few images
-            centre = vectors[drawn].double()
-            pca = PCA(svd_solver="covariance_eigh").fit(centre.cpu().numpy())
+            pca = PCA(svd_solver="covariance_eigh").fit(vectors[drawn].double().cpu().numpy())
             variances = torch.from_numpy(pca.explained_variance_[: len(directions)])
             scale = variances.clamp(min=max(1e-6 * float(variances[0]), 1e-12)) ** -0.25
             getattr(self, f"map_mean_{number}").copy_(torch.from_numpy(pca.mean_))
@@ -271,7 +261,7 @@ class EmbeddingFlowModel(FlowModel):
         self.components.copy_(turn.T @ torch.from_numpy(pca.components_))
         self.variances.copy_(within + noise)
         self.tail_variance.copy_(tail + noise)
-        self.noise.copy_(noise / (within + noise))
+        self.noise_variance.copy_(noise)
         # More Gaussians than modes: some share one, which is the same density.
         slots = torch.arange(len(self.centres)) % modes
         self.centres.copy_((centres @ turn / (within + noise).sqrt())[slots])
@@ -300,7 +290,7 @@ class EmbeddingFlowModel(FlowModel):
 
     def blur(self, whitened: Tensor) -> Tensor:
         """Add the noise to whitened coordinates, ``(N, k)``, on which the flow trains."""
-        return whitened + self.noise.sqrt() * torch.randn_like(whitened)
+        return whitened + (self.noise_variance / self.variances).sqrt() * torch.randn_like(whitened)
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         """Log-density of latents ``(N, k)`` under the mixture of Gaussians; nats, ``(N,)``."""

@@ -186,7 +186,8 @@ class FeatureMapFlowModel(FlowModel):
         # The graph sorts its modules in an order of its own.
         self._places = [list(graph.module_list).index(node.module) for node in middle]
         self.backbone = network
-        self.image_size = tuple(image_size)
+        height, width = image_size
+        self.image_size = (height, width)
         self.tail = tail
         self.score_dims = score_dims
         self.score_fraction = score_fraction
@@ -230,14 +231,7 @@ class FeatureMapFlowModel(FlowModel):
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        check_images(images)
-        if tuple(images.shape[2:]) != self.image_size and not torch.compiler.is_compiling():
-            height, width = images.shape[2:]
-            msg = (
-                f"This model works on images of {self.image_size[0]} x {self.image_size[1]} pixels, got {height} x "
-                f"{width}. Keep the pre-processor's Resize, or set image_size."
-            )
-            raise ValueError(msg)
+        check_images(images, size=self.image_size)
         return run_backbone(self.backbone, images)
 
     def fit_subspaces(self, maps: tuple[Tensor, ...]) -> None:
