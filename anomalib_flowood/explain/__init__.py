@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a flow detects, or fails to: pictures of what it does to images from inside and outside, on one page."""
 
-from .coadaptation import CouplingRecord, coadaptation, record_couplings
+from .coadaptation import Coadaptation, CouplingRecord, coadaptation, record_couplings, squared_correlation
 from .explanation import explain
 
-__all__ = ["CouplingRecord", "coadaptation", "explain", "record_couplings"]
+__all__ = [
+    "Coadaptation",
+    "CouplingRecord",
+    "coadaptation",
+    "explain",
+    "record_couplings",
+    "squared_correlation",
+]

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every coupling layer of a flow does to an image, and how far its shifts merely repeat what they change."""
+"""What every coupling layer of a flow does to an image, and how far layers pass on what they are about to change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from anomalib_flowood.flows import AffineCoupling, MaskedCoupling
+from anomalib_flowood.flows import ActNorm, AffineCoupling, InvertibleConv1x1, Logit, MaskedCoupling
+from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
+_CHUNK = 64
 _CONSTANT = 1e-5
 """Values that vary by less than this share of their size are constant, for float32 leaves them no digits."""
 
@@ -69,24 +71,115 @@ def record_couplings(flow: nn.Module) -> Iterator[list[CouplingRecord]]:
 
 @torch.no_grad()
 def _record(coupling: AffineCoupling, x: Tensor) -> CouplingRecord:
-    if isinstance(coupling, MaskedCoupling):
-        changed = coupling.change.bool()
-    else:
-        changed = coupling.spread(torch.ones_like(coupling.couple(x[:1])[1]))[0].bool()
+    changed = _changed(coupling, x)
     # What is changed never feeds the network. With zeros in its place the layer gives t * exp(s) there, in every form.
     y, s = coupling.couple(x * ~changed)
     s = coupling.spread(s)
     return CouplingRecord(x, s, y * torch.exp(-s) * changed, changed)
 
 
-def coadaptation(values: Tensor, shifts: Tensor) -> float:
-    """Measure how well a coupling layer's −t predicts the values that it transforms.
+def _changed(coupling: AffineCoupling, x: Tensor) -> Tensor:
+    """Where a coupling transforms its input, boolean of the shape of one input."""
+    if isinstance(coupling, MaskedCoupling):
+        return coupling.change.bool()
+    return coupling.spread(torch.ones_like(coupling.couple(x[:1])[1]))[0].bool()
 
-    A layer that knows the values under its mask, because the layer before has written them to where they feed the
-    network, subtracts them: −t = x (Kirichenko et al. 2020, section 5 and figure 3, call this co-adaptation). The
-    number is the squared Pearson correlation of −t and x over all transformed positions and images, after the mean
-    over the images has been taken from each position. So a bias, which repeats the mean image whatever it is shown,
-    counts nothing.
+
+class Coadaptation(NamedTuple):
+    """What the shifts of the coupling layers say about the values that they transform, a number for each layer.
+
+    Attributes:
+        coadaptation: The co-adaptation number: what −t says about transformed values that come from another image. In 0..1,
+            or NaN; see :func:`coadaptation`.
+        prediction: What −t says about the transformed values of the image itself, in 0..1 or NaN.
+    """
+
+    coadaptation: list[float]
+    prediction: list[float]
+
+
+@torch.no_grad()
+def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
+    """Measure how far each coupling layer knows the values that it transforms, because layers before told it.
+
+    A coupling layer's −t is its prediction of the values under its mask (Kirichenko et al. 2020, section 5). It may
+    rest on what an image shows elsewhere: a sleeve on the left says that there is one on the right. Or an earlier
+    layer has written the values to where this one sees them: that is co-adaptation. To tell them apart, the pixels
+    that the layer transforms are replaced by those of another image, about which the rest of the image says nothing.
+    The number is then the :func:`squared_correlation` of −t and the layer's transformed values, over all transformed
+    positions and images.
+
+    Args:
+        model: A trained flow on pixels, in evaluation mode.
+        images: Pre-processed images, ``(N, 3, H, W)`` or ``(N, C, H, W)``; each gets the pixels of the one before it.
+
+    Returns:
+        Numbers by layer, in order of application. 0 by construction for a layer in front of which the transformed
+        values have reached nothing that it sees: the first one, and those of a cycle mask until four have passed.
+        NaN for fewer than two images, where values are not finite, and, for ``coadaptation`` alone, after a 1×1 convolution
+        (Glow), which leaves no pixels that a layer transforms and others that it sees.
+
+    Raises:
+        ValueError: As :meth:`~anomalib_flowood.models.pixel_flow.PixelFlowModel.log_prob`.
+    """
+    pixels = model.pixels(images)
+    regions = _transformed_pixels(model, pixels[:1])
+    layers = [float("nan")] * len(regions)
+    for region in {tuple(region.flatten().tolist()): region for region in regions if region is not None}.values():
+        mixed = torch.where(region, pixels.roll(1, dims=0), pixels)
+        members = [i for i, other in enumerate(regions) if other is not None and torch.equal(other, region)]
+        for member, value in zip(members, _predictions(model, mixed, members), strict=True):
+            layers[member] = value
+    return Coadaptation(layers, _predictions(model, pixels, range(len(regions))))
+
+
+def _predictions(model: PixelFlowModel, pixels: Tensor, layers: Sequence[int]) -> list[float]:
+    """Squared correlation of −t and x in some of the layers."""
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    for chunk in pixels.split(_CHUNK):
+        with record_couplings(model.flow) as records:
+            model.log_prob(chunk)
+        for part, layer in zip(parts, layers, strict=True):
+            record = records[layer]
+            part.append((record.x[:, record.changed], record.t[:, record.changed]))
+    return [squared_correlation(*(torch.cat(side) for side in zip(*part, strict=True))) for part in parts]
+
+
+def _transformed_pixels(model: PixelFlowModel, pixels: Tensor) -> list[Tensor | None]:
+    """Find the pixels that each layer transforms, boolean of the shape of an image; ``None`` where they are mixed.
+
+    Numbered pixels are sent through the flow, past all layers but those that only reorder them.
+    """
+    regions: list[Tensor | None] = []
+    mixed = False
+
+    def skip(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal mixed
+        del output
+        (x,) = args[0]
+        if isinstance(module, InvertibleConv1x1):
+            mixed = True
+        elif isinstance(module, AffineCoupling):
+            region = torch.zeros(pixels.numel(), dtype=torch.bool, device=pixels.device)
+            region[x[0][_changed(module, x)].long()] = True
+            regions.append(None if mixed else region.reshape(pixels.shape[1:]))
+        return (x,), x.new_zeros(len(x))
+
+    kinds = (ActNorm, AffineCoupling, InvertibleConv1x1, Logit)
+    handles = [module.register_forward_hook(skip) for module in model.flow.modules() if isinstance(module, kinds)]
+    try:
+        model.flow(torch.arange(pixels.numel(), dtype=pixels.dtype, device=pixels.device).reshape(pixels.shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return regions
+
+
+def squared_correlation(values: Tensor, shifts: Tensor) -> float:
+    """Measure how well −t predicts the values x that a coupling layer transforms.
+
+    The squared Pearson correlation of −t and x over all positions and images, after the mean over the images has been
+    taken from each position. So a bias, which repeats the mean image whatever it is shown, counts nothing.
 
     Args:
         values: x at the transformed positions, ``(N, ...)``.
@@ -100,7 +193,7 @@ def coadaptation(values: Tensor, shifts: Tensor) -> float:
     Example:
         >>> import torch
         >>> x = torch.randn(8, 3)
-        >>> round(coadaptation(x, -x), 3), coadaptation(x, torch.ones(8, 3))
+        >>> round(squared_correlation(x, -x), 3), squared_correlation(x, torch.ones(8, 3))
         (1.0, 0.0)
     """
     if len(values) < 2:

@@ -24,7 +24,7 @@ from anomalib_flowood.metrics import auroc
 from anomalib_flowood.models import EmbeddingFlow, FeatureMapFlow, PixelFlow
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
-from .coadaptation import CouplingRecord, coadaptation, record_couplings
+from .coadaptation import Coadaptation, CouplingRecord, coadaptation, record_couplings
 from .images import ImageSet, image_sets, spread
 from .page import Picture, write_page
 from .pictures import (
@@ -56,14 +56,14 @@ class _Scored:
         images: The set.
         log_prob: Nats, ``(N,)``.
         score: The detector's raw score, ``(N,)``; higher is more anomalous.
-        coadaptation: Of each coupling layer; empty but for a flow on pixels, as are the records.
-        records: What each coupling layer does to the first images.
+        coadaptation: Of each coupling layer; ``None`` but for a flow on pixels.
+        records: What each coupling layer does to the first images; empty but for a flow on pixels.
     """
 
     images: ImageSet
     log_prob: Tensor
     score: Tensor
-    coadaptation: list[float]
+    coadaptation: Coadaptation | None
     records: list[CouplingRecord]
 
     def auroc(self, inside: _Scored) -> float:
@@ -87,7 +87,8 @@ def explain(
     the detector finds the least anomalous. For :class:`~anomalib_flowood.FeatureMapFlow`: histograms.
 
     ``explain.json`` holds the numbers: for each set the log-likelihoods (nats), bits per dimension, AUROC against the
-    inside set, and the co-adaptation of each coupling layer, see :func:`~anomalib_flowood.explain.coadaptation`.
+    inside set, and for each coupling layer its co-adaptation and what it predicts, see
+    :func:`~anomalib_flowood.explain.coadaptation`.
 
     Args:
         detector: A trained detector, on the device that is to do the work. It is left as it is: mode, weights and
@@ -197,28 +198,21 @@ def _score(detector: Any, images: ImageSet, advance: Callable[[], None]) -> _Sco
     """Score a set, and record its way through the couplings of a flow on pixels."""
     model = detector.model
     log_probs, scores = [], []
-    passes: list[list[CouplingRecord]] = []
     for chunk in images.inputs.split(_CHUNK):
         inputs = chunk.to(detector.device)
-        if isinstance(detector, PixelFlow):
-            with record_couplings(model.flow) as found:
-                log_prob = model.log_prob(inputs)
-            passes.append(found)
-        else:
-            log_prob = model.log_prob(inputs)
+        log_prob = model.log_prob(inputs)
         # The score of feature maps is no likelihood of the whole.
         scored = model(inputs) if isinstance(detector, FeatureMapFlow) else model.score(log_prob)
         log_probs.append(log_prob.cpu())
         scores.append(scored.pred_score.cpu())
         advance()
-    adapted = [
-        coadaptation(
-            torch.cat([record.x[:, record.changed] for record in layer]),
-            torch.cat([record.t[:, record.changed] for record in layer]),
-        )
-        for layer in zip(*passes, strict=True)
-    ]
-    return _Scored(images, torch.cat(log_probs), torch.cat(scores), adapted, passes[0] if passes else [])
+    adapted, records = None, []
+    if isinstance(detector, PixelFlow):
+        inputs = images.inputs.to(detector.device)
+        adapted = coadaptation(model, inputs)
+        with record_couplings(model.flow) as records:
+            model.log_prob(inputs[:1])
+    return _Scored(images, torch.cat(log_probs), torch.cat(scores), adapted, records)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -245,10 +239,12 @@ def _numbers(detector: Any, scored: list[_Scored]) -> dict[str, Any]:
         if part.images.outside:
             entry["auroc"] = part.auroc(scored[0])
         if part.coadaptation:
-            later = part.coadaptation[1:]
-            entry["coadaptation"] = {
-                "layers": part.coadaptation,
-                "mean_from_layer_2": sum(later) / len(later) if later else float("nan"),
+            entry |= {
+                name: {
+                    "layers": layers,
+                    "mean_from_layer_2": sum(layers[1:]) / len(layers[1:]) if layers[1:] else float("nan"),
+                }
+                for name, layers in part.coadaptation._asdict().items()
             }
         sets[part.images.name] = entry
     return {"detector": type(detector).__name__, "inside": scored[0].images.name, "sets": sets}
@@ -377,14 +373,14 @@ def _over_channels(values: Tensor, changed: Tensor) -> Tensor:
 
 def _coadaptation_picture(detector: PixelFlow, scored: list[_Scored], folder: Path) -> Picture:
     del detector
-    draw_coadaptation(
-        {part.images.name: part.coadaptation for part in scored[:SHOWN_SETS]}, folder / "coadaptation.png"
-    )
+    shown = {part.images.name: part.coadaptation for part in scored[:SHOWN_SETS] if part.coadaptation}
+    draw_coadaptation(shown, folder / "coadaptation.png")
     caption = (
         "How well each layer's −t predicts the values that it transforms: squared correlation over the transformed "
-        "positions and images, the mean image taken out. 1: the layer subtracts exactly what is there. 0: its shift "
-        "says nothing about what tells one image from another. High values outside as well as inside say that the "
-        "layers pass pixels on to each other, whatever the image shows."
+        "positions and images, the mean image taken out; 1 is a perfect prediction. Left, the transformed pixels come "
+        "from another image, so that what the image shows elsewhere says nothing about them: what is predicted all "
+        "the same, layers before have passed on. Right, on the images as they are: what an image shows elsewhere "
+        "counts as well."
     )
     return Picture("coadaptation.png", "Co-adaptation", caption)
 

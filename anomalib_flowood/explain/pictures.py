@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional
 
+from .coadaptation import Coadaptation
+
 # Okabe and Ito's colours, inside first; told apart by every common colour vision.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777")
 SHOWN_SETS = len(_COLOURS)
@@ -81,22 +83,27 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
         figure.savefig(path, dpi=130)
 
 
-def draw_coadaptation(by_set: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw the co-adaptation of each layer, a line for each set.
+def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
+    """Draw the co-adaptation of each layer, and what it predicts, a line for each set.
 
     Args:
-        by_set: Values in 0..1 by set, one for each layer, the inside set first; NaN leaves a gap.
+        by_set: Numbers by set, the inside set first; NaN leaves a gap.
         path: File to write.
     """
+    panels = {"coadaptation": "co-adaptation", "prediction": "prediction, images as they are"}
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axis = figure.subplots()
-        for (name, values), colour, marker in zip(by_set.items(), _COLOURS, "os^Dvx", strict=False):
-            axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, label=label(name))
-        axis.set_ylim(-0.03, 1.03)
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        axis.set_xlabel("coupling layer, in order of application")
-        axis.set_ylabel("co-adaptation\n(squared correlation of −t and x)")
+        figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axis, (part, title) in zip(axes, panels.items(), strict=True):
+            for (name, numbers), colour, marker in zip(by_set.items(), _COLOURS, "os^Dvx", strict=False):
+                values = getattr(numbers, part)
+                named = {"label": label(name)} if axis is axes[0] else {}
+                axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, **named)
+            axis.set_title(title, fontsize=10)
+            axis.set_ylim(-0.03, 1.03)
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
+        axes[0].set_ylabel("squared correlation of −t and x")
+        figure.supxlabel("coupling layer, in order of application", fontsize=10)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
         figure.savefig(path, dpi=130)
 

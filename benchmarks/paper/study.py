@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anomalib_flowood import CrossDataset, EmbeddingFlow, OneClass, PixelFlow, flows
 from anomalib_flowood.benchmark import ScoreRecorder
-from anomalib_flowood.explain import coadaptation, record_couplings
+from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
@@ -51,7 +51,7 @@ SAMPLES = 16
 
 COLUMNS = (
     *KEY,
-    *("auroc", "fpr95", "bits_per_dim", "bits_per_dim_outside", "coadaptation"),
+    *("auroc", "fpr95", "bits_per_dim", "bits_per_dim_outside", "coadaptation", "prediction"),
     *("fit_s", "wall_s", "epochs", "images_seen", "train_images", "test_images", "parameters"),
     *("machine", "finished", "error"),
 )
@@ -350,7 +350,7 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
             "machine": machine(fit.accelerator),
         }
         if isinstance(detector, PixelFlow):
-            row["coadaptation"] = _coadaptation(detector, datamodule)
+            row |= _coadaptation(detector, datamodule)
             if fit.normal_class is None:
                 _save_samples(detector, sample_path(output, fit.key))
     row["wall_s"] = round(time.perf_counter() - start, 2)
@@ -370,16 +370,13 @@ def _metrics(detector: PixelFlow | EmbeddingFlow, scores: pd.DataFrame) -> dict[
     return metrics
 
 
-def _coadaptation(detector: PixelFlow, datamodule: Any) -> float:
-    """Mean co-adaptation of the layers from the second to the last, on inside test images."""
+def _coadaptation(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
+    """Co-adaptation and prediction on inside test images, the mean over the layers from the second to the last."""
     data: Any = datamodule.test_data
     pre_processor: Any = detector.pre_processor
     rows = np.flatnonzero(data.samples["label_index"] == 0)[:COADAPTATION_IMAGES]
-    images = pre_processor.transform(data.__getitems__(rows.tolist()).image)
-    with record_couplings(detector.model.flow) as records, torch.no_grad():
-        detector.model.log_prob(images)
-    layers = [coadaptation(layer.x[:, layer.changed], layer.t[:, layer.changed]) for layer in records]
-    return float(np.mean(layers[1:]))
+    numbers = coadaptation(detector.model, pre_processor.transform(data.__getitems__(rows.tolist()).image))
+    return {name: float(np.mean(layers[1:])) for name, layers in numbers._asdict().items()}
 
 
 def sample_path(output: Path, key: tuple[str, str, str, int]) -> Path:

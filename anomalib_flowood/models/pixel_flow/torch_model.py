@@ -75,8 +75,18 @@ class PixelFlowModel(FlowModel):
         # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
         self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        """Check images and bring them to the flow's number of channels."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """Check images and bring them to the flow's number of channels.
+
+        Args:
+            images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
+
+        Returns:
+            ``(N, C, H, W)``; colours turned into grey where the flow has one channel.
+
+        Raises:
+            ValueError: If the shape is wrong, or a pixel is NaN or outside of [0, 1].
+        """
         if images.ndim != 4 or tuple(images.shape[2:]) != self.shape[1:] or images.shape[1] not in {3, self.shape[0]}:
             height, width = self.shape[1:]
             msg = (
@@ -103,7 +113,7 @@ class PixelFlowModel(FlowModel):
         Raises:
             ValueError: If the shape is wrong, or a pixel is NaN or outside of [0, 1].
         """
-        images = self._pixels(images)
+        images = self.pixels(images)
         x = flows.dequantize(images, torch.rand_like(images) if noisy else None)
         z, log_det = self.flow(x)
         return flows.standard_normal_log_prob(z) + log_det
