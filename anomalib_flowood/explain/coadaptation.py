@@ -115,7 +115,7 @@ def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
 
     Returns:
         Numbers by layer, in order of application. 0 by construction for a layer in front of which the transformed
-        values have reached nothing that it sees: the first one, and those of a cycle mask until four have passed.
+        values have reached nothing that it sees: the first one, with a cycle mask the first three.
         NaN for fewer than two images, where values are not finite, and, for ``coadaptation`` alone, after a 1×1 convolution
         (Glow), which leaves no pixels that a layer transforms and others that it sees.
 

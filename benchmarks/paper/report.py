@@ -224,6 +224,7 @@ _PIXELS = [
     Column("bits/dim, clothes", "bits_per_dim"),
     Column("bits/dim, digits", "bits_per_dim_outside"),
     Column("co-adaptation", "coadaptation"),
+    Column("prediction", "prediction"),
 ]
 
 

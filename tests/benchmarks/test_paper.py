@@ -64,7 +64,7 @@ def test_the_laptop_has_45_minutes():
 
 def test_the_full_profile_has_the_published_settings():
     flows = study.FULL.flows
-    assert study.FULL.batch_size == 32
+    assert {budget.batch_size for budget in study.FULL.budgets.values()} == {32}
     assert {flow["learning_rate"] for flow in flows.values()} == {5e-5}
     assert {name: flow["max_epochs"] for name, flow in flows.items()} == {
         name: 151 if name == study.GLOW else 81 for name in report.FLOWS
@@ -89,7 +89,8 @@ def small_profile(**budgets):
         study.CYCLE_BOTTLENECK: {**tiny, "bottleneck_dim": 3, "max_epochs": 2},
     }
     embedding = {"backbone": BACKBONE, "pre_trained": False, "image_size": (32, 32), "subspace_dim": 8, "max_epochs": 1}
-    return study.Profile("small", "cpu", 1, flows, embedding, 16, budgets, bottleneck_dims=(2,), classes=(0,))
+    bottleneck = flows[study.CYCLE_BOTTLENECK]
+    return study.Profile("small", "cpu", 1, flows, bottleneck, embedding, budgets, bottleneck_dims=(2,), classes=(0,))
 
 
 @pytest.fixture
@@ -216,8 +217,8 @@ def test_a_process_pool_runs_fits_and_outlives_their_errors(sets):
 
 def rows_of(part, detector, values, task=study.PAIR, **more):
     """A row for each value of AUROC, the seeds counted from 0."""
-    common = {"bits_per_dim": 4.0, "bits_per_dim_outside": 3.0, "coadaptation": 0.2, "fit_s": 10, "wall_s": 20}
-    common |= {"epochs": 1, "images_seen": 100, "train_images": 90, "test_images": 40}
+    common = {"bits_per_dim": 4.0, "bits_per_dim_outside": 3.0, "coadaptation": 0.2, "prediction": 0.4}
+    common |= {"fit_s": 10, "wall_s": 20, "epochs": 1, "images_seen": 100, "train_images": 90, "test_images": 40}
     common |= {"machine": "abacus", "finished": "2026-11-01T10:00:00"}
     start = {"part": part, "task": task, "detector": detector}
     return [{**start, "seed": seed, "auroc": value, **common, **more} for seed, value in enumerate(values)]

@@ -9,7 +9,9 @@ from FrEIA.framework import SequenceINN
 from torch import nn
 
 from anomalib_flowood import flows
-from anomalib_flowood.explain import coadaptation, record_couplings
+from anomalib_flowood.explain import coadaptation, record_couplings, squared_correlation
+from anomalib_flowood.explain.coadaptation import _transformed_pixels
+from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
 SHAPE = (1, 6, 6)
 
@@ -29,7 +31,7 @@ class Given(nn.Module):
 def by_layer(flow, x):
     with record_couplings(flow) as records:
         flow(x)
-    return [coadaptation(record.x[:, record.changed], record.t[:, record.changed]) for record in records]
+    return [squared_correlation(record.x[:, record.changed], record.t[:, record.changed]) for record in records]
 
 
 def horizontal(*shifts, raw_scale=0.0):
@@ -63,6 +65,91 @@ def test_two_layers_co_adapt():
     assert second == pytest.approx(0.5, abs=0.02)
 
 
+def model_of(flow, shape=SHAPE):
+    """A model of images whose flow is given, without the logit in front of it."""
+    model = PixelFlowModel(shape[1:], shape[0], subnet="mlp", coupling_layers=1, hidden_channels=1)
+    model.flow = flow
+    return model.eval()
+
+
+def test_what_the_image_shows_elsewhere_is_no_coadaptation():
+    # One layer, which knows that the halves mirror each other. No layer before has told it anything.
+    upper = torch.rand(400, 1, 3, 6)
+    numbers = coadaptation(
+        model_of(horizontal(lambda fed: -swapped(fed))), torch.cat([upper, upper.flip(2)], dim=2)
+    )
+    assert numbers.prediction == pytest.approx([1], abs=1e-5)
+    assert numbers.coadaptation == pytest.approx([0], abs=0.01)
+
+
+def test_what_a_layer_before_has_written_is_coadaptation():
+    # As above: y = x2 + x1 predicts x1 with a squared correlation of 1/2, whichever image x1 comes from.
+    flow = horizontal(swapped, lambda fed: -swapped(fed))
+    first, second = coadaptation(model_of(flow), torch.rand(4000, *SHAPE)).coadaptation
+    assert first == pytest.approx(0, abs=1e-3)
+    assert second == pytest.approx(0.5, abs=0.02)
+
+    # Images whose halves are the same: y = 2 x1 predicts x1 exactly, but half of it is not from the layer before.
+    upper = torch.rand(4000, 1, 3, 6)
+    numbers = coadaptation(model_of(flow), torch.cat([upper, upper.flip(2)], dim=2))
+    assert numbers.prediction[1] == pytest.approx(1, abs=1e-5)
+    assert numbers.coadaptation[1] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("native", "shape"), [(True, (1, 8, 8)), (False, (1, 7, 9))])
+def test_a_cycle_mask_passes_nothing_on_before_the_fourth_layer(native, shape):
+    model = PixelFlowModel(shape[1:], 1, native=native, subnet="mlp", coupling_layers=6, hidden_channels=64)
+    torch.manual_seed(0)
+    for parameter in model.flow.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    x = torch.rand(3, *shape)
+    other = torch.rand(3, *shape)
+    for layer, region in enumerate(_transformed_pixels(model, x[:1])):
+        with record_couplings(model.flow) as records:
+            model.log_prob(x)
+            model.log_prob(torch.where(region, other, x))
+        seen, mixed = records[layer], records[6 + layer]
+        assert torch.equal(seen.t, mixed.t) == (layer < 3)
+        assert not torch.equal(seen.x, mixed.x)
+    numbers = coadaptation(model, torch.rand(500, *shape)).coadaptation
+    assert max(numbers[:3]) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask": "cycle", "subnet": "mlp"},
+        {"mask": "horizontal", "subnet": "mlp"},
+        {"mask": "channel", "subnet": "mlp"},
+        {"architecture": "realnvp", "coupling_layers": 2},
+    ],
+)
+def test_pixels_that_a_layer_transforms_are_found_through_squeezes(shape, settings):
+    # Couplings are the identity at first: what they transform are the pixels' logits.
+    settings = {"coupling_layers": 4, "hidden_channels": 4, **settings}
+    model = PixelFlowModel(shape[1:], shape[0], **settings).double().eval()
+    x = torch.rand(1, *shape, dtype=torch.float64)
+    with record_couplings(model.flow) as records:
+        model.log_prob(x)
+    (logits,), _ = flows.Logit([shape])([flows.dequantize(x)])
+    regions = _transformed_pixels(model, x)
+    assert len(regions) == len(records)
+    for record, region in zip(records, regions, strict=True):
+        expected = logits[0][region].sort().values
+        torch.testing.assert_close(record.x[0][record.changed].sort().values, expected)
+    # Numbered pixels have left no trace.
+    assert model.log_prob(x).isfinite().all()
+
+
+def test_behind_a_mixing_convolution_there_is_a_prediction_alone():
+    model = PixelFlowModel((8, 8), 1, architecture="glow", scales=1, coupling_layers=2, hidden_channels=4).eval()
+    numbers = coadaptation(model, torch.rand(4, 1, 8, 8))
+    assert all(math.isnan(value) for value in numbers.coadaptation)
+    assert numbers.prediction == [0.0, 0.0]  # untrained
+
+
 @pytest.mark.parametrize("raw_scale", [0.0, 0.7])
 def test_shifts_that_do_not_depend_on_the_image_have_0(raw_scale):
     # The mean image alone correlates strongly with x over positions, but tells no image from another.
@@ -76,16 +163,16 @@ def test_shifts_that_do_not_depend_on_the_image_have_0(raw_scale):
 def test_known_correlation_scale_and_bias_do_not_matter():
     x, noise = torch.randn(2, 500, 40, dtype=torch.float64)
     t = -3 * (x + noise) + torch.randn(40)  # squared correlation 1/2
-    assert coadaptation(x, t) == pytest.approx(0.5, abs=0.02)
-    assert coadaptation(x, -x * 1e6) == pytest.approx(1)
+    assert squared_correlation(x, t) == pytest.approx(0.5, abs=0.02)
+    assert squared_correlation(x, -x * 1e6) == pytest.approx(1)
     expected = torch.corrcoef(torch.stack([(x - x.mean(0)).flatten(), (t - t.mean(0)).flatten()]))[0, 1] ** 2
-    assert coadaptation(x, t) == pytest.approx(float(expected))
+    assert squared_correlation(x, t) == pytest.approx(float(expected))
 
 
 def test_without_a_difference_between_images_there_is_nothing_to_predict():
-    assert math.isnan(coadaptation(torch.randn(1, 4), torch.randn(1, 4)))
-    assert coadaptation(torch.randn(1, 4).expand(5, 4), torch.randn(5, 4)) == 0
-    assert math.isnan(coadaptation(torch.full((3, 4), float("inf")), torch.randn(3, 4)))
+    assert math.isnan(squared_correlation(torch.randn(1, 4), torch.randn(1, 4)))
+    assert squared_correlation(torch.randn(1, 4).expand(5, 4), torch.randn(5, 4)) == 0
+    assert math.isnan(squared_correlation(torch.full((3, 4), float("inf")), torch.randn(3, 4)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from anomalib_flowood import OneClass
-from anomalib_flowood.explain import coadaptation, explain, record_couplings
+from anomalib_flowood.explain import coadaptation, explain
 from anomalib_flowood.explain.explanation import DRAWS, TEMPERATURES
 from anomalib_flowood.metrics import auroc
 
@@ -87,12 +87,10 @@ def test_a_pixel_flow_gets_all_pictures_and_the_right_numbers(mask, tmp_path):
             else:
                 labels = torch.tensor([0] * len(inside) + [1] * len(log_prob))
                 assert entry["auroc"] == pytest.approx(auroc(-torch.cat([inside, log_prob]), labels))
-            with record_couplings(detector.model.flow) as records:
-                detector.model.log_prob(part)
-            values = [coadaptation(record.x[:, record.changed], record.t[:, record.changed]) for record in records]
-            assert len(values) == 4
-            assert entry["coadaptation"]["layers"] == pytest.approx(values, rel=1e-4)
-            assert entry["coadaptation"]["mean_from_layer_2"] == pytest.approx(np.mean(values[1:]), rel=1e-4)
+            for kind, values in coadaptation(detector.model, part)._asdict().items():
+                assert len(values) == 4
+                assert entry[kind]["layers"] == pytest.approx(values, rel=1e-4)
+                assert entry[kind]["mean_from_layer_2"] == pytest.approx(np.mean(values[1:]), rel=1e-4)
 
 
 def test_colour_images_of_another_size_and_a_flow_that_overflows(tmp_path):
@@ -113,7 +111,8 @@ def test_sets_of_one_image_have_no_coadaptation(tmp_path):
     sets = {"inside": images(3), "outside": images(1, seed=1)}
     page = explain(fitted(pixel_flow()), sets, tmp_path)
     entry = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))["sets"]["outside"]
-    assert entry["coadaptation"] == {"layers": [None] * 4, "mean_from_layer_2": None}
+    for kind in ("coadaptation", "prediction"):
+        assert entry[kind] == {"layers": [None] * 4, "mean_from_layer_2": None}
     assert entry["log_likelihood"]["std"] is None
 
 
