@@ -11,11 +11,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
 KEY = ("part", "task", "detector", "seed")
@@ -71,6 +73,30 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
+
+
+class TimeLimit(Timer):
+    """Ends a training after a number of seconds, over which the learning rate follows a cosine down to zero.
+
+    The detectors' own cosine is over the trainer's steps, and how many fit into the time nobody knows beforehand.
+
+    Args:
+        seconds: Time from the first batch on; ``None`` to measure it only.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__(None if seconds is None else timedelta(seconds=seconds), verbose=False)
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate."""
+        del batch, batch_idx
+        if self.seconds is None:
+            return
+        detector: Any = pl_module
+        share = min(1.0, self.time_elapsed() / self.seconds)
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = detector.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
 
 def trained_epochs(trainer: Trainer) -> float:

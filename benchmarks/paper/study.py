@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import multiprocessing.process
 import os
@@ -15,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +24,6 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from lightning import seed_everything
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -35,7 +31,7 @@ from anomalib_flowood import CrossDataset, EmbeddingFlow, OneClass, PixelFlow, f
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
-from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
+from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
 PARTS = ("mask_time", "mask_epochs", "bottleneck", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
@@ -139,7 +135,12 @@ LAPTOP = Profile(
     workers=2,
     flows=_LAPTOP_FLOWS,
     # Steps on large batches cost a fully connected network little more than on small ones.
-    bottleneck={**_LAPTOP_FLOWS[CYCLE_BOTTLENECK], "coupling_layers": 24, "hidden_channels": 128, "learning_rate": 4e-3},
+    bottleneck={
+        **_LAPTOP_FLOWS[CYCLE_BOTTLENECK],
+        "coupling_layers": 24,
+        "hidden_channels": 128,
+        "learning_rate": 4e-3,
+    },
     embedding={"image_size": (128, 128)},
     budgets={
         "mask_time": Budget(seconds=75, test_limit=1000),
@@ -279,30 +280,6 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
         for seed in budget.seeds
     ]
     return sorted(fits, key=lambda fit: fit.budget.seeds.index(fit.seed))
-
-
-class TimeLimit(Timer):
-    """Ends a training after a number of seconds, over which the learning rate follows a cosine down to zero.
-
-    The detectors' own cosine is over the trainer's steps, and how many fit into the time nobody knows beforehand.
-
-    Args:
-        seconds: Time from the first batch on; ``None`` to measure it only.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        super().__init__(None if seconds is None else timedelta(seconds=seconds), verbose=False)
-        self.seconds = seconds
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate."""
-        del batch, batch_idx
-        if self.seconds is None:
-            return
-        detector: Any = pl_module
-        share = min(1.0, self.time_elapsed() / self.seconds)
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = detector.learning_rate * (1 + math.cos(math.pi * share)) / 2
 
 
 def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:

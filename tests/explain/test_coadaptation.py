@@ -75,9 +75,7 @@ def model_of(flow, shape=SHAPE):
 def test_what_the_image_shows_elsewhere_is_no_coadaptation():
     # One layer, which knows that the halves mirror each other. No layer before has told it anything.
     upper = torch.rand(400, 1, 3, 6)
-    numbers = coadaptation(
-        model_of(horizontal(lambda fed: -swapped(fed))), torch.cat([upper, upper.flip(2)], dim=2)
-    )
+    numbers = coadaptation(model_of(horizontal(lambda fed: -swapped(fed))), torch.cat([upper, upper.flip(2)], dim=2))
     assert numbers.prediction == pytest.approx([1], abs=1e-5)
     assert numbers.coadaptation == pytest.approx([0], abs=0.01)
 
