@@ -4,7 +4,6 @@
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
-# make scores       every score on one pixel flow, pair by pair
 # make test         install into .venv, run all tests
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -20,7 +19,7 @@ TILES ?=
 SEEDS ?= 0 1 2
 PROFILE ?= laptop
 
-.PHONY: quickstart seeds speed contest paper scores test lint fashion-mnist chromium
+.PHONY: quickstart seeds speed contest paper test lint fashion-mnist
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -41,10 +40,7 @@ contest: .venv/offline fashion-mnist
 paper: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.paper run --profile $(PROFILE)
 
-scores: .venv/offline fashion-mnist
-	$(BIN)/python -m benchmarks.scores run $(if $(TILES),--tiles $(TILES))
-
-test: .venv/test chromium
+test: .venv/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/dev
@@ -72,14 +68,6 @@ fashion-mnist:
 			echo "Going on: torchvision downloads it where there is a network." >&2; \
 		fi; \
 	fi
-
-# Pages are tested in it; without it those tests are skipped.
-chromium:
-	@if ! command -v chromium >/dev/null; then \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			{ apt-get update -q && apt-get install -qy --no-install-recommends chromium; } >/dev/null || \
-				echo "Chromium could not be installed: going on without it." >&2; \
-		else echo "For the tests of pages, on Debian, as root: apt-get install chromium" >&2; fi; fi
 
 $(BACKBONE)/model.safetensors: | .venv/offline
 	$(BIN)/flowood backbone $(notdir $(BACKBONE)) $(BACKBONE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
@@ -18,11 +19,13 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, find_class
+from anomalib_flowood.models.components import ConformalPostProcessor
 
 _SHOWN_PREDICTIONS = 10
 
@@ -103,7 +106,7 @@ class FlowoodCLI(AnomalibCLI):
     def _run_subcommand(self) -> None:
         if self.subcommand == "predict":
             predictions = self.engine.predict(**self._prepare_subcommand_kwargs("predict"))
-            keep_predictions(predictions, Path(self.engine.trainer.default_root_dir))
+            keep_predictions(predictions, Path(self.engine.trainer.default_root_dir), self.model.post_processor)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
         elif self.subcommand == "explain":  # anomalib would build the data module a second time
@@ -112,12 +115,15 @@ class FlowoodCLI(AnomalibCLI):
             super()._run_subcommand()
 
 
-def keep_predictions(predictions: Iterable[Any] | None, folder: Path) -> Path | None:
-    """Write ``predictions.csv`` and print where it is and the most anomalous images.
+def keep_predictions(
+    predictions: Iterable[Any] | None, folder: Path, post_processor: nn.Module | None = None
+) -> Path | None:
+    """Write ``predictions.csv``; print where it is, the most anomalous images, and whether there is drift.
 
     Args:
         predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
         folder: Where to write.
+        post_processor: The detector's: a calibrated :class:`ConformalPostProcessor` also tests all images together.
 
     Returns:
         The file, or nothing if there were no predictions (``--return_predictions false``).
@@ -137,25 +143,39 @@ def keep_predictions(predictions: Iterable[Any] | None, folder: Path) -> Path | 
     table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
     table.add_column("image", overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
+    if "p_value" in frame:
+        table.add_column("p-value", justify="right", no_wrap=True)
     table.add_column("label", no_wrap=True)
     names = {True: "anomalous", False: "normal"}
     for _, row in worst.iterrows():
+        p_value = [f"{row['p_value']:.2g}"] if "p_value" in row else []
         label = "" if pd.isna(row["pred_label"]) else names[bool(row["pred_label"])]
-        table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", label)
+        table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", *p_value, label)
     console = Console()
     console.print(table)
+    if isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated:
+        drift = post_processor.drift_p_value(torch.from_numpy(frame["raw_score"].to_numpy()))
+        console.print(
+            f"Drift: p = {drift:.2g}, the chance that {len(frame):,} images of the training distribution would differ "
+            f"as much from the {len(post_processor.calibration):,} calibration images as these do together.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
     return path
 
 
 def _rows(batch: Any) -> pd.DataFrame:
     """One row per image of a predicted batch."""
-    scores = batch.pred_score.detach().flatten().cpu().numpy()
-    columns: dict[str, Any] = {"image_path": [str(path) for path in batch.image_path or [""] * len(scores)]}
+    count, label = len(batch.pred_score), batch.pred_label
+    columns: dict[str, Any] = {"image_path": [str(path) for path in batch.image_path or [""] * count]}
     source = getattr(batch, "source", None)
     if source is not None:
         columns["source"] = list(source)
-    label = batch.pred_label
-    columns["pred_score"] = scores
-    columns["pred_label"] = [None] * len(scores) if label is None else label.detach().flatten().cpu().int().numpy()
+    for name in ("raw_score", "pred_score", "p_value"):  # the first and last from our post-processor
+        values = getattr(batch, name, None)
+        if values is not None:
+            columns[name] = values.detach().flatten().cpu().numpy()
+    columns["pred_label"] = [None] * count if label is None else label.detach().flatten().cpu().int().numpy()
     return pd.DataFrame(columns)

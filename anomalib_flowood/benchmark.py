@@ -16,7 +16,8 @@ The configuration file is anomalib's, with an optional ``benchmark.trainer`` and
         init_args: {in_distribution: fashion_mnist, out_of_distribution: [mnist]}
 
 Detectors post-process their scores each in its own way (anomalib's clamps them to [0, 1], which makes ties), so every
-detector's scores are taken before that happens, and AUROC and FPR95 are computed from them alike.
+detector's scores are taken before that happens, and all metrics are computed from them alike. Where the data name
+several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
 from __future__ import annotations
@@ -56,9 +57,16 @@ from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from anomalib_flowood.metrics import auroc, fpr_at_tpr
+from anomalib_flowood.metrics import DETECTION_METRICS, per_set
 from anomalib_flowood.names import unknown_name
-from anomalib_flowood.report import JobProgress, benchmark_markdown, benchmark_table, score_histograms
+from anomalib_flowood.report import (
+    JobProgress,
+    benchmark_markdown,
+    benchmark_table,
+    score_histograms,
+    set_markdown,
+    set_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +233,8 @@ class ScoreRecorder(Callback):
         self._parts: list[pd.DataFrame] = []
         self._start = 0.0
         self.seconds = 0.0
+        self.sourced = False
+        """Whether the data say which set each image belongs to; else its folder is taken for its source."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -258,7 +268,9 @@ class ScoreRecorder(Callback):
         score = anomaly_map.flatten(1).amax(dim=1) if score is None else score
         raw = score.detach().flatten().cpu().double()
         paths = [str(path) for path in batch.image_path or [""] * len(raw)]
-        sources = getattr(batch, "source", None) or [Path(path).parent.name or "test" for path in paths]
+        sources = getattr(batch, "source", None)
+        self.sourced = sources is not None
+        sources = [Path(path).parent.name or "test" for path in paths] if sources is None else sources
         labels = batch.gt_label.detach().flatten().cpu().int()
         columns = {"image_path": paths, "source": list(sources), "label": labels.numpy(), "score": raw.numpy()}
         self._parts.append(pd.DataFrame(columns))
@@ -333,7 +345,8 @@ class BenchmarkJob(AnomalibBenchmarkJob):
             task_id: The device to use, if jobs are spread over several.
 
         Returns:
-            Labels, AUROC and FPR95 of the raw scores, times, anomalib's own test metrics and the configuration.
+            Labels, all metrics of the raw scores (of every out-of-distribution set too, where the data name several),
+            times, anomalib's own test metrics and the configuration.
         """
         start = time.perf_counter()
         seed_everything(self.seed, verbose=False)
@@ -360,18 +373,21 @@ class BenchmarkJob(AnomalibBenchmarkJob):
         end = time.perf_counter()
         self.scores = recorder.scores.assign(detector=self.detector, data=self.data, seed=self.seed)
         score, label = torch.tensor(self.scores["score"].to_numpy()), torch.tensor(self.scores["label"].to_numpy())
-        return {
+        result = {
             **self.row(),
-            "AUROC": auroc(score, label),
-            "FPR95": fpr_at_tpr(score, label),
+            **{name: metric(score, label) for name, metric in DETECTION_METRICS.items()},
             "images": len(score),
             "images_per_s": len(score) / recorder.seconds,
             "job_duration": end - start,
             "fit_duration": test_start - fit_start,
             "test_duration": end - test_start,
-            **self.flat_cfg,
-            **tested[0],
         }
+        if recorder.sourced:
+            sources = self.scores["source"].tolist()
+            for name, metric in DETECTION_METRICS.items():
+                result |= {f"{name}/{key}": value for key, value in per_set(metric, score, label, sources).items()}
+        # What is in both comes from the raw scores: our detectors' evaluator sees the post-processed ones.
+        return {**result, **self.flat_cfg, **tested[0], **result}
 
     def row(self) -> dict[str, Any]:
         """The part of a result that is known before the job has run."""
@@ -505,12 +521,16 @@ class _Record:
         """Draw, and print the table and where everything is."""
         if not self._results:
             return
-        (self.folder / "table.md").write_text(benchmark_markdown(self.results), encoding="utf-8")
+        text = benchmark_markdown(self.results) + set_markdown(self.results)
+        (self.folder / "table.md").write_text(text, encoding="utf-8")
         names = ["results.csv", "table.md"]
         if self._scores:
             score_histograms(pd.concat(self._scores), self.folder / "scores.png")
             names += ["scores.csv", "scores.png"]
         console.print(benchmark_table(self.results))
+        sets = set_table(self.results)
+        if sets is not None:
+            console.print(sets)
         console.print(f"In {self.folder}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -624,7 +644,7 @@ def _logs_to(path: Path | None) -> Iterator[None]:
 
 
 class Benchmark(AnomalibBenchmark):
-    """Compare detectors on data sets: fit, test, raw-score AUROC and FPR95, one table."""
+    """Compare detectors on data sets: fit, test, metrics of the raw scores, one table."""
 
     def run(self, args: Namespace | None = None) -> None:
         """Run the benchmark that a configuration file describes.

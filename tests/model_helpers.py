@@ -37,7 +37,8 @@ def data(tmp_path: Path, **kwargs) -> CrossDataset:
     if not inside.exists():
         idx_folder(inside, "plain")
         idx_folder(outside, "square", seed=1)
-    return CrossDataset(inside, [outside], **{"train_batch_size": 32, "eval_batch_size": 16, **kwargs})
+    sizes = {"train_batch_size": 32, "eval_batch_size": 16, "val_split_ratio": 0.2}  # 24 images calibrate
+    return CrossDataset(inside, [outside], **{**sizes, **kwargs})
 
 
 def pixel_flow(**kwargs) -> PixelFlow:

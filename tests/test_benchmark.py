@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from model_helpers import idx_folder
 from PIL import Image
 from rich.console import Console
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
@@ -109,6 +110,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert list(results["error"].notna()) == [False, True, False, True]
     assert results["error"][1].startswith("FileNotFoundError: Path does not exist")
     assert {"image_AUROC", "fit_duration", "model.init_args.layer", "model.init_args.n_features"} <= {*results.columns}
+    assert not any("/" in column for column in results.columns)  # Folder names no sets
 
     scores = pd.read_csv(run / "scores.csv")
     assert list(scores.columns) == ["detector", "data", "seed", "image_path", "source", "label", "score"]
@@ -117,9 +119,11 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     for detector, group in scores.groupby("detector"):
         row = results[(results["detector"] == detector) & results["error"].isna()].iloc[0]
         assert row["AUROC"] == pytest.approx(roc_auc_score(group["label"], group["score"]), abs=1e-9)
+        assert row["AUPROut"] == pytest.approx(average_precision_score(group["label"], group["score"]), abs=1e-9)
         assert row["images"] == len(group) == 10
         assert row["images_per_s"] > 0
 
+    assert "Each outside set" not in out
     assert "[4/4] Padim on Folder (normal_dir=gone), seed 3" in out
     assert "epoch 1/1" in out
     assert f"In runs/benchmark/{run.name}: results.csv" in out
@@ -130,6 +134,53 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert "Traceback" in (run / "benchmark.log").read_text()
     assert Image.open(run / "scores.png").size[0] > 300
     assert not list(here.rglob("images"))  # no picture for each test image
+
+
+def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    idx_folder(here / "ramps", "plain", train=60, test=20)
+    idx_folder(here / "squares", "square", seed=1, train=2, test=12)
+    idx_folder(here / "others", "plain", seed=2, train=2, test=8)
+    small = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+    runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
+    results = runner.run(
+        {
+            "trainer": {"max_epochs": 1},
+            "model": {"grid": [{"class_path": "PixelFlow", "name": "flow", "init_args": small}, DFM]},
+            "data": {
+                "class_path": "CrossDataset",
+                "name": "ramps → two",
+                "init_args": {
+                    "in_distribution": "ramps",
+                    "out_of_distribution": ["squares", "others"],
+                    "val_split_ratio": 0.4,
+                },
+            },
+        }
+    )
+    (run,) = (here / "runs" / "benchmark").iterdir()
+    pd.testing.assert_frame_equal(pd.read_csv(run / "results.csv")[["AUROC/mean"]], results[["AUROC/mean"]])
+    scores = pd.read_csv(run / "scores.csv")
+    for _, row in results.iterrows():
+        group = scores[scores["detector"] == row["detector"]]
+        inside = group["label"] == 0
+        for name in ("squares", "others"):
+            pair = group[inside | (group["source"] == name)]
+            assert row[f"AUROC/{name}"] == pytest.approx(roc_auc_score(pair["label"], pair["score"]), abs=1e-9)
+            precision = average_precision_score(1 - pair["label"], -pair["score"])
+            assert row[f"AUPRIn/{name}"] == pytest.approx(precision, abs=1e-9)
+        for metric in ("AUROC", "FPR95", "AUPROut", "AUPRIn", "DetectionError"):
+            assert row[f"{metric}/mean"] == pytest.approx((row[f"{metric}/squares"] + row[f"{metric}/others"]) / 2)
+            assert 0 <= row[metric] <= 1
+    assert list(results["BitsPerDim/inside"].notna()) == [True, False]  # DFM has no likelihood
+    assert list(results["BitsPerDim/others"].notna()) == [True, False]
+
+    out = capsys.readouterr().out
+    lines = out[out.index("Each outside set") :].splitlines()
+    shown = [line for line in lines if line.strip().startswith(("flow", "DFM tiny"))]
+    assert [line.split("two")[1].split()[0] for line in shown] == ["others"] * 2 + ["squares"] * 2 + ["mean"] * 2
+    assert max(map(len, lines)) <= 100
+    table = (run / "table.md").read_text()
+    assert table.index("| detector | data | AUROC") < table.index("| detector | data | outside | AUROC")
 
 
 def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,10 +319,12 @@ def test_a_map_alone_is_scored_by_its_maximum() -> None:
     maps[1, 0, 1, 2] = 5
     outputs = SimpleNamespace(pred_score=None, anomaly_map=maps)
     recorder.on_test_batch_end(None, None, outputs, batch, 0)  # type: ignore[arg-type]
+    assert not recorder.sourced
     assert recorder.scores["score"].tolist() == [0, 5]
     assert recorder.scores["source"].tolist() == ["x", "test"]
     batch.source = ["mnist", "kmnist"]
     recorder.on_test_batch_end(None, None, outputs, batch, 1)  # type: ignore[arg-type]
+    assert recorder.sourced
     assert recorder.scores["source"].tolist() == ["x", "test", "mnist", "kmnist"]
     batch.gt_label = None
     with pytest.raises(ValueError, match="no labels"):

@@ -139,7 +139,7 @@ def pixel_flow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     rng = np.random.default_rng(0)
     for name, mean in [("train", 90), ("good", 90), ("bad", 200)]:
         (folder / name).mkdir()
-        for i in range(10):
+        for i in range(20):
             pixels = np.clip(rng.normal(mean, 20, (16, 16, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     config = folder / "train.yaml"

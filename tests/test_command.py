@@ -29,7 +29,7 @@ def write_config(path: Path, detector: str, **init_args) -> Path:
         "model": {"class_path": detector, "init_args": {"max_epochs": 2, **init_args}},
         "data": {
             "class_path": "anomalib_flowood.data.CrossDataset",
-            "init_args": {"in_distribution": "ramps", "out_of_distribution": ["squares"]},
+            "init_args": {"in_distribution": "ramps", "out_of_distribution": ["squares"], "val_split_ratio": 0.2},
         },
         "trainer": TRAINER,
     }
@@ -57,6 +57,11 @@ def test_train_test_predict_and_export(here, capsys):
     predictions = pd.read_csv(path)
     assert set(predictions["source"]) == {"ramps", "squares"}
     assert predictions["pred_score"].between(0, 1).all()
+    assert (predictions["pred_label"] == (predictions["p_value"] < 0.05)).all()
+    assert predictions.sort_values("raw_score")["pred_score"].is_monotonic_increasing
+    assert "the 24 calibration images" in out
+    drift = float(out.partition("Drift: p = ")[2].partition(",")[0])
+    assert drift < 0.001  # half of them are squares
     assert predictions.sort_values("pred_score").tail(20)["source"].eq("squares").all()
 
     model = ["--model", "PixelFlow", *(f"--model.{key}={value}" for key, value in PIXELS.items())]
@@ -79,7 +84,7 @@ def test_the_model_configs_train_on_the_data_config(model, here, capsys):
     given = yaml.safe_load(model.read_text(encoding="utf-8"))["model"]["init_args"]
     small = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false"] if "backbone" in given else []
     small += ["--model.subspace_dim=16"] if "subspace_dim" in given else []
-    folders = ["--data.in_distribution=ramps", "--data.out_of_distribution=[squares]"]
+    folders = ["--data.in_distribution=ramps", "--data.out_of_distribution=[squares]", "--data.val_split_ratio=0.2"]
     config = ["--config", str(model), "--data", str(REPOSITORY / "configs" / "data" / "cross_dataset.yaml")]
     main(["train", *config, *small, *folders, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"])
     assert "image_AUROC" in capsys.readouterr().out

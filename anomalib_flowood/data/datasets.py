@@ -70,7 +70,7 @@ class SourcedImageBatch(ImageBatch):
             A batch with its tensors on the device.
         """
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return self.update(
+        moved = self.update(
             in_place=False,
             **{
                 name: value.to(device, non_blocking=non_blocking)
@@ -78,6 +78,13 @@ class SourcedImageBatch(ImageBatch):
                 if isinstance(value, torch.Tensor)
             },
         )
+        # What a post-processor has put beside the fields comes along.
+        for name in vars(self).keys() - vars(moved).keys():
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+            setattr(moved, name, value)
+        return moved
 
 
 class SourcedDataset(AnomalibDataset):

@@ -89,8 +89,8 @@ class Coadaptation(NamedTuple):
     """What the shifts of the coupling layers say about the values that they transform, a number for each layer.
 
     Attributes:
-        coadaptation: The co-adaptation number: what −t says about transformed values that come from another image. In 0..1,
-            or NaN; see :func:`coadaptation`.
+        coadaptation: The co-adaptation number: what −t says about transformed values that come from another image. In
+            0..1, or NaN; see :func:`coadaptation`.
         prediction: What −t says about the transformed values of the image itself, in 0..1 or NaN.
     """
 
@@ -116,8 +116,8 @@ def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
     Returns:
         Numbers by layer, in order of application. 0 by construction for a layer in front of which the transformed
         values have reached nothing that it sees: the first one, with a cycle mask the first three.
-        NaN for fewer than two images, where values are not finite, and, for ``coadaptation`` alone, after a 1×1 convolution
-        (Glow), which leaves no pixels that a layer transforms and others that it sees.
+        NaN for fewer than two images, where values are not finite, and, for ``coadaptation`` alone, after a 1×1
+        convolution (Glow), which leaves no pixels that a layer transforms and others that it sees.
 
     Raises:
         ValueError: As :meth:`~anomalib_flowood.models.pixel_flow.PixelFlowModel.log_prob`.

@@ -1,146 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AUROC and FPR95 of raw scores.
-
-torchmetrics passes scores outside [0, 1] through a sigmoid, batch by batch. A negative log-likelihood in the thousands
-becomes 1.0 there, every image ties with every other, and the AUROC reads 0.5. It also forms the rates in float32. Both
-metrics here rank the raw scores and leave the rest to scikit-learn, in float64.
-"""
+"""Detection metrics for anomalib's evaluator, over all images and for every out-of-distribution set on its own."""
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-
-def _check(scores: Tensor, labels: Tensor) -> None:
-    """Refuse what would give a number that means nothing."""
-    if scores.shape != labels.shape:
-        msg = f"Scores and labels must have the same shape, got {tuple(scores.shape)} and {tuple(labels.shape)}."
-        raise ValueError(msg)
-    nans = int(torch.isnan(scores).sum())
-    if nans:
-        msg = f"{nans} of {scores.numel()} scores are NaN: they cannot be ranked. Has the training diverged?"
-        raise ValueError(msg)
-    if not bool(((labels == 0) | (labels == 1)).all()):
-        msg = "Labels must be 0 (in-distribution) or 1 (out-of-distribution)."
-        raise ValueError(msg)
+from .functional import (
+    INSIDE,
+    OUTSIDE,
+    aupr_in,
+    aupr_out,
+    auroc,
+    check_scores,
+    detection_error,
+    fpr_at_tpr,
+    per_set,
+)
 
 
-def _ranked(scores: Tensor, labels: Tensor, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return labels and dense ranks, or nothing (with a warning) if one of the two classes is absent.
-
-    scikit-learn refuses infinite scores, and only their order counts.
-    """
-    _check(scores, labels)
-    ranks = torch.unique(scores.detach().flatten().cpu(), return_inverse=True)[1].numpy()
-    truth = labels.detach().flatten().cpu().long().numpy()
-    if len(np.unique(truth)) == 2:
-        return truth, ranks
-    missing = "in-distribution (label 0)" if truth.any() else "out-of-distribution (label 1)"
-    warnings.warn(f"{name} is NaN: there are no {missing} samples to tell apart.", UserWarning, stacklevel=3)
-    return None
-
-
-def auroc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve; higher scores mean out-of-distribution, ties count one half.
-
-    Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
-
-    Returns:
-        The area, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
-    """
-    ranked = _ranked(scores, labels, "AUROC")
-    return float("nan") if ranked is None else float(roc_auc_score(*ranked))
-
-
-def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
-    """Share of in-distribution images flagged by a threshold that catches ``tpr`` of the out-of-distribution ones.
-
-    Out-of-distribution counts as positive, as in OpenOOD and pytorch-ood; some papers use the other direction.
-
-    Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
-        tpr: The smallest admissible true positive rate.
-
-    Returns:
-        The smallest false positive rate, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
-    """
-    ranked = _ranked(scores, labels, f"FPR{round(100 * tpr)}")
-    if ranked is None:
-        return float("nan")
-    fpr, reached, _ = roc_curve(*ranked, drop_intermediate=False)
-    return float(fpr[reached >= tpr][0])
-
-
-class _RawScores(Metric):
-    """Keeps scores and labels as they come, until a subclass ranks them all at once."""
+class _Scores(Metric):
+    """Keeps scores, labels and sources as they come, until a subclass measures them all at once."""
 
     is_differentiable = False
     full_state_update = False
     preds: list[Tensor]
     target: list[Tensor]
+    source: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("preds", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
+        # Names as bytes, each with a NUL at its end: ranks can gather these, and need not agree on codes.
+        self.add_state("source", default=[], dist_reduce_fx="cat")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, source: Sequence[str] | None = None) -> None:
         """Store one batch.
 
         Args:
-            preds: Raw scores.
-            target: Labels, 0 or 1 (or booleans).
+            preds: Raw scores, ``(N,)``; or of pixels, ``(N, 1, H, W)``, which belong to no set.
+            target: Labels, 0 or 1 (or booleans), of the same shape.
+            source: The set that each image belongs to, N names. Images without belong to one set.
 
         Raises:
-            ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+            ValueError: If a score is NaN, a label is neither 0 nor 1, the shapes differ, or there is not one source for
+                each score.
         """
-        _check(preds, target)
+        check_scores(preds, target)
         self.preds.append(preds.detach().flatten())
         self.target.append(target.detach().flatten().long())
+        if preds.ndim != 1 or len(preds) == 0:
+            return
+        names = [OUTSIDE] * len(preds) if source is None else source
+        if len(names) != len(preds):
+            msg = f"Each of the {len(preds)} scores needs a source, got {len(names)}."
+            raise ValueError(msg)
+        # Names may come from folders, so they are encoded as file names are.
+        text = bytearray(os.fsencode("\0".join([*names, ""])))
+        self.source.append(torch.frombuffer(text, dtype=torch.uint8).to(preds.device))
 
-    def _gathered(self) -> tuple[Tensor, Tensor]:
-        if len(self.preds) == 0:
-            return torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        return dim_zero_cat(self.preds), dim_zero_cat(self.target)
-
-
-class _RawAUROC(_RawScores):
-    higher_is_better = True
-
-    def compute(self) -> Tensor:
-        return torch.tensor(auroc(*self._gathered()), dtype=torch.float64)
-
-
-class _RawFPR95(_RawScores):
-    higher_is_better = False
+    @staticmethod
+    def measure(scores: Tensor, labels: Tensor) -> float:
+        """The metric as a function of scores and labels."""
+        raise NotImplementedError
 
     def compute(self) -> Tensor:
-        return torch.tensor(fpr_at_tpr(*self._gathered(), tpr=0.95), dtype=torch.float64)
+        """Return the metric over all images, ``()``, float64."""
+        return torch.tensor(self.measure(_cat(self.preds), _cat(self.target)), dtype=torch.float64)
+
+    def compute_sets(self) -> dict[str, Tensor]:
+        """Return the metric for each set, as :func:`~anomalib_flowood.metrics.per_set` does; scalars, float64."""
+        if not self.update_called:
+            return {}
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            preds, target, source = _cat(self.preds), _cat(self.target), _cat(self.source)
+        if len(source) == 0:
+            return {}
+        names = os.fsdecode(source.cpu().numpy().tobytes()).split("\0")[:-1]
+        values = self._measure_sets(preds, target, names)
+        return {name: torch.tensor(value, dtype=torch.float64, device=preds.device) for name, value in values.items()}
+
+    def _measure_sets(self, scores: Tensor, labels: Tensor, sources: Sequence[str]) -> dict[str, float]:
+        return per_set(self.measure, scores, labels, sources)
 
 
-class AUROC(AnomalibMetric, _RawAUROC):  # type: ignore[misc]
-    """Area under the ROC curve of an image's raw score.
+def _cat(state: list[Tensor]) -> Tensor:
+    return dim_zero_cat(state) if len(state) else torch.zeros(0)
 
-    Agrees with ``sklearn.metrics.roc_auc_score`` for scores of any scale. With one class only the result is NaN, with a
-    warning; NaN scores raise a ``ValueError`` when they arrive.
+
+class SetMetric(AnomalibMetric, _Scores):
+    """A metric that has a value over all images, and one for every out-of-distribution set on its own.
+
+    The sets come from the batch's ``source``, one name per image, as the batches of
+    :class:`~anomalib_flowood.data.CrossDataset` and :class:`~anomalib_flowood.data.OneClass` have it. Without it there
+    is one set. :class:`PerSetEvaluator` logs both; anomalib's evaluator only the value over all images.
+
+    Scores are ranked as they are, whatever their scale. With one class only a value is NaN, with a warning; a NaN score
+    raises a ``ValueError`` when it arrives.
+
+    Args:
+        fields: What to read from a batch: scores and labels.
+        prefix: Put in front of the class's name.
+        strict: Refuse a batch without these fields; else it is passed over.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    default_fields = ("pred_score", "gt_label")
+
+    def __init__(
+        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(fields, prefix, strict, **kwargs)
+        self.title = self.name.removeprefix("image_")
+        """Under which sets are listed: ``AUROC/mnist``."""
+
+    def update(self, batch: Batch) -> None:  # type: ignore[override]
+        """Store one batch; see the class for what is read from it."""
+        super().update(batch, source=getattr(batch, "source", None))
+
+
+class AUROC(SetMetric):
+    """Area under the ROC curve, :func:`~anomalib_flowood.metrics.auroc`.
 
     Example:
         >>> import torch
@@ -156,17 +147,81 @@ class AUROC(AnomalibMetric, _RawAUROC):  # type: ignore[misc]
         ('image_AUROC', 1.0)
     """
 
-    default_fields = ("pred_score", "gt_label")
+    higher_is_better = True
+    measure = staticmethod(auroc)
 
 
-class FPR95(AnomalibMetric, _RawFPR95):  # type: ignore[misc]
-    """False positive rate at 95 % true positives of an image's raw score; out-of-distribution is positive.
+class AUPROut(SetMetric):
+    """Average precision, out-of-distribution positive, :func:`~anomalib_flowood.metrics.aupr_out`."""
 
-    With one class only the result is NaN, with a warning; NaN scores raise a ``ValueError`` when they arrive.
+    higher_is_better = True
+    measure = staticmethod(aupr_out)
 
-    Example:
-        >>> FPR95(prefix="image_").name
-        'image_FPR95'
+
+class AUPRIn(SetMetric):
+    """Average precision of the negated score, in-distribution positive, :func:`~anomalib_flowood.metrics.aupr_in`."""
+
+    higher_is_better = True
+    measure = staticmethod(aupr_in)
+
+
+class FPR95(SetMetric):
+    """False positive rate at 95 % recall of the out-of-distribution side, which is positive.
+
+    See :func:`~anomalib_flowood.metrics.fpr_at_tpr`.
     """
 
-    default_fields = ("pred_score", "gt_label")
+    higher_is_better = False
+    measure = staticmethod(fpr_at_tpr)
+
+
+class DetectionError(SetMetric):
+    """Smallest ½ (FPR + FNR) of any threshold, :func:`~anomalib_flowood.metrics.detection_error`."""
+
+    higher_is_better = False
+    measure = staticmethod(detection_error)
+
+
+def _mean(values: Tensor, labels: Tensor, label: int) -> float:
+    chosen = values.double()[labels == label]
+    if len(chosen) == 0:
+        side = "out-of-distribution (label 1)" if label else "in-distribution (label 0)"
+        warnings.warn(f"BitsPerDim is NaN: there are no {side} samples.", UserWarning, stacklevel=3)
+        return float("nan")
+    return float(chosen.mean())
+
+
+class BitsPerDim(SetMetric):
+    """Mean of the images' bits per dimension, −log2 p(x) / D; :func:`anomalib_flowood.flows.bits_per_dim` of each.
+
+    The value is that of the in-distribution images, ``BitsPerDim/inside``: what the literature calls a flow's test
+    likelihood, lower is better. The sets are all out-of-distribution images, ``outside``, and where there are several
+    sets each of them. It needs no detection, and says nothing about it: a flow may find the outside more likely.
+
+    Detectors put ``bits_per_dim``, ``(N,)``, into a test batch where it costs nothing, that is where the score is a
+    likelihood. With ``strict=False``, there is no value from the others.
+
+    Args:
+        fields: What to read from a batch: bits per dimension and labels.
+        prefix: Put in front of the class's name.
+        strict: Refuse a batch without these fields; else it is passed over.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    higher_is_better = False
+    default_fields = ("bits_per_dim", "gt_label")
+
+    def __init__(
+        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(fields, prefix, strict, **kwargs)
+        self.name = f"{self.title}/{INSIDE}"
+
+    @staticmethod
+    def measure(scores: Tensor, labels: Tensor) -> float:
+        """Return the mean over in-distribution images."""
+        return _mean(scores, labels, 0)
+
+    def _measure_sets(self, scores: Tensor, labels: Tensor, sources: Sequence[str]) -> dict[str, float]:
+        outside = partial(_mean, label=1)
+        return {OUTSIDE: outside(scores, labels)} | per_set(outside, scores, labels, sources)

@@ -3,6 +3,14 @@
 
 from .plots import score_histograms
 from .progress import JobProgress
-from .table import benchmark_markdown, benchmark_table, summarise
+from .table import benchmark_markdown, benchmark_table, set_markdown, set_table, summarise
 
-__all__ = ["JobProgress", "benchmark_markdown", "benchmark_table", "score_histograms", "summarise"]
+__all__ = [
+    "JobProgress",
+    "benchmark_markdown",
+    "benchmark_table",
+    "score_histograms",
+    "set_markdown",
+    "set_table",
+    "summarise",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row per detector and data set, for a terminal and as Markdown."""
+"""One row per detector and data set, for a terminal and as Markdown; and one per out-of-distribution set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pandas as pd
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from anomalib_flowood.metrics import MEAN, MOST_SETS
 
 _METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
 _TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
@@ -123,9 +125,86 @@ def benchmark_markdown(results: pd.DataFrame) -> str:
         names = [str(row["detector"]), str(row["data"])]
         if row["error"]:
             names[0] += f" (failed: {_shorten(row['error'])})"
-        names = [name.replace("|", "\\|").replace("\n", " ") for name in names]
+        names = [_markdown_cell(name) for name in names]
         lines.append(" | ".join([*names, *cells.values(), *([str(row["seeds"])] if seeds else [])]))
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _by_set(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of :func:`summarise` for each out-of-distribution set, which the column ``set`` names.
+
+    Sets come in alphabetical order, their average last. Data with a single set are left out, and those with more than
+    ``MOST_SETS``: the other classes of a data set of ten would bury the table.
+    """
+    parts = []
+    columns = [column for column in results.columns if column.startswith("AUROC/")]
+    for _, jobs in results.groupby("data", sort=False):
+        names = [column.removeprefix("AUROC/") for column in columns if jobs[column].notna().any()]
+        sets = sorted(name for name in names if name != MEAN)
+        if not 2 <= len(sets) <= MOST_SETS:
+            continue
+        for name in [*sets, MEAN]:
+            values = {metric: jobs[f"{metric}/{name}"] for metric in ("AUROC", "FPR95")}
+            done = jobs.assign(**values).dropna(subset=["AUROC"])  # the table of all images shows what failed
+            parts.append(summarise(done).assign(set=name))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def set_table(results: pd.DataFrame) -> Table | None:
+    """Lay the results for each out-of-distribution set out for a terminal; each set's best AUROC is bold.
+
+    Args:
+        results: One row per job, see :func:`summarise`, with the columns ``AUROC/<set>`` and ``FPR95/<set>`` where the
+            data have several out-of-distribution sets.
+
+    Returns:
+        A table that fits into 100 columns; ``None`` if no data have two sets or more, up to ``MOST_SETS``.
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Each outside set", title_justify="left", title_style="bold", pad_edge=False
+    )
+    for name, ratio in (("detector", 3), ("data", 2), ("outside", 1)):
+        table.add_column(name, overflow="fold", ratio=ratio)
+    for name in ("AUROC", "FPR95"):
+        table.add_column(_TITLES[name], justify="right", no_wrap=True)
+    group = None
+    for _, row in _by_set(results).iterrows():
+        if group is not None and (row["data"], row["set"]) != group:
+            table.add_section()
+        group = row["data"], row["set"]
+        cells = _cells(row)
+        if row["best"]:
+            cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
+        names = [escape(str(row[name])) for name in ("detector", "data", "set")]
+        table.add_row(*names, cells["AUROC"], cells["FPR95"])
+    return table if table.rows else None
+
+
+def set_markdown(results: pd.DataFrame) -> str:
+    """Write the table of :func:`set_table` as Markdown.
+
+    Args:
+        results: One row per job, see :func:`set_table`.
+
+    Returns:
+        An empty line and a Markdown table, ending in a newline; an empty string if there is no table.
+    """
+    header = ["detector", "data", "outside", _TITLES["AUROC"], _TITLES["FPR95"]]
+    lines = []
+    for _, row in _by_set(results).iterrows():
+        cells = _cells(row)
+        if row["best"]:
+            cells["AUROC"] = f"**{cells['AUROC']}**"
+        names = [_markdown_cell(str(row[name])) for name in ("detector", "data", "set")]
+        lines.append(" | ".join([*names, cells["AUROC"], cells["FPR95"]]))
+    if not lines:
+        return ""
+    lines = [" | ".join(header), "--- | --- | --- | ---: | ---:", *lines]
+    return "\n" + "".join(f"| {line} |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _first_seen(column: pd.Series) -> pd.Series:

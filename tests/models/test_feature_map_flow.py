@@ -249,7 +249,7 @@ def png(path: Path, pixels: np.ndarray) -> None:
 def folder_of_squares(root: Path, mask_size: int = 24) -> Path:
     """Noise to train on; noise with a bright square to find, with masks; all 24 x 24 pixels but for the masks."""
     rng = np.random.default_rng(0)
-    for number in range(30):
+    for number in range(40):
         png(root / "train" / "good" / f"{number}.png", rng.normal(90, 12, (24, 24)))
     for number in range(6):
         png(root / "test" / "good" / f"{number}.png", rng.normal(90, 12, (24, 24)))
@@ -289,13 +289,13 @@ def test_pixel_auroc_on_a_folder_whose_masks_may_be_smaller_than_the_images(tmp_
 
 def test_a_corrupt_file_in_the_middle_of_a_fit_is_named_and_loses_nothing(tmp_path):
     root = folder_of_squares(tmp_path / "squares")
-    module = OneClass(root, "good", num_workers=0)
+    module = OneClass(root, "good", val_split_ratio=0.5, num_workers=0)
     run, detector = engine(tmp_path), feature_map_flow()
     run.fit(detector, datamodule=module)
     checkpoints = set((tmp_path / "results").rglob("*.ckpt"))
     (root / "train" / "good" / "17.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     with pytest.raises((ValueError, OSError), match="17.png"):
-        engine(tmp_path).fit(feature_map_flow(), datamodule=OneClass(root, "good", num_workers=0))
+        engine(tmp_path).fit(feature_map_flow(), datamodule=OneClass(root, "good", val_split_ratio=0.5, num_workers=0))
     assert checkpoints
     assert checkpoints <= set((tmp_path / "results").rglob("*.ckpt"))
 

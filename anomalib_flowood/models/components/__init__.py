@@ -4,16 +4,16 @@
 from .features import FeatureBatch, FrozenFeatures
 from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, TrainingDivergedError
-from .post_processor import QuantilePostProcessor
+from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
 
 __all__ = [
+    "ConformalPostProcessor",
     "ExactPreProcessor",
     "FeatureBatch",
     "FlowModel",
     "FlowModule",
     "FrozenFeatures",
-    "QuantilePostProcessor",
     "TrainingDivergedError",
     "backbone_pre_processor",
     "check_images",

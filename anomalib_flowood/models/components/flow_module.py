@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +17,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from anomalib_flowood.metrics import AUROC, FPR95
+from anomalib_flowood import flows
+from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
 
 from .flow_model import FlowModel
-from .post_processor import QuantilePostProcessor
+from .post_processor import ConformalPostProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +105,18 @@ class FlowModule(_Base):
             self.log("val_loss", scores.mean(), prog_bar=True, batch_size=scores.numel())
         return batch
 
+    @property
+    def scores_are_likelihoods(self) -> bool:
+        """Whether ``pred_score`` is −log p per dimension, as :meth:`FlowModel.score` makes it."""
+        return type(self.model).forward is FlowModel.forward and self.hparams.get("score", "nll") == "nll"
+
+    def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Score a batch; where the score is a likelihood, put its ``bits_per_dim``, ``(N,)``, beside it."""
+        outputs: Any = super().test_step(batch, batch_idx, *args, **kwargs)
+        if self.scores_are_likelihoods:
+            outputs.bits_per_dim = flows.bits_per_dim(-outputs.pred_score, 1, self.model.levels)
+        return outputs
+
     def configure_optimizers(self) -> Any:
         """Adam on the flow, its learning rate following a cosine down to zero over the whole training."""
         optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate, fused=True)
@@ -150,18 +161,23 @@ class FlowModule(_Base):
         """One-class: trained on normal images alone."""
         return LearningType.ONE_CLASS
 
-    def configure_post_processor(self) -> QuantilePostProcessor:
-        """Threshold from normal validation scores, at 5 % false alarms."""
-        return QuantilePostProcessor()
+    def configure_post_processor(self) -> ConformalPostProcessor:
+        """Conformal p-values from normal validation images, labelled at α = 0.05."""
+        return ConformalPostProcessor()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """AUROC and FPR95 without torchmetrics' sigmoid, and the F1 score of the labels."""
-        return Evaluator(
+        """AUROC and FPR95, of each outside set too; the labels' F1 score; bits per dimension where they cost nothing.
+
+        AUPR depends on how many images of either side there are, and the detection error follows AUROC: a
+        :class:`PerSetEvaluator` without arguments logs these too.
+        """
+        return PerSetEvaluator(
             test_metrics=[
-                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-                FPR95(fields=["pred_score", "gt_label"], prefix="image_"),
+                AUROC(prefix="image_"),
+                FPR95(prefix="image_"),
                 F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                BitsPerDim(strict=False),
             ]
         )
 
@@ -222,22 +238,10 @@ class FlowModule(_Base):
         """Export as :meth:`AnomalibModule.to_onnx` does, if fitted; OpenVINO export passes here too."""
         self._check_fitted()
         kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
-        with self._raw_scores_if_uncalibrated():
-            return super().to_onnx(*args, **kwargs)
-
-    @contextmanager
-    def _raw_scores_if_uncalibrated(self) -> Iterator[None]:
-        """Without a threshold (no validation ran) a graph can only give raw scores; NaN in it would break it."""
         post_processor = self.post_processor
-        if not isinstance(post_processor, QuantilePostProcessor) or post_processor.calibrated:
-            yield
-            return
-        logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
-        self.post_processor = None
-        try:
-            yield
-        finally:
-            self.post_processor = post_processor
+        if isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated:
+            logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
+        return super().to_onnx(*args, **kwargs)
 
     def _check_fitted(self) -> None:
         if not bool(self.model.fitted):

@@ -3,129 +3,251 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from anomalib.data import Batch
-from anomalib.metrics.base import AnomalibMetric
-from anomalib.metrics.min_max import MinMax
+from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torchmetrics import CatMetric
+
+from anomalib_flowood import conformal
+
+logger = logging.getLogger(__name__)
+
+_JUST_ABOVE_HALF = 0.5 + 2**-24
+"""The next float32 after 0.5."""
 
 
-class _NormalQuantile(Metric):
-    """Quantile of the scores of normal images; anomalous ones are left out."""
+class ConformalPostProcessor(PostProcessor):
+    """Labels an image anomalous where its split-conformal p-value is below ``alpha``.
 
-    full_state_update = False
-    scores: list[Tensor]
+    The calibration images are the validation images with label 0; those without a label are left out, since nothing
+    says what they are. Of fresh images from the same distribution, at most ``alpha`` are then flagged in expectation:
+    see :mod:`anomalib_flowood.conformal`.
 
-    def __init__(self, quantile: float) -> None:
-        super().__init__()
-        self.quantile = quantile
-        self.add_state("scores", default=[], dist_reduce_fx="cat")
+    ``pred_score`` lies in [0, 1] and grows with the raw score; it is above 0.5 exactly where the label is 1. With the
+    distance x from the threshold in interquartile ranges of the calibration scores, it is 0.5 / (1 + x) below the
+    threshold and 1 - 0.5 / (1 + 4 x)^(1/4) above: every step rounds monotonically, so that no order is ever reversed,
+    and the heavy tail keeps scores apart that are very far out. Float32 has 2^23 numbers between 0.5 and 1, fewer than
+    between most thresholds and infinity; where the last bit counts, a batch has the raw scores as ``raw_score``,
+    ``(N,)``, beside its ``p_value``, ``(N,)``, float64.
 
-    def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Keep the scores ``(N,)`` whose label ``(N,)`` is 0."""
-        normal = scores[~labels.bool()]
-        if not bool(torch.isfinite(normal).all()):
-            msg = (
-                "A normal validation image has a NaN or infinite score, so no threshold can be set. "
-                "Lower the learning rate, or look for broken validation images."
-            )
-            raise ValueError(msg)
-        self.scores.append(normal.detach().flatten().double())
-
-    def compute(self) -> Tensor:
-        """Return the quantile; NaN if no normal image was seen."""
-        scores = dim_zero_cat(self.scores) if self.scores else torch.empty(0, dtype=torch.float64)
-        if scores.numel() == 0:
-            return torch.tensor(float("nan"))
-        # 'higher': at most the wanted share of the calibration images lies above the threshold.
-        return torch.quantile(scores, self.quantile, interpolation="higher").float()
-
-
-class NormalQuantile(AnomalibMetric, _NormalQuantile):  # type: ignore[misc]
-    """:class:`_NormalQuantile` that reads its values from a batch."""
-
-
-class QuantilePostProcessor(PostProcessor):
-    """Sets the threshold at a quantile of the normal validation scores.
-
-    anomalib's own post-processor maximises F1, for which it needs anomalous validation images; out-of-distribution
-    detection has none. It also clamps scores to [0, 1], which turns all scores beyond the validation range into ties
-    and changes AUROC. This one maps scores by ``0.5 * (1 + r / (1 + |r|))``, ``r`` the distance from the threshold in
-    units of the validation range: strictly increasing, within [0, 1], 0.5 at the threshold.
+    A pixel of an anomaly map is marked where its value would make an image anomalous.
 
     Args:
-        false_alarm_rate: Share of the normal validation images that may lie above the threshold, in (0, 1).
-        **kwargs: Arguments of :class:`anomalib.post_processing.PostProcessor`.
+        alpha: The level, in (0, 1).
 
     Raises:
-        ValueError: If the rate is not in (0, 1).
+        ValueError: If the level is not in (0, 1).
     """
 
-    def __init__(self, false_alarm_rate: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if not 0 < false_alarm_rate < 1:
-            msg = f"false_alarm_rate must lie between 0 and 1, got {false_alarm_rate}."
-            raise ValueError(msg)
-        self.false_alarm_rate = false_alarm_rate
-        self._image_threshold_metric = NormalQuantile(  # type: ignore[assignment]
-            quantile=1 - false_alarm_rate, fields=["pred_score", "gt_label"], strict=False
-        )
-        self._image_min_max_metric = MinMax(fields=["pred_score"], strict=False)
+    calibration: Tensor
+    """Scores of the calibration images, ascending, ``(n,)``; empty before a validation."""
+
+    def __init__(self, alpha: float = 0.05) -> None:
+        super().__init__()
+        conformal.images_needed(alpha)  # refuses what is no level
+        self.alpha = alpha
+        self.register_buffer("calibration", torch.empty(0))
+        self._validated = CatMetric(nan_strategy="disable")
+        self._calibrated_step = 0
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "false_alarm_rate")
+        return ("alpha",)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
+        key = f"{prefix}calibration"
+        if key not in state_dict:
+            logger.warning("The checkpoint has no calibration scores: validate once, or there are no labels.")
+        stored = state_dict.setdefault(key, self.calibration.new_empty(0))
+        self.calibration = self.calibration.new_empty(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # -- calibration ---------------------------------------------------------------------------------------------
 
     @property
     def calibrated(self) -> bool:
-        """Whether normal validation images have set a threshold."""
-        return not bool(torch.isnan(self.image_threshold))
+        """Whether normal validation images have been scored."""
+        return len(self.calibration) > 0
+
+    def calibrate(self, scores: Tensor) -> None:
+        """Replace the calibration scores.
+
+        Args:
+            scores: Raw scores of in-distribution images that the detector was not trained on, ``(n,)``.
+
+        Raises:
+            ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
+        """
+        broken = int((~torch.isfinite(scores)).sum())
+        if broken:
+            msg = (
+                f"{broken} of {len(scores)} normal validation images have a NaN or infinite score, so no threshold can "
+                "be set. Lower the learning rate, or look for broken validation images."
+            )
+            raise ValueError(msg)
+        conformal.threshold_rank(len(scores), self.alpha)
+        self.calibration = scores.detach().to(self.calibration).sort().values
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a validation set that is too small before anything is trained."""
+        del pl_module
+        images = None if trainer.fast_dev_run else _most_calibration_images(trainer)
+        if images is not None:
+            conformal.threshold_rank(images, self.alpha)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the weights that a checkpoint's calibration belongs to."""
+        del pl_module
+        self._calibrated_step = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew: only the last validation counts."""
+        del trainer, pl_module
+        self._validated.reset()
+        self._pixel_min_max_metric.reset()
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
+        outputs: Any,
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Collect scores; those of the sanity check come from an untrained model and are left out.
-
-        Maps get no threshold of their own: a pixel is anomalous where its value would make an image anomalous.
-        """
-        del pl_module, args, kwargs
-        if trainer.sanity_checking:
+        """Collect the scores of normal images, and the range of their maps."""
+        del trainer, pl_module, args, kwargs
+        if outputs.gt_label is None:
             return
-        if self.enable_thresholding:
-            self._image_threshold_metric.update(outputs)
-        if self.enable_normalization:
-            self._image_min_max_metric.update(outputs)
-            self._pixel_min_max_metric.update(outputs)
+        normal = ~outputs.gt_label.bool()
+        self._validated.update(outputs.pred_score[normal].detach())
+        if outputs.anomaly_map is not None and bool(normal.any()):
+            self._pixel_min_max_metric.update(InferenceBatch(anomaly_map=outputs.anomaly_map[normal]))
 
-    def threshold_batch(self, batch: Batch) -> None:
-        """Label a batch; without a threshold (no validation ran) there is nothing to label by."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate on what was collected, unless it comes from an untrained model or a trial run.
+
+        Raises:
+            ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
+        """
+        del pl_module
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        scores = self._validated.compute() if self._validated.update_called else []
+        self.calibrate(torch.as_tensor(scores))
+        if self._pixel_min_max_metric.update_called:
+            low, high = self._pixel_min_max_metric.compute()
+            self.pixel_min.copy_(low)
+            self.pixel_max.copy_(high)
+        self._calibrated_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the calibration is not that of the final weights."""
+        del pl_module
+        steps = trainer.global_step - self._calibrated_step
+        if self.calibrated and steps:
+            logger.warning(
+                "Training went on for %d steps after the last validation: thresholds and p-values belong to the "
+                "weights of that time. Validate once more with Engine.validate, or let training end with an epoch.",
+                steps,
+            )
+
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    @property
+    def image_threshold(self) -> Tensor:
+        """The calibration score above which an image is labelled anomalous, ``()``; NaN before a validation."""
+        n = len(self.calibration)
+        if n == 0:
+            return self.calibration.new_full((), float("nan"))
+        return self.calibration[n - conformal.threshold_rank(n, self.alpha)]
+
+    @property
+    def pixel_threshold(self) -> Tensor:
+        """That of images."""
+        return self.image_threshold
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """Conformal p-values of raw scores, on the CPU: :func:`anomalib_flowood.conformal.p_values`."""
+        return conformal.p_values(self.calibration.cpu(), scores.detach().cpu())
+
+    def drift_p_value(self, scores: Tensor) -> float:
+        """Whether raw scores, together, are in-distribution: :func:`anomalib_flowood.conformal.drift_p_value`."""
+        return conformal.drift_p_value(self.calibration.cpu(), scores.detach().cpu())
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Turn raw scores into ``pred_score`` and ``pred_label``, and anomaly maps into their likes.
+
+        Args:
+            predictions: Raw ``pred_score``, ``(N,)``, and possibly ``anomaly_map``, ``(N, 1, H, W)``.
+
+        Returns:
+            The same shapes. Without a calibration there is nothing to decide by: scores stay raw, without labels.
+
+        Raises:
+            ValueError: If a score is NaN. An exported model, which cannot raise, takes it for infinite.
+        """
+        raw, anomaly_map = predictions.pred_score, predictions.anomaly_map
+        if not self.calibrated:
+            return predictions
+        assert raw is not None  # every detector scores images
+        if not torch.compiler.is_compiling() and bool(torch.isnan(raw).any()):
+            msg = f"{int(torch.isnan(raw).sum())} of {len(raw)} scores are NaN: they have no rank and no label."
+            raise ValueError(msg)
+        threshold, unit = self.image_threshold, self._image_unit
+        pred_score, pred_label = _squash(raw, threshold, unit)
+        if anomaly_map is None:
+            return InferenceBatch(pred_score=pred_score, pred_label=pred_label)
+        pixel_range = self.pixel_max - self.pixel_min
+        unit = torch.where(torch.isfinite(pixel_range) & (pixel_range > 0), pixel_range, unit)
+        squashed, pred_mask = _squash(anomaly_map, threshold, unit)
+        return InferenceBatch(pred_score=pred_score, pred_label=pred_label, anomaly_map=squashed, pred_mask=pred_mask)
+
+    def post_process_batch(self, batch: Any) -> None:
+        """Do so for a batch, and keep its raw scores and p-values beside."""
+        raw = batch.pred_score
+        batch.raw_score = raw
         if self.calibrated:
-            super().threshold_batch(batch)
+            batch.p_value = self.p_values(raw)
+            batch.update(**self(InferenceBatch(pred_score=raw, anomaly_map=batch.anomaly_map))._asdict())
 
-    @staticmethod
-    def _normalize(
-        preds: Tensor | None,
-        norm_min: Tensor,
-        norm_max: Tensor,
-        threshold: Tensor,
-    ) -> Tensor | None:
-        """Map scores to [0, 1], strictly increasing; see the class."""
-        if preds is None:
+    @property
+    def _image_unit(self) -> Tensor:
+        """Interquartile range of the calibration scores, ``()``; with a floor, since all of them may be alike."""
+        n = len(self.calibration)
+        spread = self.calibration[3 * n // 4] - self.calibration[n // 4]
+        return torch.maximum(spread, 1e-6 * self.image_threshold.abs()).clamp(min=1e-12)
+
+
+def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Map raw values to [0, 1], with 0.5 at the threshold, and say which lie above; NaN counts as infinite."""
+    raw = torch.where(torch.isnan(raw), torch.full_like(raw, float("inf")), raw)
+    above = raw > threshold
+    x = (raw - threshold).abs() / unit
+    high = (1 - 0.5 / (1 + 4 * x).sqrt().sqrt()).clamp(min=_JUST_ABOVE_HALF)
+    return torch.where(above, high, 0.5 / (1 + x)), above
+
+
+def _most_calibration_images(trainer: Trainer) -> int | None:
+    """The most images that a validation can calibrate on; ``None`` if there is no validation, or nobody knows."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    limit = trainer.limit_val_batches
+    if not limit or not source.is_defined():
+        return None
+    loaders = source.dataloader()
+    total = 0
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        dataset, batch_size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
+        if not hasattr(dataset, "__len__") or batch_size is None:
             return None
-        # A floor on the unit, since a handful of validation images may have (nearly) one score.
-        unit = torch.maximum(norm_max - norm_min, 0.01 * threshold.abs()).clamp(min=1e-6)
-        # Finite even for an infinite score: inf / inf would be NaN.
-        distance = ((preds - threshold) / unit).clamp(-1e30, 1e30)
-        normalized = 0.5 * (1 + distance / (1 + distance.abs()))
-        return torch.where(torch.isnan(distance), preds, normalized)
+        samples = getattr(dataset, "samples", None)  # anomalib's table
+        labels = None if samples is None else getattr(samples, "label_index", None)
+        normal = len(dataset) if labels is None else int((labels == 0).sum())  # type: ignore[arg-type]
+        batches = limit if isinstance(limit, int) else int(limit * len(loader))
+        total += min(normal, batches * batch_size)
+    return total

@@ -44,7 +44,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
-        post_processor: anomalib's; by default the threshold lets 5 % of normal validation images raise an alarm.
+        post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
         evaluator: anomalib's; by default AUROC, FPR95 and F1.
         visualizer: anomalib's; none by default, since there is no anomaly map.
 

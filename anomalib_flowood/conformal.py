@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split-conformal p-values, the decisions they allow, and a test for drift.
+
+A detector is calibrated on the scores of n in-distribution images that it was not trained on. If a new image is
+exchangeable with them, all n + 1 places among their scores are equally likely for it, whatever the detector and the
+distribution. Its place is its p-value: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World (2005); for
+anomaly detection Laxhammar and Falkman (2015); as a multiple test Bates, Candès, Lei, Romano and Sesia, Testing for
+Outliers with Conformal p-values (2023, arXiv 2104.08279).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy import stats
+from torch import Tensor
+
+
+def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
+    """Share of the calibration images, and the image itself, that are at least as anomalous as the image.
+
+    p = (1 + #{calibration scores ≥ score}) / (n + 1), the marginal p-value of Bates et al. 2023.
+
+    Args:
+        calibration: Scores of in-distribution images, ``(n,)``; higher is more anomalous.
+        scores: Scores of other images, of any shape; they may be infinite.
+
+    Returns:
+        p-values from 1 / (n + 1) to 1, float64, shaped as ``scores``. Float64 holds them so exactly that ``p < alpha``
+        never depends on rounding.
+
+    Raises:
+        ValueError: If a score is NaN, or there is no calibration score.
+    """
+    _check_scores(calibration, scores)
+    dtype = torch.promote_types(calibration.dtype, scores.dtype)
+    ascending = calibration.flatten().to(dtype).sort().values
+    below = torch.searchsorted(ascending, scores.to(dtype).contiguous())
+    return (1 + len(ascending) - below).double() / (len(ascending) + 1)
+
+
+def images_needed(alpha: float) -> int:
+    """Return the fewest calibration images of which a p-value can be below ``alpha``.
+
+    The smallest p-value is 1 / (n + 1), so that n + 1 > 1 / α is needed: n ≥ ⌊1 / α⌋.
+
+    Args:
+        alpha: The level, in (0, 1).
+
+    Raises:
+        ValueError: If the level is not in (0, 1).
+    """
+    return math.floor(1 / _exact(alpha))
+
+
+def threshold_rank(images: int, alpha: float) -> int:
+    """Return m such that p < α exactly where the score exceeds the m-th largest calibration score.
+
+    p < α says that 1 + k < α (n + 1), with k calibration scores that are as large. The largest such k is m - 1 with
+    m = ⌈α (n + 1)⌉ - 1, and no more than m - 1 are as large exactly if the m-th is not. An image that is exchangeable
+    with the calibration images takes each of the n + 1 places with the same probability, so that it is flagged with
+    probability m / (n + 1) < α, and less often if scores can tie.
+
+    Args:
+        images: Number n of calibration images.
+        alpha: The level, in (0, 1). It is meant as written: 0.05 is 1 / 20, and not the float beside it.
+
+    Raises:
+        ValueError: If the level is not in (0, 1), or cannot be reached with so few images: the message says how many
+            are needed.
+    """
+    needed = images_needed(alpha)
+    if images < needed:
+        have = {0: "there are none", 1: "there is 1"}.get(images, f"there are {images}")
+        larger = f", or set alpha above 1/{images + 1}, the smallest p-value that they can give" if images else ""
+        msg = (
+            f"alpha={alpha:g} takes at least {needed} in-distribution validation images (label 0), and {have}. Hold "
+            f"out more (val_split_ratio of the data module){larger}."
+        )
+        raise ValueError(msg)
+    return math.ceil(_exact(alpha) * (images + 1)) - 1
+
+
+def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
+    """p-value of the hypothesis that a batch of images, as a whole, comes from where the calibration images come from.
+
+    The two-sample Kolmogorov-Smirnov test of the scores, which depends on them through the batch's conformal p-values
+    alone. Methods that combine independent p-values, Fisher's for one, raise more false alarms than they promise: the
+    p-values of a batch share their calibration images (Bates et al. 2023). A rank test counts that in (Magnani, Sesia
+    and Solari 2023, arXiv 2308.05534): all orders of exchangeable scores are equally likely. SciPy's null distribution
+    is exact up to 10,000 images on either side and asymptotic beyond; ties make the test conservative. It answers to
+    any difference, and so also to batches that are too likely, as digits are to many flows trained on clothes.
+
+    Args:
+        calibration: Scores of in-distribution images, ``(n,)``.
+        scores: Scores of the batch, ``(N,)``.
+
+    Raises:
+        ValueError: If a score is NaN, or one of the two is empty.
+    """
+    _check_scores(calibration, scores)
+    if scores.numel() == 0:
+        msg = "There are no scores to test for drift."
+        raise ValueError(msg)
+    return float(stats.ks_2samp(calibration.flatten().numpy(), scores.flatten().numpy()).pvalue)
+
+
+def false_alarm_rates(
+    scores: ArrayLike, calibration_images: int, alpha: float = 0.05, splits: int = 200, seed: int = 0
+) -> np.ndarray:
+    """Measure the false-alarm rate: calibrate on random images of one distribution, decide on the others.
+
+    Args:
+        scores: Scores of in-distribution images that the detector was not trained on, ``(N,)``.
+        calibration_images: How many of them calibrate in each split.
+        alpha: The level, in (0, 1).
+        splits: Number of random splits.
+        seed: Seed of the splits.
+
+    Returns:
+        Share of flagged images in each split, ``(splits,)``. Its mean estimates the rate that is at most ``alpha``;
+        single splits scatter about it, since m / (n + 1) is a mean over
+        calibration sets too.
+
+    Raises:
+        ValueError: If a score is NaN, the level cannot be reached, or no image is left to decide on.
+    """
+    values = np.asarray(scores)
+    if np.isnan(values).any():
+        msg = f"{int(np.isnan(values).sum())} of {values.size} scores are NaN: they have no rank."
+        raise ValueError(msg)
+    if calibration_images >= len(values):
+        msg = f"calibration_images={calibration_images} leaves none of {len(values)} images to decide on."
+        raise ValueError(msg)
+    rank = threshold_rank(calibration_images, alpha)
+    drawn = np.random.default_rng(seed).permuted(np.tile(values, (splits, 1)), axis=1)
+    calibration, test = drawn[:, :calibration_images], drawn[:, calibration_images:]
+    thresholds = np.partition(calibration, -rank, axis=1)[:, -rank]
+    return (test > thresholds[:, None]).mean(axis=1)
+
+
+def _exact(alpha: float) -> Fraction:
+    if not 0 < alpha < 1:
+        msg = f"alpha must lie between 0 and 1, got {alpha}."
+        raise ValueError(msg)
+    return Fraction(str(float(alpha)))
+
+
+def _check_scores(calibration: Tensor, scores: Tensor) -> None:
+    for name, values in (("calibration scores", calibration), ("scores", scores)):
+        nans = int(torch.isnan(values).sum())
+        if nans:
+            msg = f"{nans} of {values.numel()} {name} are NaN: they have no rank."
+            raise ValueError(msg)
+    if calibration.numel() == 0:
+        msg = "There are no calibration scores: validate on in-distribution images first."
+        raise ValueError(msg)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""anomalib's evaluator, with a line for every out-of-distribution set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, DetectionError, SetMetric
+from .functional import MEAN, OUTSIDE
+
+MOST_SETS = 8
+"""Out-of-distribution sets that are listed one by one. The other classes of a data set of ten would bury a table."""
+
+
+class PerSetEvaluator(Evaluator):
+    """Logs metrics over all test images and, with two or more out-of-distribution sets, for each set on its own.
+
+    Over all images a metric has the name that anomalib gives it (``image_AUROC``); of one set it is ``AUROC/mnist``,
+    against all in-distribution images; and the unweighted average over the sets is ``AUROC/mean``. Of more than
+    ``MOST_SETS`` sets only the average is logged. All of it comes from one test pass.
+
+    Args:
+        val_metrics: anomalib's validation metrics; logged over all images only.
+        test_metrics: Metrics; those that are no :class:`SetMetric` are logged over all images only. By default all
+            metrics of this package, and anomalib's F1 score.
+        compute_on_cpu: Keep what the metrics store in main memory, on one device.
+    """
+
+    def __init__(
+        self,
+        val_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        test_metrics: AnomalibMetric | Sequence[AnomalibMetric] | None = None,
+        compute_on_cpu: bool = True,
+    ) -> None:
+        if test_metrics is None:
+            test_metrics = [
+                *(metric(prefix="image_") for metric in (AUROC, FPR95, AUPROut, AUPRIn, DetectionError)),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                BitsPerDim(strict=False),
+            ]
+        super().__init__(val_metrics, test_metrics, compute_on_cpu)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted test has left."""
+        del trainer, pl_module
+        metrics: list[Any] = [*self.test_metrics]  # typed as mere modules
+        for metric in metrics:
+            metric.reset()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute and log the test metrics."""
+        metrics: list[Any] = [*self.test_metrics]
+        for metric in metrics:
+            if not metric.strict and not metric.update_called:
+                continue  # no batch had its fields, so there is no value
+            if isinstance(metric, SetMetric):
+                sets = metric.compute_sets()
+                if len(sets.keys() - {MEAN, OUTSIDE}) > MOST_SETS:
+                    sets = {name: value for name, value in sets.items() if name in {MEAN, OUTSIDE}}
+                for name, value in sets.items():
+                    _log(trainer, pl_module, f"{metric.title}/{name}", value)
+            _log(trainer, pl_module, metric.name, metric)
+
+
+def _log(trainer: Trainer, pl_module: LightningModule, name: str, value: Any) -> None:
+    # The ranks hold the same values already; that the mean of these is taken keeps Lightning from warning.
+    pl_module.log(name, value, sync_dist=isinstance(value, Tensor))
+    if trainer.barebones:  # it logs nothing, so anomalib's evaluator does this too
+        value = value if isinstance(value, Tensor) else value.compute()
+        trainer.callback_metrics[name] = value
+        trainer.logged_metrics[name] = value

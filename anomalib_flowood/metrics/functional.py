@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection metrics as functions of raw scores and labels.
+
+torchmetrics passes scores outside [0, 1] through a sigmoid, batch by batch. A negative log-likelihood in the thousands
+becomes 1.0 there, every image ties with every other, and the AUROC reads 0.5. It also forms the rates in float32. The
+metrics here rank the raw scores and leave the rest to scikit-learn, in float64.
+
+A higher score means out-of-distribution, which counts as positive (label 1), as in OpenOOD
+(``openood/evaluators/metrics.py``, ``auc_and_fpr_recall``) and pytorch-ood. OpenOOD's first release, and Liang et al.
+(ODIN, ICLR 2018, arXiv 1706.02690), count in-distribution as positive: their FPR95 is another number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from torch import Tensor
+
+MEAN = "mean"
+"""Name of the average over all out-of-distribution sets."""
+INSIDE, OUTSIDE = "inside", "outside"
+"""Names of all in-distribution and of all out-of-distribution images."""
+
+
+def check_scores(scores: Tensor, labels: Tensor) -> None:
+    """Refuse what would give a number that means nothing.
+
+    Args:
+        scores: Scores of any shape.
+        labels: Labels of the same shape.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    if scores.shape != labels.shape:
+        msg = f"Scores and labels must have the same shape, got {tuple(scores.shape)} and {tuple(labels.shape)}."
+        raise ValueError(msg)
+    nans = int(torch.isnan(scores).sum())
+    if nans:
+        msg = f"{nans} of {scores.numel()} scores are NaN: they cannot be ranked. Has the training diverged?"
+        raise ValueError(msg)
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        msg = "Labels must be 0 (in-distribution) or 1 (out-of-distribution)."
+        raise ValueError(msg)
+
+
+def _ranked(scores: Tensor, labels: Tensor, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return labels and dense ranks, or nothing (with a warning) if one of the two classes is absent.
+
+    scikit-learn refuses infinite scores, and only their order counts.
+    """
+    check_scores(scores, labels)
+    ranks = torch.unique(scores.detach().flatten().cpu(), return_inverse=True)[1].numpy()
+    truth = labels.detach().flatten().cpu().long().numpy()
+    if len(np.unique(truth)) == 2:
+        return truth, ranks
+    missing = "in-distribution (label 0)" if truth.any() else "out-of-distribution (label 1)"
+    warnings.warn(f"{name} is NaN: there are no {missing} samples to tell apart.", UserWarning, stacklevel=3)
+    return None
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve; ties count one half.
+
+    Args:
+        scores: Scores of any scale and any floating dtype, infinities included.
+        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+
+    Returns:
+        The area, or NaN (with a warning) if one of the two classes is absent.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    ranked = _ranked(scores, labels, "AUROC")
+    return float("nan") if ranked is None else float(roc_auc_score(*ranked))
+
+
+def _average_precision(truth: np.ndarray, ranks: np.ndarray) -> float:
+    return min(1.0, float(average_precision_score(truth, ranks)))  # the sum of the steps may round to more
+
+
+def aupr_out(scores: Tensor, labels: Tensor) -> float:
+    """Area under the precision-recall curve, out-of-distribution positive (Hendrycks and Gimpel 2017, AUPR-Out).
+
+    The area is the average precision, the sum of the precisions weighted by the steps in recall. OpenOOD and
+    pytorch-ood join the points by straight lines, which is too optimistic (Davis and Goadrich 2006). Precision depends
+    on how many images of either side there are: chance is the share of out-of-distribution images.
+
+    Args:
+        scores: Scores of any scale and any floating dtype, infinities included.
+        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+
+    Returns:
+        The area, or NaN (with a warning) if one of the two classes is absent.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    ranked = _ranked(scores, labels, "AUPROut")
+    return float("nan") if ranked is None else _average_precision(*ranked)
+
+
+def aupr_in(scores: Tensor, labels: Tensor) -> float:
+    """Area under the precision-recall curve of the negated score, in-distribution positive (AUPR-In).
+
+    See :func:`aupr_out`; chance is the share of in-distribution images.
+
+    Args:
+        scores: Scores of any scale and any floating dtype, infinities included.
+        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+
+    Returns:
+        The area, or NaN (with a warning) if one of the two classes is absent.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    ranked = _ranked(scores, labels, "AUPRIn")
+    if ranked is None:
+        return float("nan")
+    truth, ranks = ranked
+    return _average_precision(1 - truth, -ranks)
+
+
+def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
+    """Share of in-distribution images flagged by a threshold that catches ``tpr`` of the out-of-distribution ones.
+
+    Args:
+        scores: Scores of any scale and any floating dtype, infinities included.
+        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+        tpr: The smallest admissible true positive rate (recall of the out-of-distribution side).
+
+    Returns:
+        The smallest false positive rate, or NaN (with a warning) if one of the two classes is absent.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    ranked = _ranked(scores, labels, f"FPR{round(100 * tpr)}")
+    if ranked is None:
+        return float("nan")
+    fpr, reached, _ = roc_curve(*ranked, drop_intermediate=False)
+    return float(fpr[reached >= tpr][0])
+
+
+def detection_error(scores: Tensor, labels: Tensor) -> float:
+    """Smallest misclassification probability of any threshold, both sides equally likely: min ½ (FPR + FNR).
+
+    One minus the detection accuracy of Lee et al. (A simple unified framework for detecting out-of-distribution samples
+    and adversarial attacks, NeurIPS 2018), and what the code of Liang et al. (ODIN, ICLR 2018) minimises; the text of
+    the latter fixes the threshold at 95 % true positives instead. At most ½, which is chance.
+
+    Args:
+        scores: Scores of any scale and any floating dtype, infinities included.
+        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+
+    Returns:
+        The error, or NaN (with a warning) if one of the two classes is absent.
+
+    Raises:
+        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    """
+    ranked = _ranked(scores, labels, "DetectionError")
+    if ranked is None:
+        return float("nan")
+    fpr, tpr, _ = roc_curve(*ranked, drop_intermediate=False)
+    return float(0.5 * (fpr + 1 - tpr).min())
+
+
+DETECTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "AUROC": auroc,
+    "FPR95": fpr_at_tpr,
+    "AUPROut": aupr_out,
+    "AUPRIn": aupr_in,
+    "DetectionError": detection_error,
+}
+"""Every metric of scores and labels, by the name of its class."""
+
+
+def per_set(
+    measure: Callable[[Tensor, Tensor], float], scores: Tensor, labels: Tensor, sources: Sequence[str]
+) -> dict[str, float]:
+    """Take a metric for each out-of-distribution set on its own, against all in-distribution images.
+
+    Args:
+        measure: A metric of scores and labels, such as :func:`auroc`.
+        scores: ``(N,)``.
+        labels: 1 for out-of-distribution, 0 for in-distribution, ``(N,)``.
+        sources: The set that each image belongs to, N names; those of in-distribution images do not matter.
+
+    Returns:
+        The metric by set, in alphabetical order, and at last their unweighted average, ``"mean"``. Empty if there are
+        not at least two out-of-distribution sets: the metric over all images says it then. A set that is called
+        ``mean``, ``inside`` or ``outside`` itself becomes, say, ``mean (set)``.
+
+    Raises:
+        ValueError: If there is not one source for each score, or ``measure`` refuses the scores.
+    """
+    if not len(sources) == len(scores) == len(labels):
+        msg = f"Each of {len(scores)} scores needs a label and a source, got {len(labels)} and {len(sources)}."
+        raise ValueError(msg)
+    outside = labels.detach().cpu() == 1
+    names = np.asarray(sources, dtype=np.str_)
+    sets = np.unique(names[outside.numpy()]).tolist()
+    if len(sets) < 2:
+        return {}
+    scores, labels = scores.detach().cpu(), labels.detach().cpu()
+    values = {}
+    for name in sets:
+        chosen = ~outside | torch.from_numpy(names == name)
+        key = f"{name} (set)" if name in {MEAN, INSIDE, OUTSIDE} else name
+        values[key] = measure(scores[chosen], labels[chosen])
+    return values | {MEAN: float(np.mean([*values.values()]))}

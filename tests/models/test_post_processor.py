@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformal post-processor by itself and in anomalib's engine."""
+
+import copy
+import logging
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback
+from model_helpers import data, embedding_flow, engine, feature_map_flow, pixel_flow
+from sklearn.metrics import roc_auc_score
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_flowood.models.components import ConformalPostProcessor
+
+NAN, INF = float("nan"), float("inf")
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+def calibrated(images: int = 200, alpha: float = 0.05, mean: float = 3.0, std: float = 0.3) -> ConformalPostProcessor:
+    post_processor = ConformalPostProcessor(alpha)
+    post_processor.calibrate(mean + std * torch.randn(images, generator=torch.Generator().manual_seed(0)))
+    return post_processor
+
+
+def decide(post_processor, scores):
+    out = post_processor(InferenceBatch(pred_score=scores))
+    return out.pred_score, out.pred_label
+
+
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(finite, min_size=20, max_size=60), st.lists(finite, max_size=9), st.sampled_from([0.05, 0.37, 0.9]))
+def test_label_p_value_and_score_say_the_same_of_every_image(calibration, others, alpha):
+    post_processor = ConformalPostProcessor(alpha)
+    post_processor.calibrate(torch.tensor(calibration))
+    known = torch.tensor(calibration)
+    neighbours = [known.nextafter(torch.tensor(INF)), known.nextafter(torch.tensor(-INF))]
+    scores = torch.cat([known, *neighbours, torch.tensor([*others, INF, -INF])])
+    pred_score, pred_label = decide(post_processor, scores)
+    assert torch.equal(pred_label, post_processor.p_values(scores) < alpha)
+    assert torch.equal(pred_label, pred_score > 0.5)
+    assert ((pred_score >= 0) & (pred_score <= 1)).all()
+    assert (pred_score[scores.argsort()].diff() >= 0).all()
+    assert decide(post_processor, post_processor.image_threshold[None])[0] == 0.5
+
+
+@pytest.mark.parametrize("start", [-1e20, -1e4, -30.0, -1e-3, 1.0, 2.9, 3.4, 3.6, 20.0, 1e3, 1e6, 1e20])
+@pytest.mark.parametrize("std", [0.3, 1e-4, 100.0])
+def test_no_order_is_reversed_from_one_float_to_the_next(start, std):
+    post_processor = calibrated(std=std)
+    bits = torch.tensor(start).view(torch.int32) + torch.arange(100_000, dtype=torch.int32) * (1 if start > 0 else -1)
+    pred_score, _ = decide(post_processor, bits.view(torch.float32))
+    assert (pred_score.diff() >= 0).all()
+
+
+def test_around_the_threshold_and_below_it_floats_stay_apart():
+    post_processor = calibrated()
+    threshold = float(post_processor.image_threshold)
+    for start in (0.8 * threshold, 0.9 * threshold, 0.9999 * threshold):
+        bits = torch.tensor(start).view(torch.int32) + torch.arange(2000, dtype=torch.int32)
+        pred_score, _ = decide(post_processor, bits.view(torch.float32))
+        assert (pred_score.diff() > 0).all()
+
+
+@pytest.mark.parametrize("std", [0.3, 1e-3, 100.0])
+@pytest.mark.parametrize("units", [0.0, 0.1, 1.0, 10.0, 1e3, 1e4, 1e7])
+def test_scores_far_above_the_threshold_stay_apart(units, std):
+    # Float32 has 2^23 numbers between 0.5 and 1, which the mapping shares out to scores of all magnitudes.
+    post_processor = calibrated(std=std, mean=0.0)
+    unit, threshold = float(post_processor._image_unit), float(post_processor.image_threshold)
+    step = 3e-6 * (1 + 4 * units) ** 0.25
+    scores = threshold + unit * ((units + 0.25) * (1 + step) ** np.arange(2000) - 0.25)
+    pred_score, _ = decide(post_processor, torch.from_numpy(scores).float())
+    assert (pred_score.diff() > 0).all()
+
+
+def test_auroc_is_that_of_the_raw_scores():
+    rng = np.random.default_rng(0)
+    post_processor = calibrated()
+    normal = rng.normal(3, 0.3, 20_000).astype(np.float32)
+    for others in (rng.normal(3.2, 0.5, 20_000), 3 + rng.lognormal(1, 3, 20_000), rng.normal(1e5, 10, 20_000)):
+        raw = np.concatenate([normal, others.astype(np.float32)])
+        labels = np.repeat([0, 1], 20_000)
+        pred_score, _ = decide(post_processor, torch.from_numpy(raw))
+        assert roc_auc_score(labels, pred_score) == pytest.approx(roc_auc_score(labels, raw), abs=1e-7)
+    pred_score, _ = decide(post_processor, torch.from_numpy(normal))
+    assert len(pred_score.unique()) == len(np.unique(normal))
+
+
+def test_infinite_scores_are_the_most_and_the_least_anomalous():
+    pred_score, pred_label = decide(calibrated(), torch.tensor([-INF, -1e20, 3.0, 1e20, 1e38, INF]))
+    assert pred_score[0] == 0
+    assert pred_score[-1] == 1
+    assert (pred_score.diff()[:4] > 0).all()
+    assert pred_label.tolist() == [False, False, False, True, True, True]
+
+
+def test_nan_scores_are_refused():
+    with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
+        decide(calibrated(), torch.tensor([1.0, NAN, 3.0]))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e-20, 1e20])
+def test_calibration_images_that_are_all_alike(value):
+    post_processor = ConformalPostProcessor()
+    post_processor.calibrate(torch.full((30,), value))
+    known = torch.tensor(value)
+    scores = torch.stack([known - known.abs() - 1, known, known.nextafter(torch.tensor(INF)), known + known.abs() + 1])
+    pred_score, pred_label = decide(post_processor, scores)
+    assert pred_label.tolist() == [False, False, True, True]
+    assert pred_score[1] == 0.5
+    assert (pred_score.diff() > 0).all()
+
+
+def test_the_threshold_follows_from_alpha():
+    post_processor = calibrated(images=99)
+    ordered = post_processor.calibration.tolist()
+    assert ordered == sorted(ordered)
+    assert post_processor.image_threshold == ordered[-4]  # of 100 places, four are below p = 5 / 100
+    post_processor.alpha = 0.2
+    assert post_processor.image_threshold == ordered[-19]
+    post_processor.alpha = 0.001
+    with pytest.raises(ValueError, match="takes at least 1000 in-distribution validation images"):
+        decide(post_processor, torch.ones(2))
+
+
+def test_pixels_are_marked_where_they_would_make_an_image_anomalous():
+    post_processor = calibrated()
+    maps = torch.linspace(-5, 40, 96).reshape(2, 1, 6, 8)
+    maps[1, 0, 0, 0] = NAN  # the flow overflowed there
+    for _ in range(2):
+        out = post_processor(InferenceBatch(pred_score=torch.tensor([3.0, 9.0]), anomaly_map=maps))
+        above = ~(maps <= post_processor.image_threshold)
+        assert torch.equal(out.pred_mask, above)
+        assert torch.equal(out.anomaly_map > 0.5, above)
+        assert out.anomaly_map[1, 0, 0, 0] == 1
+        assert ((out.anomaly_map >= 0) & (out.anomaly_map <= 1)).all()
+        post_processor.pixel_min.fill_(-10)  # then in units of the range of normal maps
+        post_processor.pixel_max.fill_(20)
+    assert out.anomaly_map[0, 0, 0, 0] == pytest.approx(0.5 / (1 + float(post_processor.image_threshold + 5) / 30))
+
+
+def test_batches_keep_raw_scores_and_p_values():
+    post_processor = calibrated()
+    raw = torch.tensor([2.0, 3.1, 9.0, INF])
+    batch = ImageBatch(image=torch.zeros(4, 3, 2, 2), pred_score=raw)
+    post_processor.post_process_batch(batch)
+    assert torch.equal(batch.raw_score, raw)
+    assert torch.equal(batch.p_value, post_processor.p_values(raw))
+    assert batch.p_value[2:].tolist() == [1 / 201] * 2
+    assert torch.equal(batch.pred_label, batch.p_value < 0.05)
+
+
+def test_without_a_calibration_scores_stay_raw():
+    post_processor = ConformalPostProcessor()
+    raw = torch.tensor([1.0, 2.0])
+    predictions = InferenceBatch(pred_score=raw)
+    assert post_processor(predictions) is predictions
+    batch = ImageBatch(image=torch.zeros(2, 3, 2, 2), pred_score=raw)
+    post_processor.post_process_batch(batch)
+    assert torch.equal(batch.pred_score, raw)
+    assert batch.pred_label is None
+    assert torch.isnan(post_processor.image_threshold)
+    with pytest.raises(ValueError, match="There are no calibration scores"):
+        post_processor.p_values(raw)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, NAN])
+def test_impossible_levels_are_refused(alpha):
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        ConformalPostProcessor(alpha)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(19), "takes at least 20 .* and there are 19"),
+        (torch.zeros(0), "and there are none"),
+        (torch.tensor([0.0] * 30 + [NAN]), "1 of 31 normal validation images have a NaN or infinite score"),
+        (torch.tensor([INF, -INF] + [0.0] * 30), "2 of 32 normal validation images have a NaN or infinite score"),
+    ],
+)
+def test_a_refused_calibration_leaves_the_last_one(scores, message):
+    post_processor = calibrated()
+    before = post_processor.calibration.clone()
+    with pytest.raises(ValueError, match=message):
+        post_processor.calibrate(scores)
+    assert torch.equal(post_processor.calibration, before)
+
+
+def validate(post_processor, *batches, **trainer):
+    trainer = SimpleNamespace(**{"sanity_checking": False, "fast_dev_run": False, "global_step": 7, **trainer})
+    post_processor.on_validation_start(trainer, None)
+    for batch in batches:
+        post_processor.on_validation_batch_end(trainer, None, batch, None, 0)
+    post_processor.on_validation_epoch_end(trainer, None)
+
+
+def batch(scores, labels, anomaly_map=None):
+    labels = None if labels is None else torch.as_tensor(labels)
+    return SimpleNamespace(pred_score=scores, gt_label=labels, anomaly_map=anomaly_map)
+
+
+def test_only_images_that_are_known_to_be_normal_calibrate():
+    post_processor, normal = ConformalPostProcessor(), torch.randn(30)
+    maps = torch.rand(30, 4, 4)
+    validate(
+        post_processor,
+        batch(torch.full((10,), 50.0), [1] * 10, torch.full((10, 4, 4), 99.0)),
+        batch(torch.cat([normal[:20], torch.tensor([60.0])]), [0] * 20 + [1], torch.cat([maps[:20], maps[:1] + 70])),
+        batch(torch.full((5,), -50.0), None),
+        batch(normal[20:], [False] * 10, maps[20:]),
+    )
+    assert torch.equal(post_processor.calibration, normal.sort().values)
+    assert (post_processor.pixel_min, post_processor.pixel_max) == (maps.min(), maps.max())
+    for without in (batch(torch.zeros(40), None), batch(torch.zeros(40), [1] * 40)):
+        with pytest.raises(ValueError, match="and there are none"):
+            validate(post_processor, without)
+
+
+def test_the_last_validation_counts_and_trials_do_not():
+    post_processor = ConformalPostProcessor()
+    validate(post_processor, batch(torch.zeros(3), [0] * 3), sanity_checking=True)
+    validate(post_processor, batch(torch.zeros(3), [0] * 3), fast_dev_run=True)
+    assert not post_processor.calibrated
+    for size in (40, 25, 60):
+        scores = torch.randn(size)
+        validate(post_processor, batch(scores, [0] * size))
+        assert torch.equal(post_processor.calibration, scores.sort().values)
+
+
+class Untrained(Callback):
+    """Fails as soon as anything is extracted or trained."""
+
+    def on_extract(self, *args):
+        pytest.fail("features were extracted")
+
+    def on_train_start(self, trainer, pl_module):
+        pytest.fail("training has begun")
+
+
+@pytest.mark.parametrize("detector", [pixel_flow, embedding_flow])
+def test_too_few_validation_images_are_refused_before_anything_is_trained(detector, tmp_path):
+    message = "alpha=0.05 takes at least 20 in-distribution validation images (label 0), and there are 12."
+    module = data(tmp_path, val_split_ratio=0.1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        engine(tmp_path, callbacks=[Untrained()]).fit(detector(), datamodule=module)
+    module.setup()
+    loaders = {"train_dataloaders": module.train_dataloader(), "val_dataloaders": module.val_dataloader()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        engine(tmp_path, callbacks=[Untrained()]).fit(detector(), **loaders)
+
+
+def test_what_the_trainer_leaves_of_the_validation_images_counts(tmp_path):
+    module = data(tmp_path, val_split_ratio=0.5)  # 60 images in batches of 16
+    for limit, left in ((1, 16), (0.3, 16)):
+        with pytest.raises(ValueError, match=f"and there are {left}"):
+            engine(tmp_path, callbacks=[Untrained()], limit_val_batches=limit).fit(pixel_flow(), datamodule=module)
+    detector = pixel_flow()
+    engine(tmp_path, limit_val_batches=2).fit(detector, datamodule=module)
+    assert len(detector.post_processor.calibration) == 32
+
+
+def test_anomalous_validation_images_do_not_make_up_for_normal_ones(tmp_path):
+    module = data(tmp_path, val_split_ratio=0.1)
+    module.setup()
+    squares = np.flatnonzero(module.test_data.samples["label_index"]).tolist()
+    with pytest.raises(ValueError, match="and there are 12"):
+        engine(tmp_path, callbacks=[Untrained()]).fit(
+            pixel_flow(),
+            train_dataloaders=module.train_dataloader(),
+            val_dataloaders=DataLoader(
+                module.val_data + module.test_data.subsample(squares),
+                batch_size=16,
+                collate_fn=module.val_data.collate_fn,
+            ),
+        )
+
+
+class WithoutTable(Dataset):
+    """Images whose labels show only when they are read."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        item = self.images[index]
+        item.gt_label = torch.tensor(int(index >= 12))
+        return item
+
+
+def test_labels_that_show_late_are_found_by_the_first_validation(tmp_path):
+    module = data(tmp_path, val_split_ratio=0.5)
+    module.setup()
+    loader = DataLoader(WithoutTable(module.val_data), batch_size=16, collate_fn=module.val_data.collate_fn)
+    run = engine(tmp_path, max_epochs=5)
+    with pytest.raises(ValueError, match="and there are 12"):
+        run.fit(pixel_flow(), train_dataloaders=module.train_dataloader(), val_dataloaders=loader)
+    assert run.trainer.current_epoch == 0
+
+
+def test_a_trial_run_asks_for_nothing(tmp_path):
+    detector = pixel_flow()
+    engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(tmp_path, val_split_ratio=0.1))
+    assert not detector.post_processor.calibrated
+
+
+@pytest.mark.parametrize(("trainer", "warned"), [({"max_steps": 5}, True), ({}, False)])
+def test_training_on_after_the_last_validation_is_said(trainer, warned, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        engine(tmp_path, **trainer).fit(pixel_flow(), datamodule=data(tmp_path))  # three steps in an epoch
+    assert ("Training went on for 2 steps after the last validation" in caplog.text) is warned
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+def test_predictions_of_the_engine_carry_p_values(tmp_path):
+    detector, module = feature_map_flow(), data(tmp_path)
+    run = engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    post_processor = detector.post_processor
+    assert len(post_processor.calibration) == len(module.val_data)
+    predictions = run.predict(detector, datamodule=module, return_predictions=True)
+    for batch in predictions:
+        with torch.no_grad():
+            raw = detector.model(batch.image).pred_score
+        torch.testing.assert_close(batch.raw_score, raw)
+        assert torch.equal(batch.p_value, post_processor.p_values(batch.raw_score))
+        assert torch.equal(batch.pred_label, batch.p_value < 0.05)
+        assert torch.equal(batch.pred_score > 0.5, batch.pred_label)
+        assert batch.pred_mask.shape == batch.anomaly_map.shape
+    everything = torch.cat([batch.raw_score for batch in predictions])
+    assert post_processor.drift_p_value(everything) < 1e-3  # half of them are squares
+
+
+def test_checkpoints_hold_calibrations_of_any_size(caplog):
+    saved, fresh = calibrated(images=57, alpha=0.03), calibrated(images=400)
+    scores = torch.linspace(2, 5, 50)
+    fresh.load_checkpoint_config(saved.checkpoint_config())
+    fresh.load_state_dict(saved.state_dict())
+    assert fresh.alpha == 0.03
+    assert all(torch.equal(*pair) for pair in zip(decide(fresh, scores), decide(saved, scores), strict=True))
+    assert torch.equal(copy.deepcopy(fresh).p_values(scores), saved.p_values(scores))
+    assert not caplog.text
+    fresh.load_state_dict(PostProcessor().state_dict())
+    assert not fresh.calibrated
+    assert "The checkpoint has no calibration scores" in caplog.text
+
+
+class Graph(torch.nn.Module):
+    def __init__(self, post_processor):
+        super().__init__()
+        self.post_processor = post_processor
+
+    def forward(self, scores, maps):
+        return tuple(self.post_processor(InferenceBatch(pred_score=scores, anomaly_map=maps)))
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_exported_graphs_decide_alike(pixels, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
+    openvino = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+    post_processor = calibrated(images=1000)
+    if pixels:
+        post_processor.pixel_min.fill_(-3)
+        post_processor.pixel_max.fill_(30)
+    known = post_processor.calibration
+    others = torch.tensor([INF, -INF, 1e30, -1e30])
+    scores = torch.cat([known, known.nextafter(torch.tensor(INF)), torch.linspace(-50, 5e4, 500), others])
+    maps = torch.linspace(-9, 60, len(scores) * 4).reshape(-1, 1, 2, 2)
+    graph, path = Graph(post_processor).eval(), tmp_path / "decide.onnx"
+    names = ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+    batch_size = torch.export.Dim("n", min=2)
+    torch.onnx.export(
+        graph, (scores[:5], maps[:5]), str(path), dynamo=True, opset_version=18, input_names=["scores", "maps"],
+        output_names=names, dynamic_shapes={"scores": {0: batch_size}, "maps": {0: batch_size}},
+    )  # fmt: skip
+    given = {"scores": scores.numpy(), "maps": maps.numpy()}
+    session = onnxruntime.InferenceSession(str(path))
+    compiled = openvino.Core().compile_model(str(path), "CPU")
+    result = compiled(given)
+    expected = dict(zip(names, graph(scores, maps), strict=True))
+    for outputs in (dict(zip(names, session.run(names, given), strict=True)), {name: result[name] for name in names}):
+        for name in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-4, atol=1e-30)
+        for name in ("pred_label", "pred_mask"):
+            np.testing.assert_array_equal(outputs[name].astype(bool), expected[name])
+        np.testing.assert_array_equal(outputs["pred_score"] > 0.5, expected["pred_label"])

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conformal p-values against enumeration, simulation and the definition."""
+
+import itertools
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from anomalib_flowood import conformal
+
+NAN, INF = float("nan"), float("inf")
+scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.sampled_from([INF, -INF, 0.5])), min_size=1, max_size=30)
+levels = st.integers(1, 999).map(lambda number: number / 1000)
+
+
+@given(scores, scores)
+def test_p_values_are_those_of_the_definition(calibration, new):
+    found = conformal.p_values(torch.tensor(calibration), torch.tensor(new))
+    expected = [(1 + sum(c >= score for c in calibration)) / (len(calibration) + 1) for score in new]
+    assert found.tolist() == expected
+    assert found.dtype == torch.float64
+
+
+def test_p_values_keep_the_shape_and_the_finer_type():
+    calibration = torch.tensor([1.0, 2.0])
+    just_above = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert conformal.p_values(calibration, just_above).tolist() == [[1.0, 2 / 3]]
+
+
+@given(st.lists(st.integers(-5, 5), min_size=2, max_size=25), levels)
+def test_the_false_alarm_rate_of_exchangeable_images_is_at_most_alpha(values, alpha):
+    # Each image is the new one once, the others calibrate: the mean over all orders of exchangeable images.
+    values = torch.tensor(values, dtype=torch.float32)
+    images = len(values) - 1
+    kept = [torch.cat([values[:place], values[place + 1 :]]) for place in range(len(values))]
+    flagged = [bool(conformal.p_values(others, value) < alpha) for others, value in zip(kept, values, strict=True)]
+    rate = Fraction(sum(flagged), len(flagged))
+    assert rate <= Fraction(str(alpha))
+    if images >= conformal.images_needed(alpha):
+        exact = Fraction(conformal.threshold_rank(images, alpha), images + 1)
+        assert rate <= exact < Fraction(str(alpha))
+        if len(values.unique()) == len(values):
+            assert rate == exact
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.4, 0.25, 0.2])
+def test_the_rate_is_exact_over_all_orders(alpha):
+    orders = torch.tensor(list(itertools.permutations(range(6))), dtype=torch.float32)
+    flagged = [bool(conformal.p_values(order[:5], order[5]) < alpha) for order in orders]
+    assert Fraction(sum(flagged), len(flagged)) == Fraction(math.ceil(Fraction(str(alpha)) * 6) - 1, 6)
+
+
+@given(scores.filter(lambda values: all(map(math.isfinite, values))), levels)
+def test_a_score_above_the_threshold_is_a_p_value_below_alpha(calibration, alpha):
+    images = len(calibration)
+    if images < conformal.images_needed(alpha):
+        return
+    threshold = sorted(calibration)[images - conformal.threshold_rank(images, alpha)]
+    candidates = torch.tensor([*calibration, *(value + 0.1 for value in calibration), INF, -INF])
+    p_values = conformal.p_values(torch.tensor(calibration), candidates)
+    assert torch.equal(p_values < alpha, candidates > threshold)
+
+
+@given(levels)
+def test_the_images_needed_can_flag_and_one_fewer_cannot(alpha):
+    needed = conformal.images_needed(alpha)
+    assert needed == next(n for n in itertools.count(1) if Fraction(1, n + 1) < Fraction(str(alpha)))
+    assert conformal.p_values(torch.zeros(needed), torch.tensor(1.0)) < alpha
+    assert conformal.threshold_rank(needed, alpha) >= 1
+    if needed > 1:
+        assert not conformal.p_values(torch.zeros(needed - 1), torch.tensor(1.0)) < alpha
+    with pytest.raises(ValueError, match=f"at least {needed} in-distribution validation images"):
+        conformal.threshold_rank(needed - 1, alpha)
+
+
+def test_a_level_is_meant_as_written():
+    # In binary, 0.05 lies just above 1 / 20 and 0.7 just below 7 / 10.
+    assert [conformal.images_needed(alpha) for alpha in (0.05, 0.1, 0.03, 0.7, 1e-4)] == [20, 10, 33, 1, 10_000]
+    assert conformal.threshold_rank(99, 0.05) == 4
+    assert conformal.threshold_rank(9, 0.7) == 6
+    assert conformal.threshold_rank(999, np.float64(0.05)) == 49
+
+
+def test_the_refusal_says_what_helps():
+    message = (
+        "alpha=0.05 takes at least 20 in-distribution validation images (label 0), and there are 19. Hold out more "
+        "(val_split_ratio of the data module), or set alpha above 1/20, the smallest p-value that they can give."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        conformal.threshold_rank(19, 0.05)
+    with pytest.raises(ValueError, match=r"and there are none. Hold out more \(val_split_ratio of the data module\).$"):
+        conformal.threshold_rank(0, 0.05)
+
+
+@pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5, NAN])
+def test_impossible_levels(alpha):
+    with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+        conformal.images_needed(alpha)
+
+
+@pytest.mark.parametrize("function", [conformal.p_values, conformal.drift_p_value])
+def test_scores_without_a_rank_are_refused(function):
+    good = torch.zeros(3)
+    with pytest.raises(ValueError, match="1 of 2 calibration scores are NaN"):
+        function(torch.tensor([0.0, NAN]), good)
+    with pytest.raises(ValueError, match="2 of 3 scores are NaN"):
+        function(good, torch.tensor([NAN, 0.0, NAN]))
+    with pytest.raises(ValueError, match="There are no calibration scores"):
+        function(torch.empty(0), good)
+    with pytest.raises(ValueError, match="no scores to test for drift"):
+        conformal.drift_p_value(good, torch.empty(0))
+
+
+@pytest.mark.parametrize(("images", "alpha"), [(20, 0.05), (100, 0.05), (137, 0.3), (500, 0.01)])
+def test_false_alarm_rates_over_many_splits(images, alpha):
+    # Splits of one set are exchangeable too, so that the expectation is exact for it.
+    values = np.random.default_rng(0).gamma(2.0, size=1000)
+    rates = conformal.false_alarm_rates(values, images, alpha, splits=1000)
+    expected = conformal.threshold_rank(images, alpha) / (images + 1)
+    error = rates.std() / len(rates) ** 0.5
+    assert abs(rates.mean() - expected) < 4 * error
+    assert rates.mean() <= alpha + 4 * error
+
+
+def test_the_guides_table():
+    guide = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) % \| ([\d.]+) % to ([\d.]+) % \|$", guide, re.MULTILINE)
+    assert len(rows) == 5
+    for images, *shares in rows:
+        n = int(images.replace(",", ""))
+        m = conformal.threshold_rank(n, 0.05)
+        expected = [m / (n + 1), *stats.beta.ppf([0.05, 0.95], m, n + 1 - m)]
+        assert shares == [f"{100 * share:.1f}" for share in expected]
+
+
+def test_false_alarm_rates_are_those_of_p_values_and_can_be_repeated():
+    values = np.random.default_rng(1).normal(size=80).round(1)  # with ties
+    rates = conformal.false_alarm_rates(values, 45, 0.1, splits=7, seed=3)
+    assert rates.shape == (7,)
+    drawn = np.random.default_rng(3).permuted(np.tile(values, (7, 1)), axis=1)
+    expected = [
+        (conformal.p_values(torch.from_numpy(row[:45]), torch.from_numpy(row[45:])) < 0.1).double().mean()
+        for row in drawn
+    ]
+    np.testing.assert_allclose(rates, expected)
+    np.testing.assert_array_equal(rates, conformal.false_alarm_rates(torch.from_numpy(values), 45, 0.1, 7, 3))
+    with pytest.raises(ValueError, match="leaves none of 80 images"):
+        conformal.false_alarm_rates(values, 80)
+    with pytest.raises(ValueError, match="at least 20"):
+        conformal.false_alarm_rates(values, 19)
+    with pytest.raises(ValueError, match="1 of 80 scores are NaN"):
+        conformal.false_alarm_rates(np.where(np.arange(80) == 5, NAN, values), 45)
+
+
+def test_the_drift_test_is_exact_over_all_orders():
+    # Seven exchangeable scores, of which any three may be the batch.
+    everything = torch.arange(7.0)
+    found = []
+    for batch in itertools.combinations(range(7), 3):
+        chosen = torch.zeros(7, dtype=torch.bool)
+        chosen[list(batch)] = True
+        found.append(conformal.drift_p_value(everything[~chosen], everything[chosen]))
+    found = np.array(found)
+    for level in np.unique(found):
+        assert (found <= level + 1e-12).mean() == pytest.approx(level)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(200, 200), (50, 10), (1000, 200)])
+def test_drift_raises_no_more_false_alarms_than_it_says(images, batch):
+    rng = np.random.default_rng(0)
+    draws = 1000
+    found, naive = [], []
+    for _ in range(draws):
+        calibration, new = torch.from_numpy(rng.normal(size=images)), torch.from_numpy(rng.normal(size=batch))
+        found.append(conformal.drift_p_value(calibration, new))
+        naive.append(stats.combine_pvalues(conformal.p_values(calibration, new).numpy(), method="fisher").pvalue)
+    error = (0.05 * 0.95 / draws) ** 0.5
+    assert (np.array(found) < 0.05).mean() < 0.05 + 3 * error
+    if images == batch:  # what the test mends: Fisher's method takes the p-values for independent
+        assert (np.array(naive) < 0.05).mean() > 0.05 + 5 * error
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 1.0), (-0.5, 1.0), (0.0, 0.5), (0.0, 2.0)])
+def test_drift_is_found_in_either_direction_and_in_width(mean, std):
+    rng = np.random.default_rng(0)
+    found = [
+        conformal.drift_p_value(torch.from_numpy(rng.normal(size=1000)), torch.from_numpy(rng.normal(mean, std, 200)))
+        for _ in range(50)
+    ]
+    assert (np.array(found) < 0.05).mean() > 0.9
+
+
+def test_ties_and_infinities_raise_no_drift_alarm():
+    assert conformal.drift_p_value(torch.ones(500), torch.ones(200)) == 1
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.poisson(1.0, (300, 290)))
+    found = [conformal.drift_p_value(row[:200], row[200:]) for row in counts]
+    assert (np.array(found) < 0.05).mean() < 0.05
+    assert conformal.drift_p_value(torch.randn(100), torch.full((50,), INF)) < 1e-9
