@@ -154,7 +154,7 @@ def keep_predictions(
     console = Console()
     console.print(table)
     if isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated:
-        drift = post_processor.drift_p_value(torch.from_numpy(frame["raw_score"].to_numpy()))
+        drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
         console.print(
             f"Drift: p = {drift:.2g}, the chance that {len(frame):,} images of the training distribution would differ "
             f"as much from the {len(post_processor.calibration):,} calibration images as these do together.",

@@ -213,7 +213,13 @@ def test_barebones_returns_the_same(fitted: PixelFlow, folder: Path, tmp_path: P
 def test_a_config_file_takes_all_metrics_or_some() -> None:
     def evaluator(**init_args: object) -> PerSetEvaluator:
         entry = {"class_path": "anomalib_flowood.metrics.PerSetEvaluator", "init_args": init_args}
-        small = {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "evaluator": entry}
+        small = {
+            "backbone": "resnet18",
+            "layers": ["layer1"],
+            "n_features": 8,
+            "pre_trained": False,
+            "evaluator": entry,
+        }
         return build("model", {"class_path": "Padim", "init_args": small}).evaluator
 
     names = [metric.name for metric in evaluator().test_metrics]

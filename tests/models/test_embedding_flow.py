@@ -222,14 +222,14 @@ def test_with_augmentations_it_says_so_and_extracts_per_epoch(tmp_path, count_ba
 
 
 def test_limits_hold_for_the_extraction(tmp_path, count_backbone_images):
-    trainer = engine(tmp_path, limit_train_batches=2, limit_val_batches=1)
+    trainer = engine(tmp_path, limit_train_batches=2, limit_val_batches=2)
     trainer.fit(embedding_flow(max_epochs=3), datamodule=data(tmp_path, val_split_ratio=0.3))
-    assert sum(count_backbone_images) == 2 * 32 + 16
+    assert sum(count_backbone_images) == 2 * 32 + 2 * 16
     assert trainer.trainer.global_step == 3 * 2
 
 
 def test_a_subspace_larger_than_the_training_set_stops_the_fit(tmp_path):
-    with pytest.raises(ValueError, match="needs more than 200 training images, got 108"):
+    with pytest.raises(ValueError, match="needs more than 200 training images, got 96"):
         engine(tmp_path).fit(embedding_flow(subspace_dim=200), datamodule=data(tmp_path))
 
 

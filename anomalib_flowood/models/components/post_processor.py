@@ -97,7 +97,7 @@ class ConformalPostProcessor(PostProcessor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a validation set that is too small before anything is trained."""
         del pl_module
-        images = None if trainer.fast_dev_run else _most_calibration_images(trainer)
+        images = None if _trial_run(trainer) else _most_calibration_images(trainer)
         if images is not None:
             conformal.threshold_rank(images, self.alpha)
 
@@ -112,7 +112,7 @@ class ConformalPostProcessor(PostProcessor):
         self._validated.reset()
         self._pixel_min_max_metric.reset()
 
-    def on_validation_batch_end(  # type: ignore[override]
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -127,7 +127,8 @@ class ConformalPostProcessor(PostProcessor):
         normal = ~outputs.gt_label.bool()
         self._validated.update(outputs.pred_score[normal].detach())
         if outputs.anomaly_map is not None and bool(normal.any()):
-            self._pixel_min_max_metric.update(InferenceBatch(anomaly_map=outputs.anomaly_map[normal]))
+            maps: Any = InferenceBatch(anomaly_map=outputs.anomaly_map[normal])
+            self._pixel_min_max_metric.update(maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate on what was collected, unless it comes from an untrained model or a trial run.
@@ -136,9 +137,9 @@ class ConformalPostProcessor(PostProcessor):
             ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
         """
         del pl_module
-        if trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.sanity_checking or _trial_run(trainer):
             return
-        scores = self._validated.compute() if self._validated.update_called else []
+        scores: Any = self._validated.compute() if self._validated.update_called else []
         self.calibrate(torch.as_tensor(scores))
         if self._pixel_min_max_metric.update_called:
             low, high = self._pixel_min_max_metric.compute()
@@ -231,6 +232,11 @@ def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tenso
     x = (raw - threshold).abs() / unit
     high = (1 - 0.5 / (1 + 4 * x).sqrt().sqrt()).clamp(min=_JUST_ABOVE_HALF)
     return torch.where(above, high, 0.5 / (1 + x)), above
+
+
+def _trial_run(trainer: Any) -> bool:
+    """Whether Lightning runs a batch or two to see that everything works; it does not declare the attribute."""
+    return bool(trainer.fast_dev_run)
 
 
 def _most_calibration_images(trainer: Trainer) -> int | None:

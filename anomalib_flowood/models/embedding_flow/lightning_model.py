@@ -45,7 +45,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
-        evaluator: anomalib's; by default AUROC, FPR95 and F1.
+        evaluator: anomalib's; by default AUROC and FPR95, of each outside set too, F1, bits per dimension.
         visualizer: anomalib's; none by default, since there is no anomaly map.
 
     Raises:
