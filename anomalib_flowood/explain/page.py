@@ -26,7 +26,7 @@ figcaption { margin-top: .5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
+th:first-child { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
 tr { border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); }
 </style>
 </head>
