@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -69,21 +69,11 @@ class SourcedImageBatch(ImageBatch):
         Returns:
             A batch with its tensors on the device.
         """
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = self.update(
-            in_place=False,
-            **{
-                name: value.to(device, non_blocking=non_blocking)
-                for name, value in values.items()
-                if isinstance(value, torch.Tensor)
-            },
-        )
-        # What a post-processor has put beside the fields comes along.
-        for name in vars(self).keys() - vars(moved).keys():
-            value = getattr(self, name)
+        moved = copy.copy(self)
+        # Whatever the batch holds: its fields, and what a post-processor has put beside them.
+        for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                value = value.to(device, non_blocking=non_blocking)
-            setattr(moved, name, value)
+                setattr(moved, name, value.to(device, non_blocking=non_blocking))
         return moved
 
 

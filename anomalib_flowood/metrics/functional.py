@@ -6,8 +6,9 @@ becomes 1.0 there, every image ties with every other, and the AUROC reads 0.5. I
 metrics here rank the raw scores and leave the rest to scikit-learn, in float64.
 
 A higher score means out-of-distribution, which counts as positive (label 1), as in OpenOOD
-(``openood/evaluators/metrics.py``, ``auc_and_fpr_recall``) and pytorch-ood. OpenOOD's first release, and Liang et al.
-(ODIN, ICLR 2018, arXiv 1706.02690), count in-distribution as positive: their FPR95 is another number.
+(``openood/evaluators/metrics.py``, ``auc_and_fpr_recall``) and pytorch-ood. An older version of that file, and the
+code of Liang et al. (ODIN, ICLR 2018, arXiv 1706.02690), count in-distribution as positive: their FPR95 is another
+number.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _ranked(scores: Tensor, labels: Tensor, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return labels and dense ranks, or nothing (with a warning) if one of the two classes is absent.
+def _of_ranks(measure: Callable[[np.ndarray, np.ndarray], float], scores: Tensor, labels: Tensor, name: str) -> float:
+    """Measure labels and dense ranks; NaN (with a warning) if one of the two classes is absent.
 
     scikit-learn refuses infinite scores, and only their order counts.
     """
@@ -57,10 +58,10 @@ def _ranked(scores: Tensor, labels: Tensor, name: str) -> tuple[np.ndarray, np.n
     ranks = torch.unique(scores.detach().flatten().cpu(), return_inverse=True)[1].numpy()
     truth = labels.detach().flatten().cpu().long().numpy()
     if len(np.unique(truth)) == 2:
-        return truth, ranks
+        return float(measure(truth, ranks))
     missing = "in-distribution (label 0)" if truth.any() else "out-of-distribution (label 1)"
     warnings.warn(f"{name} is NaN: there are no {missing} samples to tell apart.", UserWarning, stacklevel=3)
-    return None
+    return float("nan")
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
@@ -76,8 +77,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    ranked = _ranked(scores, labels, "AUROC")
-    return float("nan") if ranked is None else float(roc_auc_score(*ranked))
+    return _of_ranks(roc_auc_score, scores, labels, "AUROC")
 
 
 def _average_precision(truth: np.ndarray, ranks: np.ndarray) -> float:
@@ -101,8 +101,7 @@ def aupr_out(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    ranked = _ranked(scores, labels, "AUPROut")
-    return float("nan") if ranked is None else _average_precision(*ranked)
+    return _of_ranks(_average_precision, scores, labels, "AUPROut")
 
 
 def aupr_in(scores: Tensor, labels: Tensor) -> float:
@@ -120,11 +119,7 @@ def aupr_in(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    ranked = _ranked(scores, labels, "AUPRIn")
-    if ranked is None:
-        return float("nan")
-    truth, ranks = ranked
-    return _average_precision(1 - truth, -ranks)
+    return _of_ranks(lambda truth, ranks: _average_precision(1 - truth, -ranks), scores, labels, "AUPRIn")
 
 
 def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
@@ -141,19 +136,20 @@ def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    ranked = _ranked(scores, labels, f"FPR{round(100 * tpr)}")
-    if ranked is None:
-        return float("nan")
-    fpr, reached, _ = roc_curve(*ranked, drop_intermediate=False)
-    return float(fpr[reached >= tpr][0])
+
+    def measure(truth: np.ndarray, ranks: np.ndarray) -> float:
+        fpr, reached, _ = roc_curve(truth, ranks, drop_intermediate=False)
+        return fpr[reached >= tpr][0]
+
+    return _of_ranks(measure, scores, labels, f"FPR{round(100 * tpr)}")
 
 
 def detection_error(scores: Tensor, labels: Tensor) -> float:
     """Smallest misclassification probability of any threshold, both sides equally likely: min ½ (FPR + FNR).
 
     One minus the detection accuracy of Lee et al. (A simple unified framework for detecting out-of-distribution samples
-    and adversarial attacks, NeurIPS 2018), and what the code of Liang et al. (ODIN, ICLR 2018) minimises; the text of
-    the latter fixes the threshold at 95 % true positives instead. At most ½, which is chance.
+    and adversarial attacks, NeurIPS 2018), and what the code of Liang et al. (ODIN, ICLR 2018) minimises. At most ½,
+    which is chance.
 
     Args:
         scores: Scores of any scale and any floating dtype, infinities included.
@@ -165,11 +161,12 @@ def detection_error(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    ranked = _ranked(scores, labels, "DetectionError")
-    if ranked is None:
-        return float("nan")
-    fpr, tpr, _ = roc_curve(*ranked, drop_intermediate=False)
-    return float(0.5 * (fpr + 1 - tpr).min())
+
+    def measure(truth: np.ndarray, ranks: np.ndarray) -> float:
+        fpr, tpr, _ = roc_curve(truth, ranks, drop_intermediate=False)
+        return 0.5 * (fpr + 1 - tpr).min()
+
+    return _of_ranks(measure, scores, labels, "DetectionError")
 
 
 DETECTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {

@@ -143,9 +143,9 @@ def test_bits_per_dimension_are_those_of_the_model(fitted: PixelFlow, folder: Pa
 def test_a_score_that_is_no_likelihood_has_no_bits(
     fitted: PixelFlow, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert embedding_flow().scores_are_likelihoods
-    assert not feature_map_flow().scores_are_likelihoods
-    monkeypatch.setitem(fitted.hparams, "score", "typicality")
+    assert embedding_flow().model.scores_are_likelihoods
+    assert not feature_map_flow().model.scores_are_likelihoods
+    monkeypatch.setattr(fitted.model, "scores_are_likelihoods", False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*before the ``update`` method")
         assert run_test(fitted, cross(folder, "squares"), tmp_path).keys() == OVERALL

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from anomalib.data import InferenceBatch
 from FrEIA.framework import SequenceINN
@@ -20,6 +22,8 @@ class FlowModel(nn.Module):
         levels: Quantisation levels per dimension: 256 for 8-bit pixels, 1 for values that were never quantised.
     """
 
+    scores_are_likelihoods: ClassVar[bool] = True
+    """Whether ``pred_score`` is −log p per dimension, as :meth:`score` makes it."""
     fitted: Tensor
     """Whether training has finished an epoch, or a checkpoint was loaded that had."""
 

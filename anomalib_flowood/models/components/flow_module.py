@@ -105,15 +105,10 @@ class FlowModule(_Base):
             self.log("val_loss", scores.mean(), prog_bar=True, batch_size=scores.numel())
         return batch
 
-    @property
-    def scores_are_likelihoods(self) -> bool:
-        """Whether ``pred_score`` is −log p per dimension, as :meth:`FlowModel.score` makes it."""
-        return type(self.model).forward is FlowModel.forward and self.hparams.get("score", "nll") == "nll"
-
     def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Score a batch; where the score is a likelihood, put its ``bits_per_dim``, ``(N,)``, beside it."""
         outputs: Any = super().test_step(batch, batch_idx, *args, **kwargs)
-        if self.scores_are_likelihoods:
+        if self.model.scores_are_likelihoods:
             outputs.bits_per_dim = flows.bits_per_dim(-outputs.pred_score, 1, self.model.levels)
         return outputs
 

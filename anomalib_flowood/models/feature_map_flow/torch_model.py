@@ -125,6 +125,8 @@ class FeatureMapFlowModel(FlowModel):
         BackboneUnavailableError: If the backbone's weights cannot be had.
     """
 
+    scores_are_likelihoods = False
+
     map_mean: Tensor
     map_std: Tensor
     score_mean: Tensor
