@@ -199,12 +199,9 @@ def _score(detector: Any, images: ImageSet, advance: Callable[[], None]) -> _Sco
     model = detector.model
     log_probs, scores = [], []
     for chunk in images.inputs.split(_CHUNK):
-        inputs = chunk.to(detector.device)
-        log_prob = model.log_prob(inputs)
-        # The score of feature maps is no likelihood of the whole.
-        scored = model(inputs) if isinstance(detector, FeatureMapFlow) else model.score(log_prob)
-        log_probs.append(log_prob.cpu())
-        scores.append(scored.pred_score.cpu())
+        prepared = model.inputs(chunk.to(detector.device))
+        log_probs.append(model.density(prepared).log_prob.cpu())
+        scores.append(model.predict(prepared).pred_score.cpu())
         advance()
     adapted, records = None, []
     if isinstance(detector, PixelFlow):

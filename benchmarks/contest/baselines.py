@@ -83,7 +83,7 @@ class PPCAModel(KNNModel):
 
     def distance(self, embeddings: Tensor) -> Tensor:
         """Score embeddings ``(N, D)``; the flow is untrained, which is the identity."""
-        return -self.flow_log_prob(*self.project(embeddings)) / self.dims
+        return -self.density(self.project(embeddings)).log_prob / self.dims
 
 
 class GaussianMapModel(FeatureMapFlowModel):

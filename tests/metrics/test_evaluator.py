@@ -145,7 +145,7 @@ def test_a_score_that_is_no_likelihood_has_no_bits(
 ) -> None:
     assert embedding_flow().model.scores_are_likelihoods
     assert not feature_map_flow().model.scores_are_likelihoods
-    monkeypatch.setattr(fitted.model, "scores_are_likelihoods", False)
+    monkeypatch.setattr(type(fitted.model), "scores_are_likelihoods", False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*before the ``update`` method")
         assert run_test(fitted, cross(folder, "squares"), tmp_path).keys() == OVERALL

@@ -98,7 +98,7 @@ def test_with_a_fresh_flow_whole_maps_have_the_density_of_probabilistic_pca():
     covariance = covariance + rest * torch.eye(directions.shape[1])
     gaussian = MultivariateNormal(fresh.layout_mean_0.flatten(), covariance)
     expected = gaussian.log_prob(standardised.flatten(1)) - 0.5 * 5 * 7 * fresh.variances_0.log().sum()
-    torch.testing.assert_close(fresh.reduced_log_prob(fresh.reduce(maps)), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(fresh.density(fresh.reduce(maps)).log_prob, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_without_layout_but_with_the_tail_positions_have_the_density_of_probabilistic_pca():
@@ -303,9 +303,9 @@ def test_a_corrupt_file_in_the_middle_of_a_fit_is_named_and_loses_nothing(tmp_pa
 def test_half_precision_changes_no_score_that_matters():
     density = model(layers=(2,)).float()
     maps = density.extract(torch.rand(40, 3, 40, 56))
-    exact = density.score_maps(density.reduce(maps)).pred_score
+    exact = density.predict(density.reduce(maps)).pred_score
     stored = tuple(layer.half() for layer in maps)
-    halved = density.score_maps(tuple(layer.half().float() for layer in density.reduce(stored))).pred_score
+    halved = density.predict(tuple(layer.half().float() for layer in density.reduce(stored))).pred_score
     assert (exact - halved).abs().max() < 0.02 * exact.std()
 
 

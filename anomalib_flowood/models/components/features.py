@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anomalib.data import Batch, InferenceBatch
+from anomalib.data import Batch
 from anomalib.data.dataclasses.generic import UpdateMixin
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
@@ -122,8 +122,7 @@ class FrozenFeatures(_Base):
     the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
     random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
 
-    The detector implements :meth:`extract`, :meth:`fit_features`, :meth:`prepare_features` and
-    :meth:`score_features`.
+    The detector implements :meth:`extract`, :meth:`fit_features` and :meth:`prepare_features`.
     """
 
     cache_gib: float = 2.0
@@ -140,14 +139,6 @@ class FrozenFeatures(_Base):
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn features into what the flow trains on, once and not at every step."""
         raise NotImplementedError
-
-    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
-        """Score prepared features, as the torch model scores images."""
-        raise NotImplementedError
-
-    def predict_batch(self, batch: Any) -> InferenceBatch:
-        """Score a validation batch, stored or of images."""
-        return self.score_features(self.features_of(batch))
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, with the pre-processor kept away from stored features."""
@@ -177,7 +168,7 @@ class FrozenFeatures(_Base):
             dataset = FeatureDataset(self._prepare_all(features), labels)
             source.instance = feature_loader(dataset, loader.batch_size, shuffle=False)
 
-    def features_of(self, batch: Any) -> tuple[Tensor, ...]:
+    def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the prepared features of a batch, stored or of images."""
         if isinstance(batch, FeatureBatch):
             return batch.features

@@ -3,58 +3,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from anomalib.data import InferenceBatch
-from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
+from anomalib_flowood.names import unknown_name
+from anomalib_flowood.scores import SCORES, Density, NegativeLogLikelihood, Score
+from anomalib_flowood.scores.score import Inputs
 
 
 class FlowModel(nn.Module):
-    """A density of images, whose negative logarithm is the anomaly score.
+    """A density of images, and an anomaly score from it.
+
+    Subclasses implement :meth:`inputs` and :meth:`density`.
 
     Args:
-        flow: The flow: ``flow(x) -> (z, log_det)``, ``flow(z, rev=True)``.
+        new_flow: Makes a flow: ``flow(x) -> (z, log_det)``, ``flow(z, rev=True)``. Scores that compare several flows
+            call it again.
         dims: Number of dimensions of what the density is over.
         levels: Quantisation levels per dimension: 256 for 8-bit pixels, 1 for values that were never quantised.
+        score: One of :data:`anomalib_flowood.scores.SCORES`.
+
+    Raises:
+        ValueError: If the score is unknown, or works on pixels and the density does not.
     """
 
-    scores_are_likelihoods: ClassVar[bool] = True
-    """Whether ``pred_score`` is −log p per dimension, as :meth:`score` makes it."""
+    reads_pixels: ClassVar[bool] = False
+    parts: ClassVar[int] = 2
     fitted: Tensor
     """Whether training has finished an epoch, or a checkpoint was loaded that had."""
 
-    def __init__(self, flow: SequenceINN, dims: int, levels: int) -> None:
+    def __init__(self, new_flow: Callable[[], InvertibleModule], dims: int, levels: int, score: str = "nll") -> None:
         super().__init__()
-        self.flow = flow
+        if score not in SCORES:
+            raise unknown_name("score", score, SCORES)
+        self.flow = new_flow()
         self.dims = dims
         self.levels = levels
+        self._new_flow = new_flow
         self.register_buffer("fitted", torch.tensor(False))
+        self.scorer = SCORES[score](self)
+        self.nll = NegativeLogLikelihood(self)
+
+    def new_flow(self) -> InvertibleModule:
+        """Make one more flow of the same architecture, with weights of its own."""
+        return self._new_flow()
+
+    @property
+    def trained_flows(self) -> list[InvertibleModule]:
+        """All flows that training changes: the detector's, and those of its score."""
+        return [self.flow, *self.scorer.flows]
+
+    @property
+    def scores_are_likelihoods(self) -> bool:
+        """Whether ``pred_score`` is −log p per dimension, nats."""
+        return isinstance(self.scorer, NegativeLogLikelihood)
+
+    def inputs(self, images: Tensor) -> Inputs:
+        """Prepare images for :meth:`density`.
+
+        Args:
+            images: Pre-processed images, ``(N, C, H, W)``.
+
+        Returns:
+            Tensors with one row per image.
+        """
+        raise NotImplementedError
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+        """Evaluate the density of prepared images.
+
+        Args:
+            inputs: What :meth:`inputs` returned.
+            flow: Another flow of the same architecture, to take in the place of the model's own.
+        """
+        raise NotImplementedError
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``."""
-        raise NotImplementedError
+        """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``. Errors as for :meth:`inputs`."""
+        return self.density(self.inputs(images)).log_prob
 
     def bits_per_dim(self, images: Tensor) -> Tensor:
         """Bits per dimension, ``(N,)``; arguments and errors as for :meth:`log_prob`."""
         return flows.bits_per_dim(self.log_prob(images), self.dims, self.levels)
 
-    def score(self, log_prob: Tensor) -> InferenceBatch:
-        """Turn log-densities in nats, ``(N,)``, into anomaly scores.
+    def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
+        """Score prepared images.
+
+        Args:
+            inputs: What :meth:`inputs` returned.
+            scorer: A score to take in the place of the model's own.
 
         Returns:
-            A batch whose ``pred_score`` is −log p per dimension, ``(N,)``: higher is more anomalous. Where the flow
-            overflowed, so that there is no density, the score is infinite: the most anomalous one.
+            A batch whose ``pred_score``, ``(N,)``, is higher for what is more anomalous. Where the flow overflowed, so
+            that there is no density, the score is infinite: the most anomalous one.
+
+        Raises:
+            NotFittedError: If the score has not been fitted.
         """
-        score = -log_prob / self.dims
+        score = (scorer or self.scorer)(self, inputs)
         return InferenceBatch(pred_score=torch.where(torch.isnan(score), torch.full_like(score, float("inf")), score))
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Score pre-processed images, ``(N, C, H, W)``; see :meth:`score`."""
-        return self.score(self.log_prob(images))
+        """Score pre-processed images, ``(N, C, H, W)``; see :meth:`predict`."""
+        return self.predict(self.inputs(images))
 
 
 def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, int] | None = None) -> None:

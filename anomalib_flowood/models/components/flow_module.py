@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator, F1Score
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
+from anomalib_flowood.scores import SCORES
+from anomalib_flowood.scores.score import Inputs
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -39,7 +43,7 @@ class TrainingDivergedError(FloatingPointError):
 class FlowModule(_Base):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
-    The detector sets ``max_epochs`` and ``learning_rate``, and implements ``log_prob_batch``.
+    The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.
     """
 
     model: FlowModel
@@ -65,44 +69,68 @@ class FlowModule(_Base):
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             loop.max_epochs = self.max_epochs
 
-    def log_prob_batch(self, batch: Any) -> Tensor:
-        """Log-density of a training batch, per dimension.
+    def inputs_of(self, batch: Any) -> Inputs:
+        """What the density of a pre-processed batch is computed from."""
+        return self.model.inputs(batch.image)
 
-        Args:
-            batch: What the training loader yields, pre-processed.
-
-        Returns:
-            Nats per dimension, ``(N,)``.
-        """
+    def training_inputs(self, batch: Any) -> Inputs:
+        """The same for a training batch, with the noise that training adds."""
         raise NotImplementedError
 
-    def predict_batch(self, batch: Any) -> InferenceBatch:
-        """Score a validation batch."""
-        return self.model(batch.image)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean −log p per dimension.
+        """Return the mean −log p per dimension; the losses of the flows that a score trains beside are added.
 
         Raises:
             TrainingDivergedError: If it is NaN or infinite.
         """
-        loss = -self.log_prob_batch(batch).mean()
+        inputs = self.training_inputs(batch)
+        loss = -self.model.density(inputs).log_prob.mean() / self.model.dims
+        self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        others = self.model.scorer.training_loss(self.model, inputs)
+        if others is not None:
+            loss = loss + others
         if not bool(torch.isfinite(loss)):
             self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
-        self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         return loss
 
+    def on_train_start(self) -> None:
+        """Forget what the score has learnt of other weights."""
+        self.model.scorer.forget()
+
     def on_train_epoch_end(self) -> None:
-        """Mark the torch model as fitted, so that it may be exported."""
+        """Mark the torch model as fitted, so that it may be exported; fit the score where no validation did."""
         self.model.fitted.fill_(True)
+        if not self.model.scorer.ready and self._training_ends():
+            self.fit_score(self._training_loader())
+            if isinstance(self.post_processor, ConformalPostProcessor):
+                self.post_processor.forget()  # what it has are scores of another kind
+
+    def on_train_end(self) -> None:
+        """Say where the score could not be fitted."""
+        if not self.model.scorer.ready:
+            logger.warning(
+                "Training ended before its last epoch did, so the score %r is not fitted: `flowood score` fits it.",
+                self.model.scorer.name,
+            )
+
+    def on_validation_start(self) -> None:
+        """Fit the score with the last weights, so that validation images are scored and calibrated by it."""
+        trainer = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
+            self.fit_score(self._training_loader())
 
     def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
-        """Score a batch for the threshold, and log the mean score of its normal images."""
+        """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
+
+        As long as the score is not fitted, which it is at the end of training, −log p stands in for it.
+        """
         del batch_idx
-        batch.update(**self.predict_batch(batch)._asdict())
-        scores = batch.pred_score if batch.gt_label is None else batch.pred_score[~batch.gt_label]
-        if scores.numel():
-            self.log("val_loss", scores.mean(), prog_bar=True, batch_size=scores.numel())
+        model, inputs = self.model, self.inputs_of(batch)
+        batch.update(**model.predict(inputs, None if model.scorer.ready else model.nll)._asdict())
+        losses = batch.pred_score if model.scores_are_likelihoods else model.nll(model, inputs)
+        losses = losses if batch.gt_label is None else losses[~batch.gt_label]
+        if losses.numel():
+            self.log("val_loss", losses.mean(), prog_bar=True, batch_size=losses.numel())
         return batch
 
     def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -113,8 +141,9 @@ class FlowModule(_Base):
         return outputs
 
     def configure_optimizers(self) -> Any:
-        """Adam on the flow, its learning rate following a cosine down to zero over the whole training."""
-        optimizer = torch.optim.Adam(self.model.flow.parameters(), lr=self.learning_rate, fused=True)
+        """Adam on the flows, its learning rate following a cosine down to zero over the whole training."""
+        parameters = [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}
@@ -129,7 +158,8 @@ class FlowModule(_Base):
     ) -> None:
         """Clip as the trainer says; by default to a norm that only an outlier reaches."""
         if gradient_clip_val is None:
-            nn.utils.clip_grad_norm_(self.model.flow.parameters(), max_norm=50.0)
+            for flow in self.model.trained_flows:
+                nn.utils.clip_grad_norm_(flow.parameters(), max_norm=50.0)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -143,6 +173,68 @@ class FlowModule(_Base):
             f"Try a learning_rate below {self.learning_rate}, and look for broken training images."
         )
         raise TrainingDivergedError(msg)
+
+    # -- score ---------------------------------------------------------------------------------------------------
+
+    def fit_score(self, loader: Iterable[Any]) -> None:
+        """Fit the score with the present weights; a trained detector needs no training for it.
+
+        Calibrate the post-processor afterwards, by ``Engine.validate``.
+
+        Args:
+            loader: Batches of in-distribution training images, not pre-processed. As many images are taken as the
+                score wants.
+
+        Raises:
+            ValueError: If there are no images, or one has a NaN or infinite statistic.
+        """
+        scorer = self.model.scorer
+        if not scorer.fit_images:
+            return
+        training = self.model.training
+        self.model.eval()
+        scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
+        self.model.train(training)
+
+    @torch.no_grad()
+    def _score_inputs(self, loader: Iterable[Any], images: int) -> Iterator[Inputs]:
+        """Prepare so many images of a loader, as far as it has them."""
+        total = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
+        with Progress(transient=True, disable=not self._shows_progress) as progress:
+            bar = progress.add_task(f"Fitting the score {self.model.scorer.name}", total=total)
+            seen = 0
+            for batch in loader:
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
+                transform = getattr(self.pre_processor, "transform", None)
+                if transform is not None and hasattr(batch, "image"):  # stored features are of pre-processed images
+                    batch.image = transform(batch.image)
+                inputs = tuple(part[: images - seen] for part in self.inputs_of(batch))
+                yield inputs
+                seen += len(inputs[0])
+                progress.update(bar, completed=seen)
+                if seen >= images:
+                    return
+
+    @property
+    def _shows_progress(self) -> bool:
+        trainer = self._trainer
+        return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
+
+    def _training_loader(self) -> Iterable[Any]:
+        loader: Any = self.trainer.train_dataloader
+        return loader
+
+    def _training_ends(self) -> bool:
+        """Whether the weights may be the last ones: at the end of the last epoch, or of any that may be chosen."""
+        trainer = self.trainer
+        loop = trainer.fit_loop
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not loop.epoch_loop.batch_progress.is_last_batch and not trainer.should_stop:
+            return False
+        if any(getattr(callback, "monitor", None) for callback in callbacks):  # early stopping, the best checkpoint
+            return True
+        last_epoch = loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs
+        return trainer.should_stop or last_epoch or 0 <= trainer.max_steps <= trainer.global_step
 
     # -- anomalib ------------------------------------------------------------------------------------------------
 
@@ -185,14 +277,33 @@ class FlowModule(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the class's name; refuse to replace a good checkpoint by one with NaN in it."""
         super().on_save_checkpoint(checkpoint)
-        for name, value in self.model.flow.named_parameters():
-            if not bool(torch.isfinite(value).all()):
-                self._diverged(f"the weights of {name} are NaN or infinite")
+        for flow in self.model.trained_flows:
+            for name, value in flow.named_parameters():
+                if not bool(torch.isfinite(value).all()):
+                    self._diverged(f"the weights of {name} are NaN or infinite")
         checkpoint["anomalib_flowood_class"] = type(self).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another class."""
+        """Refuse the checkpoint of another class; leave behind what belongs to another score.
+
+        Raises:
+            ValueError: If it was written by another class, or lacks the flows that the score trains.
+        """
         self._check_class(checkpoint)
+        scorer = self.model.scorer
+        trained = checkpoint["hyper_parameters"].get("score", "nll")
+        if trained != scorer.name:
+            if scorer.flows:
+                msg = (
+                    f"The score {scorer.name!r} compares flows that train together, and the checkpoint was trained "
+                    f"with score {trained!r}. Train with score {scorer.name!r}."
+                )
+                raise ValueError(msg)
+            state = checkpoint["state_dict"]
+            for key in [key for key in state if key.startswith("model.scorer.")]:
+                del state[key]
+            if "post_processor.calibration" in state:
+                state["post_processor.calibration"] = state["post_processor.calibration"][:0]
         super().on_load_checkpoint(checkpoint)
 
     @classmethod
@@ -232,6 +343,7 @@ class FlowModule(_Base):
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
         """Export as :meth:`AnomalibModule.to_onnx` does, if fitted; OpenVINO export passes here too."""
         self._check_fitted()
+        self._check_exportable()
         kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
         post_processor = self.post_processor
         if isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated:
@@ -245,3 +357,14 @@ class FlowModule(_Base):
                 "a checkpoint (`--ckpt_path`)."
             )
             raise NotFittedError(msg)
+
+    def _check_exportable(self) -> None:
+        model = self.model
+        if not model.scorer.exportable(model):
+            able = [name for name, score in SCORES.items() if score.suits(model) and score.exportable(model)]
+            msg = (
+                f"The score {model.scorer.name!r} cannot be exported to ONNX or OpenVINO, which know neither "
+                f"compressors nor Jacobians. Scores that can: {', '.join(able)}. `flowood score` gives a trained "
+                "checkpoint another score; export type torch takes any."
+            )
+            raise ValueError(msg)

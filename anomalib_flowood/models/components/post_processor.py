@@ -94,6 +94,10 @@ class ConformalPostProcessor(PostProcessor):
         conformal.threshold_rank(len(scores), self.alpha)
         self.calibration = scores.detach().to(self.calibration).sort().values
 
+    def forget(self) -> None:
+        """Drop the calibration, which belongs to other scores."""
+        self.calibration = self.calibration.new_empty(0)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a validation set that is too small before anything is trained."""
         del pl_module

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -41,6 +40,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
+        score: ``nll`` (−log p), ``typicality``, ``latent_norm``, ``density_of_states`` or ``ensemble``, which trains
+            four more flows: see docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
@@ -69,6 +70,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: int = 16,
         coupling_layers: int = 6,
         hidden_channels: int = 128,
+        score: str = "nll",
         max_epochs: int = 6,
         learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
@@ -97,6 +99,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
+            score=score,
         )
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -111,11 +114,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return the whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
         return self.model.project(self.model.embed_features(features))
 
-    def log_prob_batch(self, batch: Any) -> Tensor:
-        """Log-density per dimension of a training batch, with noise; nats, ``(N,)``."""
-        whitened, rest = self.features_of(batch)
-        return self.model.flow_log_prob(self.model.blur(whitened), rest) / self.model.dims
-
-    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
-        """Score prepared features, as the torch model scores images."""
-        return self.model.score(self.model.flow_log_prob(*features))
+    def training_inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Whitened coordinates with noise, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
+        whitened, rest = self.inputs_of(batch)
+        return self.model.blur(whitened), rest

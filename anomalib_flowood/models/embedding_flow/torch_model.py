@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from FrEIA.modules import InvertibleModule
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch.nn import functional
 from anomalib_flowood import flows
 from anomalib_flowood.backbones import PooledAndMaps, feature_layers, run_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.scores import Density
+from anomalib_flowood.scores.score import Inputs
 
 _STRIDE = 16
 """Maps at this stride still say what is where, and no longer what every edge looks like."""
@@ -70,11 +74,14 @@ class EmbeddingFlowModel(FlowModel):
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        score: One of :data:`anomalib_flowood.scores.SCORES` that is not for pixels alone.
 
     Raises:
         ValueError: If the backbone or a layer is unknown, or the configuration makes no sense.
         BackboneUnavailableError: If the backbone's weights cannot be had.
     """
+
+    parts = 3
 
     mean: Tensor
     components: Tensor
@@ -99,6 +106,7 @@ class EmbeddingFlowModel(FlowModel):
         coupling_layers: int = 6,
         hidden_channels: int = 128,
         bottleneck_dim: int = 16,
+        score: str = "nll",
     ) -> None:
         for argument, value, least in (
             ("map_dims", map_dims, 1),
@@ -108,7 +116,8 @@ class EmbeddingFlowModel(FlowModel):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        flow = flows.vector_flow(
+        new_flow = partial(
+            flows.vector_flow,
             subspace_dim,
             subnet=subnet,
             coupling_layers=coupling_layers,
@@ -127,7 +136,7 @@ class EmbeddingFlowModel(FlowModel):
         if subspace_dim >= dims:
             msg = f"subspace_dim={subspace_dim} must be below the {dims} numbers of an embedding of {backbone!r}."
             raise ValueError(msg)
-        super().__init__(flow, dims, levels=1)
+        super().__init__(new_flow, dims, levels=1, score=score)
         self.backbone = network
         self.image_size = (height, width)
         self.feature_noise = feature_noise
@@ -292,31 +301,37 @@ class EmbeddingFlowModel(FlowModel):
         """Add the noise to whitened coordinates, ``(N, k)``, on which the flow trains."""
         return whitened + (self.noise_variance / self.variances).sqrt() * torch.randn_like(whitened)
 
-    def base_log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of latents ``(N, k)`` under the mixture of Gaussians; nats, ``(N,)``."""
-        # |z - c|^2 by a matrix product: no tensor of N x modes x k numbers.
-        squares = z.square().sum(1, keepdim=True) - 2 * z @ self.centres.T + self.centres.square().sum(1)
-        kernels = self.log_weights - 0.5 * squares
-        return torch.logsumexp(kernels, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+    def squared_distances(self, z: Tensor) -> Tensor:
+        """Squared distances of latents, ``(N, k)``, from the means of the base distribution: ``(N, modes)``."""
+        # By a matrix product: no tensor of N x modes x k numbers.
+        return z.square().sum(1, keepdim=True) - 2 * z @ self.centres.T + self.centres.square().sum(1)
 
-    def flow_log_prob(self, whitened: Tensor, rest: Tensor) -> Tensor:
-        """Log-density of embeddings from the two parts of :meth:`project`; nats, ``(N,)``."""
-        z, log_det = self.flow(whitened)
-        return self.base_log_prob(z) + log_det + rest
-
-    def log_prob(self, images: Tensor) -> Tensor:
-        """Log-density of the images' embeddings.
+    def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed images and split the density of embeddings, as :meth:`project` does.
 
         Args:
             images: Pre-processed images, ``(N, 3, H, W)``.
 
         Returns:
-            Nats, ``(N,)``.
+            Whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``, nats.
 
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        return self.flow_log_prob(*self.project(self.embed(images)))
+        return self.project(self.embed(images))
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+        """Evaluate the density of embeddings from the two parts of :meth:`project`.
+
+        The base distribution is the mixture of Gaussians. Parts: latents, log-determinant, and the rest.
+        """
+        whitened, rest = inputs
+        z, log_det = (flow or self.flow)(whitened)
+        squares = self.squared_distances(z)
+        kernels = self.log_weights - 0.5 * squares
+        base = torch.logsumexp(kernels, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+        radius = squares.amin(1).clamp(min=0).sqrt()
+        return Density(base + log_det + rest, radius, -torch.stack([base, log_det, rest], dim=1))
 
 
 def _to_grid(layer: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -140,18 +139,17 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return the reduced maps, ``(N, D, h, w)`` for each layer, in half precision."""
         return tuple(layer.half() for layer in self.model.reduce(features))
 
-    def log_prob_batch(self, batch: Any) -> Tensor:
-        """Log-density per dimension of a training batch; nats, ``(N,)``."""
-        reduced = tuple(layer.float() for layer in self.features_of(batch))
-        noisy = tuple(layer + self.feature_noise * self._noise_like(layer) for layer in reduced)
-        return self.model.reduced_log_prob(noisy) / self.model.dims
+    def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
+        """Reduced maps, ``(N, D, h, w)`` for each layer."""
+        return tuple(layer.float() for layer in super().inputs_of(batch))
 
-    def score_features(self, features: tuple[Tensor, ...]) -> InferenceBatch:
-        """Score prepared features, as the torch model scores images."""
-        return self.model.score_maps(tuple(layer.float() for layer in features))
+    def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Reduced maps with noise, ``(N, D, h, w)`` for each layer."""
+        return tuple(layer + self.feature_noise * self._noise_like(layer) for layer in self.inputs_of(batch))
 
     def on_validation_start(self) -> None:
         """Measure the layers' scales with the current weights, before validation images are scored by them."""
+        super().on_validation_start()
         self._fit_map_scale()
 
     def on_train_epoch_end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional
 from anomalib_flowood import flows
 from anomalib_flowood.backbones import create_feature_maps, run_backbone
 from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.scores import Density, Score
+from anomalib_flowood.scores.score import Inputs
 
 _FIT_POSITIONS = 60_000
 """Positions from which the principal subspaces are fitted; more change nothing but the time."""
@@ -75,6 +78,13 @@ class LayerFlow(InvertibleModule):
         return x, total
 
 
+def _layer_flows(shapes: Sequence[tuple[int, int, int]], **arguments: object) -> GraphINN:
+    """Build a graph with one flow for each layer, side by side."""
+    inputs = [InputNode(*shape, name=f"layer {number}") for number, shape in enumerate(shapes)]
+    middle = [Node(node, LayerFlow, arguments) for node in inputs]
+    return GraphINN([*inputs, *middle, *(OutputNode(node) for node in middle)])
+
+
 class FeatureMapFlowModel(FlowModel):
     """Density of the reduced feature maps of a frozen network, one flow per layer; says where it is low.
 
@@ -125,7 +135,7 @@ class FeatureMapFlowModel(FlowModel):
         BackboneUnavailableError: If the backbone's weights cannot be had.
     """
 
-    scores_are_likelihoods = False
+    parts = 3
 
     map_mean: Tensor
     map_std: Tensor
@@ -169,24 +179,24 @@ class FeatureMapFlowModel(FlowModel):
                     "layer, or EmbeddingFlow."
                 )
                 raise ValueError(msg)
-        inputs = [InputNode(*shape, name=f"layer {number}") for number, shape in enumerate(shapes)]
-        arguments = {
-            "mask": mask,
-            "subnet": subnet,
-            "coupling_layers": coupling_layers,
-            "hidden_channels": hidden_channels,
-            "bottleneck_dim": bottleneck_dim,
-        }
-        middle = [Node(node, LayerFlow, arguments) for node in inputs]
-        graph = GraphINN([*inputs, *middle, *(OutputNode(node) for node in middle)])
-        self._tail_dims = [2 * layer.shape[1] - shape[0] for layer, shape in zip(maps, shapes, strict=True)]
-        dims = sum(
-            math.prod(shape) + tail * left * math.prod(shape[1:])
-            for shape, left in zip(shapes, self._tail_dims, strict=True)
+        new_flow = partial(
+            _layer_flows,
+            shapes,
+            mask=mask,
+            subnet=subnet,
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
         )
-        super().__init__(graph, dims, levels=1)
-        # The graph sorts its modules in an order of its own.
-        self._places = [list(graph.module_list).index(node.module) for node in middle]
+        tail_dims = [2 * layer.shape[1] - shape[0] for layer, shape in zip(maps, shapes, strict=True)]
+        dims = sum(
+            math.prod(shape) + tail * left * math.prod(shape[1:]) for shape, left in zip(shapes, tail_dims, strict=True)
+        )
+        super().__init__(new_flow, dims, levels=1)
+        self._tail_dims = tail_dims
+        # The graph sorts its modules in an order of its own; its inputs are in ours.
+        modules = list(self.flow.module_list)
+        self._places = [modules.index(node.outputs[0][0].module) for node in self.flow.in_nodes]
         self.backbone = network
         height, width = image_size
         self.image_size = (height, width)
@@ -213,7 +223,15 @@ class FeatureMapFlowModel(FlowModel):
     @property
     def layer_flows(self) -> list[LayerFlow]:
         """The flow of each layer."""
-        return [self.flow.module_list[place] for place in self._places]
+        return self._layers_of(self.flow)
+
+    def _layers_of(self, flow: InvertibleModule) -> list[LayerFlow]:
+        return [flow.module_list[place] for place in self._places]
+
+    @property
+    def scores_are_likelihoods(self) -> bool:
+        """No: the score takes the leading directions alone."""
+        return False
 
     def train(self, mode: bool = True) -> FeatureMapFlowModel:
         """Set the flow's mode; the backbone is frozen, its batch norms included."""
@@ -348,29 +366,36 @@ class FeatureMapFlowModel(FlowModel):
         constant = 0.5 * self._tail_dims[number] * torch.log(2 * math.pi * tail_variance)
         return coordinates * variances.rsqrt()[:, None, None], 0.5 * left / tail_variance + constant
 
-    def reduced_log_prob(self, reduced: tuple[Tensor, ...]) -> Tensor:
-        """Log-density of reduced maps, before they were standardised and whitened; nats, ``(N,)``."""
-        total = torch.zeros(len(reduced[0]), dtype=reduced[0].dtype, device=reduced[0].device)
-        for number, (layer, flow) in enumerate(zip(reduced, self.layer_flows, strict=True)):
-            standardised, tail = self._split(number, layer)
-            (z,), log_det = flow((standardised,))
-            scales = self._log_scale(number).expand_as(standardised[0]).sum()
-            total = total + flows.standard_normal_log_prob(z) + log_det - scales - tail.flatten(1).sum(1)
-        return total
-
-    def log_prob(self, images: Tensor) -> Tensor:
-        """Log-density of the images' reduced feature maps.
+    def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Extract and reduce feature maps.
 
         Args:
             images: Pre-processed images, ``(N, 3, H, W)``.
 
         Returns:
-            Nats, ``(N,)``.
+            What :meth:`reduce` returns.
 
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        return self.reduced_log_prob(self.reduce(self.extract(images)))
+        return self.reduce(self.extract(images))
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+        """Evaluate the density of reduced maps, as it was before they were standardised and whitened.
+
+        Parts: latents, log-determinants (those of standardising and whitening included), and the tail.
+        """
+        shares = []
+        radius = torch.zeros(len(inputs[0]), dtype=inputs[0].dtype, device=inputs[0].device)
+        for number, (layer, layer_flow) in enumerate(zip(inputs, self._layers_of(flow or self.flow), strict=True)):
+            standardised, tail = self._split(number, layer)
+            (z,), log_det = layer_flow((standardised,))
+            scales = self._log_scale(number).expand_as(standardised[0]).sum()
+            base = flows.standard_normal_log_prob(z)
+            shares.append(-torch.stack([base, log_det - scales, -tail.flatten(1).sum(1)], dim=1))
+            radius = radius + z.square().flatten(1).sum(1)
+        parts = torch.stack(shares).sum(0)
+        return Density(-parts.sum(1), radius.sqrt(), parts)
 
     def layer_maps(self, reduced: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
         """Return, for each layer, its anomaly map and the share that the leading directions have in it.
@@ -393,8 +418,12 @@ class FeatureMapFlowModel(FlowModel):
                 getattr(self, f"{name}_mean")[number] = values.mean()
                 getattr(self, f"{name}_std")[number] = values.std().clamp(min=1e-6)
 
-    def score_maps(self, reduced: tuple[Tensor, ...]) -> InferenceBatch:
+    def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
         """Score reduced maps.
+
+        Args:
+            inputs: What :meth:`reduce` returned.
+            scorer: Not used: the score goes with the map.
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the layers' maps in units of their standard deviation over
@@ -402,8 +431,9 @@ class FeatureMapFlowModel(FlowModel):
             ``pred_score``, ``(N,)``: the mean of the leading directions' share over the positions where it is highest,
             likewise in units of its standard deviation and averaged over the layers.
         """
+        del scorer
         maps, scores = [], []
-        for number, (layer, leading) in enumerate(self.layer_maps(reduced)):
+        for number, (layer, leading) in enumerate(self.layer_maps(inputs)):
             layer = ((layer - self.map_mean[number]) / self.map_std[number])[:, None]
             maps.append(functional.interpolate(layer, size=self.image_size, mode="bicubic", align_corners=False))
             leading = ((leading - self.score_mean[number]) / self.score_std[number]).flatten(1)
@@ -412,10 +442,6 @@ class FeatureMapFlowModel(FlowModel):
         score = torch.stack(scores).mean(0)
         score = torch.where(torch.isnan(score), torch.full_like(score, float("inf")), score)
         return InferenceBatch(pred_score=score, anomaly_map=torch.stack(maps).mean(0))
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score pre-processed images, ``(N, 3, H, W)``; see :meth:`score_maps`."""
-        return self.score_maps(self.reduce(self.extract(images)))
 
     def _split(self, number: int, layer: Tensor) -> tuple[Tensor, Tensor]:
         """Split a reduced map into standardised coordinates and the tail's share, which may have no channel."""

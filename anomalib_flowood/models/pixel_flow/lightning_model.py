@@ -46,6 +46,9 @@ class PixelFlow(FlowModule, AnomalibModule):
             ``single_scale``, 64 for the others; ``realnvp`` doubles it with every squeeze.
         num_blocks: Blocks of ``resnet`` and ``highway``.
         batch_norm: Batch normalisation in ``resnet``.
+        score: ``nll`` (−log p), ``typicality``, ``complexity``, ``likelihood_ratio``, ``latent_norm``, ``lid``,
+            ``density_of_states`` or ``ensemble``: see docs/scores.md. ``likelihood_ratio`` and ``ensemble`` train one
+            and four more flows.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
@@ -73,6 +76,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         hidden_channels: int | None = None,
         num_blocks: int = 2,
         batch_norm: bool = False,
+        score: str = "nll",
         max_epochs: int = 30,
         learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
@@ -101,6 +105,7 @@ class PixelFlow(FlowModule, AnomalibModule):
             bottleneck_dim=bottleneck_dim,
             num_blocks=num_blocks,
             batch_norm=batch_norm,
+            score=score,
         )
 
     @staticmethod
@@ -108,6 +113,6 @@ class PixelFlow(FlowModule, AnomalibModule):
         """Resize only: the flow models pixels, so they stay in [0, 1]."""
         return ExactPreProcessor(Resize(image_size or (32, 32), antialias=True))
 
-    def log_prob_batch(self, batch: Any) -> Tensor:
-        """Log-density per dimension of a training batch, with dequantisation noise; nats, ``(N,)``."""
-        return self.model.log_prob(batch.image, noisy=True) / self.model.dims
+    def training_inputs(self, batch: Any) -> tuple[Tensor]:
+        """Images dequantised with noise, ``(N, C, H, W)``."""
+        return self.model.inputs(batch.image, noisy=True)

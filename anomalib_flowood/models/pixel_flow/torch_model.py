@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from anomalib_flowood import flows
 from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.scores import Density
+from anomalib_flowood.scores.score import Inputs
 
 
 class PixelFlowModel(FlowModel):
@@ -29,10 +33,13 @@ class PixelFlowModel(FlowModel):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
         num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
         batch_norm: Batch normalisation in the ``resnet`` networks.
+        score: One of :data:`anomalib_flowood.scores.SCORES`.
 
     Raises:
         ValueError: If the configuration makes no sense.
     """
+
+    reads_pixels = True
 
     luma: Tensor
 
@@ -51,13 +58,15 @@ class PixelFlowModel(FlowModel):
         bottleneck_dim: int = 5,
         num_blocks: int = 2,
         batch_norm: bool = False,
+        score: str = "nll",
     ) -> None:
         if channels not in {1, 3}:
             msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."
             raise ValueError(msg)
         height, width = image_size
         shape = (channels, height, width)
-        flow = flows.pixel_flow(
+        new_flow = partial(
+            flows.pixel_flow,
             shape,
             architecture=architecture,
             scales=scales,
@@ -70,7 +79,7 @@ class PixelFlowModel(FlowModel):
             num_blocks=num_blocks,
             batch_norm=batch_norm,
         )
-        super().__init__(flow, math.prod(shape), levels=flows.LEVELS)
+        super().__init__(new_flow, math.prod(shape), levels=flows.LEVELS, score=score)
         self.shape = shape
         # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
         self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
@@ -99,24 +108,32 @@ class PixelFlowModel(FlowModel):
             images = (images * self.luma.to(images.dtype)).sum(1, keepdim=True)
         return images
 
-    def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
-        """Log-density of dequantised images with respect to the unit cube.
+    def inputs(self, images: Tensor, *, noisy: bool = False) -> tuple[Tensor]:
+        """Check and dequantise images.
 
         Args:
             images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
-            noisy: Dequantise with uniform noise, as training does; without, with its mean, so that the value is
+            noisy: Dequantise with uniform noise, as training does; without, with its mean, so that scores are
                 deterministic and independent of the batch.
 
         Returns:
-            Nats, ``(N,)``.
+            Images in the open unit cube, ``(N, C, H, W)``, to which densities refer.
 
         Raises:
             ValueError: If the shape is wrong, or a pixel is NaN or outside of [0, 1].
         """
         images = self.pixels(images)
-        x = flows.dequantize(images, torch.rand_like(images) if noisy else None)
-        z, log_det = self.flow(x)
-        return flows.standard_normal_log_prob(z) + log_det
+        return (flows.dequantize(images, torch.rand_like(images) if noisy else None),)
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+        """Evaluate the density of dequantised images, ``(N, C, H, W)``; its parts: latents, log-determinant."""
+        z, log_det = (flow or self.flow)(inputs[0])
+        base = flows.standard_normal_log_prob(z)
+        return Density(base + log_det, z.flatten(1).norm(dim=1), -torch.stack([base, log_det], dim=1))
+
+    def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
+        """Log-density of images with respect to the unit cube; nats, ``(N,)``. Arguments as for :meth:`inputs`."""
+        return self.density(self.inputs(images, noisy=noisy)).log_prob
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A density over several statistics of a fitted flow."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from .complexity import compressed_bits, pixels_of
+from .score import FlowDensity, Inputs, Score
+
+_COMPONENTS = 16
+"""Most Gaussians of the mixture."""
+
+_IMAGES_PER_COMPONENT = 50
+"""A Gaussian is to stand for a kind of images, and not for a few of them."""
+
+
+class DensityOfStates(Score):
+    """−log of a density over several statistics of an image, nats: whatever is unusual about them is anomalous.
+
+    The statistics are the terms whose sum is −log p (the latents' share, the log-determinant, for embeddings the rest
+    outside of the subspace) and, for a flow of pixels, the image's compressed bits, all per dimension. A mixture of
+    Gaussians is fitted to those of training images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and
+    Dillon 2021 (arXiv 2006.09273), section 3; kernel densities of each statistic there, one joint density here, since
+    how statistics go together tells more than each alone.
+    """
+
+    name = "density_of_states"
+    fit_images = 10_000
+
+    mean: Tensor
+    std: Tensor
+    centres: Tensor
+    precisions: Tensor
+    log_weights: Tensor
+
+    def __init__(self, density: FlowDensity) -> None:
+        super().__init__(density)
+        self.reads_pixels = density.reads_pixels
+        count = density.parts + density.reads_pixels
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("std", torch.ones(count))
+        self.register_buffer("centres", torch.zeros(_COMPONENTS, count))
+        self.register_buffer("precisions", torch.eye(count).repeat(_COMPONENTS, 1, 1))  # Cholesky factors
+        self.register_buffer("log_weights", torch.full((_COMPONENTS,), -math.inf))
+
+    @classmethod
+    def exportable(cls, density: FlowDensity) -> bool:
+        """Unless a compressor is one of the statistics."""
+        return not density.reads_pixels
+
+    def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
+        """Terms of −log p, nats, and compressed bits, all per dimension; ``(N, S)``."""
+        parts = density.density(inputs).parts
+        if self.reads_pixels:
+            parts = torch.cat([parts, compressed_bits(pixels_of(inputs)).to(parts)[:, None]], dim=1)
+        return parts / density.dims
+
+    def fit_statistics(self, statistics: Tensor) -> None:
+        """Fit the mixture."""
+        mean, std = statistics.mean(0), statistics.std(0).clamp(min=1e-12)
+        components = max(1, min(_COMPONENTS, len(statistics) // _IMAGES_PER_COMPONENT))
+        mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)
+        mixture.fit(((statistics - mean) / std).cpu().numpy())
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.log_weights.fill_(-math.inf)
+        self.centres[:components] = torch.from_numpy(mixture.means_).to(self.centres)
+        self.precisions[:components] = torch.from_numpy(mixture.precisions_cholesky_).to(self.precisions)
+        self.log_weights[:components] = torch.from_numpy(mixture.weights_).log().to(self.log_weights)
+
+    def combine(self, statistics: Tensor) -> Tensor:
+        """−log density of the standardised statistics, nats, ``(N,)``."""
+        standardised = (statistics - self.mean) / self.std
+        whitened = torch.einsum("nks,kst->nkt", standardised[:, None] - self.centres, self.precisions)
+        log_det = self.precisions.diagonal(dim1=1, dim2=2).log().sum(1)
+        kernels = self.log_weights + log_det - 0.5 * whitened.square().sum(2)
+        return 0.5 * statistics.shape[1] * math.log(2 * math.pi) - torch.logsumexp(kernels, dim=1)

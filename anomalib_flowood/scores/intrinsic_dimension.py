@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local intrinsic dimension, from the flow's Jacobian."""
+
+from __future__ import annotations
+
+import torch
+from FrEIA.modules import InvertibleModule
+from torch import Tensor
+
+from .score import FlowDensity, Inputs, Score
+
+_IMAGES_AT_ONCE = 4
+"""Images whose Jacobians are computed at once: each has D^2 numbers, and as many passes through the flow."""
+
+
+def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -> Tensor:
+    """Count the directions in which the density about a point is wider than ``scale``.
+
+    log p convolved with N(0, scale^2 I) falls like log(scale) for each direction that is thinner than the noise, so
+    that D + d log (p * N) / d log(scale) is the local intrinsic dimension (Tempczyk et al. 2022, arXiv 2206.14882).
+    Kamkari et al. 2024 (arXiv 2403.18910, section 4.1) take the flow to be linear about the point, which makes p a
+    Gaussian there and the derivative a formula. With J the Jacobian of x -> z and A = I + scale^2 J J^T it is::
+
+        LID(x) = tr(A^-1) + z^T A^-1 z - |A^-1 z|^2
+
+    Args:
+        flow: ``flow(x) -> (z, log_det)`` with a standard normal base.
+        x: Points, ``(N, ...)`` of D numbers each.
+        scale: Standard deviation of the noise, in units of ``x``.
+
+    Returns:
+        Dimensions, ``(N,)``: near 0 where the density is narrower than the noise in all directions, near D where it
+        is wider in all of them.
+    """
+
+    def latents(point: Tensor) -> Tensor:
+        return flow(point[None])[0].flatten()
+
+    parts = []
+    # Tensors made in inference mode have no derivatives, in whatever mode they are used.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for chunk in x.clone().split(_IMAGES_AT_ONCE):
+            jacobian = torch.func.vmap(torch.func.jacrev(latents))(chunk).flatten(2).double()
+            z = flow(chunk)[0].flatten(1).double()
+            gram = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) + scale**2 * jacobian @ jacobian.mT
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            solved = (inverse @ z[:, :, None])[:, :, 0]
+            trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
+            parts.append(trace + (z * solved).sum(1) - solved.square().sum(1))
+    return torch.cat(parts).to(x.dtype)
+
+
+class LocalIntrinsicDimension(Score):
+    """The worse of two one-sided tests: too unlikely, or of too low an intrinsic dimension.
+
+    An image of low dimension, a simple one, may lie where the density is high and yet next to no probability is. The
+    paper sets a threshold for each of the two; here both are put in units of their standard deviation over training
+    images, and the larger counts. Source: Kamkari, Ross, Cresswell, Caterini, Krishnan and Loaiza-Ganem 2024
+    (arXiv 2403.18910), section 4; the dimension by :func:`local_intrinsic_dimension`.
+    """
+
+    name = "lid"
+    pixels_only = True
+    fit_images = 64
+    scale = 0.1
+    """Standard deviation of the noise in pixel values from 0 to 1: fainter variations are no dimension."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, density: FlowDensity) -> None:
+        super().__init__(density)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("std", torch.ones(2))
+
+    @classmethod
+    def exportable(cls, density: FlowDensity) -> bool:
+        """No: the Jacobian needs automatic differentiation."""
+        del density
+        return False
+
+    def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
+        """−log p and the negative local intrinsic dimension, both per dimension; ``(N, 2)``."""
+        nll = -density.density(inputs).log_prob
+        dimension = local_intrinsic_dimension(density.flow, inputs[0], self.scale)
+        return torch.stack([nll, -dimension], dim=1) / density.dims
+
+    def fit_statistics(self, statistics: Tensor) -> None:
+        """Learn means and standard deviations."""
+        self.mean.copy_(statistics.mean(0))
+        self.std.copy_(statistics.std(0).clamp(min=1e-12))
+
+    def combine(self, statistics: Tensor) -> Tensor:
+        """The larger of the two, in standard deviations, ``(N,)``."""
+        return ((statistics - self.mean) / self.std).amax(1)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a score is, and what it needs of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from FrEIA.modules import InvertibleModule
+from sklearn.exceptions import NotFittedError
+from torch import Tensor, nn
+
+Inputs = tuple[Tensor, ...]
+"""What a density is computed from: its own preparation of a batch of images, each tensor with one row per image."""
+
+
+class Density(NamedTuple):
+    """What a flow says about a batch.
+
+    Attributes:
+        log_prob: Log-density, nats, ``(N,)``.
+        radius: Distance of the latents from the mean of the base distribution, or from the nearest mean where it is a
+            mixture, ``(N,)``.
+        parts: The terms whose sum is −log p: that of the base distribution first, then the log-determinants and
+            whatever else there is; nats, ``(N, P)``.
+    """
+
+    log_prob: Tensor
+    radius: Tensor
+    parts: Tensor
+
+
+class FlowDensity(Protocol):
+    """A density that scores can work on; every torch model of this package is one."""
+
+    flow: InvertibleModule
+    dims: int
+    """Dimensions of what the density is over."""
+    reads_pixels: ClassVar[bool]
+    """Whether the inputs are dequantised pixels, ``(N, C, H, W)`` in the open unit cube."""
+    parts: ClassVar[int]
+    """Number of terms whose sum is −log p."""
+
+    def new_flow(self) -> InvertibleModule:
+        """Make one more flow of the same architecture, with weights of its own."""
+        ...
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+        """Evaluate the density of prepared inputs, with another flow of the same shape if one is given."""
+        ...
+
+
+class Score(nn.Module):
+    """One number per image, higher = more anomalous, from a density that was fitted to in-distribution images.
+
+    A score keeps what it learns in buffers, so that it is saved and exported with its detector.
+
+    Args:
+        density: What it will score with. It is not kept: a score is a part of its detector.
+
+    Raises:
+        ValueError: If the score works on pixels only, and the density does not.
+    """
+
+    name: ClassVar[str]
+    fit_images: ClassVar[int] = 0
+    """Training images that it is fitted on; 0 if there is nothing to fit."""
+    pixels_only: ClassVar[bool] = False
+    """Whether it needs a density of pixels."""
+
+    fitted: Tensor
+
+    def __init__(self, density: FlowDensity) -> None:
+        super().__init__()
+        if not self.suits(density):
+            msg = f"Score {self.name!r} works on a flow of pixels alone (PixelFlow)."
+            raise ValueError(msg)
+        if self.fit_images:
+            self.register_buffer("fitted", torch.tensor(False))
+
+    def forget(self) -> None:
+        """Be unfitted again, if there is anything to fit."""
+        if self.fit_images:
+            self.fitted.fill_(False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is nothing (more) to fit."""
+        return not self.fit_images or bool(self.fitted)
+
+    @classmethod
+    def suits(cls, density: FlowDensity) -> bool:
+        """Whether it can work on such a density."""
+        return density.reads_pixels or not cls.pixels_only
+
+    @classmethod
+    def exportable(cls, density: FlowDensity) -> bool:
+        """Whether ONNX and OpenVINO can compute it."""
+        del density
+        return True
+
+    @property
+    def flows(self) -> list[InvertibleModule]:
+        """Flows that train beside the detector's."""
+        return []
+
+    def training_loss(self, density: FlowDensity, inputs: Inputs) -> Tensor | None:
+        """Mean −log p per dimension of the flows that train beside the detector's, summed over them.
+
+        Args:
+            density: The detector's torch model.
+            inputs: A training batch, with the noise that the detector trains with.
+        """
+        del density, inputs
+        return None
+
+    def fit(self, density: FlowDensity, batches: Iterable[Inputs]) -> None:
+        """Learn from training images; without anything to learn, do nothing.
+
+        Args:
+            density: The detector's torch model, in evaluation mode.
+            batches: Prepared inputs of in-distribution training images, without noise.
+
+        Raises:
+            ValueError: If a statistic of a training image is NaN or infinite, or there are no images.
+        """
+        if not self.fit_images:
+            return
+        with torch.no_grad():
+            rows = [self.statistics(density, inputs) for inputs in batches]
+        if not rows:
+            msg = f"There are no training images to fit the score {self.name!r} on."
+            raise ValueError(msg)
+        statistics = torch.cat(rows).double()
+        broken = int((~torch.isfinite(statistics).all(1)).sum())
+        if broken:
+            msg = (
+                f"{broken} of {len(statistics)} training images have a NaN or infinite statistic, so the score "
+                f"{self.name!r} cannot be fitted. Lower the learning rate, or look for broken training images."
+            )
+            raise ValueError(msg)
+        self.fit_statistics(statistics)
+        self.fitted.fill_(True)
+
+    def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
+        """Compute what the score is fitted on and made of, ``(N, S)``."""
+        raise NotImplementedError
+
+    def fit_statistics(self, statistics: Tensor) -> None:
+        """Learn from the statistics of all training images, ``(n, S)``, float64 and finite."""
+        raise NotImplementedError
+
+    def combine(self, statistics: Tensor) -> Tensor:
+        """Turn statistics, ``(N, S)``, into scores, ``(N,)``."""
+        raise NotImplementedError
+
+    def forward(self, density: FlowDensity, inputs: Inputs) -> Tensor:
+        """Score a batch.
+
+        Args:
+            density: The detector's torch model.
+            inputs: Prepared inputs of N images.
+
+        Returns:
+            Scores, ``(N,)``.
+
+        Raises:
+            NotFittedError: If the score has not been fitted.
+        """
+        if not torch.compiler.is_compiling() and not self.ready:
+            msg = (
+                f"The score {self.name!r} has not been fitted: training does it in its last epoch, `flowood score` "
+                "for a trained checkpoint."
+            )
+            raise NotFittedError(msg)
+        return self.combine(self.statistics(density, inputs))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a checkpoint without this score, which is then to be fitted; its flows it cannot do without."""
+        for name, buffer in self.named_buffers(recurse=False):
+            state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *args)
