@@ -4,6 +4,7 @@
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
+# make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
 # make test         install into .venv, run all tests
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -18,8 +19,9 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 TILES ?=
 SEEDS ?= 0 1 2
 PROFILE ?= laptop
+RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest paper test lint fashion-mnist
+.PHONY: quickstart seeds speed contest paper report test lint fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -40,7 +42,15 @@ contest: .venv/offline fashion-mnist
 paper: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.paper run --profile $(PROFILE)
 
-test: .venv/test
+# Chromium's sandbox does not work for root. A profile of its own, so that nobody's is touched.
+report: .venv/offline chromium
+	$(BIN)/flowood report "$(RUN)" --output results/report
+	profile=$$(mktemp -d) && chromium --headless $$([ "$$(id -u)" != 0 ] || echo --no-sandbox) --disable-gpu --no-first-run \
+		--disable-background-networking --disable-component-update --disable-sync --disable-quic --hide-scrollbars \
+		--user-data-dir="$$profile" --window-size=1280,1400 --screenshot="$(CURDIR)/docs/report.png" \
+		"file://$(CURDIR)/results/report/index.html" && rm -r "$$profile"
+
+test: .venv/test chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/dev
@@ -67,6 +77,15 @@ fashion-mnist:
 			echo "FashionMNIST is not on this machine. On Debian, as root: apt-get install dataset-fashion-mnist" >&2; \
 			echo "Going on: torchvision downloads it where there is a network." >&2; \
 		fi; \
+	fi
+
+# What pages are looked at with: without it `make report` fails, and the tests of pages are skipped.
+chromium:
+	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver \
+				|| echo "Chromium could not be installed." >&2; \
+		else echo "No Chromium here. On Debian, as root: apt-get install chromium chromium-driver" >&2; fi; \
 	fi
 
 $(BACKBONE)/model.safetensors: | .venv/offline

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
@@ -24,8 +26,10 @@ from torch import nn
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark, find_class
-from anomalib_flowood.models.components import ConformalPostProcessor
+from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
+from anomalib_flowood.models import FeatureMapFlow
+from anomalib_flowood.models.components import ConformalPostProcessor, FlowModule
+from anomalib_flowood.report.run import write_record
 
 _SHOWN_PREDICTIONS = 10
 
@@ -45,6 +49,8 @@ class FlowoodCLI(AnomalibCLI):
         return {
             **AnomalibCLI.anomalib_subcommands(),
             "explain": {"description": "Draw what a fitted flow does to images from inside and outside, on one page."},
+            "score": {"description": "Give a trained checkpoint another anomaly score, without training it again."},
+            "report": {"description": "Show the results of a benchmark or a test on one page."},
             "backbone": {"description": "Save a timm backbone with its weights into a folder, for use offline."},
         }
 
@@ -55,8 +61,8 @@ class FlowoodCLI(AnomalibCLI):
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
 
-    def add_explain_arguments(self, parser: ArgumentParser) -> None:
-        """Describe the arguments of ``explain``: those of ``test``, so that the same files serve, and two more."""
+    def _add_checkpoint_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``test``, so that the same files serve, for what works on a checkpoint."""
         self._add_default_arguments_to_parser(parser)
         self._add_trainer_arguments_to_parser(parser, add_optimizer=True, add_scheduler=True)
         # Its class is enough: the checkpoint holds its configuration, and building it might ask for weights.
@@ -64,6 +70,10 @@ class FlowoodCLI(AnomalibCLI):
         parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
         self.add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=Path, required=True, help="Checkpoint of the trained detector.")
+
+    def add_explain_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``explain``."""
+        self._add_checkpoint_arguments(parser)
         parser.add_argument(
             "--output", type=Path, default=Path("results/explain"), help="Folder to write to; made if missing."
         )
@@ -74,20 +84,62 @@ class FlowoodCLI(AnomalibCLI):
         from anomalib_flowood.explain.explanation import check_explainable, explain
 
         arguments = self.config_init["explain"]
-        detector_class: Any = find_class("model", arguments["model"]["class_path"])
+        detector_class = find_class("model", arguments["model"]["class_path"])
         check_explainable(detector_class)
-        checkpoint = arguments["ckpt_path"]
-        if not checkpoint.is_file():
-            msg = f"There is no checkpoint {checkpoint}. `flowood train` writes one, below its results folder."
-            raise FileNotFoundError(msg)
+        detector = _load(detector_class, arguments["ckpt_path"])
         device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
-        detector = detector_class.load_from_checkpoint(checkpoint, map_location="cpu")
         page = explain(
             detector.to(device),
             arguments["data"],
             arguments["output"],
             max_images=arguments["max_images"],
         )
+        Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
+
+    def add_score_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``score``."""
+        self._add_checkpoint_arguments(parser)
+        # Those that train flows of their own need another training.
+        parser.add_argument("--score", type=str, required=True, help="Name of the score; see docs/scores.md.")
+        parser.add_argument(
+            "--output", type=Path, default=None, help="Checkpoint to write; beside the given one if not named."
+        )
+
+    def score(self) -> None:
+        """Fit a score to a detector's training images, calibrate it on the validation images, save both."""
+        arguments = self.config_init["score"]
+        name, given = arguments["score"], arguments["ckpt_path"]
+        output = arguments["output"] or given.with_name(f"{given.stem}-{name}.ckpt")
+        detector_class = find_class("model", arguments["model"]["class_path"])
+        if not issubclass(detector_class, FlowModule) or detector_class is FeatureMapFlow:
+            msg = f"{detector_class.__name__} takes no other score: PixelFlow and EmbeddingFlow do."
+            raise ValueError(msg)
+        detector = _load(detector_class, given, score=name)
+        data = arguments["data"]
+        data.prepare_data()
+        data.setup("fit")
+        device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
+        detector.to(device).fit_score(data.train_dataloader())
+        with TemporaryDirectory() as folder:  # anomalib's engine makes a results folder
+            engine = Engine(
+                accelerator=arguments["trainer"]["accelerator"], devices=1, default_root_dir=folder, logger=False
+            )
+            engine.validate(detector, datamodule=data)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            engine.trainer.save_checkpoint(output, weights_only=True)
+        Console().print(f"Checkpoint: {output}", markup=False, highlight=False, soft_wrap=True)
+
+    def add_report_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``report``."""
+        parser.add_argument("folder", type=Path, help="Folder that `flowood benchmark` or `flowood test` named.")
+        parser.add_argument("--output", type=Path, default=None, help="Folder to write to; FOLDER/report if not given.")
+
+    def report(self) -> None:
+        """Write the page of a run and say where it is."""
+        from anomalib_flowood.report.page import write_report
+
+        arguments = self.config["report"]
+        page = write_report(arguments["folder"], arguments["output"])
         Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
 
     def add_backbone_arguments(self, parser: ArgumentParser) -> None:
@@ -103,16 +155,57 @@ class FlowoodCLI(AnomalibCLI):
         folder = save_local(arguments["name"], Path(str(arguments["folder"])))
         print(f"Saved {arguments['name']}. Use it with\n  backbone: local-dir:{folder}")
 
+    def instantiate_engine(self) -> None:
+        """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
+        if self.subcommand in {"test", "train"}:
+            self.recorder = ScoreRecorder()
+            trainer = self._get(self.config_init, "trainer")
+            given = trainer["callbacks"] or []
+            trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), self.recorder]
+        super().instantiate_engine()
+
     def _run_subcommand(self) -> None:
         if self.subcommand == "predict":
             predictions = self.engine.predict(**self._prepare_subcommand_kwargs("predict"))
             keep_predictions(predictions, Path(self.engine.trainer.default_root_dir), self.model.post_processor)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
-        elif self.subcommand == "explain":  # anomalib would build the data module a second time
-            self.explain()
+        elif self.subcommand in {"explain", "score"}:  # anomalib would build the data module a second time
+            getattr(self, self.subcommand)()
         else:
             super()._run_subcommand()
+            if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
+                self.keep_results()
+
+    def keep_results(self) -> None:
+        """Keep the results of a test as a benchmark keeps its own, for ``report``."""
+        config = self.config[self.subcommand]
+        folder = Path(self.engine.trainer.default_root_dir)
+        entries = {kind: config[kind].as_dict() for kind in ("model", "data")}
+        detector = type(self.model).__name__
+        data = f"{self.datamodule.name} {self.datamodule.category}".strip()
+        labels: dict[str, Any] = {"detector": detector, "data": data, "seed": torch.initial_seed()}
+        try:
+            row = labels | measure(self.recorder)
+        except ValueError as error:  # the test itself has succeeded
+            print(f"There is nothing to report: {error}")
+            return
+        write_record(
+            folder,
+            "test",
+            detectors={detector: entries["model"]},
+            data={data: entries["data"]},
+            settings={"checkpoint": config["ckpt_path"]},
+        )
+        Results(folder).add(row, self.recorder.scores.assign(**labels))
+        print(f"As a page: flowood report {folder}")
+
+
+def _load(detector_class: Any, checkpoint: Path, **arguments: Any) -> Any:
+    if not checkpoint.is_file():
+        msg = f"There is no checkpoint {checkpoint}. `flowood train` writes one, below its results folder."
+        raise FileNotFoundError(msg)
+    return detector_class.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
 
 
 def keep_predictions(

@@ -67,6 +67,7 @@ from anomalib_flowood.report import (
     set_markdown,
     set_table,
 )
+from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +289,33 @@ class ScoreRecorder(Callback):
         return pd.concat(self._parts, ignore_index=True)
 
 
+def measure(recorder: ScoreRecorder) -> dict[str, Any]:
+    """Compute all metrics of a test's raw scores, and its speed.
+
+    Args:
+        recorder: What it recorded.
+
+    Returns:
+        The metrics by name (of every out-of-distribution set too, where the data name several), ``images`` and
+        ``images_per_s``.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    scores = recorder.scores
+    score, label = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
+    result: dict[str, Any] = {
+        **{name: metric(score, label) for name, metric in DETECTION_METRICS.items()},
+        "images": len(score),
+        "images_per_s": len(score) / recorder.seconds,
+    }
+    if recorder.sourced:
+        sources = scores["source"].tolist()
+        for name, metric in DETECTION_METRICS.items():
+            result |= {f"{name}/{key}": value for key, value in per_set(metric, score, label, sources).items()}
+    return result
+
+
 class BenchmarkJob(AnomalibBenchmarkJob):
     """One detector on one data set with one seed.
 
@@ -372,20 +400,13 @@ class BenchmarkJob(AnomalibBenchmarkJob):
             tested = engine.test(model=model, datamodule=datamodule, verbose=False)
         end = time.perf_counter()
         self.scores = recorder.scores.assign(detector=self.detector, data=self.data, seed=self.seed)
-        score, label = torch.tensor(self.scores["score"].to_numpy()), torch.tensor(self.scores["label"].to_numpy())
         result = {
             **self.row(),
-            **{name: metric(score, label) for name, metric in DETECTION_METRICS.items()},
-            "images": len(score),
-            "images_per_s": len(score) / recorder.seconds,
+            **measure(recorder),
             "job_duration": end - start,
             "fit_duration": test_start - fit_start,
             "test_duration": end - test_start,
         }
-        if recorder.sourced:
-            sources = self.scores["source"].tolist()
-            for name, metric in DETECTION_METRICS.items():
-                result |= {f"{name}/{key}": value for key, value in per_set(metric, score, label, sources).items()}
         # What is in both comes from the raw scores: our detectors' evaluator sees the post-processed ones.
         return {**result, **self.flat_cfg, **tested[0], **result}
 
@@ -487,51 +508,68 @@ def _check_trainer(trainer: dict) -> None:
     _check_known("trainer argument", trainer, allowed)
 
 
-class _Record:
-    """The folder of one benchmark's results, complete after every job."""
+def _new_folder(root: Path) -> Path:
+    """Make a folder named after the time."""
+    stamp = datetime.now().strftime("%Y-%m-%d-%H_%M_%S")
+    folder = root / stamp
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = root / f"{stamp}-{number}"
+    folder.mkdir(parents=True)
+    return folder
 
-    def __init__(self, root: Path) -> None:
-        stamp = datetime.now().strftime("%Y-%m-%d-%H_%M_%S")
-        self.folder = root / stamp
-        number = 1
-        while self.folder.exists():
-            number += 1
-            self.folder = root / f"{stamp}-{number}"
-        self.folder.mkdir(parents=True)
+
+class Results:
+    """The results of a benchmark or a test in a folder, complete after every job.
+
+    Args:
+        folder: Where to write; it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.log = self.folder / "benchmark.log"
         self._results: list[dict[str, Any]] = []
         self._scores: list[pd.DataFrame] = []
 
     @property
-    def results(self) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """One row per job."""
         return BenchmarkJob.collect(self._results)
 
     def add(self, result: dict[str, Any], scores: pd.DataFrame) -> None:
-        """Take in a finished job and write everything, so that a lost session loses one job at most."""
+        """Take in a finished job and write everything, so that a lost session loses one job at most.
+
+        Args:
+            result: The job's row.
+            scores: One row per test image: ``detector``, ``data``, ``seed``, ``image_path``, ``source``, ``label``,
+                ``score``; empty if the job failed.
+        """
         self._results.append(result)
-        self.results.to_csv(self.folder / "results.csv", index=False)
+        self.table.to_csv(self.folder / RESULTS, index=False)
         if not scores.empty:
-            columns = ["detector", "data", "seed", "image_path", "source", "label", "score"]
             first = not self._scores
-            scores[columns].to_csv(self.folder / "scores.csv", mode="w" if first else "a", header=first, index=False)
+            path = self.folder / SCORES
+            scores[SCORE_COLUMNS].to_csv(path, mode="w" if first else "a", header=first, index=False)
             self._scores.append(scores)
 
     def finish(self, console: Console) -> None:
         """Draw, and print the table and where everything is."""
         if not self._results:
             return
-        text = benchmark_markdown(self.results) + set_markdown(self.results)
+        text = benchmark_markdown(self.table) + set_markdown(self.table)
         (self.folder / "table.md").write_text(text, encoding="utf-8")
-        names = ["results.csv", "table.md"]
+        names = [RECORD, RESULTS, "table.md"]
         if self._scores:
             score_histograms(pd.concat(self._scores), self.folder / "scores.png")
-            names += ["scores.csv", "scores.png"]
-        console.print(benchmark_table(self.results))
-        sets = set_table(self.results)
+            names += [SCORES, "scores.png"]
+        console.print(benchmark_table(self.table))
+        sets = set_table(self.table)
         if sets is not None:
             console.print(sets)
-        console.print(f"In {self.folder}: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+        for line in (f"In {self.folder}: {', '.join(names)}", f"As a page: flowood report {self.folder}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class BenchmarkRunner(SerialRunner):
@@ -557,7 +595,18 @@ class BenchmarkRunner(SerialRunner):
             with _logs_to(None):
                 jobs = [job for job in self.generator(args, prev_stage_results) if isinstance(job, BenchmarkJob)]
                 _check_jobs(jobs, progress)
-            record = _Record(Path("runs") / BenchmarkJob.name)
+            record = Results(_new_folder(Path("runs") / BenchmarkJob.name))
+            write_record(
+                record.folder,
+                BenchmarkJob.name,
+                detectors={job.detector: job.config["model"] for job in jobs},
+                data={job.data: job.config["data"] for job in jobs},
+                settings={
+                    "seeds": list(dict.fromkeys(job.seed for job in jobs)),
+                    "accelerators": list(dict.fromkeys(job.accelerator for job in jobs)),
+                    "trainer": args.get("trainer") or {},
+                },
+            )
             failed: list[str] = []
             try:
                 with _logs_to(record.log):
@@ -575,7 +624,7 @@ class BenchmarkRunner(SerialRunner):
             listed = "\n".join(f"  {line}" for line in failed)
             msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"
             raise BenchmarkError(msg)
-        return record.results
+        return record.table
 
 
 def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
@@ -595,7 +644,7 @@ def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
     gc.collect()
 
 
-def _run_job(job: BenchmarkJob, record: _Record, progress: JobProgress) -> str:
+def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
     """Run one job and record it; returns its error's first line, or nothing."""
     message = ""
     try:
@@ -604,6 +653,7 @@ def _run_job(job: BenchmarkJob, record: _Record, progress: JobProgress) -> str:
         logger.exception("%s failed", job.title)
         message = f"{type(error).__name__}: {readable(error).splitlines()[0]}"
         result = {**job.row(), "error": message, **job.flat_cfg}
+        job.scores = pd.DataFrame()  # of a diverged training they are NaN
         progress.say(f"  failed: {message}")
     else:
         progress.say(

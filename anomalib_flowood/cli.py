@@ -21,6 +21,8 @@ SUBCOMMANDS = {
     "export": "Export a fitted detector (torch, ONNX, OpenVINO).",
     "benchmark": "Compare detectors, ours and anomalib's, on data sets: a table, scores and histograms.",
     "explain": "Draw what a fitted flow does to images from inside and outside, on one page.",
+    "score": "Give a trained checkpoint another anomaly score, without training it again.",
+    "report": "Show the results of a benchmark or a test on one page.",
     "backbone": "Save a timm backbone with its weights into a folder, for use offline.",
     "install": "Install anomalib's optional dependencies.",
 }

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +103,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert {file.name for file in run.iterdir()} == {
         "benchmark.log",
         "results.csv",
+        "run.json",
         "scores.csv",
         "scores.png",
         "table.md",
@@ -126,7 +129,8 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert "Each outside set" not in out
     assert "[4/4] Padim on Folder (normal_dir=gone), seed 3" in out
     assert "epoch 1/1" in out
-    assert f"In runs/benchmark/{run.name}: results.csv" in out
+    assert f"In runs/benchmark/{run.name}: run.json, results.csv" in out
+    assert f"As a page: flowood report runs/benchmark/{run.name}" in out
     assert max(map(len, out.splitlines())) <= 100 + len(str(images))
     assert "2 of 4 jobs failed" in err
     assert f"Full tracebacks: runs/benchmark/{run.name}/benchmark.log" in err
@@ -134,6 +138,18 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert "Traceback" in (run / "benchmark.log").read_text()
     assert Image.open(run / "scores.png").size[0] > 300
     assert not list(here.rglob("images"))  # no picture for each test image
+
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"] == "benchmark"
+    assert record["versions"]["anomalib"] == version("anomalib")
+    assert record["settings"] == {"seeds": [3], "accelerators": ["cpu"], "trainer": {}}
+    assert record["detectors"] == {"DFM tiny": DFM, "Padim": PADIM}
+    assert record["data"]["Folder (normal_dir=train)"] == folder(images, normal_dir="train")
+
+    main(["report", str(run)])
+    page = (run / "report" / "index.html").read_text()
+    assert page.count("data:image/png") == 2 * 10  # every test image: each detector has fewer than it would show
+    assert page.count("failed: FileNotFoundError") == 2
 
 
 def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

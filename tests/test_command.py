@@ -2,6 +2,7 @@
 """The command line end to end: config file, train, test, predict, export; and anomalib's own with our class paths."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,18 @@ def test_train_test_predict_and_export(here, capsys):
     checkpoint = "results/PixelFlow/CrossDataset/ramps-squares/latest/weights/lightning/model.ckpt"
 
     main(["test", "--config", str(config), "--ckpt_path", checkpoint])
-    assert "image_FPR95" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "image_FPR95" in out
+    run = Path(out.partition("As a page: flowood report ")[2].splitlines()[0])
+    (results,) = pd.read_csv(run / "results.csv").to_dict("records")
+    printed = re.search(r"image_AUROC\W+([\d.]+)", out)
+    assert results["AUROC"] == pytest.approx(float(printed[1]))
+    main(["report", str(run)])
+    page = (run / "report" / "index.html").read_text()
+    assert "<h1>Test of PixelFlow on CrossDataset ramps-squares</h1>" in page
+    assert page.count("data:image/png") == 16
+    assert checkpoint in page
+    capsys.readouterr()
 
     main(["predict", "--config", str(config), "--ckpt_path", checkpoint])
     out = capsys.readouterr().out

@@ -50,7 +50,7 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
         (str(detector), str(data), group[group["seed"] == group["seed"].iloc[0]])
         for (detector, data), group in scores.groupby(["detector", "data"], sort=False)
     ]
-    colours = _source_colours(scores)
+    colours = source_colours(scores)
     columns = min(len(panels), 2 if len(panels) in {2, 4} else 3)
     rows = math.ceil(len(panels) / columns)
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
@@ -62,7 +62,7 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         handles: dict[str, Artist] = {}
         for axis, (detector, data, group) in zip(axes, panels, strict=False):
-            handles |= _panel(axis, group, colours)
+            handles |= draw_histogram(axis, group, colours)
             axis.set_title(_title(detector, data, group), fontsize=10)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
@@ -80,8 +80,15 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
     return Path(path)
 
 
-def _source_colours(scores: pd.DataFrame) -> dict[str, str]:
-    """One colour for each out-of-distribution source, the same in all panels; the rarest share the last one."""
+def source_colours(scores: pd.DataFrame) -> dict[str, str]:
+    """Choose a colour for each out-of-distribution source, the same in all panels; the rarest share the last one.
+
+    Args:
+        scores: One row per test image with the columns ``source`` and ``label``.
+
+    Returns:
+        Colours by name, the in-distribution images first.
+    """
     names = list(scores.loc[scores["label"] == 1, "source"].astype(str).value_counts(sort=True).index)
     colours = {_INSIDE: _INSIDE_COLOUR}
     if len(names) > len(_OUTSIDE_COLOURS):
@@ -105,8 +112,17 @@ def _range(group: pd.DataFrame) -> tuple[float, float]:
     return min(ends), max(ends)
 
 
-def _panel(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
-    """Draw one panel; returns a legend handle for each name drawn."""
+def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
+    """Draw one panel.
+
+    Args:
+        axis: Where to draw.
+        group: One row per test image with the columns ``source``, ``label`` and ``score``.
+        colours: What :func:`source_colours` chose.
+
+    Returns:
+        A legend handle for each name drawn.
+    """
     values = group["score"].to_numpy(float)
     low, high = _range(group[np.isfinite(values)])
     if low == high:  # constant scores still deserve a bar

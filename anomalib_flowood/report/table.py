@@ -12,8 +12,8 @@ from rich.table import Table
 
 from anomalib_flowood.metrics import MEAN, MOST_SETS
 
-_METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
-_TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
+METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
+TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -28,17 +28,17 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
         ``FPR95_std`` (NaN for a single seed), ``seeds`` (how many succeeded), ``best`` (whether no other detector has a
         higher AUROC on these data) and ``error`` (the first one, or an empty string).
     """
-    frame = results.reindex(columns=["detector", "data", "seed", *_METRICS, "error"])
+    frame = results.reindex(columns=["detector", "data", "seed", *METRICS, "error"])
     rows = []
     for (detector, data), group in frame.groupby(["detector", "data"], sort=False):
         errors = [error for error in group["error"] if isinstance(error, str) and error]
         done = group[~group["error"].map(lambda error: isinstance(error, str) and bool(error))]
-        values = done[list(_METRICS)].astype(float)
+        values = done[list(METRICS)].astype(float)
         rows.append(
             {
                 "detector": detector,
                 "data": data,
-                **{name: values[name].mean() for name in _METRICS},
+                **{name: values[name].mean() for name in METRICS},
                 **{f"{name}_std": values[name].std(ddof=1) for name in ("AUROC", "FPR95")},
                 "seeds": len(done),
                 "error": errors[0] if errors else "",
@@ -58,7 +58,7 @@ def _number(value: float, std: float, digits: int) -> str:
     return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
-def _cells(row: pd.Series) -> dict[str, str]:
+def cells_of(row: pd.Series) -> dict[str, str]:
     """The numbers of one row as text."""
     nan = float("nan")
     rate = row["images_per_s"]
@@ -70,7 +70,8 @@ def _cells(row: pd.Series) -> dict[str, str]:
     }
 
 
-def _several_seeds(results: pd.DataFrame) -> bool:
+def several_seeds(results: pd.DataFrame) -> bool:
+    """Say whether a table has to tell how many seeds a mean is of."""
     return "seed" in results and results["seed"].nunique() > 1
 
 
@@ -83,20 +84,20 @@ def benchmark_table(results: pd.DataFrame) -> Table:
     Returns:
         A table that wraps its names, never its numbers, and fits into 100 columns.
     """
-    seeds = _several_seeds(results)
+    seeds = several_seeds(results)
     table = Table(box=box.SIMPLE_HEAD, title="Benchmark", title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("detector", overflow="fold", ratio=3)
     table.add_column("data", overflow="fold", ratio=2)
-    for name in _METRICS:
-        table.add_column(_TITLES[name], justify="right", no_wrap=True)
+    for name in METRICS:
+        table.add_column(TITLES[name], justify="right", no_wrap=True)
     if seeds:
         table.add_column("seeds", justify="right", no_wrap=True)
     data = None
-    for _, row in summarise(results).sort_values("data", kind="stable", key=_first_seen).iterrows():
+    for _, row in summarise(results).sort_values("data", kind="stable", key=first_seen).iterrows():
         if data is not None and row["data"] != data:
             table.add_section()
         data = row["data"]
-        cells = _cells(row)
+        cells = cells_of(row)
         if row["best"]:
             cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
         detector = escape(str(row["detector"]))
@@ -115,11 +116,11 @@ def benchmark_markdown(results: pd.DataFrame) -> str:
     Returns:
         A Markdown table, ending in a newline.
     """
-    seeds = _several_seeds(results)
-    header = ["detector", "data", *(_TITLES[name] for name in _METRICS), *(["seeds"] if seeds else [])]
+    seeds = several_seeds(results)
+    header = ["detector", "data", *(TITLES[name] for name in METRICS), *(["seeds"] if seeds else [])]
     lines = [" | ".join(header), " | ".join(["---", "---", *["---:"] * (len(header) - 2)])]
-    for _, row in summarise(results).sort_values("data", kind="stable", key=_first_seen).iterrows():
-        cells = _cells(row)
+    for _, row in summarise(results).sort_values("data", kind="stable", key=first_seen).iterrows():
+        cells = cells_of(row)
         if row["best"]:
             cells["AUROC"] = f"**{cells['AUROC']}**"
         names = [str(row["detector"]), str(row["data"])]
@@ -130,7 +131,7 @@ def benchmark_markdown(results: pd.DataFrame) -> str:
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _by_set(results: pd.DataFrame) -> pd.DataFrame:
+def summarise_sets(results: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of :func:`summarise` for each out-of-distribution set, which the column ``set`` names.
 
     Sets come in alphabetical order, their average last. Data with a single set are left out, and those with more than
@@ -166,13 +167,13 @@ def set_table(results: pd.DataFrame) -> Table | None:
     for name, ratio in (("detector", 3), ("data", 2), ("outside", 1)):
         table.add_column(name, overflow="fold", ratio=ratio)
     for name in ("AUROC", "FPR95"):
-        table.add_column(_TITLES[name], justify="right", no_wrap=True)
+        table.add_column(TITLES[name], justify="right", no_wrap=True)
     group = None
-    for _, row in _by_set(results).iterrows():
+    for _, row in summarise_sets(results).iterrows():
         if group is not None and (row["data"], row["set"]) != group:
             table.add_section()
         group = row["data"], row["set"]
-        cells = _cells(row)
+        cells = cells_of(row)
         if row["best"]:
             cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
         names = [escape(str(row[name])) for name in ("detector", "data", "set")]
@@ -189,10 +190,10 @@ def set_markdown(results: pd.DataFrame) -> str:
     Returns:
         An empty line and a Markdown table, ending in a newline; an empty string if there is no table.
     """
-    header = ["detector", "data", "outside", _TITLES["AUROC"], _TITLES["FPR95"]]
+    header = ["detector", "data", "outside", TITLES["AUROC"], TITLES["FPR95"]]
     lines = []
-    for _, row in _by_set(results).iterrows():
-        cells = _cells(row)
+    for _, row in summarise_sets(results).iterrows():
+        cells = cells_of(row)
         if row["best"]:
             cells["AUROC"] = f"**{cells['AUROC']}**"
         names = [_markdown_cell(str(row[name])) for name in ("detector", "data", "set")]
@@ -207,7 +208,7 @@ def _markdown_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _first_seen(column: pd.Series) -> pd.Series:
+def first_seen(column: pd.Series) -> pd.Series:
     """Sort key that keeps data sets in the order of the configuration."""
     return pd.Series(pd.factorize(column)[0], index=column.index)
 

@@ -35,7 +35,7 @@ def compressed_bits(images: Tensor) -> Tensor:
     Returns:
         Bits, headers included, ``(N,)``, float32.
     """
-    arrays = images.movedim(1, -1).cpu().numpy()
+    arrays = np.array(images.movedim(1, -1).cpu().numpy(), order="C")  # the compressors take no other strides
     if arrays.shape[-1] == 1:
         arrays = arrays[..., 0]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

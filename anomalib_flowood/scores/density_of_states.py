@@ -62,7 +62,9 @@ class DensityOfStates(Score):
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Fit the mixture."""
-        mean, std = statistics.mean(0), statistics.std(0).clamp(min=1e-12)
+        mean = statistics.mean(0)
+        # A statistic that is the same for all images differs by its rounding, which is to say nothing.
+        std = torch.maximum(statistics.std(0), 1e-4 * mean.abs()).clamp(min=1e-12)
         components = max(1, min(_COMPONENTS, len(statistics) // _IMAGES_PER_COMPONENT))
         mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)
         mixture.fit(((statistics - mean) / std).cpu().numpy())

@@ -30,7 +30,7 @@ def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -
 
     Returns:
         Dimensions, ``(N,)``: near 0 where the density is narrower than the noise in all directions, near D where it
-        is wider in all of them.
+        is wider in all of them. NaN where the flow overflowed.
     """
 
     def latents(point: Tensor) -> Tensor:
@@ -43,7 +43,9 @@ def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -
             jacobian = torch.func.vmap(torch.func.jacrev(latents))(chunk).flatten(2).double()
             z = flow(chunk)[0].flatten(1).double()
             gram = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) + scale**2 * jacobian @ jacobian.mT
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            factor[failed > 0] = torch.nan
+            inverse = torch.cholesky_inverse(factor)
             solved = (inverse @ z[:, :, None])[:, :, 0]
             trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
             parts.append(trace + (z * solved).sum(1) - solved.square().sum(1))

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 Inputs = tuple[Tensor, ...]
 """What a density is computed from: its own preparation of a batch of images, each tensor with one row per image."""
 
+_FEWEST_IMAGES = 2
+"""One image has no standard deviation."""
+
 
 class Density(NamedTuple):
     """What a flow says about a batch.
@@ -123,14 +126,15 @@ class Score(nn.Module):
             batches: Prepared inputs of in-distribution training images, without noise.
 
         Raises:
-            ValueError: If a statistic of a training image is NaN or infinite, or there are no images.
+            ValueError: If a statistic of a training image is NaN or infinite, or there are fewer than two of them.
         """
         if not self.fit_images:
             return
         with torch.no_grad():
             rows = [self.statistics(density, inputs) for inputs in batches]
-        if not rows:
-            msg = f"There are no training images to fit the score {self.name!r} on."
+        count = sum(len(row) for row in rows)
+        if count < _FEWEST_IMAGES:
+            msg = f"The score {self.name!r} is fitted on at least {_FEWEST_IMAGES} training images, got {count}."
             raise ValueError(msg)
         statistics = torch.cat(rows).double()
         broken = int((~torch.isfinite(statistics).all(1)).sum())

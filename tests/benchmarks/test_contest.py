@@ -259,6 +259,21 @@ def test_ablation_changes_one_thing_at_a_time():
     variants = detectors.ablation()
     assert next(iter(variants)) == "defaults"
     assert {"mask=checkerboard", "subnet=mlp", "bottleneck_dim=8", "layers=blocks.4+blocks.6"} <= set(variants)
+    assert "mask=checkerboard, subnet=resnet" in variants
+
+
+def test_full_precision_changes_the_stored_features_alone():
+    small = {"subspace_dim": 4, "layout_dims": 4, "bottleneck_dim": 3, "hidden_channels": 8}
+    usual = FeatureMapFlow(BACKBONE, (1, 2), False, (32, 32), **small)
+    full = detectors.FullPrecision(BACKBONE, (1, 2), False, (32, 32), **small)
+    full.load_state_dict(usual.state_dict())
+    images = torch.rand(9, 3, 32, 32)
+    with torch.no_grad():
+        for model, dtype in ((usual, torch.float16), (full, torch.float32)):
+            features = model.extract(images)
+            model.fit_features(features)
+            assert {layer.dtype for layer in (*features, *model.prepare_features(features))} == {dtype}
+        assert full.model.log_prob(images) == pytest.approx(usual.model.log_prob(images), rel=0.02)
 
 
 # -- whole fits -----------------------------------------------------------------------------------------------------
@@ -476,6 +491,20 @@ def test_tables_from_a_few_rows(tmp_path):
     assert max(map(len, text.splitlines())) <= 100
     report.write(tmp_path, tmp_path / "into")
     assert (tmp_path / "into/cost.png").stat().st_size > 5000
+
+
+def test_a_picture_outlives_its_maps(tmp_path):
+    cost = {"fit_s": 12.0, "train_images": 600, "test_images": 400}
+    append_rows(tmp_path, [rows_of("industrial", "tiles", "Padim", 0, auroc=0.8, **cost)], contest.COLUMNS)
+    into = tmp_path / "into"
+    into.mkdir()
+    (into / "README.md").write_text("<!-- contest: begin -->\n<!-- contest: end -->\n", encoding="utf-8")
+    report.write(tmp_path, into)
+    assert "maps.png" not in (into / "README.md").read_text(encoding="utf-8")
+    (into / "maps.png").write_bytes(b"drawn elsewhere")
+    report.write(tmp_path, into)
+    assert "![tiles: images, ground truth, maps](maps.png)" in (into / "README.md").read_text(encoding="utf-8")
+    assert (into / "maps.png").read_bytes() == b"drawn elsewhere"
 
 
 def test_no_rows(tmp_path):

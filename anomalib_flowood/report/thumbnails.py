@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test images of a run that is over, small enough to stand inside a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+from anomalib_flowood.benchmark import build, readable
+from anomalib_flowood.data.sources import read_image
+
+SIDE = 96
+"""The longer side of a thumbnail, in pixels."""
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Images that were found.
+
+    Attributes:
+        uris: A data URI for each path.
+        missing: Why others are not there; empty if all are.
+    """
+
+    uris: dict[str, str]
+    missing: str
+
+
+def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumbnails:
+    """Find images by the paths that a test recorded.
+
+    Files are read. Images that never were files (MNIST's) have paths that only stand in for them: the data module is
+    built once more, and asked.
+
+    Args:
+        paths: Values of ``image_path``.
+        entry: ``class_path`` and ``init_args`` of the data module, ``None`` if nobody knows.
+
+    Returns:
+        What was found.
+    """
+    wanted = list(dict.fromkeys(paths))
+    uris: dict[str, str] = {}
+    reason = ""
+    for path in wanted:
+        if Path(path).is_file():
+            try:
+                uris[path] = _data_uri(read_image(path))
+            except ValueError as error:
+                reason = str(error)
+    others = [path for path in wanted if path not in uris and not Path(path).is_file()]
+    if others and entry is None:
+        reason = f"there is no such file from {Path.cwd()}, and the run did not keep how its data were made"
+    elif others and entry is not None:
+        try:
+            images = _from_data(entry, others)
+        except Exception as error:  # data that have gone since must not cost the page
+            reason = f"the data could not be read again ({readable(error)})"
+        else:
+            uris |= images
+            if len(images) < len(others):
+                lost = next(path for path in others if path not in images)
+                reason = f"neither a file nor the data as they are now hold {lost or 'an image without a path'}"
+    lacking = len(wanted) - len(uris)
+    return Thumbnails(uris, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else "")
+
+
+def _from_data(entry: dict[str, Any], paths: list[str]) -> dict[str, str]:
+    """Data URIs of the test images of a data module that have these paths."""
+    datamodule = build("data", entry)
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    places = {str(path): place for place, path in enumerate(datamodule.test_data.samples["image_path"])}
+    return {path: _data_uri(datamodule.test_data[places[path]].image) for path in paths if path in places}
+
+
+def _data_uri(image: torch.Tensor) -> str:
+    """Shrink an image of shape ``(C, H, W)``, ``uint8`` or floats in [0, 1]; small ones are kept exactly."""
+    picture = to_pil_image(image.as_subclass(torch.Tensor))
+    kind = "png" if max(picture.size) <= SIDE else "jpeg"
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from model_helpers import idx_folder
+
+from anomalib_flowood.benchmark import Results
+from anomalib_flowood.data import CrossDataset
+from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+from anomalib_flowood.report.run import write_record
+
+DETECTORS = {"good one": 3.0, "poor one": 0.5, "in between": 1.5}
+"""Detectors by name, with how far they part inside from outside."""
+
+
+def in_memory(root: Path, outside: int = 2) -> dict:
+    """Configuration of a data module whose images are in idx files."""
+    folders = [root / name for name in ("ramps", *(f"squares{number}" for number in range(outside)))]
+    for number, folder in enumerate(folders):
+        if not folder.exists():
+            idx_folder(folder, "square" if number else "plain", test=12, seed=number)
+    inside, *others = map(str, folders)
+    return {"class_path": "CrossDataset", "init_args": {"in_distribution": inside, "out_of_distribution": others}}
+
+
+def test_samples(entry: dict) -> pd.DataFrame:
+    """The test images of a CrossDataset: image_path, source, label."""
+    datamodule = CrossDataset(**entry["init_args"])
+    datamodule.setup("test")
+    samples = datamodule.test_data.samples
+    return samples[["image_path", "source"]].assign(label=samples["label_index"])
+
+
+def write_run(
+    folder: Path,
+    data: dict[str, pd.DataFrame],
+    *,
+    detectors: dict[str, float] = DETECTORS,
+    seeds: tuple[int, ...] = (0,),
+    entries: dict | None = None,
+    failed: tuple[str, ...] = (),
+) -> Path:
+    """A run's folder, written by what a benchmark writes it with, around scores that are drawn at random."""
+    folder.mkdir(parents=True)
+    if entries is not None:
+        models = {name: {"class_path": "PixelFlow", "init_args": {"channels": 1}} for name in detectors}
+        write_record(folder, "benchmark", detectors=models, data=entries, settings={"seeds": list(seeds)})
+    results = Results(folder)
+    rng = np.random.default_rng(0)
+    for seed in seeds:
+        for detector, distance in detectors.items():
+            for name, samples in data.items():
+                row = {"detector": detector, "data": name, "seed": seed}
+                if detector in failed:
+                    results.add({**row, "error": "RuntimeError: <out of memory>"}, pd.DataFrame())
+                    continue
+                values = rng.normal(size=len(samples)) + distance * samples["label"].to_numpy()
+                results.add(*job(row, samples.assign(score=values)))
+    return folder
+
+
+def job(row: dict, scores: pd.DataFrame) -> tuple[dict, pd.DataFrame]:
+    """What a job hands over."""
+    score, label = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
+    metrics = {name: metric(score, label) for name, metric in DETECTION_METRICS.items()}
+    for name, metric in DETECTION_METRICS.items():
+        sets = per_set(metric, score, label, scores["source"].tolist())
+        metrics |= {f"{name}/{key}": value for key, value in sets.items()}
+    times = {"fit_duration": 10.0 + len(row["detector"]), "images_per_s": 1234.5}
+    return {**row, **metrics, **times}, scores.assign(**row)
+
+
+class Page(HTMLParser):
+    """A page's elements as ``(tag, attributes)``, its text, and whether every element is closed."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text, self.open = "", []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]

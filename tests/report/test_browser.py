@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in headless Chromium, as Debian packages it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from report_helpers import DETECTORS, in_memory, test_samples, write_run
+
+from anomalib_flowood.report.page import write_report
+
+test_samples.__test__ = False  # type: ignore[attr-defined]
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason="needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A report's address; its folder has nothing but the page."""
+    root = tmp_path_factory.mktemp("browser")
+    entry = in_memory(root)
+    data = {"FashionMNIST → shapes with a long name": test_samples(entry), "other": test_samples(entry)}
+    folder = write_run(root / "run", data, entries=dict.fromkeys(data, entry), failed=("poor one",))
+    alone = root / "alone"
+    alone.mkdir()
+    return shutil.copy(write_report(folder), alone / "index.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    arguments = ["headless", "disable-gpu", "no-first-run", "disable-background-networking", "disable-quic"]
+    arguments += ["disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"]
+    if os.geteuid() == 0:  # Chromium's sandbox does not work for root
+        arguments.append("no-sandbox")
+    for argument in arguments:
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def show(browser, address: str, width: int = 1280, scheme: str = "light") -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(address)
+
+
+def test_nothing_is_fetched_and_nothing_fails(browser, page: str) -> None:
+    browser.get_log("performance")
+    show(browser, page)
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {sent["params"]["request"]["url"] for sent in messages if sent["method"] == "Network.requestWillBeSent"}
+    assert page in asked
+    assert {address.partition(":")[0] for address in asked} <= {"file", "data"}
+    assert {address for address in asked if address.startswith("file:")} == {page}
+    broken = "return [...document.images].filter(image => !image.complete || image.naturalWidth === 0).length"
+    assert browser.execute_script(broken) == 0
+    assert browser.execute_script("return document.images.length") == 2 * 2 * 16
+
+
+def test_the_table_is_sorted_by_keyboard(browser, page: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(key: str) -> None:
+        ActionChains(browser).send_keys(key).perform()
+
+    show(browser, page)
+    names = (
+        "return [...document.querySelector('table').tBodies[0].rows].map(row => row.cells[0].firstChild.data.trim())"
+    )
+    focused = "return document.activeElement.textContent"
+    original = browser.execute_script(names)
+    assert original == [*DETECTORS, *DETECTORS]
+    for _ in range(50):
+        press(Keys.TAB)
+        if browser.execute_script(focused).startswith("AUROC"):
+            break
+    assert browser.execute_script("return document.activeElement.tagName") == "BUTTON"
+    outline = browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"  # one sees where the keyboard is
+
+    value = "return [...document.querySelector('table').tBodies[0].rows].map(row => row.cells[2].dataset.value ?? null)"
+    sort = "return document.activeElement.closest('th').getAttribute('aria-sort')"
+    press(Keys.ENTER)
+    assert browser.execute_script(sort) == "descending"  # the best AUROC is the highest
+    numbers = [float(number) for number in browser.execute_script(value)[:4]]
+    assert numbers == sorted(numbers, reverse=True)
+    assert browser.execute_script(value)[4:] == [None, None]  # the failed jobs
+    press(Keys.SPACE)
+    assert browser.execute_script(sort) == "ascending"
+    numbers = [float(number) for number in browser.execute_script(value)[:4]]
+    assert numbers == sorted(numbers)
+    assert browser.execute_script(value)[4:] == [None, None]
+
+    for _ in range(2):
+        ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    assert browser.execute_script(focused).startswith("detector")
+    press(Keys.ENTER)
+    assert browser.execute_script(names) == sorted(original)
+    assert (
+        len(browser.execute_script("return [...document.querySelectorAll('table')[0].querySelectorAll('[aria-sort]')]"))
+        == 1
+    )
+
+
+@pytest.mark.parametrize("width", [320, 360, 1280])
+def test_the_page_never_scrolls_sideways(browser, page: str, width: int) -> None:
+    show(browser, page, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # Every picture fits, and is large enough to be read.
+    widths = browser.execute_script("return [...document.querySelectorAll('svg')].map(svg => svg.clientWidth)")
+    assert min(widths) > 250
+    assert max(widths) <= width
+    if width < 500:  # what is wider than the page scrolls in its own box, by keyboard too
+        boxes = "[...document.querySelectorAll('.wide')].map(box => [box.scrollWidth > box.clientWidth, box.tabIndex])"
+        assert [True, 0] in browser.execute_script(f"return {boxes}")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``rgb(r, g, b)``, as WCAG 2 defines it."""
+    parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_dark_page_can_be_read(browser, page: str) -> None:
+    seen = """
+        const probe = document.createElement('i');
+        probe.style.color = 'Canvas';
+        document.body.append(probe);
+        const of = (selector, property) => getComputedStyle(document.querySelector(selector))[property];
+        const line = [...document.querySelectorAll('svg path')].find(path => path.style.stroke.includes('--blue'));
+        return [getComputedStyle(probe).color, of('p', 'color'), of('svg text', 'fill'), of('.failed', 'color'),
+            getComputedStyle(line).stroke];
+    """
+    found = {}
+    for scheme in ("light", "dark"):
+        show(browser, page, scheme=scheme)
+        found[scheme] = browser.execute_script(seen)
+        ground, *colours = found[scheme]
+        assert min(contrast(ground, colour) for colour in colours) > 4.5
+    assert luminance(found["light"][0]) > 0.9
+    assert luminance(found["dark"][0]) < 0.02
+    assert all(light != dark for light, dark in zip(found["light"], found["dark"], strict=True))
+
+
+def test_without_scripts_the_table_is_a_table(browser, page: str) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show(browser, page)
+        headings = [head.text for head in browser.find_elements("css selector", "thead th")]
+        buttons = browser.find_elements("css selector", "button")
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert headings[:3] == ["detector", "data", "AUROC ↑"]
+    assert buttons == []

@@ -1,0 +1,684 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores where the answer is known: Gaussians, a uniform density, constant images, white noise."""
+
+import copy
+import math
+import re
+
+import imagecodecs
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from model_helpers import embedding_flow, feature_map_flow, pixel_flow, randomise_flow
+from sklearn.exceptions import NotFittedError
+from sklearn.mixture import GaussianMixture
+from torch import nn
+from torch.distributions import MultivariateNormal
+
+from anomalib_flowood.flows import dequantize, standard_normal_log_prob
+from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
+from anomalib_flowood.models.pixel_flow import PixelFlowModel
+from anomalib_flowood.scores import (
+    SCORES,
+    Complexity,
+    Density,
+    DensityOfStates,
+    Ensemble,
+    LatentNorm,
+    LikelihoodRatio,
+    LocalIntrinsicDimension,
+    NegativeLogLikelihood,
+    Typicality,
+    compressed_bits,
+    perturb,
+)
+from anomalib_flowood.scores.complexity import pixels_of
+from anomalib_flowood.scores.intrinsic_dimension import local_intrinsic_dimension
+
+FITTED = [name for name, score in SCORES.items() if score.fit_images]
+
+
+class LinearFlow(nn.Module):
+    """z = W (x - m), so that x is Gaussian with covariance (W^T W)^-1."""
+
+    def __init__(self, weight, mean):
+        super().__init__()
+        self.weight, self.mean = nn.Parameter(weight), nn.Parameter(mean)
+        self.requires_grad_(False)
+
+    def forward(self, x, rev=False):
+        assert not rev
+        z = (x.flatten(1) - self.mean) @ self.weight.T
+        return z, torch.linalg.slogdet(self.weight)[1].expand(len(x))
+
+
+class Gaussian:
+    """A known Gaussian of images, (N, 1, 1, D) in float64."""
+
+    reads_pixels = True
+    parts = 2
+
+    def __init__(self, dims=6, weight=None, mean=None):
+        self.dims = dims
+        weight = torch.randn(dims, dims, dtype=torch.float64) if weight is None else weight
+        self.flow = LinearFlow(weight, torch.randn(dims, dtype=torch.float64) if mean is None else mean)
+
+    def new_flow(self):
+        return Gaussian(self.dims).flow
+
+    def density(self, inputs, flow=None):
+        z, log_det = (flow or self.flow)(inputs[0])
+        base = standard_normal_log_prob(z)
+        return Density(base + log_det, z.norm(dim=1), -torch.stack([base, log_det], dim=1))
+
+    @property
+    def distribution(self):
+        return distribution(self.flow)
+
+
+def distribution(flow):
+    return MultivariateNormal(flow.mean.detach(), precision_matrix=(flow.weight.T @ flow.weight).detach())
+
+
+def images_of(vectors):
+    return (vectors.reshape(len(vectors), 1, 1, -1),)
+
+
+class Uniform(Gaussian):
+    """The uniform density on the unit cube: 8 bits for each 8-bit number."""
+
+    def density(self, inputs, flow=None):
+        zeros = inputs[0].new_zeros(len(inputs[0]))
+        return Density(zeros, zeros, torch.stack([zeros, zeros], dim=1))
+
+
+class Table(Gaussian):
+    """A density whose parts are the inputs."""
+
+    reads_pixels = False
+    dims = 1
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def density(self, inputs, flow=None):
+        return Density(-inputs[0].sum(1), inputs[0].norm(dim=1), inputs[0])
+
+
+def fitted(score, density, *batches):
+    score = score(density).double()
+    score.fit(density, batches)
+    return score
+
+
+# -- one evaluation ----------------------------------------------------------------------------------------------
+
+
+def test_nll_is_that_of_the_gaussian_per_dimension():
+    density = Gaussian()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    score = NegativeLogLikelihood(density)(density, images_of(x))
+    torch.testing.assert_close(score, -density.distribution.log_prob(x) / 6)
+
+
+@pytest.mark.parametrize("build", [pixel_flow, embedding_flow, feature_map_flow])
+def test_the_parts_of_a_models_density_sum_to_the_negative_log_likelihood(build):
+    model = build().model.eval()
+    randomise_flow(model)
+    size = (12, 12) if model.reads_pixels else model.image_size
+    with torch.no_grad():
+        density = model.density(model.inputs(torch.rand(3, 3, *size)))
+    assert density.parts.shape == (3, model.parts)
+    torch.testing.assert_close(density.parts.sum(1), -density.log_prob)
+
+
+def test_typicality_is_two_sided():
+    density = Gaussian(200, torch.eye(200, dtype=torch.float64), torch.zeros(200, dtype=torch.float64))
+    x = torch.randn(5000, 200, dtype=torch.float64)
+    score = fitted(Typicality, density, images_of(x[:2000]), images_of(x[2000:]))
+    nll = -density.distribution.log_prob(x) / 200
+    torch.testing.assert_close(score.mean, nll.mean())
+    # -log p is x^2 / 2 and a constant: images that are so much more, or less, likely than the mean.
+    mean_square = x.square().sum(1).mean()
+    direction = torch.full((200,), 200**-0.5, dtype=torch.float64)
+    square = torch.stack([mean_square, mean_square - 12, mean_square + 12])
+    scores = score(density, images_of(square.sqrt()[:, None] * direction))
+    torch.testing.assert_close(scores, torch.tensor([0, 12, 12], dtype=torch.float64) / 2 / 200)
+    # The likeliest image of all is more anomalous than any of the training images.
+    assert score(density, images_of(direction[None] * 0)) > score(density, images_of(x)).max()
+
+
+@pytest.mark.parametrize("dims", [3, 50, 800])
+def test_the_latent_shell_has_a_radius_of_the_square_root_of_the_dimension(dims):
+    density = Gaussian(dims, torch.eye(dims, dtype=torch.float64), torch.zeros(dims, dtype=torch.float64))
+    x = torch.randn(2000, dims, dtype=torch.float64)
+    score = fitted(LatentNorm, density, images_of(x))
+    # The mean of the chi distribution, which is sqrt(d) but for 1 / (4 sqrt(d)); its deviation is below sqrt(1/2).
+    expected = math.sqrt(2) * math.exp(math.lgamma((dims + 1) / 2) - math.lgamma(dims / 2))
+    assert float(score.mean) == pytest.approx(expected, abs=5 * math.sqrt(0.5 / 2000))
+    assert expected == pytest.approx(math.sqrt(dims), abs=0.3 / math.sqrt(dims))
+    origin, typical, far = score(density, images_of(torch.stack([0 * x[0], x[0] / x[0].norm() * expected, 2 * x[0]])))
+    assert origin == pytest.approx(float(score.mean))  # the likeliest point is not on the shell
+    assert typical < 0.1 < min(origin, far)
+
+
+def small_embedding_model(score):
+    kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "modes": 3, "hidden_channels": 8}
+    model = EmbeddingFlowModel("test_efficientnet", layers=[], score=score, **kwargs).double().eval()
+    model.centres.copy_(5 * torch.randn(3, 6))
+    randomise_flow(model)
+    return model
+
+
+def test_latent_norm_takes_the_nearest_mean_of_a_mixture():
+    model = small_embedding_model("latent_norm")
+    inputs = (5 * torch.randn(20, 6, dtype=torch.float64), torch.zeros(20, dtype=torch.float64))
+    with torch.no_grad():
+        distances = torch.cdist(model.flow(inputs[0])[0], model.centres)
+        assert len(distances.argmin(1).unique()) == 3
+        model.scorer.fit(model, [inputs])
+        nearest = distances.min(1).values
+        torch.testing.assert_close(model.scorer(model, inputs), (nearest - nearest.mean()).abs())
+
+
+# -- compression -------------------------------------------------------------------------------------------------
+
+
+def shortest(image):
+    """The bits of the shorter of the two files, each of which must give the image back."""
+    array = np.array(image.movedim(0, -1).squeeze(-1).numpy(), order="C")
+    files = imagecodecs.png_encode(array, level=9), imagecodecs.jpegxl_encode(array, lossless=True)
+    assert np.array_equal(imagecodecs.png_decode(files[0]), array)
+    assert np.array_equal(imagecodecs.jpegxl_decode(files[1]), array)
+    return 8 * min(len(file) for file in files)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 5, 9), (1, 1, 7), (3, 7, 1), (3, 1, 1)])
+def test_compressed_bits_are_those_of_the_shorter_file_in_the_order_of_the_images(shape):
+    # From smooth to noisy, so that no two are alike and threads end out of order.
+    ramp = torch.linspace(20, 200, math.prod(shape)).reshape(shape)
+    images = torch.stack([(ramp + 3 * k * torch.randn(shape)).clamp(0, 255).byte() for k in range(12)])
+    expected = [shortest(image) for image in images]
+    assert compressed_bits(images).tolist() == expected
+    assert compressed_bits(images.flip(0)).tolist() == expected[::-1]
+
+
+def test_both_compressors_win_somewhere():
+    # Few colours in runs suit JPEG-XL, and its header is the longer one.
+    texture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
+    noise, smooth = (np.ascontiguousarray(image.movedim(0, -1).numpy()) for image in (texture, ramp))
+    lengths = lambda array: (
+        len(imagecodecs.png_encode(array, level=9)),
+        len(imagecodecs.jpegxl_encode(array, lossless=True)),
+    )
+    assert lengths(noise)[0] < lengths(noise)[1]
+    assert lengths(smooth)[0] > lengths(smooth)[1]
+    assert compressed_bits(torch.stack([texture, ramp])).tolist() == [8 * min(lengths(a)) for a in (noise, smooth)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_constant_image_costs_next_to_nothing_and_white_noise_eight_bits_a_number(channels):
+    constant = torch.full((2, channels, 64, 64), 7, dtype=torch.uint8)
+    numbers = channels * 64 * 64
+    assert (compressed_bits(constant) < 0.1 * numbers).all()
+    noise = torch.randint(0, 256, (4, channels, 64, 64), dtype=torch.uint8)
+    bits = compressed_bits(noise)
+    # Less than one in 2^63 images has a file that is shorter by 64 bits: there are not more such files.
+    assert (bits > 8 * numbers - 64).all()
+    assert (bits < 8.5 * numbers).all()
+
+
+def test_no_images_have_no_bits():
+    assert compressed_bits(torch.zeros(0, 3, 8, 8, dtype=torch.uint8)).shape == (0,)
+
+
+PIXELS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=4, max_dims=4, max_side=4))
+
+
+# Noise of more than 16 bits may round up to the next level in float32.
+@settings(deadline=None)
+@given(pixels=PIXELS, noise=st.none() | st.floats(0, 1 - 2**-16, width=32))
+def test_the_pixels_are_those_that_were_dequantised(pixels, noise):
+    images = torch.from_numpy(pixels)
+    as_floats = images / 255
+    x = dequantize(as_floats, None if noise is None else torch.full_like(as_floats, noise))
+    assert torch.equal(pixels_of((x,)), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_complexity_is_the_difference_in_bits_per_dimension(channels):
+    images = torch.randint(0, 256, (3, channels, 16, 16), dtype=torch.uint8)
+    images[0] = 128
+    density = Uniform(images[0].numel())
+    score = Complexity(density)(density, (dequantize(images / 255),))
+    bits = compressed_bits(images)
+    torch.testing.assert_close(score, 8 - bits / density.dims)
+    assert score[0] > 7  # simple, and as likely as noise
+    assert (score[1:] < 0).all()  # noise has a header beside its 8 bits
+
+
+def test_complexity_counts_the_bits_of_the_flow():
+    density = Gaussian(16)
+    images = torch.randint(0, 256, (5, 1, 1, 16), dtype=torch.uint8)
+    x = dequantize(images / 255).double()
+    nats = -density.distribution.log_prob(x.flatten(1))
+    expected = nats / math.log(2) / 16 + 8 - compressed_bits(images).double() / 16
+    torch.testing.assert_close(Complexity(density)(density, (x,)), expected)
+
+
+# -- several flows -----------------------------------------------------------------------------------------------
+
+
+def test_no_pixel_is_replaced_at_rate_zero_and_each_at_rate_one():
+    x = torch.full((20, 3, 16, 16), 0.25)
+    assert torch.equal(perturb(x, 0), x)
+    noise = perturb(x, 1).flatten().sort().values
+    # Kolmogorov's distance from the uniform distribution; 2.5 / sqrt(n) is exceeded once in 100,000 times.
+    n = len(noise)
+    assert float((noise - torch.linspace(0, 1, n)).abs().max()) < 2.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_so_many_pixels_are_replaced_with_all_their_channels(rate):
+    x = torch.full((20, 3, 16, 16), 0.25)
+    changed = perturb(x, rate) != x
+    assert torch.equal(changed.any(1), changed.all(1))
+    pixels = changed[:, 0]
+    share = float(pixels.float().mean())
+    assert share == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / pixels.numel()))
+    assert len(pixels.flatten(1).unique(dim=0)) == 20  # other places in each image
+
+
+def test_the_likelihood_ratio_of_equal_flows_is_zero():
+    density = Gaussian()
+    score = LikelihoodRatio(density)
+    x = images_of(torch.randn(5, 6, dtype=torch.float64))
+    assert (score(density, x) != 0).all()  # another flow, at first
+    score.background.load_state_dict(density.flow.state_dict())
+    assert (score(density, x) == 0).all()
+
+
+def test_the_likelihood_ratio_is_higher_for_what_the_background_likes_better():
+    density = Gaussian(4, torch.eye(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    score = LikelihoodRatio(density)
+    background = Gaussian(4, torch.eye(4, dtype=torch.float64), -torch.ones(4, dtype=torch.float64))
+    score.background.load_state_dict(background.flow.state_dict())
+    x = torch.stack([-torch.ones(4), torch.zeros(4), torch.ones(4)]).double()
+    scores = score(density, images_of(x))
+    expected = (background.distribution.log_prob(x) - density.distribution.log_prob(x)) / 4
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(scores, torch.tensor([2.0, 0, -2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("score", [LikelihoodRatio, Ensemble])
+def test_the_training_loss_trains_the_scores_flows_alone(score):
+    density = Gaussian()
+    score = score(density)
+    for flow in (density.flow, *score.flows):
+        flow.requires_grad_(True)
+    loss = score.training_loss(density, images_of(torch.rand(50, 6, dtype=torch.float64)))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in density.flow.parameters())
+    assert all(float(parameter.grad.norm()) > 0 for flow in score.flows for parameter in flow.parameters())
+    trained = {id(parameter) for flow in score.flows for parameter in flow.parameters()}
+    assert trained == {id(parameter) for parameter in score.parameters()}
+
+
+def test_the_background_sees_perturbed_images(monkeypatch):
+    density = Gaussian()
+    score = LikelihoodRatio(density)
+    x = torch.rand(400, 6, dtype=torch.float64)
+    monkeypatch.setattr(LikelihoodRatio, "rate", 0.0)
+    expected = -distribution(score.background).log_prob(x).mean() / 6
+    torch.testing.assert_close(score.training_loss(density, images_of(x)).detach(), expected)
+    monkeypatch.setattr(LikelihoodRatio, "rate", 0.5)
+    assert float(score.training_loss(density, images_of(x))) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_ensembles_loss_is_the_sum_over_its_members():
+    density = Gaussian()
+    score = Ensemble(density)
+    x = torch.rand(50, 6, dtype=torch.float64)
+    expected = sum(-distribution(flow).log_prob(x).mean() / 6 for flow in score.members)
+    torch.testing.assert_close(score.training_loss(density, images_of(x)).detach(), expected)
+
+
+def test_an_ensemble_of_equal_flows_gives_the_likelihood():
+    density = Gaussian()
+    score = Ensemble(density)
+    for member in score.members:
+        member.load_state_dict(density.flow.state_dict())
+    x = images_of(torch.randn(5, 6, dtype=torch.float64))
+    torch.testing.assert_close(score(density, x), NegativeLogLikelihood(density)(density, x))
+
+
+def test_the_ensemble_is_waic_over_five_flows():
+    density = Gaussian()
+    score = Ensemble(density)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    log_probs = np.stack([distribution(flow).log_prob(x).numpy() for flow in (density.flow, *score.members)])
+    assert len(log_probs) == 5
+    expected = -(log_probs.mean(0) - log_probs.var(0)) / 6
+    np.testing.assert_allclose(score(density, images_of(x)).detach(), expected)
+
+
+def test_disagreement_is_anomalous():
+    # Four flows, in pairs on either side of the detector's, have the same mean log p at the centre as at x.
+    density = Gaussian(2, torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    score = Ensemble(density)
+    for member, shift in zip(score.members, (-1, -1, 1, 1), strict=True):
+        other = Gaussian(2, torch.eye(2, dtype=torch.float64), torch.tensor([shift, 0.0], dtype=torch.float64))
+        member.load_state_dict(other.flow.state_dict())
+    x = torch.tensor([[0.0, 3.0], [3.0, 0.0]], dtype=torch.float64)
+    log_probs = torch.stack([distribution(flow).log_prob(x) for flow in (density.flow, *score.members)])
+    assert log_probs.mean(0)[0] == pytest.approx(float(log_probs.mean(0)[1]))
+    agreed, disputed = score(density, images_of(x))
+    variances = log_probs.var(0, correction=0)
+    torch.testing.assert_close(disputed - agreed, (variances[1] - variances[0]) / 2)
+    assert disputed > agreed + 1
+
+
+# -- local intrinsic dimension -----------------------------------------------------------------------------------
+
+
+def lidl(flow, x, scale):
+    """D + d log p / d log(scale), where p is the flow's Gaussian with noise; by automatic differentiation."""
+    covariance = torch.linalg.inv((flow.weight.T @ flow.weight).detach())
+    log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
+    noisy = covariance + (2 * log_scale).exp() * torch.eye(len(covariance), dtype=torch.float64)
+    log_prob = MultivariateNormal(flow.mean.detach(), noisy).log_prob(x)
+    return x.shape[1] + torch.stack([torch.autograd.grad(p, log_scale, retain_graph=True)[0] for p in log_prob])
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 10.0])
+def test_the_dimension_is_the_derivative_of_a_gaussian_with_noise(scale):
+    flow = Gaussian(7).flow
+    x = torch.randn(6, 7, dtype=torch.float64)
+    dimension = local_intrinsic_dimension(flow, images_of(x)[0], scale)
+    torch.testing.assert_close(dimension, lidl(flow, x, scale), rtol=1e-6, atol=1e-6)
+
+
+def test_all_directions_are_wider_than_little_noise_and_none_than_much():
+    flow = Gaussian(7).flow
+    x = images_of(distribution(flow).sample((5,)))[0]
+    everything, nothing = torch.full((5,), 7.0, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    torch.testing.assert_close(local_intrinsic_dimension(flow, x, 1e-5), everything, rtol=0, atol=1e-4)
+    torch.testing.assert_close(local_intrinsic_dimension(flow, x, 1e5), nothing, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [0, 2, 5, 8])
+def test_a_gaussian_that_is_thin_in_all_but_some_directions_has_those_dimensions(wide):
+    widths = torch.full((8,), 1e-3, dtype=torch.float64)
+    widths[:wide] = 100
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    flow = Gaussian(8, turn / widths[:, None], torch.zeros(8, dtype=torch.float64)).flow
+    x = (torch.randn(5, 8, dtype=torch.float64) * widths) @ turn
+    dimension = local_intrinsic_dimension(flow, images_of(x)[0], 0.1)
+    # Each direction is off by the squared ratio of width and noise, or its inverse, times 1 + z^2.
+    torch.testing.assert_close(dimension, torch.full((5,), float(wide)).double(), rtol=0, atol=8 * 1e-4 * 30)
+
+
+def random_pixel_model(score="nll", **kwargs):
+    sizes = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+    model = PixelFlowModel((5, 4), 1, score=score, **{**sizes, **kwargs})
+    randomise_flow(model, scale=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.5])
+def test_the_dimension_of_a_pixel_flow_is_that_of_its_generators_singular_values(scale):
+    model = random_pixel_model().double()
+    (x,) = model.inputs(torch.rand(6, 1, 5, 4, dtype=torch.float64))
+    expected = []
+    for point in x:
+        z = model.flow(point[None])[0].detach()
+        generate = lambda latent: model.flow(latent, rev=True)[0].flatten()
+        jacobian = torch.autograd.functional.jacobian(generate, z).reshape(20, 20)
+        _, widths, right = torch.linalg.svd(jacobian)
+        w, s2, d2 = right @ z.flatten(), widths**2, scale**2
+        expected.append((s2 / (s2 + d2)).sum() + (d2 * s2 * w**2 / (s2 + d2) ** 2).sum())
+    dimension = local_intrinsic_dimension(model.flow, x, scale)
+    torch.testing.assert_close(dimension, torch.stack(expected), rtol=1e-6, atol=1e-6)
+    single = local_intrinsic_dimension(model.float().flow, x.float(), scale)
+    torch.testing.assert_close(single.double(), dimension, rtol=1e-3, atol=1e-3)
+
+
+def test_the_dimension_works_in_inference_mode():
+    model = random_pixel_model()
+    images = torch.rand(5, 1, 5, 4)
+    expected = local_intrinsic_dimension(model.flow, model.inputs(images)[0], 0.1)
+    with torch.inference_mode():
+        dimension = local_intrinsic_dimension(model.flow, model.inputs(images.clone())[0], 0.1)
+    torch.testing.assert_close(dimension, expected)
+    assert not dimension.requires_grad
+
+
+def test_an_overflow_has_no_dimension_and_leaves_the_other_images_theirs():
+    class Overflow(nn.Module):
+        def forward(self, x):
+            return torch.where(x > 1, x * 1e200 * 1e200, x), None
+
+    x = torch.tensor([[0.5, 0.5], [2.0, 0.5], [0.1, 0.2]], dtype=torch.float64)
+    dimension = local_intrinsic_dimension(Overflow(), x, 0.1)
+    assert dimension.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(dimension[0], local_intrinsic_dimension(Overflow(), x[:1], 0.1)[0])
+
+
+def test_lid_is_the_worse_of_two_one_sided_tests():
+    density = Gaussian(6, 4 * torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
+    training = density.distribution.sample((60,))
+    score = fitted(LocalIntrinsicDimension, density, images_of(training))
+    rows = lambda x: torch.stack([-density.distribution.log_prob(x), -lidl(density.flow, x, 0.1)], dim=1) / 6
+    x = torch.stack([training[0], torch.full((6,), 3.0).double(), torch.zeros(6).double()])
+    expected = (rows(x) - rows(training).mean(0)) / rows(training).std(0)
+    torch.testing.assert_close(score(density, images_of(x)), expected.max(1).values)
+    unlikely, simple = expected[1], expected[2]
+    assert unlikely[0] > 3 > unlikely[1]  # far out: unlikely, not simple
+    assert simple[1] > 0 > simple[0]  # the likeliest point: simple
+
+
+# -- density of states -------------------------------------------------------------------------------------------
+
+
+def test_density_of_states_agrees_with_scikit_learn():
+    model = random_pixel_model("density_of_states").double()
+    # Three kinds of images: noise, dark noise, constants with a little noise.
+    noise = torch.rand(240, 1, 5, 4, dtype=torch.float64)
+    noise[80:160] *= 0.1
+    noise[160:] = noise[160:, :, :1, :1] + 0.02 * noise[160:]
+    training, test = noise[::2].clamp(0, 1), noise[1::2].clamp(0, 1)
+    with torch.no_grad():
+        model.scorer.fit(model, [model.inputs(part) for part in training.split(50)])
+        rows = lambda images: torch.cat(
+            [
+                model.density(model.inputs(images)).parts / 20,
+                compressed_bits((images * 255).round().byte())[:, None].double() / 20,
+            ],
+            dim=1,
+        ).numpy()
+        scores = model(test).pred_score
+        given_rows, test_rows = rows(training), rows(test)
+    mean, std = given_rows.mean(0), given_rows.std(0, ddof=1)
+    mixture = GaussianMixture(2, reg_covar=1e-3, random_state=0).fit((given_rows - mean) / std)  # 120 images
+    np.testing.assert_allclose(scores, -mixture.score_samples((test_rows - mean) / std), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "components"), [(10, 1), (99, 1), (100, 2), (499, 9), (1000, 16)])
+def test_few_images_are_described_by_few_gaussians(images, components):
+    density = Table(2)
+    score = fitted(DensityOfStates, density, (torch.rand(images, 2, dtype=torch.float64),))
+    assert int(score.log_weights.isfinite().sum()) == components
+    torch.testing.assert_close(score.log_weights.exp().sum(), torch.tensor(1.0).double())
+
+
+def test_a_single_gaussian_is_the_normal_density_and_sees_how_statistics_go_together():
+    density = Table(2)
+    base = torch.randn(90, 1, dtype=torch.float64)
+    rows = torch.cat([base, 5 - 3 * base + 0.3 * torch.randn(90, 1, dtype=torch.float64)], dim=1)
+    score = fitted(DensityOfStates, density, (rows,))
+    standardised = (rows - rows.mean(0)) / rows.std(0)
+    covariance = standardised.T @ standardised / 90 + 1e-3 * torch.eye(2)
+    expected = MultivariateNormal(torch.zeros(2).double(), covariance)
+    torch.testing.assert_close(score(density, (rows,)), -expected.log_prob(standardised))
+    # Each statistic is usual, both together are not.
+    odd = torch.tensor([[1.0, 5 + 3.0]], dtype=torch.float64)
+    assert (rows.min(0).values < odd).all()
+    assert (odd < rows.max(0).values).all()
+    assert score(density, (odd,)) > score(density, (rows,)).max() + 10
+
+
+def test_a_second_fit_with_fewer_gaussians_leaves_none_of_the_first():
+    density = Table(2)
+    score = fitted(DensityOfStates, density, (torch.rand(400, 2, dtype=torch.float64),))
+    rows = 9 + torch.rand(60, 2, dtype=torch.float64)
+    score.fit(density, [(rows,)])
+    torch.testing.assert_close(score(density, (rows,)), fitted(DensityOfStates, density, (rows,))(density, (rows,)))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1234.567])
+def test_a_constant_statistic_says_nothing(constant):
+    density = Table(2)
+    rows = torch.rand(90, 2, dtype=torch.float64)
+    rows[:, 1] = constant
+    score = fitted(DensityOfStates, density, (rows,)).float()
+    alone = fitted(DensityOfStates, Table(1), (rows[:, :1],))(Table(1), (rows[:, :1],))
+    # Up to rounding, which differs from batch to batch.
+    rounded = rows.float()
+    rounded[::2, 1] *= 1 + 2**-22
+    scores = score(density, (rounded,))
+    torch.testing.assert_close(scores - scores[0], (alone - alone[0]).float(), rtol=0, atol=0.01)
+
+
+# -- every score -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_has_its_name_a_source_and_a_direction(name):
+    score = SCORES[name]
+    assert score.name == name
+    assert re.search(r"\b(19|20)\d\d\b", score.__doc__)
+    assert re.search(r"arXiv \d{4}\.\d{5}|IEE Proceedings", score.__doc__)
+
+
+def build(name, density):
+    return SCORES[name](density).double()
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_score_must_be_fitted_first(name):
+    density = Gaussian()
+    score = build(name, density)
+    x = images_of(torch.rand(60, 6, dtype=torch.float64))
+    assert not score.ready
+    with pytest.raises(NotFittedError, match=rf"The score '{name}' has not been fitted.*`flowood score`"):
+        score(density, x)
+    score.fit(density, [x])
+    assert score.ready
+    assert torch.isfinite(score(density, x)).all()
+    score.forget()
+    with pytest.raises(NotFittedError):
+        score(density, x)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORES if name not in FITTED])
+def test_what_has_nothing_to_fit_is_ready_and_stays_so(name):
+    density = Gaussian()
+    score = build(name, density)
+    score.fit(density, [])
+    score.forget()
+    assert score.ready
+    assert score(density, images_of(torch.rand(3, 6, dtype=torch.float64))).shape == (3,)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_broken_and_missing_training_images_are_refused(name):
+    density = Gaussian()
+    score = build(name, density)
+    with pytest.raises(ValueError, match=rf"score '{name}'.*2 training images.*got 0"):
+        score.fit(density, [])
+    x = torch.rand(8, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"score '{name}'.*2 training images.*got 1"):
+        score.fit(density, [images_of(x[:1])])
+    with torch.no_grad():
+        density.flow.weight[0, 0] = math.inf
+    message = rf"8 of 8 training images have a NaN or infinite statistic, so the score '{name}' cannot be fitted"
+    with pytest.raises(ValueError, match=message):
+        score.fit(density, [images_of(x[:4]), images_of(x[4:])])
+    assert not score.ready
+
+
+def test_the_broken_training_images_are_counted():
+    density = Table(2)
+    rows = torch.rand(8, 2, dtype=torch.float64)
+    rows[2:5, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    with pytest.raises(ValueError, match="3 of 8 training images have a NaN or infinite statistic"):
+        fitted(DensityOfStates, density, (rows,))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_copy_and_a_checkpoint_score_the_same(name):
+    density = Gaussian()
+    x = images_of(torch.rand(80, 6, dtype=torch.float64))
+    score = build(name, density)
+    score.fit(density, [x])
+    again = build(name, density)
+    again.load_state_dict(score.state_dict())
+    for other in (again, copy.deepcopy(score)):
+        assert other.ready
+        assert torch.equal(other(density, x), score(density, x))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_checkpoint_without_the_score_loads_and_leaves_it_to_be_fitted(name):
+    model = PixelFlowModel((5, 4), 1, coupling_layers=4, hidden_channels=16, bottleneck_dim=3, score=name)
+    model.load_state_dict(random_pixel_model().state_dict())
+    assert not model.scorer.ready
+
+
+@pytest.mark.parametrize("name", ["likelihood_ratio", "ensemble"])
+def test_a_checkpoint_without_the_scores_flows_does_not_load(name):
+    model = PixelFlowModel((5, 4), 1, coupling_layers=4, hidden_channels=16, bottleneck_dim=3, score=name)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(random_pixel_model().state_dict())
+
+
+@pytest.mark.parametrize("build_detector", [pixel_flow, embedding_flow])
+def test_an_unknown_score_is_refused_with_the_nearest_name(build_detector):
+    with pytest.raises(ValueError, match="Unknown score 'typical'. Did you mean 'typicality'"):
+        build_detector(score="typical")
+
+
+@pytest.mark.parametrize("name", [name for name, score in SCORES.items() if score.pixels_only])
+def test_scores_of_pixels_are_refused_on_embeddings(name):
+    with pytest.raises(ValueError, match=rf"Score '{name}' works on a flow of pixels alone \(PixelFlow\)"):
+        embedding_flow(score=name)
+
+
+@pytest.mark.parametrize("images", [3, 10, 100])
+def test_a_score_is_fitted_on_so_many_images_and_no_more(images, monkeypatch):
+    monkeypatch.setattr(Typicality, "fit_images", images)
+    detector = pixel_flow(score="typicality")
+    randomise_flow(detector.model)
+    pixels = torch.rand(24, 1, 12, 12)
+    seen = []
+
+    class Batch:
+        def __init__(self, image):
+            self.image = image
+            seen.append(len(image))
+
+        def to(self, device, **kwargs):
+            return self
+
+    detector.train()
+    detector.fit_score(Batch(part) for part in pixels.split(4))
+    assert detector.model.training
+    used = min(images, 24)
+    assert sum(seen) == 4 * math.ceil(used / 4)
+    with torch.no_grad():
+        expected = -detector.eval().model.log_prob(pixels[:used]).mean() / 144
+    torch.testing.assert_close(detector.model.scorer.mean, expected)
