@@ -5,6 +5,7 @@
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
 # make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
+# make scores     every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests
 # make lint         ruff and mypy
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SEEDS ?= 0 1 2
 PROFILE ?= laptop
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest paper report test lint fashion-mnist chromium
+.PHONY: quickstart seeds speed contest scores paper report test lint fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -37,6 +38,10 @@ speed: .venv/offline fashion-mnist
 # Repeat it to go on where it was interrupted.
 contest: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.contest run --seeds $(SEEDS) $(if $(TILES),--industrial $(TILES),--parts one_class cross)
+
+# Repeat it to go on where it was interrupted.
+scores: .venv/offline fashion-mnist
+	$(BIN)/python -m benchmarks.scores run
 
 # Repeat it to go on where it was interrupted.
 paper: .venv/offline fashion-mnist

@@ -111,7 +111,7 @@ def _best_bottleneck(rows: pd.DataFrame) -> Claim | None:
     means = _by_k(rows).groupby("k")["auroc"].mean()
     if means.empty:
         return None
-    best = int(means.idxmax())
+    best = int(means.index[int(means.argmax())])
     text = f"AUROC of {CYCLE_BOTTLENECK}, best K, −log p alone: at least 0.90"
     return Claim(text, f"K = {best}: {mean_sd(_of(rows, 'bottleneck', f'K = {best}'))}", bool(means[best] >= 0.9))
 
@@ -174,7 +174,7 @@ def _embedding(rows: pd.DataFrame) -> Claim | None:
     if ours.empty or runs.empty:
         return None
     means = runs.groupby(["part", "detector"])["auroc"].mean()
-    part, best = means.idxmax()
+    part, best = means.index[int(means.argmax())]
     pixels = _of(rows, part, best)
     return Claim(
         "A flow on pretrained features detects better than any on pixels",

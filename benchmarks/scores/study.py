@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One flow on pixels for each data set and seed, all scores on it, many outside sets; a row for each."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.engine import Engine
+from lightning import seed_everything
+from rich.console import Console
+from torch import Tensor
+
+from anomalib_flowood import CrossDataset, PixelFlow
+from anomalib_flowood.metrics import auroc, fpr_at_tpr
+from anomalib_flowood.scores import SCORES, compressed_bits
+from anomalib_flowood.scores.complexity import pixels_of
+from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, trained_epochs
+
+SETS = ("fashion_mnist", "mnist")
+
+FLOW: dict[str, Any] = {"image_size": (28, 28), "channels": 1, "mask": "cycle"}
+"""Of all scores."""
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rotated by 90°": lambda images: images.rot90(1, (2, 3)),
+    "mirrored top to bottom": lambda images: images.flip(2),
+    "mirrored left to right": lambda images: images.flip(3),
+}
+"""What is done to a data set's own test images to make outside images of them: ``(N, C, H, W)`` to the same."""
+
+NAMED_BEFORE = "mnist -> mirrored left to right"
+"""The pair that nobody looked at while anything was chosen."""
+
+BITS = "compressed bits alone"
+"""The score that needs no model."""
+
+SLOW = {"lid": 50}
+"""Scores that take seconds for an image, and the images of each set that they are measured on."""
+
+SEED_0 = ("lid", "likelihood_ratio", "ensemble")
+"""Scores with one seed, for the time they take."""
+
+COLUMNS = (
+    *KEY,
+    *("auroc", "fpr95", "bits_per_dim", "training_s", "epochs"),
+    *("fit_s", "pass_s", "ms_per_image", "images", "finished", "error"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; see ``__main__.py``."""
+
+    output: Path = Path("runs/scores")
+    sets: Sequence[str] = SETS
+    scores: Sequence[str] = (BITS, *SCORES)
+    seeds: Sequence[int] = (0, 1, 2)
+    seconds: float = 150.0
+    images: int = 2000
+    root: str = "./datasets"
+
+
+def outside_sets(inside: str) -> list[str]:
+    """Names of the pairs with a data set inside."""
+    other = SETS[1] if inside == SETS[0] else SETS[0]
+    return [f"{inside} -> {name}" for name in (other, *CHANGES)]
+
+
+def run(options: Options, console: Console) -> None:
+    """Run what is not finished: for each set and seed a training, and each score on it."""
+    start = time.perf_counter()
+    for seed in options.seeds:
+        for inside in options.sets:
+            wanted = [name for name in options.scores if seed == options.seeds[0] or name not in SEED_0]
+            done = finished(options.output)
+            missing = [
+                name
+                for name in wanted
+                if any(("scores", pair, name, seed) not in done for pair in outside_sets(inside))
+            ]
+            if not missing:
+                continue
+            data = CrossDataset(
+                inside, outside_sets(inside)[0].partition(" -> ")[2], root=options.root, test_limit=options.images
+            )
+            data.prepare_data()
+            data.setup()
+            trained: dict[str, tuple[Path, dict[str, Any]]] = {}
+            for name in missing:
+                elapsed = clock_time(time.perf_counter() - start)
+                console.print(f"{elapsed}  {inside}, seed {seed}: {name}", highlight=False)
+                try:
+                    with quiet():
+                        rows = _measure(options, data, inside, name, seed, trained)
+                except Exception as error:
+                    options.output.mkdir(parents=True, exist_ok=True)
+                    with (options.output / "errors.log").open("a", encoding="utf-8") as log:
+                        log.write(traceback.format_exc())
+                    message = f"{type(error).__name__}: {error}".splitlines()[0]
+                    console.print(f"  failed: {message}", markup=False)
+                    rows = [_row(pair, name, seed, {"error": message}) for pair in outside_sets(inside)]
+                append_rows(options.output, rows, COLUMNS)
+
+
+def _row(pair: str, name: str, seed: int, values: dict[str, Any]) -> dict[str, Any]:
+    key = dict(zip(KEY, ("scores", pair, name, seed), strict=True))
+    return {**key, **values, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
+
+
+def _train(options: Options, data: CrossDataset, inside: str, score: str, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Train a flow, with those that its score trains beside; returns its checkpoint and what is known of it."""
+    seed_everything(seed, verbose=False)
+    detector = PixelFlow(**FLOW, score=score, evaluator=False)
+    folder = options.output / "checkpoints"
+    limit = TimeLimit(options.seconds)
+    engine = Engine(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder / "logs",
+        callbacks=[limit],
+        logger=False,
+        max_epochs=-1,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    engine.fit(detector, datamodule=data)
+    path = folder / f"{inside}-{score}-{seed}.ckpt"
+    engine.trainer.save_checkpoint(path, weights_only=True)
+    return path, {"training_s": round(limit.time_elapsed(), 1), "epochs": trained_epochs(engine.trainer)}
+
+
+def _measure(
+    options: Options,
+    data: CrossDataset,
+    inside: str,
+    name: str,
+    seed: int,
+    trained: dict[str, tuple[Path, dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Measure one score on all pairs; rows."""
+    with_flows = name in ("likelihood_ratio", "ensemble")
+    recipe = name if with_flows else "nll"
+    if recipe not in trained:
+        trained[recipe] = _train(options, data, inside, recipe, seed)
+    checkpoint, common = trained[recipe]
+    score = "nll" if name == BITS else name
+    detector: Any = PixelFlow.load_from_checkpoint(checkpoint, map_location="cpu", score=score)
+    detector.eval()
+    common = {**common, **_cost(detector, data)}
+
+    def scores_of(images: Tensor) -> Tensor:
+        parts = []
+        for chunk in images.split(256):
+            inputs = detector.model.inputs(chunk)
+            bits = -compressed_bits(pixels_of(inputs))
+            parts.append(bits if name == BITS else detector.model.predict(inputs).pred_score)
+        return torch.cat(parts)
+
+    count = SLOW.get(name, options.images)
+    sets = {label: images[:count] for label, images in _test_images(data).items()}
+    with torch.no_grad():
+        start = time.perf_counter()
+        inner = scores_of(sets[inside])
+        common["ms_per_image"] = round(1000 * (time.perf_counter() - start) / len(inner), 4)
+        bits = detector.model.bits_per_dim(sets[inside]).mean()
+    rows = []
+    for pair in outside_sets(inside):
+        outside = pair.partition(" -> ")[2]
+        with torch.no_grad():
+            outer = scores_of(sets[outside] if outside in sets else CHANGES[outside](sets[inside]))
+        values = torch.cat([inner, outer])
+        labels = torch.cat([torch.zeros(len(inner)), torch.ones(len(outer))]).int()
+        result = {"auroc": auroc(values, labels), "fpr95": fpr_at_tpr(values, labels), "images": len(values)}
+        rows.append(_row(pair, name, seed, {**common, **result, "bits_per_dim": round(float(bits), 4)}))
+    return rows
+
+
+def _cost(detector: PixelFlow, data: CrossDataset) -> dict[str, Any]:
+    """Seconds that it takes to fit a score, and to score the images that it was fitted on."""
+    scorer = detector.model.scorer
+    if not scorer.fit_images:
+        return {}
+    seconds = []
+    for once in (detector.fit_score, lambda loader: _score_once(detector, loader, scorer.fit_images)):
+        start = time.perf_counter()
+        once(data.train_dataloader())
+        seconds.append(round(time.perf_counter() - start, 3))
+    return dict(zip(("fit_s", "pass_s"), seconds, strict=True))
+
+
+@torch.no_grad()
+def _score_once(detector: PixelFlow, loader: Any, images: int) -> None:
+    """Score so many images of a loader, as :meth:`fit_score` takes them."""
+    for inputs in detector._score_inputs(loader, images):
+        detector.model.predict(inputs)
+
+
+def _test_images(data: CrossDataset) -> dict[str, Tensor]:
+    """Test images by the name of their set, ``(N, C, H, W)``."""
+    images, sources = [], []
+    for batch in data.test_dataloader():
+        images.append(batch.image)
+        sources += batch.source
+    together = torch.cat(images)
+    return {
+        name: together[[position for position, source in enumerate(sources) if source == name]]
+        for name in sorted(set(sources))
+    }
