@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anomalib_flowood import PixelFlow
 from anomalib_flowood._commands import FlowoodCLI, keep_predictions
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import SUBCOMMANDS, main
@@ -204,6 +206,82 @@ def test_explain_says_what_is_wrong(
     assert message in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_score_gives_a_checkpoint_another_score(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, trained = pixel_flow_run
+    checkpoint = Path(shutil.copy(trained, tmp_path))
+    before = PixelFlow.load_from_checkpoint(checkpoint)
+    given = ["score", "--config", str(config)]
+    main([*given, "--score", "typicality", "--ckpt_path", str(checkpoint)])
+    written = tmp_path / "model-typicality.ckpt"
+    assert f"Checkpoint: {written}\n" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == [written, checkpoint]
+    torch.load(written, weights_only=True)
+    detector = PixelFlow.load_from_checkpoint(written)
+    assert detector.model.scorer.name == "typicality"
+    # Calibrated anew, from the same validation images, by how far their -log p is from the mean.
+    likelihoods, calibration = before.post_processor.calibration, detector.post_processor.calibration
+    expected = (likelihoods - detector.model.scorer.mean).abs().sort().values
+    torch.testing.assert_close(calibration, expected, rtol=1e-4, atol=1e-5)
+    # The class alone serves, and a scored checkpoint may be scored again; elsewhere.
+    output = tmp_path / "new" / "states.ckpt"
+    more = ["--model", "PixelFlow", "--score", "density_of_states", "--output", str(output)]
+    main([*given, *more, "--ckpt_path", str(written)])
+    assert f"Checkpoint: {output}\n" in capsys.readouterr().out
+    again = PixelFlow.load_from_checkpoint(output)
+    assert again.model.scorer.ready
+    assert len(again.post_processor.calibration) == 20
+    for name, weight in before.model.flow.state_dict().items():
+        assert torch.equal(again.model.flow.state_dict()[name], weight)
+
+    main(["test", "--config", str(config), "--model.score", "typicality", "--ckpt_path", str(written)])
+    assert "image_F1Score" in capsys.readouterr().out  # there are labels, so that the calibration is there
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--score", "typicality", "--ckpt_path", "gone.ckpt"], 1, "There is no checkpoint gone.ckpt."),
+        (["--ckpt_path", "CHECKPOINT"], 2, "score"),
+        (["--score", "typical", "--ckpt_path", "CHECKPOINT"], 1, "Unknown score 'typical'. Did you mean 'typicality'"),
+        (["--score", "ensemble", "--ckpt_path", "CHECKPOINT"], 1, "flows that train together"),
+        (
+            ["--model", "FeatureMapFlow", "--score", "nll", "--ckpt_path", "gone.ckpt"],
+            1,
+            "FeatureMapFlow takes no other score: PixelFlow and EmbeddingFlow do.",
+        ),
+        (["--model", "Padim", "--score", "nll", "--ckpt_path", "gone.ckpt"], 1, "Padim takes no other score"),
+        (
+            ["--model", "EmbeddingFlow", "--score", "typicality", "--ckpt_path", "CHECKPOINT"],
+            1,
+            "written by PixelFlow, so EmbeddingFlow cannot",
+        ),
+    ],
+)
+def test_score_says_what_is_wrong(
+    args: list[str],
+    status: int,
+    message: str,
+    pixel_flow_run: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, trained = pixel_flow_run
+    before = sorted(trained.parent.iterdir())
+    args = [str(trained) if arg == "CHECKPOINT" else arg for arg in args]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["score", "--config", str(config), *args])
+    assert exit_info.value.code == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+    assert sorted(trained.parent.iterdir()) == before
 
 
 def test_predictions_with_sources_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ class FlowModule(_Base):
             self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
         return loss
 
-    def on_train_start(self) -> None:
+    def on_train_epoch_start(self) -> None:
         """Forget what the score has learnt of other weights."""
         self.model.scorer.forget()
 
@@ -102,8 +102,6 @@ class FlowModule(_Base):
         self.model.fitted.fill_(True)
         if not self.model.scorer.ready and self._training_ends():
             self.fit_score(self._training_loader())
-            if isinstance(self.post_processor, ConformalPostProcessor):
-                self.post_processor.forget()  # what it has are scores of another kind
 
     def on_train_end(self) -> None:
         """Say where the score could not be fitted."""
@@ -179,7 +177,7 @@ class FlowModule(_Base):
     def fit_score(self, loader: Iterable[Any]) -> None:
         """Fit the score with the present weights; a trained detector needs no training for it.
 
-        Calibrate the post-processor afterwards, by ``Engine.validate``.
+        The post-processor's calibration, which is of other scores, is dropped: calibrate it by ``Engine.validate``.
 
         Args:
             loader: Batches of in-distribution training images, not pre-processed. As many images are taken as the
@@ -195,6 +193,8 @@ class FlowModule(_Base):
         self.model.eval()
         scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
         self.model.train(training)
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            self.post_processor.forget()
 
     @torch.no_grad()
     def _score_inputs(self, loader: Iterable[Any], images: int) -> Iterator[Inputs]:
@@ -229,12 +229,13 @@ class FlowModule(_Base):
         trainer = self.trainer
         loop = trainer.fit_loop
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if not loop.epoch_loop.batch_progress.is_last_batch and not trainer.should_stop:
+        if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
+            return True
+        if not loop.epoch_loop.batch_progress.is_last_batch:
             return False
         if any(getattr(callback, "monitor", None) for callback in callbacks):  # early stopping, the best checkpoint
             return True
-        last_epoch = loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs
-        return trainer.should_stop or last_epoch or 0 <= trainer.max_steps <= trainer.global_step
+        return loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs
 
     # -- anomalib ------------------------------------------------------------------------------------------------
 
@@ -275,13 +276,14 @@ class FlowModule(_Base):
     # -- checkpoints and export ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the class's name; refuse to replace a good checkpoint by one with NaN in it."""
+        """Add the names of class and score; refuse to replace a good checkpoint by one with NaN in it."""
         super().on_save_checkpoint(checkpoint)
         for flow in self.model.trained_flows:
             for name, value in flow.named_parameters():
                 if not bool(torch.isfinite(value).all()):
                     self._diverged(f"the weights of {name} are NaN or infinite")
         checkpoint["anomalib_flowood_class"] = type(self).__name__
+        checkpoint["anomalib_flowood_score"] = self.model.scorer.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another class; leave behind what belongs to another score.
@@ -291,7 +293,8 @@ class FlowModule(_Base):
         """
         self._check_class(checkpoint)
         scorer = self.model.scorer
-        trained = checkpoint["hyper_parameters"].get("score", "nll")
+        # Not from the hyper-parameters, which by now are those that the checkpoint is loaded with.
+        trained = checkpoint.get("anomalib_flowood_score", "nll")
         if trained != scorer.name:
             if scorer.flows:
                 msg = (
@@ -299,6 +302,12 @@ class FlowModule(_Base):
                     f"with score {trained!r}. Train with score {scorer.name!r}."
                 )
                 raise ValueError(msg)
+            logger.warning(
+                "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former is "
+                "left behind, the calibration of labels and p-values too.",
+                trained,
+                scorer.name,
+            )
             state = checkpoint["state_dict"]
             for key in [key for key in state if key.startswith("model.scorer.")]:
                 del state[key]
