@@ -100,7 +100,9 @@ def _bars(rows: pd.DataFrame) -> str:
         for pair, bar in ((digits, 0.998), (turned, 0.975), (mirrored, 0.975)):
             value = float(models[pair].to_dict()[best])
             lines.append([f"{pair}, {best}: at least {bar}", f"{value:.4f}", _met(value >= bar)])
-    if {"density_of_states", "nll"} <= set(means.index):
+    if {"density_of_states", "nll"} <= set(means.index) and means.loc[["density_of_states", "nll"]].notna().all(
+        axis=None
+    ):
         states = means.loc["density_of_states"]
         worst = float((states - means.loc["nll"]).to_numpy().min())
         lines.append(
