@@ -51,7 +51,7 @@ MAP_SIZE = 224
 """Height and width of the images of industrial tasks, and of the maps that are measured."""
 SMALL_SIZE = 96
 """Height and width to which the backbone gets the 28 × 28 images."""
-TRAINING_SECONDS = {"industrial": 150.0, "one_class": 30.0, "cross": 30.0}
+TRAINING_SECONDS = {"industrial": 1200.0, "one_class": 300.0, "cross": 300.0}
 """Cap on the training of a detector that trains until its held-out loss levels off."""
 LEVEL, PATIENCE = 0.005, 3
 """Levelled off: no improvement of more than this share in so many epochs."""

@@ -73,11 +73,25 @@ def stages(backbone: str) -> dict[int, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _feature_map_flow(backbone: str, size: int, kind: str, **changes: Any) -> AnomalibModule:
+class FullPrecision(FeatureMapFlow):
+    """`FeatureMapFlow` that keeps its training features in single precision, to see what half precision costs."""
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps as they are."""
+        return self.model.extract(images)
+
+    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the reduced maps as they are."""
+        return self.model.reduce(features)
+
+
+def _feature_map_flow(
+    backbone: str, size: int, kind: str, model: type[FeatureMapFlow] = FeatureMapFlow, **changes: Any
+) -> AnomalibModule:
     del kind
     if "layers" not in changes and "blocks.4" not in stages(backbone).values():
         changes["layers"] = (stages(backbone)[16],)
-    return FeatureMapFlow(backbone=backbone, image_size=(size, size), **changes, **components(backbone, size))
+    return model(backbone=backbone, image_size=(size, size), **changes, **components(backbone, size))
 
 
 def _embedding_flow(backbone: str, size: int, kind: str) -> AnomalibModule:
@@ -220,6 +234,7 @@ _CHANGES: list[dict[str, Any]] = [
     *({"mask": mask} for mask in ("checkerboard", "horizontal", "channel")),
     {"subnet": "mlp"},
     {"subnet": "resnet", "hidden_channels": 64},
+    {"mask": "checkerboard", "subnet": "resnet", "hidden_channels": 64},
     *({"bottleneck_dim": dim} for dim in (8, 32)),
     {"coupling_layers": 8},
     {"feature_noise": 0.0},
@@ -230,13 +245,22 @@ _CHANGES: list[dict[str, Any]] = [
 
 
 def ablation() -> dict[str, Detector]:
-    """Return `FeatureMapFlow` with its defaults and with one change at a time; what changes nothing is left out."""
+    """Return `FeatureMapFlow` with its defaults and with one change at a time; what changes nothing is left out.
+
+    One variant has neither of the paper's two ideas: checkerboard and convolutions. ``float32 features`` keeps the
+    training features in single precision.
+    """
     usual = {name: parameter.default for name, parameter in signature(FeatureMapFlow).parameters.items()}
     variants = {"defaults": Detector("defaults", _feature_map_flow, ours=True, random=True)}
     for changes in _CHANGES:
         if all(usual[key] == value for key, value in changes.items()):
             continue
-        key, value = next(iter(changes.items()))
-        name = f"{key}={'+'.join(value) if isinstance(value, tuple) else value}"
+        name = ", ".join(
+            f"{key}={'+'.join(value) if isinstance(value, tuple) else value}"
+            for key, value in changes.items()
+            if key != "hidden_channels"  # that of convolutions counts something else than that of linear layers
+        )
         variants[name] = Detector(name, partial(_feature_map_flow, **changes), ours=True, random=True)
+    name = "float32 features"
+    variants[name] = Detector(name, partial(_feature_map_flow, model=FullPrecision), ours=True, random=True)
     return variants
