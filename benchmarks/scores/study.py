@@ -166,8 +166,10 @@ def _measure(
         parts = []
         for chunk in images.split(256):
             inputs = detector.model.inputs(chunk)
-            bits = -compressed_bits(pixels_of(inputs))
-            parts.append(bits if name == BITS else detector.model.predict(inputs).pred_score)
+            if name == BITS:
+                parts.append(-compressed_bits(pixels_of(inputs)))
+            else:
+                parts.append(detector.model.predict(inputs).pred_score)
         return torch.cat(parts)
 
     count = SLOW.get(name, options.images)
