@@ -219,3 +219,20 @@ def announce(output: Path, written: Sequence[Path], console: Console) -> int:
     if failed:
         console.print(f"{failed} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
     return 1 if failed else 0
+
+
+def report_rows(write: Callable[[Path, Path], Sequence[Path]], output: Path, into: Path, console: Console) -> int:
+    """Rebuild a benchmark's tables and pictures and :func:`announce` them; returns the exit status.
+
+    Args:
+        write: Does so from the rows in its first folder, into its second, and returns what it wrote.
+        output: Folder of the rows.
+        into: Folder of the README and the pictures.
+        console: Where to print.
+    """
+    try:
+        written = write(output, into)
+    except FileNotFoundError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+        return 2
+    return announce(output, written, console)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomalib_flowood.flows import LEVELS
+from anomalib_flowood.flows import LEVELS, bits_per_dim
 
 from .score import FlowDensity, Inputs, Score
 
@@ -71,7 +71,7 @@ class Complexity(Score):
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Bits per dimension under the flow, and by the compressor; ``(N, 2)``."""
-        bits = -density.density(inputs).log_prob / np.log(2) / density.dims + np.log2(LEVELS)
+        bits = bits_per_dim(density.density(inputs).log_prob, density.dims)
         return torch.stack([bits, compressed_bits(pixels_of(inputs)).to(bits) / density.dims], dim=1)
 
     def combine(self, statistics: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ class DensityOfStates(Score):
 
     def __init__(self, density: FlowDensity) -> None:
         super().__init__(density)
-        self.reads_pixels = density.reads_pixels
         count = density.parts + density.reads_pixels
         self.register_buffer("mean", torch.zeros(count))
         self.register_buffer("std", torch.ones(count))
@@ -56,7 +55,7 @@ class DensityOfStates(Score):
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Terms of −log p, nats, and compressed bits, all per dimension; ``(N, S)``."""
         parts = density.density(inputs).parts
-        if self.reads_pixels:
+        if density.reads_pixels:
             parts = torch.cat([parts, compressed_bits(pixels_of(inputs)).to(parts)[:, None]], dim=1)
         return parts / density.dims
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.results import announce
+from benchmarks.results import report_rows
 
 from . import report, study
 
@@ -55,12 +55,7 @@ def main() -> int:
         if arguments.accelerator:
             profile = replace(profile, accelerator=arguments.accelerator)
         study.run(profile, output, arguments.root, arguments.parts, console)
-    try:
-        written = report.write(output, into)
-    except FileNotFoundError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-        return 2
-    return announce(output, written, console)
+    return report_rows(report.write, output, into, console)
 
 
 if __name__ == "__main__":

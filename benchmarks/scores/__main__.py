@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.results import announce
+from benchmarks.results import report_rows
 
 from . import report, study
 
@@ -44,14 +44,9 @@ def main() -> int:
     command, into = arguments.pop("command"), arguments.pop("into")
     console = Console(soft_wrap=True)
     output = arguments["output"]
-    try:
-        if command == "run":
-            study.run(study.Options(**arguments), console)
-        written = report.write(output, into)
-    except FileNotFoundError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-        return 2
-    return announce(output, written, console)
+    if command == "run":
+        study.run(study.Options(**arguments), console)
+    return report_rows(report.write, output, into, console)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def in_memory(root: Path, outside: int = 2) -> dict:
     return {"class_path": "CrossDataset", "init_args": {"in_distribution": inside, "out_of_distribution": others}}
 
 
-def test_samples(entry: dict) -> pd.DataFrame:
+def samples_of(entry: dict) -> pd.DataFrame:
     """The test images of a CrossDataset: image_path, source, label."""
     datamodule = CrossDataset(**entry["init_args"])
     datamodule.setup("test")

@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from report_helpers import DETECTORS, in_memory, test_samples, write_run
+from report_helpers import DETECTORS, in_memory, samples_of, write_run
 
 from anomalib_flowood.report.page import write_report
-
-test_samples.__test__ = False  # type: ignore[attr-defined]
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -25,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A report's address; its folder has nothing but the page."""
     root = tmp_path_factory.mktemp("browser")
     entry = in_memory(root)
-    data = {"FashionMNIST → shapes with a long name": test_samples(entry), "other": test_samples(entry)}
+    data = {"FashionMNIST → shapes with a long name": samples_of(entry), "other": samples_of(entry)}
     folder = write_run(root / "run", data, entries=dict.fromkeys(data, entry), failed=("poor one",))
     alone = root / "alone"
     alone.mkdir()

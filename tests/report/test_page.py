@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from report_helpers import DETECTORS, Page, in_memory, job, test_samples, write_run
+from report_helpers import DETECTORS, Page, in_memory, job, samples_of, write_run
 from sklearn.metrics import roc_auc_score
 
 from anomalib_flowood.benchmark import Results
@@ -18,8 +18,6 @@ from anomalib_flowood.data import CrossDataset
 from anomalib_flowood.report.page import write_report
 from anomalib_flowood.report.panels import roc_panel
 from anomalib_flowood.report.thumbnails import SIDE
-
-test_samples.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def labels_of(page: Page) -> list[str]:
 
 def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
     entry = in_memory(tmp_path)
-    folder = write_run(tmp_path / "run", {"shapes": test_samples(entry)}, entries={"shapes": entry}, seeds=(0, 1))
+    folder = write_run(tmp_path / "run", {"shapes": samples_of(entry)}, entries={"shapes": entry}, seeds=(0, 1))
     path = write_report(folder)
     assert path == folder / "report" / "index.html"
     page = Page(path)
@@ -98,7 +96,7 @@ def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
 
 def test_the_page_fetches_nothing_and_is_well_formed(tmp_path: Path) -> None:
     entry = in_memory(tmp_path)
-    data = {"a/b": test_samples(entry), "c": test_samples(entry)}
+    data = {"a/b": samples_of(entry), "c": samples_of(entry)}
     folder = write_run(tmp_path / "run", data, detectors={"a": 1.0}, entries={"a/b": entry, "c": entry})
     page = Page(write_report(folder))
     for _, attributes in page.elements:

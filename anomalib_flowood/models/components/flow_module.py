@@ -99,9 +99,10 @@ class FlowModule(_Base):
 
     def on_train_epoch_end(self) -> None:
         """Mark the torch model as fitted, so that it may be exported; fit the score where no validation did."""
+        trainer: Any = self.trainer  # whose loaders are not typed as iterables
         self.model.fitted.fill_(True)
         if not self.model.scorer.ready and self._training_ends():
-            self.fit_score(self._training_loader())
+            self.fit_score(trainer.train_dataloader)
 
     def on_train_end(self) -> None:
         """Say where the score could not be fitted."""
@@ -113,9 +114,9 @@ class FlowModule(_Base):
 
     def on_validation_start(self) -> None:
         """Fit the score with the last weights, so that validation images are scored and calibrated by it."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
-            self.fit_score(self._training_loader())
+            self.fit_score(trainer.train_dataloader)
 
     def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
@@ -219,10 +220,6 @@ class FlowModule(_Base):
     def _shows_progress(self) -> bool:
         trainer = self._trainer
         return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
-
-    def _training_loader(self) -> Iterable[Any]:
-        loader: Any = self.trainer.train_dataloader
-        return loader
 
     def _training_ends(self) -> bool:
         """Whether the weights may be the last ones: at the end of the last epoch, or of any that may be chosen."""
