@@ -5,6 +5,7 @@ from .complexity import Complexity, compressed_bits
 from .density_of_states import DensityOfStates
 from .intrinsic_dimension import LocalIntrinsicDimension
 from .likelihood import LatentNorm, NegativeLogLikelihood, Typicality
+from .orientation import Orientation
 from .score import Density, FlowDensity, Score
 from .several_flows import Ensemble, LikelihoodRatio, perturb
 
@@ -12,6 +13,7 @@ SCORES: dict[str, type[Score]] = {
     "nll": NegativeLogLikelihood,
     "typicality": Typicality,
     "complexity": Complexity,
+    "orientation": Orientation,
     "likelihood_ratio": LikelihoodRatio,
     "latent_norm": LatentNorm,
     "lid": LocalIntrinsicDimension,
@@ -31,6 +33,7 @@ __all__ = [
     "LikelihoodRatio",
     "LocalIntrinsicDimension",
     "NegativeLogLikelihood",
+    "Orientation",
     "Score",
     "Typicality",
     "compressed_bits",

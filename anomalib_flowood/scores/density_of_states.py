@@ -9,7 +9,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from .complexity import compressed_bits, pixels_of
+from .orientation import complexity_and_orientation
 from .score import FlowDensity, Inputs, Score
 
 _COMPONENTS = 16
@@ -22,16 +22,18 @@ _IMAGES_PER_COMPONENT = 50
 class DensityOfStates(Score):
     """−log of a density over several statistics of an image, nats: whatever is unusual about them is anomalous.
 
-    The statistics are the terms whose sum is −log p (the latents' share, the log-determinant, for embeddings the rest
-    outside of the subspace) and, for a flow of pixels, the image's compressed bits, all per dimension. A mixture of
-    Gaussians is fitted to those of training images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and
-    Dillon 2021 (arXiv 2006.09273), section 3; kernel densities of each statistic there, one joint density here, since
-    how statistics go together tells more than each alone.
+    For embeddings the statistics are the terms whose sum is −log p: the latents' share, the log-determinant, the rest
+    outside of the subspace. For pixels they are the two of :class:`Orientation`, which say more, and have a good side:
+    what is below the median of the training images counts as the median. A mixture of Gaussians is fitted to the
+    statistics of training images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and Dillon 2021
+    (arXiv 2006.09273), section 3; kernel densities of each statistic there, one joint density here, since how
+    statistics go together tells more than each alone.
     """
 
     name = "density_of_states"
     fit_images = 10_000
 
+    floor: Tensor
     mean: Tensor
     std: Tensor
     centres: Tensor
@@ -40,7 +42,9 @@ class DensityOfStates(Score):
 
     def __init__(self, density: FlowDensity) -> None:
         super().__init__(density)
-        count = density.parts + density.reads_pixels
+        self.has_good_side = density.reads_pixels
+        count = 2 if density.reads_pixels else density.parts
+        self.register_buffer("floor", torch.full((count,), -math.inf))
         self.register_buffer("mean", torch.zeros(count))
         self.register_buffer("std", torch.ones(count))
         self.register_buffer("centres", torch.zeros(_COMPONENTS, count))
@@ -49,18 +53,20 @@ class DensityOfStates(Score):
 
     @classmethod
     def exportable(cls, density: FlowDensity) -> bool:
-        """Unless a compressor is one of the statistics."""
+        """Unless a compressor is needed for the statistics."""
         return not density.reads_pixels
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
-        """Terms of −log p, nats, and compressed bits, all per dimension; ``(N, S)``."""
-        parts = density.density(inputs).parts
+        """Terms of −log p per dimension, nats, or what :class:`Orientation` is made of; ``(N, S)``."""
         if density.reads_pixels:
-            parts = torch.cat([parts, compressed_bits(pixels_of(inputs)).to(parts)[:, None]], dim=1)
-        return parts / density.dims
+            return complexity_and_orientation(density, inputs)
+        return density.density(inputs).parts / density.dims
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Fit the mixture."""
+        if self.has_good_side:
+            self.floor.copy_(statistics.median(0).values)
+        statistics = self._raised(statistics)
         mean = statistics.mean(0)
         # A statistic that is the same for all images differs by its rounding, which is to say nothing.
         std = torch.maximum(statistics.std(0), 1e-4 * mean.abs()).clamp(min=1e-12)
@@ -74,9 +80,13 @@ class DensityOfStates(Score):
         self.precisions[:components] = torch.from_numpy(mixture.precisions_cholesky_).to(self.precisions)
         self.log_weights[:components] = torch.from_numpy(mixture.weights_).log().to(self.log_weights)
 
+    def _raised(self, statistics: Tensor) -> Tensor:
+        """Statistics, those on the good side brought to the median."""
+        return statistics.clamp(min=self.floor.to(statistics)) if self.has_good_side else statistics
+
     def combine(self, statistics: Tensor) -> Tensor:
         """−log density of the standardised statistics, nats, ``(N,)``."""
-        standardised = (statistics - self.mean) / self.std
+        standardised = (self._raised(statistics) - self.mean) / self.std
         whitened = torch.einsum("nks,kst->nkt", standardised[:, None] - self.centres, self.precisions)
         log_det = self.precisions.diagonal(dim1=1, dim2=2).log().sum(1)
         kernels = self.log_weights + log_det - 0.5 * whitened.square().sum(2)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 _ORDER = (BITS, *SCORES)
 # Okabe and Ito's colours; told apart by every common colour vision.
-_COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^"
+_COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^v"
 
 
 def write(output: Path, into: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def _auroc_table(rows: pd.DataFrame, inside: str) -> str:
             best = round(means.loc[name, pair], 3) == means[pair].round(3).max()
             cells.append(f"**{text}**" if best else text)
         lines.append([name, *cells, f"{means.loc[name, pairs].mean():.3f}"])
-    names = [pair.partition(" -> ")[2] + (" †" if pair == NAMED_BEFORE else "") for pair in pairs]
+    names = [pair.partition(" -> ")[2] + (" †" if pair in NAMED_BEFORE else "") for pair in pairs]
     some = rows[rows["task"].isin(pairs) & (rows["detector"] == "nll")]
     seconds, bits = short_number(some["training_s"]), mean_sd(some.groupby("seed")["bits_per_dim"].first())
     heading = f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension.\n\n"
@@ -128,7 +128,7 @@ def _draw(rows: pd.DataFrame, path: Path) -> None:
     for axis, inside in zip(axes, SETS, strict=True):
         pairs = [pair for pair in outside_sets(inside) if pair in means.columns]
         for place, (pair, colour, marker) in enumerate(zip(pairs, _COLOURS, _MARKERS, strict=False)):
-            heights = [position + 0.12 * (place - 1.5) for position in range(len(means))]
+            heights = [position + 0.12 * (place - 2) for position in range(len(means))]
             axis.scatter(means[pair], heights, s=34, color=colour, marker=marker, label=pair.partition(" -> ")[2])
         axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=f"{inside} inside", xlabel="AUROC", xlim=(-0.02, 1.02))

@@ -20,7 +20,7 @@ from anomalib_flowood import CrossDataset, PixelFlow
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from anomalib_flowood.scores import SCORES, compressed_bits
 from anomalib_flowood.scores.complexity import pixels_of
-from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, trained_epochs
+from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
 SETS = ("fashion_mnist", "mnist")
 
@@ -30,15 +30,23 @@ one whose ``complexity`` was best on FashionMNIST's first three pairs."""
 
 BATCH = 256
 
+
+def halves_of_two(images: Tensor) -> Tensor:
+    """Put the upper half of each image onto the lower half of the next one, ``(N, C, H, W)``."""
+    half = images.shape[2] // 2
+    return torch.cat([images[:, :, :half], images.roll(-1, 0)[:, :, half:]], dim=2)
+
+
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "rotated by 90°": lambda images: images.rot90(1, (2, 3)),
     "mirrored top to bottom": lambda images: images.flip(2),
     "mirrored left to right": lambda images: images.flip(3),
+    "halves of two images": halves_of_two,
 }
 """What is done to a data set's own test images to make outside images of them: ``(N, C, H, W)`` to the same."""
 
-NAMED_BEFORE = "mnist -> mirrored left to right"
-"""The pair that nobody looked at while anything was chosen."""
+NAMED_BEFORE = ("mnist -> mirrored left to right", *(f"{inside} -> halves of two images" for inside in SETS))
+"""Pairs that nobody looked at while anything was chosen; the first one had been seen when ``orientation`` was made."""
 
 BITS = "compressed bits alone"
 """The score that needs no model."""
@@ -82,11 +90,11 @@ def run(options: Options, console: Console) -> None:
         for inside in options.sets:
             wanted = [name for name in options.scores if seed == options.seeds[0] or name not in SEED_0]
             done = finished(options.output)
-            missing = [
-                name
+            missing = {
+                name: pairs
                 for name in wanted
-                if any(("scores", pair, name, seed) not in done for pair in outside_sets(inside))
-            ]
+                if (pairs := [pair for pair in outside_sets(inside) if ("scores", pair, name, seed) not in done])
+            }
             if not missing:
                 continue
             data = CrossDataset(
@@ -98,20 +106,19 @@ def run(options: Options, console: Console) -> None:
             )
             data.prepare_data()
             data.setup()
-            trained: dict[str, tuple[Path, dict[str, Any]]] = {}
-            for name in missing:
+            for name, pairs in missing.items():
                 elapsed = clock_time(time.perf_counter() - start)
                 console.print(f"{elapsed}  {inside}, seed {seed}: {name}", highlight=False)
                 try:
                     with quiet():
-                        rows = _measure(options, data, inside, name, seed, trained)
+                        rows = _measure(options, data, pairs, name, seed)
                 except Exception as error:
                     options.output.mkdir(parents=True, exist_ok=True)
                     with (options.output / "errors.log").open("a", encoding="utf-8") as log:
                         log.write(traceback.format_exc())
                     message = f"{type(error).__name__}: {error}".splitlines()[0]
                     console.print(f"  failed: {message}", markup=False)
-                    rows = [_row(pair, name, seed, {"error": message}) for pair in outside_sets(inside)]
+                    rows = [_row(pair, name, seed, {"error": message}) for pair in pairs]
                 append_rows(options.output, rows, COLUMNS)
 
 
@@ -120,11 +127,28 @@ def _row(pair: str, name: str, seed: int, values: dict[str, Any]) -> dict[str, A
     return {**key, **values, "finished": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
+def _trained_for(name: str) -> str:
+    """The score that a flow trains for so that it can be scored with this one."""
+    return name if name in ("likelihood_ratio", "ensemble") else "nll"
+
+
 def _train(options: Options, data: CrossDataset, inside: str, score: str, seed: int) -> tuple[Path, dict[str, Any]]:
-    """Train a flow, with those that its score trains beside; returns its checkpoint and what is known of it."""
+    """Train a flow, with those that its score trains beside, unless that was done before.
+
+    Returns:
+        Its checkpoint, and what is known of its training.
+    """
+    folder = options.output / "checkpoints"
+    path = folder / f"{inside}-{score}-{seed}.ckpt"
+    known = ["training_s", "epochs"]
+    rows = read_rows(options.output)
+    if path.is_file() and not rows.empty:
+        same = rows["task"].isin(outside_sets(inside)) & (rows["seed"] == seed)
+        rows = rows[same & (rows["detector"].map(_trained_for) == score)].dropna(subset=known)
+        if len(rows):
+            return path, rows.iloc[0][known].to_dict()
     seed_everything(seed, verbose=False)
     detector = PixelFlow(**FLOW, score=score, evaluator=False)
-    folder = options.output / "checkpoints"
     limit = TimeLimit(options.seconds)
     engine = Engine(
         accelerator="cpu",
@@ -138,25 +162,14 @@ def _train(options: Options, data: CrossDataset, inside: str, score: str, seed: 
         enable_model_summary=False,
     )
     engine.fit(detector, datamodule=data)
-    path = folder / f"{inside}-{score}-{seed}.ckpt"
     engine.trainer.save_checkpoint(path, weights_only=True)
     return path, {"training_s": round(limit.time_elapsed(), 1), "epochs": trained_epochs(engine.trainer)}
 
 
-def _measure(
-    options: Options,
-    data: CrossDataset,
-    inside: str,
-    name: str,
-    seed: int,
-    trained: dict[str, tuple[Path, dict[str, Any]]],
-) -> list[dict[str, Any]]:
-    """Measure one score on all pairs; rows."""
-    with_flows = name in ("likelihood_ratio", "ensemble")
-    recipe = name if with_flows else "nll"
-    if recipe not in trained:
-        trained[recipe] = _train(options, data, inside, recipe, seed)
-    checkpoint, common = trained[recipe]
+def _measure(options: Options, data: CrossDataset, pairs: Sequence[str], name: str, seed: int) -> list[dict[str, Any]]:
+    """Measure one score on some pairs with the same set inside; rows."""
+    inside = pairs[0].partition(" -> ")[0]
+    checkpoint, common = _train(options, data, inside, _trained_for(name), seed)
     score = "nll" if name == BITS else name
     detector: Any = PixelFlow.load_from_checkpoint(checkpoint, map_location="cpu", score=score)
     detector.eval()
@@ -180,7 +193,7 @@ def _measure(
         common["ms_per_image"] = round(1000 * (time.perf_counter() - start) / len(inner), 4)
         bits = detector.model.bits_per_dim(sets[inside]).mean()
     rows = []
-    for pair in outside_sets(inside):
+    for pair in pairs:
         outside = pair.partition(" -> ")[2]
         with torch.no_grad():
             outer = scores_of(sets[outside] if outside in sets else CHANGES[outside](sets[inside]))

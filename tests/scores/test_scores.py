@@ -8,6 +8,7 @@ import re
 import imagecodecs
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,12 +32,14 @@ from anomalib_flowood.scores import (
     LikelihoodRatio,
     LocalIntrinsicDimension,
     NegativeLogLikelihood,
+    Orientation,
     Typicality,
     compressed_bits,
     perturb,
 )
 from anomalib_flowood.scores.complexity import pixels_of
 from anomalib_flowood.scores.intrinsic_dimension import local_intrinsic_dimension
+from anomalib_flowood.scores.orientation import complexity_and_orientation, robust_bits_per_dim, symmetries
 
 FITTED = [name for name, score in SCORES.items() if score.fit_images]
 
@@ -382,6 +385,128 @@ def test_disagreement_is_anomalous():
     assert disputed > agreed + 1
 
 
+# -- orientation -------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(pixels=PIXELS)
+def test_symmetries_are_the_group_of_the_rectangle(pixels):
+    x = torch.from_numpy(pixels).double()
+    copies = symmetries(x)
+    square = x.shape[2] == x.shape[3]
+    assert copies.shape == (8 if square else 4, *x.shape)
+    assert torch.equal(copies[0], x)
+    as_set = lambda images: {tuple(copy.flatten().tolist()) for copy in images}
+    wanted = {(x.rot90(turn, (2, 3)), x.rot90(turn, (2, 3)).flip(2)) for turn in (range(4) if square else (0, 2))}
+    assert as_set(copies) == as_set(image for pair in wanted for image in pair)
+    for one in copies:  # turned or mirrored, an image has the same copies
+        assert as_set(symmetries(one)) == as_set(copies)
+
+
+def test_an_image_without_symmetry_has_eight_different_copies():
+    assert len(symmetries(torch.arange(9.0).reshape(1, 1, 3, 3)).unique(dim=0)) == 8
+    assert len(symmetries(torch.arange(6.0).reshape(1, 1, 2, 3)).unique(dim=0)) == 4
+
+
+def test_robust_bits_are_those_of_students_base():
+    model = random_pixel_model().double()
+    (x,) = model.inputs(torch.rand(6, 1, 5, 4, dtype=torch.float64))
+    with torch.no_grad():
+        z, log_det = model.flow(x)
+        bits = robust_bits_per_dim(model, x)
+    log_prob = scipy.stats.t(10).logpdf(z.numpy()).reshape(6, -1).sum(1) + log_det.numpy()
+    np.testing.assert_allclose(bits, 8 - log_prob / 20 / math.log(2))
+
+
+def test_one_latent_far_out_weighs_less():
+    density = Gaussian(6, torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
+    x = torch.zeros(2, 6, dtype=torch.float64)
+    x[1, 3] = 30
+    (x,) = images_of(x)
+    plain, robust = NegativeLogLikelihood(density)(density, (x,)), robust_bits_per_dim(density, x)
+    assert plain[1] - plain[0] == pytest.approx(30**2 / 2 / 6)
+    assert robust[1] - robust[0] == pytest.approx(5.5 * math.log1p(30**2 / 10) / 6 / math.log(2))
+
+
+def one_way_up(image, width=0.1):
+    """A density of images near this one."""
+    dims = image.numel()
+    return Gaussian(dims, torch.eye(dims, dtype=torch.float64) / width, image.flatten().double())
+
+
+def test_an_image_the_right_way_up_is_likelier_than_its_copies_by_what_turning_it_back_gains():
+    image = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    density = one_way_up(image)
+    images = symmetries(image)[:, 0]
+    bits = robust_bits_per_dim(density, images)
+    complexity, orientation = complexity_and_orientation(density, (images,)).T
+    torch.testing.assert_close(complexity, bits - compressed_bits(pixels_of((images,))) / 16)
+    assert bits.argmin() == 0
+    assert orientation[0] == pytest.approx(float(bits[0] - bits[1:].min()))
+    torch.testing.assert_close(orientation[1:], bits[1:] - bits[0])
+
+
+def test_an_image_that_looks_the_same_whichever_way_up_says_nothing_of_it():
+    image = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    same = symmetries(image).mean(0)
+    orientation = complexity_and_orientation(one_way_up(image), (same,))[:, 1]
+    torch.testing.assert_close(orientation, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_either_test_alone_makes_an_image_anomalous():
+    image = torch.linspace(0.2, 0.8, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+    density = one_way_up(image, 0.02)
+    training = image + 0.02 * torch.randn(500, 1, 4, 4, dtype=torch.float64)
+    score = fitted(Orientation, density, (training,))
+    usual = score(density, (training,))
+    turned = score(density, (training.rot90(1, (2, 3)),))
+    assert turned.min() > usual.max()
+    # Four standard deviations off in every pixel: unlikely, but more so any other way up.
+    off = image + 0.08 * (torch.arange(16).reshape(1, 1, 4, 4) % 2 * 2 - 1)
+    assert complexity_and_orientation(density, (off,))[0, 1] < 0
+    assert score(density, (off,)) > usual.max()
+
+
+def test_the_score_is_minus_the_log_of_the_smaller_p_value():
+    rows = -torch.log(torch.rand(200_000, 2, dtype=torch.float64))  # exponential: -log p is the value itself
+    rows[:, 1] = 3 - 2 * torch.log(torch.rand(200_000, dtype=torch.float64))
+    score = Orientation(Gaussian()).double()
+    score.fit_statistics(rows)
+    values = torch.tensor([[4.0, 3.0], [0.0, 3 + 2 * 6.0], [7.0, 3 + 2 * 5.0]], dtype=torch.float64)
+    torch.testing.assert_close(score.combine(values), torch.tensor([4.0, 6.0, 7.0]).double(), rtol=0.05, atol=0)
+    assert score.combine(rows).argmax() in (rows[:, 0].argmax(), rows[:, 1].argmax())
+
+
+def test_training_images_that_are_all_alike_have_a_tail():
+    density = one_way_up(torch.rand(1, 1, 4, 4))
+    x = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    score = fitted(Orientation, density, (x.expand(5, 1, 4, 4),))
+    same, other = score(density, (x,)), score(density, (1 - x,))
+    assert torch.isfinite(torch.stack([same, other])).all()
+    assert same != other
+
+
+class OverflowAt(nn.Module):
+    """Overflows where the first pixel is bright."""
+
+    def forward(self, x):
+        z = x.flatten(1)
+        return torch.where(z[:, :1] > 0.9, torch.inf, z), torch.zeros(len(x), dtype=x.dtype)
+
+
+def test_an_overflow_of_a_copy_is_a_copy_that_is_unlikely_and_an_image_of_its_own_is_anomalous():
+    density = Gaussian(12)
+    density.flow = OverflowAt()
+    x = torch.full((3, 1, 4, 3), 0.5, dtype=torch.float64)
+    x[0, 0, 3, 2] = 1.0  # at the end, and first once turned
+    x[1, 0, ::3, ::2] = torch.tensor([[0.5, 1.0], [1.0, 1.0]])  # first in every copy
+    x[2, 0, 0, 0] = 1.0
+    rows = complexity_and_orientation(density, (x,))
+    assert torch.isfinite(rows[:2]).all()
+    assert rows[1, 1] < -50  # nothing is likelier than what has no copy
+    assert torch.isnan(rows[2]).all()
+
+
 # -- local intrinsic dimension -----------------------------------------------------------------------------------
 
 
@@ -493,15 +618,11 @@ def test_density_of_states_agrees_with_scikit_learn():
     training, test = noise[::2].clamp(0, 1), noise[1::2].clamp(0, 1)
     with torch.no_grad():
         model.scorer.fit(model, [model.inputs(part) for part in training.split(50)])
-        rows = lambda images: torch.cat(
-            [
-                model.density(model.inputs(images)).parts / 20,
-                compressed_bits((images * 255).round().byte())[:, None].double() / 20,
-            ],
-            dim=1,
-        ).numpy()
+        rows = lambda images: complexity_and_orientation(model, model.inputs(images)).numpy()
         scores = model(test).pred_score
         given_rows, test_rows = rows(training), rows(test)
+    floor = np.quantile(given_rows, 0.5, axis=0, method="lower")  # the good side counts as the median
+    given_rows, test_rows = np.maximum(given_rows, floor), np.maximum(test_rows, floor)
     mean, std = given_rows.mean(0), given_rows.std(0, ddof=1)
     mixture = GaussianMixture(2, reg_covar=1e-3, random_state=0).fit((given_rows - mean) / std)  # 120 images
     np.testing.assert_allclose(scores, -mixture.score_samples((test_rows - mean) / std), rtol=1e-5, atol=1e-5)
