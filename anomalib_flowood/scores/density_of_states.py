@@ -9,7 +9,10 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from .orientation import complexity_and_orientation
+from anomalib_flowood.flows import bits_per_dim
+
+from .complexity import compressed_bits, pixels_of
+from .orientation import ways_up
 from .score import FlowDensity, Inputs, Score
 
 _COMPONENTS = 16
@@ -23,10 +26,11 @@ class DensityOfStates(Score):
     """−log of a density over several statistics of an image, nats: whatever is unusual about them is anomalous.
 
     For embeddings the statistics are the terms whose sum is −log p: the latents' share, the log-determinant, the rest
-    outside of the subspace. For pixels they are the two of :class:`Orientation`, which say more, and have a good side:
-    what is below the median of the training images counts as the median. A mixture of Gaussians is fitted to the
-    statistics of training images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and Dillon 2021
-    (arXiv 2006.09273), section 3; kernel densities of each statistic there, one joint density here, since how
+    outside of the subspace. For pixels they are −log p, what remains of it beside a compressor's bits, and whether the
+    image is the wrong way up (:class:`Complexity`, :class:`Orientation`). These have a good side: what is below the
+    median of the training images counts as the median. A mixture of Gaussians is fitted to the statistics of training
+    images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and Dillon 2021 (arXiv 2006.09273), section 3;
+    kernel densities of each statistic there, one joint density here, since how
     statistics go together tells more than each alone.
     """
 
@@ -43,7 +47,7 @@ class DensityOfStates(Score):
     def __init__(self, density: FlowDensity) -> None:
         super().__init__(density)
         self.has_good_side = density.reads_pixels
-        count = 2 if density.reads_pixels else density.parts
+        count = 3 if density.reads_pixels else density.parts
         self.register_buffer("floor", torch.full((count,), -math.inf))
         self.register_buffer("mean", torch.zeros(count))
         self.register_buffer("std", torch.ones(count))
@@ -57,10 +61,13 @@ class DensityOfStates(Score):
         return not density.reads_pixels
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
-        """Terms of −log p per dimension, nats, or what :class:`Orientation` is made of; ``(N, S)``."""
-        if density.reads_pixels:
-            return complexity_and_orientation(density, inputs)
-        return density.density(inputs).parts / density.dims
+        """Terms of −log p per dimension, nats; for pixels bits per dimension; ``(N, S)``."""
+        log_prob, _, parts = density.density(inputs)
+        if not density.reads_pixels:
+            return parts / density.dims
+        bits = bits_per_dim(log_prob, density.dims)
+        compressed = compressed_bits(pixels_of(inputs)).to(bits) / density.dims
+        return torch.stack([bits, bits - compressed, ways_up(density, inputs[0])[1]], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Fit the mixture."""

@@ -55,22 +55,21 @@ def robust_bits_per_dim(density: FlowDensity, x: Tensor) -> Tensor:
     return torch.where(bits.isnan(), torch.inf, bits)
 
 
-def complexity_and_orientation(density: FlowDensity, inputs: Inputs) -> Tensor:
-    """Ask two questions of dequantised images: too unlikely for how complex they are? The wrong way up?
+def ways_up(density: FlowDensity, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare dequantised images with what they are turned and mirrored.
 
     Args:
         density: A density of pixels.
-        inputs: Dequantised images, ``(N, C, H, W)``.
+        x: Dequantised images, ``(N, C, H, W)``.
 
     Returns:
-        ``(N, 2)``, bits per dimension: those of the flow minus those of a compressor, and minus those that the flow
-        needs for the likeliest of the image's transformed copies. NaN where the flow overflowed.
+        The images' :func:`robust_bits_per_dim`, and how many more these are than those of the likeliest transformed
+        copy: negative for what is the right way up. Both ``(N,)``, NaN where the flow overflowed.
     """
-    copies = symmetries(inputs[0])
+    copies = symmetries(x)
     bits = robust_bits_per_dim(density, copies.flatten(0, 1)).reshape(copies.shape[:2])
-    compressed = compressed_bits(pixels_of(inputs)).to(bits) / density.dims
     itself = torch.where(bits[0].isfinite(), bits[0], torch.nan)
-    return torch.stack([itself - compressed, (itself - bits[1:].amin(0)).clamp(min=-_CERTAIN)], dim=1)
+    return itself, (itself - bits[1:].amin(0)).clamp(min=-_CERTAIN)
 
 
 class Orientation(Score):
@@ -109,8 +108,10 @@ class Orientation(Score):
         return False
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
-        """What :func:`complexity_and_orientation` says, ``(N, 2)``."""
-        return complexity_and_orientation(density, inputs)
+        """Bits per dimension beyond a compressor's, and beyond those of the likeliest way up; ``(N, 2)``."""
+        bits, wrong_way = ways_up(density, inputs[0])
+        compressed = compressed_bits(pixels_of(inputs)).to(bits) / density.dims
+        return torch.stack([bits - compressed, wrong_way], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Learn where each tail begins, and its mean excess."""

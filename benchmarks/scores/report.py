@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 _ORDER = (BITS, *SCORES)
 # Okabe and Ito's colours; told apart by every common colour vision.
-_COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^v"
+_COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
 
 
 def write(output: Path, into: Path) -> list[Path]:
@@ -128,7 +128,7 @@ def _draw(rows: pd.DataFrame, path: Path) -> None:
     for axis, inside in zip(axes, SETS, strict=True):
         pairs = [pair for pair in outside_sets(inside) if pair in means.columns]
         for place, (pair, colour, marker) in enumerate(zip(pairs, _COLOURS, _MARKERS, strict=False)):
-            heights = [position + 0.12 * (place - 2) for position in range(len(means))]
+            heights = [position + 0.11 * (place - 2.5) for position in range(len(means))]
             axis.scatter(means[pair], heights, s=34, color=colour, marker=marker, label=pair.partition(" -> ")[2])
         axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=f"{inside} inside", xlabel="AUROC", xlim=(-0.02, 1.02))

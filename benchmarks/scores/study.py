@@ -37,16 +37,28 @@ def halves_of_two(images: Tensor) -> Tensor:
     return torch.cat([images[:, :, :half], images.roll(-1, 0)[:, :, half:]], dim=2)
 
 
+def without_a_quadrant(images: Tensor) -> Tensor:
+    """Paint the lower right quadrant black, ``(N, C, H, W)``."""
+    images = images.clone()
+    images[:, :, images.shape[2] // 2 :, images.shape[3] // 2 :] = 0
+    return images
+
+
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "rotated by 90°": lambda images: images.rot90(1, (2, 3)),
     "mirrored top to bottom": lambda images: images.flip(2),
     "mirrored left to right": lambda images: images.flip(3),
     "halves of two images": halves_of_two,
+    "a quadrant black": without_a_quadrant,
 }
 """What is done to a data set's own test images to make outside images of them: ``(N, C, H, W)`` to the same."""
 
-NAMED_BEFORE = ("mnist -> mirrored left to right", *(f"{inside} -> halves of two images" for inside in SETS))
-"""Pairs that nobody looked at while anything was chosen; the first one had been seen when ``orientation`` was made."""
+NAMED_BEFORE = (
+    "mnist -> mirrored left to right",
+    *(f"{inside} -> {change}" for change in ("halves of two images", "a quadrant black") for inside in SETS),
+)
+"""Pairs that nobody looked at before they were named. ``orientation`` was made when the first one's figures were known,
+``density_of_states`` got its statistics when those of the second were."""
 
 BITS = "compressed bits alone"
 """The score that needs no model."""

@@ -39,7 +39,7 @@ from anomalib_flowood.scores import (
 )
 from anomalib_flowood.scores.complexity import pixels_of
 from anomalib_flowood.scores.intrinsic_dimension import local_intrinsic_dimension
-from anomalib_flowood.scores.orientation import complexity_and_orientation, robust_bits_per_dim, symmetries
+from anomalib_flowood.scores.orientation import robust_bits_per_dim, symmetries, ways_up
 
 FITTED = [name for name, score in SCORES.items() if score.fit_images]
 
@@ -439,8 +439,8 @@ def test_an_image_the_right_way_up_is_likelier_than_its_copies_by_what_turning_i
     density = one_way_up(image)
     images = symmetries(image)[:, 0]
     bits = robust_bits_per_dim(density, images)
-    complexity, orientation = complexity_and_orientation(density, (images,)).T
-    torch.testing.assert_close(complexity, bits - compressed_bits(pixels_of((images,))) / 16)
+    itself, orientation = ways_up(density, images)
+    assert torch.equal(itself, bits)
     assert bits.argmin() == 0
     assert orientation[0] == pytest.approx(float(bits[0] - bits[1:].min()))
     torch.testing.assert_close(orientation[1:], bits[1:] - bits[0])
@@ -449,7 +449,7 @@ def test_an_image_the_right_way_up_is_likelier_than_its_copies_by_what_turning_i
 def test_an_image_that_looks_the_same_whichever_way_up_says_nothing_of_it():
     image = torch.rand(1, 1, 4, 4, dtype=torch.float64)
     same = symmetries(image).mean(0)
-    orientation = complexity_and_orientation(one_way_up(image), (same,))[:, 1]
+    orientation = ways_up(one_way_up(image), same)[1]
     torch.testing.assert_close(orientation, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
@@ -463,8 +463,18 @@ def test_either_test_alone_makes_an_image_anomalous():
     assert turned.min() > usual.max()
     # Four standard deviations off in every pixel: unlikely, but more so any other way up.
     off = image + 0.08 * (torch.arange(16).reshape(1, 1, 4, 4) % 2 * 2 - 1)
-    assert complexity_and_orientation(density, (off,))[0, 1] < 0
+    assert ways_up(density, off)[1] < 0
     assert score(density, (off,)) > usual.max()
+
+
+def test_the_statistics_are_the_bits_beyond_a_compressor_and_the_way_up():
+    model = random_pixel_model("orientation").double()
+    inputs = model.inputs(torch.rand(6, 1, 5, 4, dtype=torch.float64))
+    with torch.no_grad():
+        bits, wrong_way = ways_up(model, inputs[0])
+        rows = model.scorer.statistics(model, inputs)
+    torch.testing.assert_close(rows[:, 0], bits - compressed_bits(pixels_of(inputs)) / 20)
+    assert torch.equal(rows[:, 1], wrong_way)
 
 
 def test_the_score_is_minus_the_log_of_the_smaller_p_value():
@@ -501,10 +511,10 @@ def test_an_overflow_of_a_copy_is_a_copy_that_is_unlikely_and_an_image_of_its_ow
     x[0, 0, 3, 2] = 1.0  # at the end, and first once turned
     x[1, 0, ::3, ::2] = torch.tensor([[0.5, 1.0], [1.0, 1.0]])  # first in every copy
     x[2, 0, 0, 0] = 1.0
-    rows = complexity_and_orientation(density, (x,))
-    assert torch.isfinite(rows[:2]).all()
-    assert rows[1, 1] < -50  # nothing is likelier than what has no copy
-    assert torch.isnan(rows[2]).all()
+    bits, orientation = ways_up(density, x)
+    assert torch.isfinite(torch.stack([bits[:2], orientation[:2]])).all()
+    assert orientation[1] < -50  # nothing is likelier than what has no copy
+    assert torch.isnan(torch.stack([bits[2], orientation[2]])).all()
 
 
 # -- local intrinsic dimension -----------------------------------------------------------------------------------
@@ -618,7 +628,14 @@ def test_density_of_states_agrees_with_scikit_learn():
     training, test = noise[::2].clamp(0, 1), noise[1::2].clamp(0, 1)
     with torch.no_grad():
         model.scorer.fit(model, [model.inputs(part) for part in training.split(50)])
-        rows = lambda images: complexity_and_orientation(model, model.inputs(images)).numpy()
+        rows = lambda images: np.stack(
+            [
+                model.bits_per_dim(images),
+                model.bits_per_dim(images) - compressed_bits((images * 255).round().byte()) / 20,
+                ways_up(model, model.inputs(images)[0])[1],
+            ],
+            axis=1,
+        )
         scores = model(test).pred_score
         given_rows, test_rows = rows(training), rows(test)
     floor = np.quantile(given_rows, 0.5, axis=0, method="lower")  # the good side counts as the median
