@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     run.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
     run.add_argument("--root", default="./datasets", help="folder of the data sets that are given by name")
+    run.add_argument("--cap", type=float, metavar="SECONDS", help="of trainings that end when they level off")
     run.add_argument("--limit", type=int, help="a trial on about so many images, in OUTPUT/trial")
     reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
     for command in (run, reporting):

@@ -52,7 +52,7 @@ MAP_SIZE = 224
 SMALL_SIZE = 96
 """Height and width to which the backbone gets the 28 × 28 images."""
 TRAINING_SECONDS = {"industrial": 1200.0, "one_class": 300.0, "cross": 300.0}
-"""Cap on the training of a detector that trains until its held-out loss levels off."""
+"""Cap on the training of a detector that trains until its held-out loss levels off, without another in the options."""
 LEVEL, PATIENCE = 0.005, 3
 """Levelled off: no improvement of more than this share in so many epochs."""
 LONG_CLASS = 0
@@ -137,6 +137,7 @@ class Options:
     seeds: Sequence[int] = (0, 1, 2)
     backbone: str = "tf_efficientnet_lite0"
     limit: int | None = None
+    cap: float | None = None
     root: str = "./datasets"
 
 
@@ -406,15 +407,14 @@ class PeakMemory:
             self.gib = (max(self._most, self.now() or 0) - self._first) / 2**20
 
 
-def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
+def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[str, Any]]:
     """Fit, test and measure.
 
     Args:
         job: The fit.
         backbone: ``local-dir:FOLDER``.
         memo: Outputs of the backbone.
-        output: Folder of the results.
-        parts: The wanted parts.
+        options: What the command line asks for.
 
     Returns:
         The rows, one for each of the job's keys.
@@ -426,7 +426,8 @@ def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[s
     datamodule = task.data()
     datamodule.prepare_data()
     datamodule.setup()
-    rule = UntilLevel(detector.held_out_loss, TRAINING_SECONDS[task.kind]) if detector.held_out_loss else None
+    cap = TRAINING_SECONDS[task.kind] if options.cap is None else options.cap
+    rule = UntilLevel(detector.held_out_loss, cap) if detector.held_out_loss else None
     rows = []
     with TemporaryDirectory(prefix="flowood-contest-") as name:
         folder = Path(name)
@@ -464,13 +465,13 @@ def run_job(job: Job, backbone: str, memo: Memo, output: Path, parts: Sequence[s
             "images_per_s": round(speed, 2),
         }
         scores = recorder.scores
-        keys = job.keys(parts)
+        keys = job.keys(options.parts)
         if keys and keys[0][0] == task.part:
             row = {**dict(zip(KEY, keys.pop(0), strict=True)), **common, **_image_metrics(scores)}
             if recorder.maps is not None and recorder.masks is not None:
                 row |= pixel_metrics(recorder.maps, recorder.masks)
                 if task.part == "industrial" and job.seed == 0:
-                    save_maps(output / "maps" / task.name / f"{detector.name}.npz", recorder, scores)
+                    save_maps(options.output / "maps" / task.name / f"{detector.name}.npz", recorder, scores)
             rows.append(row)
         if keys:
             engine.test(model, dataloaders=_with_others(datamodule, task.other), verbose=False)
@@ -621,7 +622,7 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
             wanted = [key for key in job.keys(options.parts) if key not in done]
             start = time.perf_counter()
             try:
-                rows = run_job(job, backbone, memo, options.output, options.parts)
+                rows = run_job(job, backbone, memo, options)
                 rows = [row for row in rows if tuple(row[name] for name in KEY) in wanted]
                 said = ", ".join(f"AUROC {row['auroc']:.3f}" for row in rows)
                 said += f", fit {rows[0]['fit_s']:,.1f} s, {rows[0]['images_per_s']:,.0f} images/s"

@@ -158,7 +158,7 @@ def _train(options: Options, data: CrossDataset, inside: str, score: str, seed: 
         same = rows["task"].isin(outside_sets(inside)) & (rows["seed"] == seed)
         rows = rows[same & (rows["detector"].map(_trained_for) == score)].dropna(subset=known)
         if len(rows):
-            return path, rows.iloc[0][known].to_dict()
+            return path, {name: float(rows[name].iloc[0]) for name in known}
     seed_everything(seed, verbose=False)
     detector = PixelFlow(**FLOW, score=score, evaluator=False)
     limit = TimeLimit(options.seconds)

@@ -395,7 +395,7 @@ def test_one_class_rows_for_another_data_set(tmp_path, small_contest, monkeypatc
     )
     job = contest.Job(task, contest.DETECTORS["KNN"], 0)
     with Memo(tmp_path) as memo:
-        rows = contest.run_job(job, "local-dir:none", memo, tmp_path, ("one_class", "cross"))
+        rows = contest.run_job(job, "local-dir:none", memo, contest.Options(tmp_path, ("one_class", "cross")))
     assert [row["part"] for row in rows] == ["one_class", "cross"]
     assert rows[1]["task"] == "ramps class 0 -> mnist"
     assert rows[1]["test_images"] == 80
@@ -409,14 +409,15 @@ def test_training_stops_in_time(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(
         detectors.timm, "create_model", lambda *args, **kw: create(*args, **{**kw, "pretrained": False})
     )
-    monkeypatch.setitem(contest.TRAINING_SECONDS, "industrial", 0.0)
     detector = replace(detectors.DETECTORS["Patchflow"], build=lambda *_: build())
     task = contest.Task(
         "industrial", "plates", "industrial", partial(contest.IndustrialFolder, folder.parent, "plates")
     )
     task = replace(task, data=partial(contest.IndustrialFolder, folder.parent, "plates", **contest._HELD_OUT))
     with Memo(tmp_path) as memo:
-        (row,) = contest.run_job(contest.Job(task, detector, 1), "", memo, tmp_path, ("industrial",))
+        (row,) = contest.run_job(
+            contest.Job(task, detector, 1), "", memo, contest.Options(tmp_path, ("industrial",), cap=0.0)
+        )
     assert row["stopped_by"] == "time"
     assert 0 < row["epochs"] <= 1
 

@@ -365,7 +365,7 @@ def test_an_exported_score_agrees(kind, score, trained, tmp_path):
     assert np.array_equal(pred_label, expected.pred_label)
 
 
-@pytest.mark.parametrize("score", ["complexity", "lid", "density_of_states"])
+@pytest.mark.parametrize("score", ["complexity", "orientation", "lid", "density_of_states"])
 def test_what_cannot_be_exported_says_what_can(score, trained, tmp_path):
     detector = trained("pixel_flow", score).detector
     for export_type in ("onnx", "openvino"):

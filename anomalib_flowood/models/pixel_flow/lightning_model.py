@@ -46,9 +46,9 @@ class PixelFlow(FlowModule, AnomalibModule):
             ``single_scale``, 64 for the others; ``realnvp`` doubles it with every squeeze.
         num_blocks: Blocks of ``resnet`` and ``highway``.
         batch_norm: Batch normalisation in ``resnet``.
-        score: ``nll`` (−log p), ``typicality``, ``complexity``, ``likelihood_ratio``, ``latent_norm``, ``lid``,
-            ``density_of_states`` or ``ensemble``: see docs/scores.md. ``likelihood_ratio`` and ``ensemble`` train one
-            and four more flows.
+        score: ``nll`` (−log p), ``typicality``, ``complexity``, ``orientation``, ``likelihood_ratio``,
+            ``latent_norm``, ``lid``, ``density_of_states`` or ``ensemble``: see docs/scores.md. ``likelihood_ratio``
+            and ``ensemble`` train one and four more flows.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
