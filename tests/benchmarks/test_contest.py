@@ -414,10 +414,9 @@ def test_training_stops_in_time(tmp_path, folder, monkeypatch):
         "industrial", "plates", "industrial", partial(contest.IndustrialFolder, folder.parent, "plates")
     )
     task = replace(task, data=partial(contest.IndustrialFolder, folder.parent, "plates", **contest._HELD_OUT))
+    options = contest.Options(tmp_path, ("industrial",), cap=0.0)
     with Memo(tmp_path) as memo:
-        (row,) = contest.run_job(
-            contest.Job(task, detector, 1), "", memo, contest.Options(tmp_path, ("industrial",), cap=0.0)
-        )
+        (row,) = contest.run_job(contest.Job(task, detector, 1), "", memo, options)
     assert row["stopped_by"] == "time"
     assert 0 < row["epochs"] <= 1
 
