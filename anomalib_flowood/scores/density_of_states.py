@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 
 import torch
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from anomalib_flowood.flows import bits_per_dim
@@ -15,45 +14,35 @@ from .complexity import compressed_bits, pixels_of
 from .orientation import ways_up
 from .score import FlowDensity, Inputs, Score
 
-_COMPONENTS = 16
-"""Most Gaussians of the mixture."""
-
-_IMAGES_PER_COMPONENT = 50
-"""A Gaussian is to stand for a kind of images, and not for a few of them."""
+_POINTS = 1000
+"""Kernels of a statistic's density, at its quantiles over the training images."""
 
 
 class DensityOfStates(Score):
-    """−log of a density over several statistics of an image, nats: whatever is unusual about them is anomalous.
+    """−log of the densities of several statistics of an image, nats: whatever is unusual about them is anomalous.
 
     For embeddings the statistics are the terms whose sum is −log p: the latents' share, the log-determinant, the rest
-    outside of the subspace. For pixels they are −log p, what remains of it beside a compressor's bits, and whether the
-    image is the wrong way up (:class:`Complexity`, :class:`Orientation`). These have a good side: what is below the
-    median of the training images counts as the median. A mixture of Gaussians is fitted to the statistics of training
-    images. Source: Morningstar, Ham, Gallagher, Lakshminarayanan, Alemi and Dillon 2021 (arXiv 2006.09273), section 3;
-    kernel densities of each statistic there, one joint density here, since how
-    statistics go together tells more than each alone.
+    outside of the subspace. For pixels they are the flow's bits under a robust base, its bits beyond a compressor's,
+    and whether the image is the wrong way up (:class:`Orientation`, :class:`Complexity`). These have a good side: what
+    is below the median of the training images counts as the median. Source: Morningstar, Ham, Gallagher,
+    Lakshminarayanan, Alemi and Dillon 2021 (arXiv 2006.09273), section 3, with kernel densities; bandwidths by Scott's
+    rule (1992, equation 6.42).
     """
 
     name = "density_of_states"
     fit_images = 10_000
 
     floor: Tensor
-    mean: Tensor
-    std: Tensor
-    centres: Tensor
-    precisions: Tensor
-    log_weights: Tensor
+    points: Tensor
+    bandwidth: Tensor
 
     def __init__(self, density: FlowDensity) -> None:
         super().__init__(density)
         self.has_good_side = density.reads_pixels
         count = 3 if density.reads_pixels else density.parts
         self.register_buffer("floor", torch.full((count,), -math.inf))
-        self.register_buffer("mean", torch.zeros(count))
-        self.register_buffer("std", torch.ones(count))
-        self.register_buffer("centres", torch.zeros(_COMPONENTS, count))
-        self.register_buffer("precisions", torch.eye(count).repeat(_COMPONENTS, 1, 1))  # Cholesky factors
-        self.register_buffer("log_weights", torch.full((_COMPONENTS,), -math.inf))
+        self.register_buffer("points", torch.zeros(count, _POINTS))
+        self.register_buffer("bandwidth", torch.ones(count))
 
     @classmethod
     def exportable(cls, density: FlowDensity) -> bool:
@@ -65,36 +54,27 @@ class DensityOfStates(Score):
         log_prob, _, parts = density.density(inputs)
         if not density.reads_pixels:
             return parts / density.dims
-        bits = bits_per_dim(log_prob, density.dims)
-        compressed = compressed_bits(pixels_of(inputs)).to(bits) / density.dims
-        return torch.stack([bits, bits - compressed, ways_up(density, inputs[0])[1]], dim=1)
+        robust, wrong_way = ways_up(density, inputs[0])
+        compressed = compressed_bits(pixels_of(inputs)).to(robust) / density.dims
+        return torch.stack([robust, bits_per_dim(log_prob, density.dims) - compressed, wrong_way], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:
-        """Fit the mixture."""
+        """Place the kernels."""
         if self.has_good_side:
             self.floor.copy_(statistics.median(0).values)
         statistics = self._raised(statistics)
-        mean = statistics.mean(0)
+        places = (torch.arange(_POINTS, dtype=statistics.dtype, device=statistics.device) + 0.5) / _POINTS
         # A statistic that is the same for all images differs by its rounding, which is to say nothing.
-        std = torch.maximum(statistics.std(0), 1e-4 * mean.abs()).clamp(min=1e-12)
-        components = max(1, min(_COMPONENTS, len(statistics) // _IMAGES_PER_COMPONENT))
-        mixture = GaussianMixture(components, reg_covar=1e-3, random_state=0)
-        mixture.fit(((statistics - mean) / std).cpu().numpy())
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-        self.log_weights.fill_(-math.inf)
-        self.centres[:components] = torch.from_numpy(mixture.means_).to(self.centres)
-        self.precisions[:components] = torch.from_numpy(mixture.precisions_cholesky_).to(self.precisions)
-        self.log_weights[:components] = torch.from_numpy(mixture.weights_).log().to(self.log_weights)
+        std = torch.maximum(statistics.std(0), 1e-4 * statistics.mean(0).abs()).clamp(min=1e-12)
+        self.points.copy_(statistics.quantile(places, dim=0).T)
+        self.bandwidth.copy_(std * len(statistics) ** -0.2)
 
     def _raised(self, statistics: Tensor) -> Tensor:
         """Statistics, those on the good side brought to the median."""
         return statistics.clamp(min=self.floor.to(statistics)) if self.has_good_side else statistics
 
     def combine(self, statistics: Tensor) -> Tensor:
-        """−log density of the standardised statistics, nats, ``(N,)``."""
-        standardised = (self._raised(statistics) - self.mean) / self.std
-        whitened = torch.einsum("nks,kst->nkt", standardised[:, None] - self.centres, self.precisions)
-        log_det = self.precisions.diagonal(dim1=1, dim2=2).log().sum(1)
-        kernels = self.log_weights + log_det - 0.5 * whitened.square().sum(2)
-        return 0.5 * statistics.shape[1] * math.log(2 * math.pi) - torch.logsumexp(kernels, dim=1)
+        """−log of the product of the statistics' densities, nats, ``(N,)``."""
+        distances = (self._raised(statistics)[:, :, None] - self.points) / self.bandwidth[:, None]
+        log_kernels = torch.logsumexp(-0.5 * distances.square(), dim=2) - math.log(_POINTS)
+        return (0.5 * math.log(2 * math.pi) + self.bandwidth.log() - log_kernels).sum(1)
