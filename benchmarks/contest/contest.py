@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,13 +38,14 @@ from torch.utils.data import DataLoader
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.backbones import LOCAL_DIR, save_local
 from anomalib_flowood.benchmark import ScoreRecorder
+from anomalib_flowood.data.sources import Images, Source
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
 from .detectors import DETECTORS, Detector, ablation
 from .memo import Memo, mapped
 
-PARTS = ("industrial", "one_class", "cross", "ablation")
+PARTS = ("industrial", "one_class", "left_out", "cross", "ablation")
 SETS = ("fashion_mnist", "mnist")
 
 MAP_SIZE = 224
@@ -58,6 +59,8 @@ LEVEL, PATIENCE = 0.005, 3
 LONG_CLASS = 0
 """The class of each set on which detectors run that train for long; on all of them a contest would take hours."""
 TRAIN_LONG = ("Fastflow", "Patchflow", "Cflow")
+ON_EMBEDDINGS = ("EmbeddingFlow", "KNN", "Mahalanobis", "PPCA")
+"""Detectors of the part left_out, which is there to confirm what was chosen for embeddings."""
 AUPIMO_THRESHOLDS = 30_000
 """A tenth of anomalib's default, for the time it takes."""
 SPEED_BATCH = 32
@@ -80,7 +83,7 @@ class Task:
     """Something to fit to and be tested on.
 
     Attributes:
-        part: ``industrial``, ``one_class``, ``cross`` or ``ablation``.
+        part: One of :data:`PARTS`.
         name: Its name in rows.
         kind: ``industrial``, ``one_class`` or ``cross``: what sizes, caps and PatchCore's share hang on.
         data: Makes the data module.
@@ -97,6 +100,36 @@ class Task:
     def image_size(self) -> int:
         """Height and width of what the backbone gets."""
         return MAP_SIZE if self.kind == "industrial" else SMALL_SIZE
+
+
+class LeftOut(OneClass):
+    """All classes of a data set but one, to be told from that one.
+
+    Args:
+        dataset: Name of the data set.
+        number: Label of the class that is left out.
+        arguments: Those of :class:`OneClass`.
+    """
+
+    def __init__(self, dataset: str, number: int, **arguments: Any) -> None:
+        super().__init__(dataset, "the others", **arguments)
+        (source,) = self._sources
+        self._sources = [_Relabelled(source, number)]
+
+
+class _Relabelled:
+    """A source with two classes, one of its own and all others."""
+
+    def __init__(self, source: Source, number: int) -> None:
+        self.name, self.key, self.prepare = source.name, source.key, source.prepare
+        self.source, self.number = source, number
+
+    def read(self, split: str) -> Images:
+        images = self.source.read(split)
+        names = images.class_names or tuple(np.unique(np.asarray(images.classes, dtype=str)))
+        left_out = names[self.number]
+        classes = np.where(images.classes == left_out, left_out, "the others").astype(object)
+        return replace(images, classes=classes, class_names=())
 
 
 class IndustrialFolder(MVTecAD):
@@ -178,6 +211,16 @@ def _one_class(options: Options) -> list[Task]:
     ]
 
 
+def _left_out(options: Options) -> list[Task]:
+    train, test = (2000, 500) if options.limit is None else (options.limit, max(5, options.limit // 2))
+    data = partial(LeftOut, root=options.root, train_limit=train, test_limit=test)
+    return [
+        Task("left_out", f"{dataset} without class {number}", "one_class", partial(data, dataset, number))
+        for dataset in SETS
+        for number in range(10)
+    ]
+
+
 def _cross(options: Options) -> list[Task]:
     train, test = (4000, 1000) if options.limit is None else (options.limit, max(10, options.limit // 2))
     data = partial(CrossDataset, root=options.root, train_limit=train, test_limit=test)
@@ -218,6 +261,8 @@ def plan(options: Options) -> list[Job]:
         pairs += product(_industrial(options, "industrial"), chosen)
     if {"one_class", "cross"} & set(options.parts):
         pairs += product(_one_class(options), chosen)
+    if "left_out" in options.parts:
+        pairs += product(_left_out(options), [detector for detector in chosen if detector.name in ON_EMBEDDINGS])
     if "cross" in options.parts:
         pairs += product(_cross(options), chosen)
     if "ablation" in options.parts and DETECTORS["FeatureMapFlow"] in chosen:
@@ -235,7 +280,7 @@ def _seeds(task: Task, detector: Detector, seeds: Sequence[int]) -> Sequence[int
     """The seeds with which a detector is fitted to a task."""
     if task.part == "industrial":
         return seeds if detector.random else seeds[:1]
-    small = task.part in {"one_class", "cross"}
+    small = task.part in {"one_class", "left_out", "cross"}
     if small and detector.name in TRAIN_LONG and not task.name.endswith(f"class {LONG_CLASS}"):
         return ()
     return seeds if small and detector.name == "EmbeddingFlow" else seeds[:1]

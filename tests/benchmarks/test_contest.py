@@ -255,6 +255,35 @@ def test_the_plan_covers_the_contest():
         contest.plan(replace(options, parts=("industrial",)))
 
 
+def test_only_detectors_on_embeddings_run_on_what_was_left_out():
+    jobs = contest.plan(contest.Options(parts=("left_out",)))
+    count = {name: sum(job.detector.name == name for job in jobs) for name in detectors.DETECTORS}
+    assert {name: number for name, number in count.items() if number} == {
+        "EmbeddingFlow": 60,
+        **dict.fromkeys(("KNN", "Mahalanobis", "PPCA"), 20),
+    }
+    assert len({key for job in jobs for key in job.keys(("left_out",))}) == len(jobs)
+
+
+def test_the_class_that_is_left_out_is_the_anomalous_one(tmp_path):
+    for value, name in enumerate(("ant", "bee", "cat")):
+        for split, count in (("train", 6), ("test", 4)):
+            folder = tmp_path / "animals" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), 100 * value + number).save(folder / f"{number}.png")
+    data = contest.LeftOut(str(tmp_path / "animals"), 1, val_split_ratio=0.25, test_limit=3)
+    data.prepare_data()
+    data.setup()
+    values = [int(item.image[0, 0, 0] * 255) // 100 for part in (data.train_data, data.val_data) for item in part]
+    assert sorted(values) == [0] * 6 + [2] * 6
+    batch = next(iter(data.test_dataloader()))
+    bee = (batch.image[:, 0, 0, 0] * 255).round() // 100 == 1
+    assert torch.equal(batch.gt_label, bee)
+    assert batch.gt_label.sum() == 3
+    assert len(batch.gt_label) == 6
+
+
 def test_ablation_changes_one_thing_at_a_time():
     variants = detectors.ablation()
     assert next(iter(variants)) == "defaults"
@@ -478,8 +507,11 @@ def test_tables_from_a_few_rows(tmp_path):
             task = f"mnist class {number}"
             rows.append(rows_of("one_class", task, name, 0, auroc=value + better, **cost))
             rows.append(rows_of("cross", f"{task} -> fashion_mnist", name, 0, auroc=value, **cost))
+        rows.append(rows_of("left_out", f"mnist without class {number}", "PPCA", 0, auroc=value, **cost))
     append_rows(tmp_path, rows, contest.COLUMNS)
     text = report.tables(read_rows(tmp_path))
+    assert "mnist, mean over 4 tasks:" in text
+    assert "| PPCA | 0.650 |" in text
     assert "| FeatureMapFlow | **0.920 ± 0.028** | **0.150** |" in text
     assert "| Padim | 0.850 | 0.300 | – | 0.900 |" in text
     assert "Fastflow: 12.0 epochs, stopped by: 1 × time." in text
