@@ -341,7 +341,11 @@ def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
             ours = name in OURS
             axis.scatter(seconds, score, s=46 if ours else 24, color="C3" if ours else "0.35", zorder=3)
         axis.set_xscale("log")
-        axis.margins(x=0.18, y=0.25)
+        axis.margins(x=0.18, y=0.1)
+        low, high = axis.get_ylim()
+        top = high + 0.45 * (high - low)  # labels of points that lie close are stacked above them
+        axis.set_yticks([tick for tick in axis.get_yticks() if low <= tick <= 1])
+        axis.set_ylim(low, top)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
