@@ -52,6 +52,11 @@ def pixels_of(inputs: Inputs) -> Tensor:
     return (inputs[0] * LEVELS).floor().clamp(0, LEVELS - 1).byte()
 
 
+def compressed_bits_per_dim(density: FlowDensity, inputs: Inputs) -> Tensor:
+    """:func:`compressed_bits` of dequantised images, per dimension, ``(N,)``, in the precision of the images."""
+    return compressed_bits(pixels_of(inputs)).to(inputs[0]) / density.dims
+
+
 class Complexity(Score):
     """−log2 p minus the bits of the better of two lossless compressors, per dimension.
 
@@ -72,7 +77,7 @@ class Complexity(Score):
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Bits per dimension under the flow, and by the compressor; ``(N, 2)``."""
         bits = bits_per_dim(density.density(inputs).log_prob, density.dims)
-        return torch.stack([bits, compressed_bits(pixels_of(inputs)).to(bits) / density.dims], dim=1)
+        return torch.stack([bits, compressed_bits_per_dim(density, inputs)], dim=1)
 
     def combine(self, statistics: Tensor) -> Tensor:
         """The difference, bits per dimension, ``(N,)``."""

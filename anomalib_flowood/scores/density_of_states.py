@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomalib_flowood.flows import bits_per_dim
 
-from .complexity import compressed_bits, pixels_of
+from .complexity import compressed_bits_per_dim
 from .orientation import ways_up
 from .score import FlowDensity, Inputs, Score
 
@@ -26,7 +26,7 @@ class DensityOfStates(Score):
     and whether the image is the wrong way up (:class:`Orientation`, :class:`Complexity`). These have a good side: what
     is below the median of the training images counts as the median. Source: Morningstar, Ham, Gallagher,
     Lakshminarayanan, Alemi and Dillon 2021 (arXiv 2006.09273), section 3, with kernel densities; bandwidths by Scott's
-    rule (1992, equation 6.42).
+    rule (1992).
     """
 
     name = "density_of_states"
@@ -55,8 +55,8 @@ class DensityOfStates(Score):
         if not density.reads_pixels:
             return parts / density.dims
         robust, wrong_way = ways_up(density, inputs[0])
-        compressed = compressed_bits(pixels_of(inputs)).to(robust) / density.dims
-        return torch.stack([robust, bits_per_dim(log_prob, density.dims) - compressed, wrong_way], dim=1)
+        beyond = bits_per_dim(log_prob, density.dims) - compressed_bits_per_dim(density, inputs)
+        return torch.stack([robust, beyond, wrong_way], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Place the kernels."""

@@ -9,7 +9,7 @@ from torch.distributions import StudentT
 
 from anomalib_flowood.flows import bits_per_dim
 
-from .complexity import compressed_bits, pixels_of
+from .complexity import compressed_bits_per_dim
 from .score import FlowDensity, Inputs, Score
 
 _DEGREES = 10.0
@@ -40,7 +40,8 @@ def robust_bits_per_dim(density: FlowDensity, x: Tensor) -> Tensor:
     """Bits per dimension of dequantised images with Student's t distribution as the base of the flow.
 
     Under a Gaussian one, a few latents far out, as some image of every test set has, outweigh all others. Source:
-    Alexanderson and Henter 2020 (arXiv 2006.06599), who also train with it; here the trained flow is kept.
+    Alexanderson and Henter 2020 (arXiv 2006.06599), who train with a multivariate one; here it is one for each latent,
+    and the flow is kept as it was trained.
 
     Args:
         density: A density of pixels.
@@ -110,8 +111,7 @@ class Orientation(Score):
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Bits per dimension beyond a compressor's, and beyond those of the likeliest way up; ``(N, 2)``."""
         bits, wrong_way = ways_up(density, inputs[0])
-        compressed = compressed_bits(pixels_of(inputs)).to(bits) / density.dims
-        return torch.stack([bits - compressed, wrong_way], dim=1)
+        return torch.stack([bits - compressed_bits_per_dim(density, inputs), wrong_way], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:
         """Learn where each tail begins, and its mean excess."""

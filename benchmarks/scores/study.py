@@ -58,7 +58,7 @@ NAMED_BEFORE = (
     *(f"{inside} -> {change}" for change in ("halves of two images", "a quadrant black") for inside in SETS),
 )
 """Pairs that nobody looked at before they were named. ``orientation`` was made when the first one's figures were known,
-``density_of_states`` got its statistics when those of the second were."""
+``density_of_states`` got its statistics when all of them were."""
 
 BITS = "compressed bits alone"
 """The score that needs no model."""
