@@ -5,7 +5,7 @@ from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
-from .pixels import LEVELS, Logit, bits_per_dim, dequantize, standard_normal_log_prob
+from .pixels import LEVELS, LOGIT_ALPHA, Logit, bits_per_dim, dequantize, standard_normal_log_prob
 from .subnets import (
     SUBNETS,
     Bottleneck,
@@ -20,6 +20,7 @@ from .subnets import (
 __all__ = [
     "ARCHITECTURES",
     "LEVELS",
+    "LOGIT_ALPHA",
     "MASKS",
     "SUBNETS",
     "ActNorm",

@@ -13,7 +13,7 @@ from anomalib_flowood.names import unknown_name
 from .couplings import ChannelCoupling, MaskedCoupling, QuadrantCoupling, SubnetConstructor, quadrant_size
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, coupling_mask
-from .pixels import Logit
+from .pixels import LOGIT_ALPHA, Logit
 from .subnets import BOTTLENECKS, FULLY_CONNECTED, check_bottleneck, subnet_constructor
 
 ARCHITECTURES = ("single_scale", "realnvp", "glow")
@@ -60,6 +60,7 @@ def pixel_flow(
     bottleneck_dim: int = 5,
     num_blocks: int = 2,
     batch_norm: bool = False,
+    logit_alpha: float = LOGIT_ALPHA,
 ) -> SequenceINN:
     """Build a flow on dequantised images: logit, then the couplings of an architecture.
 
@@ -89,6 +90,7 @@ def pixel_flow(
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
         num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
         batch_norm: Batch normalisation in the ``resnet`` networks.
+        logit_alpha: Alpha of the :class:`~anomalib_flowood.flows.Logit`; 0.05 in the literature.
 
     Returns:
         The flow: ``flow(x) -> (z, log_det)`` with ``x`` in the open unit cube and ``z`` of the same shape,
@@ -111,7 +113,7 @@ def pixel_flow(
     _at_least_one("scales", scales)
 
     flow = SequenceINN(*shape)
-    flow.append(Logit)
+    flow.append(Logit, alpha=logit_alpha)
     if architecture == "single_scale":
         mask = "cycle" if mask is None else mask
         squeeze = mask == "channel" and shape[0] == 1

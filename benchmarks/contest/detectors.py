@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
+from itertools import product, starmap
 from typing import Any
 from unittest.mock import patch
 
@@ -230,11 +231,12 @@ _ALL = [
 DETECTORS = {detector.name: detector for detector in _ALL}
 """The contest's detectors, ours first."""
 
+_RESNET = {"subnet": "resnet", "hidden_channels": 64}
+
 _CHANGES: list[dict[str, Any]] = [
     *({"mask": mask} for mask in ("checkerboard", "horizontal", "channel")),
     {"subnet": "mlp"},
-    {"subnet": "resnet", "hidden_channels": 64},
-    {"mask": "checkerboard", "subnet": "resnet", "hidden_channels": 64},
+    _RESNET,
     *({"bottleneck_dim": dim} for dim in (8, 32)),
     {"coupling_layers": 8},
     {"feature_noise": 0.0},
@@ -244,23 +246,42 @@ _CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def ablation() -> dict[str, Detector]:
-    """Return `FeatureMapFlow` with its defaults and with one change at a time; what changes nothing is left out.
+PRODUCT_MASKS = ("cycle", "checkerboard", "horizontal", "channel")
+PRODUCT_NETWORKS: dict[str, dict[str, Any]] = {
+    **{f"bottleneck, K = {dim}": {"bottleneck_dim": dim} for dim in (8, 32, 128)},
+    "mlp": {"subnet": "mlp"},
+    "resnet": _RESNET,
+}
+PRODUCT_LAYERS: dict[str, dict[str, Any]] = {"blocks.4": {}, "blocks.6": {"layers": ("blocks.6",)}}
 
-    One variant has neither of the paper's two ideas: checkerboard and convolutions. ``float32 features`` keeps the
-    training features in single precision.
-    """
+
+def variant(changes: dict[str, Any]) -> Detector:
+    """Return `FeatureMapFlow` with some arguments changed, named after those that are not its defaults."""
     usual = {name: parameter.default for name, parameter in signature(FeatureMapFlow).parameters.items()}
-    variants = {"defaults": Detector("defaults", _feature_map_flow, ours=True, random=True)}
-    for changes in _CHANGES:
-        if all(usual[key] == value for key, value in changes.items()):
-            continue
-        name = ", ".join(
-            f"{key}={'+'.join(value) if isinstance(value, tuple) else value}"
-            for key, value in changes.items()
-            if key != "hidden_channels"  # that of convolutions counts something else than that of linear layers
-        )
-        variants[name] = Detector(name, partial(_feature_map_flow, **changes), ours=True, random=True)
-    name = "float32 features"
-    variants[name] = Detector(name, partial(_feature_map_flow, model=FullPrecision), ours=True, random=True)
-    return variants
+    changes = {key: value for key, value in changes.items() if usual[key] != value}
+    name = ", ".join(
+        f"{key}={'+'.join(value) if isinstance(value, tuple) else value}"
+        for key, value in changes.items()
+        if key != "hidden_channels"  # that of convolutions counts something else than that of linear layers
+    )
+    return Detector(name or "defaults", partial(_feature_map_flow, **changes), ours=True, random=True)
+
+
+def product_variant(mask: str, network: str, layer: str) -> Detector:
+    """Return the variant with one of each of the ``PRODUCT_…``."""
+    return variant({"mask": mask, **PRODUCT_NETWORKS[network], **PRODUCT_LAYERS[layer]})
+
+
+def one_change() -> dict[str, Detector]:
+    """Return `FeatureMapFlow` with its defaults and with one change at a time.
+
+    ``float32 features`` keeps the training features in single precision.
+    """
+    full = Detector("float32 features", partial(_feature_map_flow, model=FullPrecision), ours=True, random=True)
+    return {detector.name: detector for detector in (variant({}), *map(variant, _CHANGES), full)}
+
+
+def ablation() -> dict[str, Detector]:
+    """Return what :func:`one_change` does, and every mask with every network on every one of the product's layers."""
+    cells = product(PRODUCT_MASKS, PRODUCT_NETWORKS, PRODUCT_LAYERS)
+    return one_change() | {detector.name: detector for detector in starmap(product_variant, cells)}

@@ -17,7 +17,15 @@ from benchmarks.results import Column, publish, rows_to_report, short_number
 
 from .baselines import MODELS
 from .contest import PARTS, TRAIN_LONG
-from .detectors import DETECTORS, ablation
+from .detectors import (
+    DETECTORS,
+    PRODUCT_LAYERS,
+    PRODUCT_MASKS,
+    PRODUCT_NETWORKS,
+    ablation,
+    one_change,
+    product_variant,
+)
 
 HERE = Path(__file__).parent
 OURS = {name for name, detector in DETECTORS.items() if detector.ours}
@@ -29,7 +37,7 @@ _TITLES = {
     "one_class": "One class of small images against the other nine",
     "left_out": "Nine classes of small images against the tenth",
     "cross": "Another data set",
-    "ablation": "`FeatureMapFlow`, one change at a time",
+    "ablation": "What `FeatureMapFlow` owes to what",
 }
 
 
@@ -175,10 +183,32 @@ def _cross(rows: pd.DataFrame) -> str:
 
 def _ablation(rows: pd.DataFrame) -> str:
     columns = [_AUROC, _FPR95, *_PIXELS, *_COST]
-    return "\n\n".join(
-        f"{task}, one seed:\n\n{_table(some, columns, 'change', set())}"
-        for task, some in rows.groupby("task", sort=False)
-    )
+    texts = []
+    for task, some in rows.groupby("task", sort=False):
+        single = some[some["detector"].isin(one_change())]
+        texts += [f"{task}, one change at a time, one seed:", _table(single, columns, "change", set())]
+        texts += [f"{task}, every mask with every network, one seed:", *_product(some)]
+    return "\n\n".join(texts)
+
+
+def _product(rows: pd.DataFrame) -> list[str]:
+    """For each layer a table with a line for each mask and a column for each network."""
+    results = rows.groupby("detector")[["auroc", "aupro"]].mean()
+    texts = []
+    for layer in PRODUCT_LAYERS:
+        lines = [
+            f"| {layer}: AUROC / AUPRO | {' | '.join(PRODUCT_NETWORKS)} |",
+            f"| --- |{' ---: |' * len(PRODUCT_NETWORKS)}",
+        ]
+        for mask in PRODUCT_MASKS:
+            cells = []
+            for network in PRODUCT_NETWORKS:
+                name = product_variant(mask, network, layer).name
+                known = name in results.index
+                cells.append("{auroc:.3f} / {aupro:.3f}".format(**results.loc[name]) if known else "–")
+            lines.append(f"| {mask} | {' | '.join(cells)} |")
+        texts.append("\n".join(lines))
+    return texts
 
 
 _WRITERS = {

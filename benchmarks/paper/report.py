@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from benchmarks.results import Column, mean_sd, publish, rows_to_report, short_number
 
 from .study import (
+    ALPHAS,
     CHANNEL,
     CHECKERBOARD,
     CYCLE,
@@ -25,9 +26,12 @@ from .study import (
     EMBEDDING,
     GLOW,
     HORIZONTAL,
+    LOGIT_FLOWS,
     PAIR,
+    PAPERS_ALPHA,
     PARTS,
     sample_path,
+    with_alpha,
 )
 
 HERE = Path(__file__).parent
@@ -42,6 +46,7 @@ _MARKERS = dict(zip(FLOWS, "sDPv^o", strict=True))
 _TITLES = {
     "mask_time": "Masks at equal training time",
     "mask_epochs": "Masks at equal epochs",
+    "logit": "A flatter logit",
     "bottleneck": "The bottleneck",
     "embedding": "Pixels against pretrained features",
     "one_class": "One class of clothes against the other nine",
@@ -107,6 +112,16 @@ def _by_k(rows: pd.DataFrame) -> pd.DataFrame:
     return some.assign(k=some["detector"].str.removeprefix("K = ").astype(int))
 
 
+def _by_alpha(rows: pd.DataFrame) -> pd.DataFrame:
+    """The study of logits, together with the same flows and seeds of the mask study, which has the paper's logit."""
+    flatter = rows[rows["part"] == "logit"]
+    papers = rows[
+        (rows["part"] == "mask_time") & rows["detector"].isin(LOGIT_FLOWS) & rows["seed"].isin(flatter["seed"].unique())
+    ]
+    papers = papers.assign(detector=[with_alpha(name, PAPERS_ALPHA) for name in papers["detector"]])
+    return pd.concat([papers, flatter])
+
+
 def _best_bottleneck(rows: pd.DataFrame) -> Claim | None:
     means = _by_k(rows).groupby("k")["auroc"].mean()
     if means.empty:
@@ -154,7 +169,8 @@ def _small_costs(rows: pd.DataFrame) -> Claim | None:
 def pixel_runs(rows: pd.DataFrame) -> pd.DataFrame:
     """All finished flows on pixels on the pair, with a column ``flow``: the name in the mask study."""
     some = rows[(rows["task"] == PAIR) & rows["bits_per_dim"].notna()]
-    return some.assign(flow=some["detector"].where(some["part"] != "bottleneck", CYCLE_BOTTLENECK))
+    flow = some["detector"].str.partition(", α")[0]
+    return some.assign(flow=flow.where(some["part"] != "bottleneck", CYCLE_BOTTLENECK))
 
 
 def _likelihood(rows: pd.DataFrame) -> Claim | None:
@@ -178,7 +194,7 @@ def _embedding(rows: pd.DataFrame) -> Claim | None:
     pixels = _of(rows, part, best)
     return Claim(
         "A flow on pretrained features detects better than any on pixels",
-        f"{mean_sd(ours)} against {mean_sd(pixels)} ({best}{'' if best in FLOWS else ', bottleneck study'})",
+        f"{mean_sd(ours)} against {mean_sd(pixels)} ({best}; {_TITLES[part].lower()})",
         _apart(pixels, ours),
     )
 
@@ -252,6 +268,10 @@ def _section(part: str, rows: pd.DataFrame) -> str:
     some = rows[rows["part"] == part]
     if part in {"mask_time", "mask_epochs"}:
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], FLOWS, "flow")
+    elif part == "logit":
+        some = _by_alpha(rows)
+        names = [with_alpha(name, alpha) for name in LOGIT_FLOWS for alpha in (PAPERS_ALPHA, *ALPHAS)]
+        table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], names, "flow")
     elif part == "bottleneck":
         names = [f"K = {k}" for k in sorted(_by_k(rows)["k"].unique())]
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], names, CYCLE_BOTTLENECK)
@@ -343,6 +363,28 @@ def draw_masks(rows: pd.DataFrame, path: Path) -> bool:
         axis.grid(axis="y", alpha=0.3)
         if column == "auroc":
             axis.axhline(0.5, color="0.5", linewidth=0.8, linestyle="--")
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_logit(rows: pd.DataFrame, path: Path) -> bool:
+    """Draw AUROC and bits per dimension over alpha, by flow; returns whether there was anything."""
+    some = _by_alpha(rows)
+    if "logit" not in set(some["part"]):
+        return False
+    alpha = some["detector"].str.rpartition(" = ")[2].astype(float)
+    some = some.assign(alpha=alpha, flow=some["detector"].str.partition(", α")[0])
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = (("auroc", "AUROC"), ("bits_per_dim", "bits per dimension, clothes"))
+    for axis, (column, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name in LOGIT_FLOWS:
+            means = some[some["flow"] == name].groupby("alpha")[column].mean()
+            axis.plot(means.index, means, _MARKERS[name] + "-", color=_COLOURS[name], label=name)
+        axis.set_xticks(sorted(some["alpha"].unique()))
+        axis.set(xlabel="α of the logit; 0.05 is the paper's", ylabel=title)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylim(-0.03, 1.03)
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return True
 
@@ -465,6 +507,7 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
     good = rows[rows["error"].isna()]
     drawn = {
         ("masks.png", "AUROC and co-adaptation by mask"): draw_masks(good, into / "masks.png"),
+        ("logit.png", "AUROC and bits per dimension over the logit's alpha"): draw_logit(good, into / "logit.png"),
         ("bottleneck.png", "AUROC and bits per dimension over K"): draw_bottleneck(good, into / "bottleneck.png"),
         ("likelihood.png", "bits per dimension against AUROC, every run"): draw_likelihood(
             good, output, into / "likelihood.png"

@@ -33,14 +33,21 @@ from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
-PARTS = ("mask_time", "mask_epochs", "bottleneck", "embedding", "one_class")
+PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
 PAIR = f"{INSIDE} -> {OUTSIDE}"
 BOTTLENECK_DIMS = (2, 5, 10, 20, 50, 100)
 
+PAPERS_ALPHA = 0.05
+"""Alpha of the logit in Dinh et al. (2017), and so in the paper."""
+ALPHAS = (0.15, 0.25, 0.4)
+"""Flatter logits."""
+
 CHECKERBOARD, CHANNEL, GLOW = "checkerboard", "channel (RealNVP)", "Glow"
 HORIZONTAL, CYCLE, CYCLE_BOTTLENECK = "horizontal", "cycle", "cycle + bottleneck"
 EMBEDDING = "EmbeddingFlow"
+LOGIT_FLOWS = (CHECKERBOARD, CYCLE, CYCLE_BOTTLENECK)
+"""Flows that are trained with several logits."""
 
 COADAPTATION_IMAGES = 256
 SAMPLES = 16
@@ -109,7 +116,7 @@ class Profile:
 
 def _flows(common: dict[str, Any], single: dict[str, Any], **own: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Arguments of the six flows: what all share, what those of one scale with a resnet share, what each has."""
-    common = {"image_size": (28, 28), "channels": 1, **common}
+    common = {"image_size": (28, 28), "channels": 1, "logit_alpha": PAPERS_ALPHA, **common}
     resnet = {**common, "subnet": "resnet", "coupling_layers": 8, **single}
     return {
         CHECKERBOARD: {**resnet, "mask": "checkerboard"},
@@ -140,11 +147,13 @@ LAPTOP = Profile(
         "coupling_layers": 24,
         "hidden_channels": 128,
         "learning_rate": 4e-3,
+        "logit_alpha": 0.25,
     },
     embedding={"image_size": (128, 128)},
     budgets={
         "mask_time": Budget(seconds=75, test_limit=1000),
         "mask_epochs": Budget((0,), epochs=2, train_limit=4000, test_limit=1000),
+        "logit": Budget((0,), seconds=75, test_limit=1000),
         "bottleneck": Budget((0,), seconds=300, test_limit=1000, batch_size=256),
         "embedding": Budget(train_limit=4000, test_limit=1000),
         "one_class": Budget((0,), seconds=15, train_limit=2000, test_limit=100),
@@ -170,6 +179,7 @@ FULL = Profile(
     budgets={
         "mask_time": Budget(seconds=3600),
         "mask_epochs": Budget(),
+        "logit": Budget((0,), seconds=3600),
         "bottleneck": Budget(),
         "embedding": Budget(),
         "one_class": Budget((0,)),
@@ -250,6 +260,11 @@ class Fit:
         return OneClass(INSIDE, self.normal_class, **common)
 
 
+def with_alpha(flow: str, alpha: float) -> str:
+    """Return a flow's name in the part ``logit``."""
+    return f"{flow}, α = {alpha}"
+
+
 def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
     """Return all fits, the first seed of everything first.
 
@@ -261,6 +276,12 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
     by_part: dict[str, Mapping[str, dict[str, Any]]] = {
         "mask_time": profile.flows,
         "mask_epochs": profile.flows,
+        "logit": {
+            with_alpha(name, alpha): {**arguments, "logit_alpha": alpha}
+            for name, arguments in profile.flows.items()
+            if name in LOGIT_FLOWS
+            for alpha in ALPHAS
+        },
         "bottleneck": {f"K = {k}": {**profile.bottleneck, "bottleneck_dim": k} for k in profile.bottleneck_dims},
         "embedding": {EMBEDDING: profile.embedding},
         "one_class": {

@@ -2,6 +2,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -285,10 +286,21 @@ def test_the_class_that_is_left_out_is_the_anomalous_one(tmp_path):
 
 
 def test_ablation_changes_one_thing_at_a_time():
-    variants = detectors.ablation()
+    variants = detectors.one_change()
     assert next(iter(variants)) == "defaults"
     assert {"mask=checkerboard", "subnet=mlp", "bottleneck_dim=8", "layers=blocks.4+blocks.6"} <= set(variants)
-    assert "mask=checkerboard, subnet=resnet" in variants
+    assert "mask=checkerboard, subnet=resnet" not in detectors.one_change()
+
+
+def test_ablation_has_every_mask_with_every_network_on_every_layer():
+    cells = list(product(detectors.PRODUCT_MASKS, detectors.PRODUCT_NETWORKS, detectors.PRODUCT_LAYERS))
+    names = [detectors.product_variant(*cell).name for cell in cells]
+    assert len(set(names)) == len(cells) == 40
+    assert set(names) <= set(detectors.ablation())
+    assert "defaults" in names
+    assert "mask=checkerboard, subnet=resnet, layers=blocks.6" in names
+    changed = detectors.ablation()["mask=horizontal, bottleneck_dim=8, layers=blocks.6"].build.keywords
+    assert changed == {"mask": "horizontal", "bottleneck_dim": 8, "layers": ("blocks.6",)}
 
 
 def test_full_precision_changes_the_stored_features_alone():
@@ -498,7 +510,8 @@ def test_tables_from_a_few_rows(tmp_path):
         rows_of("industrial", "tiles", "Padim", 0, auroc=0.85, fpr95=0.3, aupro=0.9, **cost),
         rows_of("industrial", "tiles", "Fastflow", 0, auroc=0.8, epochs=12, stopped_by="time", **cost),
         rows_of("industrial", "tiles", "Dfm", 0, error="ValueError: broken"),
-        rows_of("ablation", "tiles", "mask=channel", 0, auroc=0.7, **cost),
+        rows_of("ablation", "tiles", "mask=channel", 0, auroc=0.7, aupro=0.6, **cost),
+        rows_of("ablation", "tiles", "mask=channel, subnet=mlp", 0, auroc=0.71, aupro=0.61, **cost),
     ]
     for number in range(4):
         value = 0.5 + 0.1 * number

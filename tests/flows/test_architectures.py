@@ -9,6 +9,7 @@ from flow_helpers import check_inverse, check_log_det, randomise
 
 from anomalib_flowood.flows import (
     ARCHITECTURES,
+    LOGIT_ALPHA,
     MASKS,
     ActNorm,
     AffineCoupling,
@@ -65,7 +66,7 @@ def test_density_on_pixels_integrates_to_one_over_the_cube():
     axis = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     grid = torch.cartesian_prod(axis, axis).reshape(-1, 1, 1, 2)
     z, log_det = flow(grid)
-    # The logit keeps 5 % off both ends, so that latents beyond it are no image: count them, too.
+    # The logit keeps alpha off both ends, so that latents beyond it are no image: count them, too.
     reached = torch.exp(standard_normal_log_prob(z) + log_det).mean()
     z = torch.randn(400_000, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x, _ = flow(z, rev=True)
@@ -76,7 +77,7 @@ def test_density_on_pixels_integrates_to_one_over_the_cube():
 
 def test_a_fresh_flow_is_the_logit():
     flow, x = pixel_flow((1, 4, 4), **SMALL), torch.rand(2, 1, 4, 4)
-    torch.testing.assert_close(flow(x)[0], torch.logit((2 * x - 1) * 0.9 / 2 + 0.5))
+    torch.testing.assert_close(flow(x)[0], torch.logit(LOGIT_ALPHA + (1 - 2 * LOGIT_ALPHA) * x))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_multi_scale_inverse_in_single_precision(architecture, shape, scales):
         for parameter in flow.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     z, log_det = flow(x)
-    assert (z - torch.logit(0.05 + 0.9 * x)).abs().max() > 0.1
+    assert (z - torch.logit(LOGIT_ALPHA + (1 - 2 * LOGIT_ALPHA) * x)).abs().max() > 0.1
     back, log_det_back = flow(z, rev=True)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-4, atol=1e-2)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -7,24 +8,42 @@ from flow_helpers import check_inverse, check_log_det
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_flowood.flows import Logit, bits_per_dim, dequantize, standard_normal_log_prob
+from anomalib_flowood.flows import Logit, bits_per_dim, dequantize, pixel_flow, standard_normal_log_prob
 
 
-def logit(x, rev=False):
-    (y,), log_det = Logit([x.shape[1:]])((x,), rev=rev)
+def logit(x, rev=False, **settings):
+    (y,), log_det = Logit([x.shape[1:]], **settings).double()((x,), rev=rev)
     return y, log_det
 
 
-@given(seed=st.integers(0, 1000))
-def test_logit_inverse_and_log_determinant(seed):
+@given(seed=st.integers(0, 1000), alpha=st.floats(1e-3, 0.499))
+def test_logit_inverse_and_log_determinant(seed, alpha):
     x = torch.rand(2, 1, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    check_inverse(logit, x)
-    check_log_det(logit, x)
+    check_inverse(partial(logit, alpha=alpha), x)
+    check_log_det(partial(logit, alpha=alpha), x)
 
 
-def test_logit_is_the_papers_formula():
+def test_logit_with_the_literatures_alpha_is_its_formula():
     x = torch.linspace(0, 1, 11, dtype=torch.float64)[None]
-    torch.testing.assert_close(logit(x)[0], torch.logit((2 * x - 1) * 0.9 / 2 + 0.5))
+    expected = torch.logit((2 * x - 1) * 0.9 / 2 + 0.5)
+    torch.testing.assert_close(logit(x, alpha=0.05)[0], expected, rtol=1e-6, atol=1e-12)  # alpha is kept in float32
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, -0.1, math.nan])
+def test_an_alpha_that_makes_no_sense_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"logit_alpha must be above 0 and below 0\.5"):
+        Logit([(1, 2, 2)], alpha=alpha)
+
+
+def test_alpha_is_loaded_with_the_weights():
+    saved, loaded = pixel_flow((1, 4, 4), logit_alpha=0.1, bottleneck_dim=2), pixel_flow((1, 4, 4), bottleneck_dim=2)
+    x = torch.rand(2, 1, 4, 4)
+    loaded.load_state_dict(saved.state_dict())
+    torch.testing.assert_close(loaded(x), saved(x))
+    # Checkpoints from before it was kept had the literature's.
+    before = {name: value for name, value in saved.state_dict().items() if not name.endswith("alpha")}
+    loaded.load_state_dict(before)
+    torch.testing.assert_close(loaded(x)[0], logit(x.double(), alpha=0.05)[0].float())
 
 
 @given(level=st.integers(0, 255), noise=st.floats(0, 0.999))

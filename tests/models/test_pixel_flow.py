@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_helpers import data, engine, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood.flows import MASKS, QuadrantCoupling
+from anomalib_flowood.flows import LOGIT_ALPHA, MASKS, QuadrantCoupling
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
 SMALL = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
@@ -201,6 +201,7 @@ def test_one_nan_pixel_is_found(model):
         ({"architecture": "realnvp", "scales": 0}, "scales must be at least 1"),
         ({"subnet": "mlp", "batch_norm": True}, "Only subnet 'resnet' has batch normalisation"),
         ({"subnet": "highway", "num_blocks": 0}, "num_blocks must be at least 1"),
+        ({"logit_alpha": 0.5}, "logit_alpha must be above 0 and below 0.5, got 0.5"),
     ],
 )
 def test_bad_configurations_are_refused_when_the_model_is_built(kwargs, message):
@@ -211,7 +212,8 @@ def test_bad_configurations_are_refused_when_the_model_is_built(kwargs, message)
 def test_defaults():
     detector = PixelFlow()
     assert detector.model.shape == (3, 32, 32)
-    couplings = list(detector.model.flow)[1:]
+    logit, *couplings = detector.model.flow
+    assert logit.alpha == LOGIT_ALPHA
     assert [type(coupling) for coupling in couplings] == [QuadrantCoupling] * 8
     assert couplings[0].subnet.layers[0].out_features == 256
     assert couplings[0].subnet.layers[2].out_features == 5

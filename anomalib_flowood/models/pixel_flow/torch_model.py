@@ -33,6 +33,7 @@ class PixelFlowModel(FlowModel):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
         num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
         batch_norm: Batch normalisation in the ``resnet`` networks.
+        logit_alpha: What the logit keeps off black and white, above 0 and below 1/2.
         score: One of :data:`anomalib_flowood.scores.SCORES`.
 
     Raises:
@@ -58,6 +59,7 @@ class PixelFlowModel(FlowModel):
         bottleneck_dim: int = 5,
         num_blocks: int = 2,
         batch_norm: bool = False,
+        logit_alpha: float = flows.LOGIT_ALPHA,
         score: str = "nll",
     ) -> None:
         if channels not in {1, 3}:
@@ -78,6 +80,7 @@ class PixelFlowModel(FlowModel):
             bottleneck_dim=bottleneck_dim,
             num_blocks=num_blocks,
             batch_norm=batch_norm,
+            logit_alpha=logit_alpha,
         )
         super().__init__(new_flow, math.prod(shape), levels=flows.LEVELS, score=score)
         self.shape = shape
