@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--categories", nargs="+", default=(), help="of --mvtec and --visa; all by default")
     run.add_argument("--parts", nargs="+", choices=contest.PARTS, default=contest.PARTS)
     run.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=(), metavar="NAME", help="some only")
-    run.add_argument("--tasks", nargs="+", default=(), metavar="TEXT", help="tasks with such a text in their name")
+    run.add_argument("--tasks", nargs="+", default=(), metavar="TEXT", help="tasks with such words in their name")
     run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     run.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
     run.add_argument("--root", default="./datasets", help="folder of the data sets that are given by name")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import re
 import threading
 import time
 import traceback
@@ -268,7 +269,9 @@ def plan(options: Options) -> list[Job]:
     if "ablation" in options.parts and DETECTORS["FeatureMapFlow"] in chosen:
         pairs += product(_industrial(options, "ablation"), ablation().values())
     if options.tasks:
-        pairs = [pair for pair in pairs if any(text in pair[0].name for text in options.tasks)]
+        # Whole words, so that "mnist class 0" is not also a class of "fashion_mnist".
+        wanted = re.compile("|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in options.tasks))
+        pairs = [pair for pair in pairs if wanted.search(pair[0].name)]
     jobs = [Job(*pair, seed) for seed in options.seeds for pair in pairs if seed in _seeds(*pair, options.seeds)]
     if not jobs:
         msg = "Nothing to run: name a folder with --industrial, --mvtec or --visa, or other --parts or --tasks."

@@ -250,6 +250,8 @@ def test_the_plan_covers_the_contest():
     assert [count[name] for name in contest.TRAIN_LONG] == [2, 2, 2]
     keys = [key for job in jobs for key in job.keys(options.parts)]
     assert len(keys) == len(set(keys))
+    named = contest.plan(replace(options, parts=("one_class",), tasks=("mnist class 1",), detectors=("KNN",)))
+    assert [job.task.name for job in named] == ["mnist class 1"]
     with pytest.raises(ValueError, match="no detector 'Nobody'"):
         contest.plan(replace(options, detectors=("Nobody",)))
     with pytest.raises(ValueError, match="Nothing to run"):
