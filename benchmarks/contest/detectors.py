@@ -248,7 +248,7 @@ _CHANGES: list[dict[str, Any]] = [
 
 PRODUCT_MASKS = ("cycle", "checkerboard", "horizontal", "channel")
 PRODUCT_NETWORKS: dict[str, dict[str, Any]] = {
-    **{f"bottleneck, K = {dim}": {"bottleneck_dim": dim} for dim in (8, 32, 128)},
+    **{f"K = {dim}": {"bottleneck_dim": dim} for dim in (8, 32, 128)},
     "mlp": {"subnet": "mlp"},
     "resnet": _RESNET,
 }

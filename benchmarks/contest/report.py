@@ -187,7 +187,8 @@ def _ablation(rows: pd.DataFrame) -> str:
     for task, some in rows.groupby("task", sort=False):
         single = some[some["detector"].isin(one_change())]
         texts += [f"{task}, one change at a time, one seed:", _table(single, columns, "change", set())]
-        texts += [f"{task}, every mask with every network, one seed:", *_product(some)]
+        texts.append(f"{task}, every mask with every network, AUROC / AUPRO, one seed; K is `bottleneck_dim`:")
+        texts += _product(some)
     return "\n\n".join(texts)
 
 
@@ -197,7 +198,7 @@ def _product(rows: pd.DataFrame) -> list[str]:
     texts = []
     for layer in PRODUCT_LAYERS:
         lines = [
-            f"| {layer}: AUROC / AUPRO | {' | '.join(PRODUCT_NETWORKS)} |",
+            f"| {layer} | {' | '.join(PRODUCT_NETWORKS)} |",
             f"| --- |{' ---: |' * len(PRODUCT_NETWORKS)}",
         ]
         for mask in PRODUCT_MASKS:

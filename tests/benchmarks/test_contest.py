@@ -535,6 +535,8 @@ def test_tables_from_a_few_rows(tmp_path):
     assert "| KNN | 0.650 | 0.600 | 0.700 |" in text
     assert "mnist, 1 class → fashion" in text
     assert "| mask=channel | 0.700 |" in text
+    assert "| mask=channel, subnet=mlp |" not in text
+    assert "| channel | – | – | 0.700 / 0.600 | 0.710 / 0.610 | – |" in text
     assert max(map(len, text.splitlines())) <= 100
     report.write(tmp_path, tmp_path / "into")
     assert (tmp_path / "into/cost.png").stat().st_size > 5000
