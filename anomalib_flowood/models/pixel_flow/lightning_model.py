@@ -13,6 +13,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
+from anomalib_flowood.flows import LOGIT_ALPHA
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
 
 from .torch_model import PixelFlowModel
@@ -78,7 +79,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         hidden_channels: int | None = None,
         num_blocks: int = 2,
         batch_norm: bool = False,
-        logit_alpha: float = 0.25,
+        logit_alpha: float = LOGIT_ALPHA,
         score: str = "nll",
         max_epochs: int = 30,
         learning_rate: float = 2e-3,
