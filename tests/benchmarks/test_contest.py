@@ -299,6 +299,7 @@ def test_ablation_has_every_mask_with_every_network_on_every_layer():
     names = [detectors.product_variant(*cell).name for cell in cells]
     assert len(set(names)) == len(cells) == 40
     assert set(names) <= set(detectors.ablation())
+    assert "mask=checkerboard, subnet=resnet" in names
     assert "defaults" in names
     assert "mask=checkerboard, subnet=resnet, layers=blocks.6" in names
     changed = detectors.ablation()["mask=horizontal, bottleneck_dim=8, layers=blocks.6"].build.keywords

@@ -64,6 +64,10 @@ def test_the_laptop_has_45_minutes():
     fits = study.plan(study.LAPTOP)
     seconds = sum(fit.budget.seconds or 0 for fit in fits if fit.detector != study.EMBEDDING)
     assert seconds / study.LAPTOP.workers < 35 * 60  # the rest: building, testing, epochs, embeddings
+    # What was published took no longer, all of it.
+    rows = read_rows(report.HERE)
+    assert {fit.key for fit in fits} == finished(report.HERE)
+    assert rows["wall_s"].sum() / study.LAPTOP.workers < 45 * 60
 
 
 def test_the_full_profile_has_the_published_settings():

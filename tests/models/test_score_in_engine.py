@@ -295,7 +295,7 @@ def test_a_score_put_on_a_checkpoint_is_the_one_that_training_with_it_gives(
     torch.testing.assert_close(
         detector.post_processor.calibration, case.detector.post_processor.calibration, rtol=1e-4, atol=1e-4
     )
-    assert float(expected.std()) > 20e-4  # else they would agree whatever they are
+    assert float(expected.std()) > 0.002  # else they would agree whatever they are
 
 
 @pytest.mark.parametrize("before", ["typicality", "ensemble"])
