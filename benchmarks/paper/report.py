@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy.stats import spearmanr
 
+from anomalib_flowood.explain.pictures import draw_images
 from benchmarks.results import Column, mean_sd, publish, rows_to_report, short_number
 
 from .study import (
@@ -30,6 +32,7 @@ from .study import (
     PAIR,
     PAPERS_ALPHA,
     PARTS,
+    TEMPERATURES,
     sample_path,
     with_alpha,
 )
@@ -48,6 +51,7 @@ _TITLES = {
     "mask_epochs": "Masks at equal epochs",
     "logit": "A flatter logit",
     "bottleneck": "The bottleneck",
+    "samples": "Samples",
     "embedding": "Pixels against pretrained features",
     "one_class": "One class of clothes against the other nine",
 }
@@ -266,7 +270,7 @@ def _images(rows: pd.DataFrame) -> str:
 
 def _section(part: str, rows: pd.DataFrame) -> str:
     some = rows[rows["part"] == part]
-    if part in {"mask_time", "mask_epochs"}:
+    if part in {"mask_time", "mask_epochs", "samples"}:
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], FLOWS, "flow")
     elif part == "logit":
         some = _by_alpha(rows)
@@ -447,7 +451,7 @@ def draw_likelihood(rows: pd.DataFrame, output: Path, path: Path) -> bool:
         )
         file = sample_path(output, (row["part"], row["task"], row["detector"], int(row["seed"])))
         if file.is_file():
-            panel.imshow(_mosaic(np.load(file)), cmap="gray", vmin=0, vmax=255)
+            panel.imshow(_mosaic(np.load(file)["1"]), cmap="gray", vmin=0, vmax=255)
         axis.annotate(
             "", (row["bits_per_dim"], row["auroc"]), (-18, 14 if row["auroc"] < 0.5 else -14),
             textcoords="offset points", arrowprops={"arrowstyle": "->", "lw": 1.0},
@@ -461,6 +465,29 @@ def _mosaic(images: np.ndarray, columns: int = 8) -> np.ndarray:
     framed = np.pad(images, ((0, -len(images) % columns), (0, 1), (0, 1)), constant_values=255)
     lines = framed.reshape(-1, columns, *framed.shape[1:])
     return np.concatenate([np.concatenate(list(line), axis=1) for line in lines])
+
+
+def draw_samples(rows: pd.DataFrame, output: Path, path: Path) -> bool:
+    """Draw samples of RealNVP and Glow at each temperature below real images; returns whether there was anything.
+
+    They are those of the part ``samples``, or of mask_epochs where the profile has no such part; of the first seed.
+    """
+    shown: dict[str, np.ndarray] = {}
+    for name in (CHANNEL, GLOW):
+        for part in ("samples", "mask_epochs"):
+            seeds = rows.loc[(rows["part"] == part) & (rows["detector"] == name), "seed"]
+            files = [sample_path(output, (part, PAIR, name, int(seed))) for seed in sorted(seeds)]
+            if files and files[0].is_file():
+                images = np.load(files[0])
+                short = "RealNVP" if name == CHANNEL else name
+                shown.setdefault("real", images["real"])
+                shown |= {f"{short}, T = {value:g}": images[f"{value:g}"] for value in TEMPERATURES}
+                break
+    if not shown:
+        return False
+    lines = {name: torch.from_numpy(images)[:, None] / 255 for name, images in shown.items()}
+    draw_images(lines, [""] * len(shown["real"]), path)
+    return True
 
 
 def draw_one_class(rows: pd.DataFrame, path: Path) -> bool:
@@ -511,6 +538,9 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
         ("bottleneck.png", "AUROC and bits per dimension over K"): draw_bottleneck(good, into / "bottleneck.png"),
         ("likelihood.png", "bits per dimension against AUROC, every run"): draw_likelihood(
             good, output, into / "likelihood.png"
+        ),
+        ("samples.png", "samples of RealNVP and Glow below real clothes"): draw_samples(
+            good, output, into / "samples.png"
         ),
         ("one_class.png", "AUROC of one-class tasks"): draw_one_class(good, into / "one_class.png"),
     }

@@ -33,14 +33,14 @@ from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
-PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "embedding", "one_class")
+PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "samples", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
 PAIR = f"{INSIDE} -> {OUTSIDE}"
 BOTTLENECK_DIMS = (2, 5, 10, 20, 50, 100)
 
 PAPERS_ALPHA = 0.05
 """Alpha of the logit in Dinh et al. (2017), and so in the paper."""
-ALPHAS = (0.15, 0.25, 0.4)
+ALPHAS = (0.25, 0.4)
 """Flatter logits."""
 
 CHECKERBOARD, CHANNEL, GLOW = "checkerboard", "channel (RealNVP)", "Glow"
@@ -51,6 +51,8 @@ LOGIT_FLOWS = (CHECKERBOARD, CYCLE, CYCLE_BOTTLENECK)
 
 COADAPTATION_IMAGES = 256
 SAMPLES = 16
+TEMPERATURES = (1.0, 0.6, 0.3)
+"""Standard deviations of the latents of samples."""
 
 COLUMNS = (
     *KEY,
@@ -97,6 +99,7 @@ class Profile:
             a second of one core.
         flows: Arguments of ``PixelFlow`` by the names of the mask study.
         bottleneck: Arguments of ``PixelFlow`` in the bottleneck study, without K.
+        sampled: Arguments of the flows that are trained for the picture of samples, by their names in the mask study.
         embedding: Arguments of ``EmbeddingFlow``.
         budgets: A budget for each part.
         bottleneck_dims: K of the bottleneck study.
@@ -108,6 +111,7 @@ class Profile:
     workers: int
     flows: Mapping[str, dict[str, Any]]
     bottleneck: dict[str, Any]
+    sampled: Mapping[str, dict[str, Any]]
     embedding: dict[str, Any]
     budgets: Mapping[str, Budget]
     bottleneck_dims: tuple[int, ...] = BOTTLENECK_DIMS
@@ -136,6 +140,8 @@ _LAPTOP_FLOWS = _flows(
     cycle={},
     bottleneck={"bottleneck_dim": 5, "coupling_layers": 16},
 )
+# Networks that see the whole image learn its outline in minutes, which those of two blocks do not.
+_SEEING_ALL = {"subnet": "conv_bottleneck", "bottleneck_dim": 50, "logit_alpha": 0.25}
 LAPTOP = Profile(
     name="laptop",
     accelerator="cpu",
@@ -149,12 +155,17 @@ LAPTOP = Profile(
         "learning_rate": 4e-3,
         "logit_alpha": 0.25,
     },
+    sampled={
+        CHANNEL: {**_LAPTOP_FLOWS[CHANNEL], **_SEEING_ALL, "scales": 3, "hidden_channels": 16},
+        GLOW: {**_LAPTOP_FLOWS[GLOW], **_SEEING_ALL, "coupling_layers": 6},
+    },
     embedding={"image_size": (128, 128)},
     budgets={
         "mask_time": Budget(seconds=75, test_limit=1000),
         "mask_epochs": Budget((0,), epochs=2, train_limit=4000, test_limit=1000),
         "logit": Budget((0,), seconds=75, test_limit=1000),
         "bottleneck": Budget((0,), seconds=300, test_limit=1000, batch_size=256),
+        "samples": Budget((0,), seconds=200, test_limit=1000, batch_size=64),
         "embedding": Budget(train_limit=4000, test_limit=1000),
         "one_class": Budget((0,), seconds=15, train_limit=2000, test_limit=100),
     },
@@ -175,6 +186,7 @@ FULL = Profile(
     workers=1,
     flows=_FULL_FLOWS,
     bottleneck=_FULL_FLOWS[CYCLE_BOTTLENECK],
+    sampled={},  # those of mask_epochs are trained long enough
     embedding={"image_size": (128, 128)},
     budgets={
         "mask_time": Budget(seconds=3600),
@@ -283,6 +295,7 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
             for alpha in ALPHAS
         },
         "bottleneck": {f"K = {k}": {**profile.bottleneck, "bottleneck_dim": k} for k in profile.bottleneck_dims},
+        "samples": profile.sampled,
         "embedding": {EMBEDDING: profile.embedding},
         "one_class": {
             CHECKERBOARD: profile.flows[CHECKERBOARD],
@@ -353,7 +366,7 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
         if isinstance(detector, PixelFlow):
             row |= _coadaptation(detector, datamodule)
             if fit.normal_class is None:
-                _save_samples(detector, sample_path(output, fit.key))
+                _save_samples(detector, datamodule, sample_path(output, fit.key))
     row["wall_s"] = round(time.perf_counter() - start, 2)
     row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S")
     return row
@@ -371,26 +384,34 @@ def _metrics(detector: PixelFlow | EmbeddingFlow, scores: pd.DataFrame) -> dict[
     return metrics
 
 
-def _coadaptation(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
-    """Co-adaptation and prediction on inside test images, the mean over the layers from the second to the last."""
+def _inside_images(detector: PixelFlow, datamodule: Any, count: int) -> torch.Tensor:
+    """Inside test images as the flow sees them, the first ones, ``(N, C, H, W)``."""
     data: Any = datamodule.test_data
     pre_processor: Any = detector.pre_processor
-    rows = np.flatnonzero(data.samples["label_index"] == 0)[:COADAPTATION_IMAGES]
-    numbers = coadaptation(detector.model, pre_processor.transform(data.__getitems__(rows.tolist()).image))
+    rows = np.flatnonzero(data.samples["label_index"] == 0)[:count]
+    return detector.model.pixels(pre_processor.transform(data.__getitems__(rows.tolist()).image))
+
+
+def _coadaptation(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
+    """Co-adaptation and prediction on inside test images, the mean over the layers from the second to the last."""
+    numbers = coadaptation(detector.model, _inside_images(detector, datamodule, COADAPTATION_IMAGES))
     return {name: float(np.mean(layers[1:])) for name, layers in numbers._asdict().items()}
 
 
 def sample_path(output: Path, key: tuple[str, str, str, int]) -> Path:
-    """File of the samples of a fit."""
+    """File of the samples of a fit: 8-bit images ``(N, H, W)``, by temperature, and ``real`` ones."""
     part, _, detector, seed = key
-    return output / "samples" / f"{part}-{re.sub(r'[^a-z0-9]+', '-', detector.lower()).strip('-')}-{seed}.npy"
+    return output / "samples" / f"{part}-{re.sub(r'[^a-z0-9]+', '-', detector.lower()).strip('-')}-{seed}.npz"
 
 
-def _save_samples(detector: PixelFlow, path: Path) -> None:
-    """Draw images at temperature 1 and keep them as 8-bit pixels."""
-    images = detector.model.sample(SAMPLES, generator=torch.Generator().manual_seed(0))
+def _save_samples(detector: PixelFlow, datamodule: Any, path: Path) -> None:
+    """Draw images, the same latents at every temperature."""
+    images = {"real": _inside_images(detector, datamodule, SAMPLES)}
+    for temperature in TEMPERATURES:
+        images[f"{temperature:g}"] = detector.model.sample(SAMPLES, temperature, torch.Generator().manual_seed(0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, (images.nan_to_num(0.0)[:, 0] * 255).round().byte().numpy())
+    grey = {name: (some.nan_to_num(0.0)[:, 0] * 255).round().byte().numpy() for name, some in images.items()}
+    np.savez_compressed(path, **grey)
 
 
 def machine(accelerator: str) -> str:
