@@ -33,7 +33,7 @@ from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
 
-PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "samples", "embedding", "one_class")
+PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "multi_scale", "samples", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
 PAIR = f"{INSIDE} -> {OUTSIDE}"
 BOTTLENECK_DIMS = (2, 5, 10, 20, 50, 100)
@@ -48,10 +48,14 @@ HORIZONTAL, CYCLE, CYCLE_BOTTLENECK = "horizontal", "cycle", "cycle + bottleneck
 EMBEDDING = "EmbeddingFlow"
 LOGIT_FLOWS = (CHECKERBOARD, CYCLE, CYCLE_BOTTLENECK)
 """Flows that are trained with several logits."""
+MULTI_SCALE = (CHANNEL, GLOW)
+"""Flows that are trained with bottlenecks for networks, too, and whose samples are shown."""
+MULTI_SCALE_K = 50
+"""Numbers that pass these bottlenecks."""
 
 COADAPTATION_IMAGES = 256
 SAMPLES = 16
-TEMPERATURES = (1.0, 0.6, 0.3)
+TEMPERATURES = (1.0, 0.8, 0.6)
 """Standard deviations of the latents of samples."""
 
 COLUMNS = (
@@ -140,8 +144,9 @@ _LAPTOP_FLOWS = _flows(
     cycle={},
     bottleneck={"bottleneck_dim": 5, "coupling_layers": 16},
 )
-# Networks that see the whole image learn its outline in minutes, which those of two blocks do not.
-_SEEING_ALL = {"subnet": "conv_bottleneck", "bottleneck_dim": 50, "logit_alpha": 0.25}
+# Down to a coarsest scale of 2 x 2, networks that see a few pixels learn outlines within minutes; at 28 x 28, where the
+# coarsest is 7 x 7, they do not.
+_SMALL = {"image_size": (16, 16), "logit_alpha": 0.25}
 LAPTOP = Profile(
     name="laptop",
     accelerator="cpu",
@@ -156,8 +161,8 @@ LAPTOP = Profile(
         "logit_alpha": 0.25,
     },
     sampled={
-        CHANNEL: {**_LAPTOP_FLOWS[CHANNEL], **_SEEING_ALL, "scales": 3, "hidden_channels": 16},
-        GLOW: {**_LAPTOP_FLOWS[GLOW], **_SEEING_ALL, "coupling_layers": 6},
+        CHANNEL: {**_LAPTOP_FLOWS[CHANNEL], **_SMALL, "scales": 4},
+        GLOW: {**_LAPTOP_FLOWS[GLOW], **_SMALL, "scales": 3},
     },
     embedding={"image_size": (128, 128)},
     budgets={
@@ -165,7 +170,8 @@ LAPTOP = Profile(
         "mask_epochs": Budget((0,), epochs=2, train_limit=4000, test_limit=1000),
         "logit": Budget((0,), seconds=75, test_limit=1000),
         "bottleneck": Budget((0,), seconds=300, test_limit=1000, batch_size=256),
-        "samples": Budget((0,), seconds=200, test_limit=1000, batch_size=64),
+        "multi_scale": Budget((0,), seconds=75, test_limit=1000),
+        "samples": Budget((0,), seconds=150, test_limit=1000),
         "embedding": Budget(train_limit=4000, test_limit=1000),
         "one_class": Budget((0,), seconds=15, train_limit=2000, test_limit=100),
     },
@@ -193,6 +199,7 @@ FULL = Profile(
         "mask_epochs": Budget(),
         "logit": Budget((0,), seconds=3600),
         "bottleneck": Budget(),
+        "multi_scale": Budget((0,), seconds=3600),
         "embedding": Budget(),
         "one_class": Budget((0,)),
     },
@@ -272,6 +279,11 @@ class Fit:
         return OneClass(INSIDE, self.normal_class, **common)
 
 
+def with_bottleneck(flow: str) -> str:
+    """Return a flow's name in the part ``multi_scale``."""
+    return f"{flow}, K = {MULTI_SCALE_K}"
+
+
 def with_alpha(flow: str, alpha: float) -> str:
     """Return a flow's name in the part ``logit``."""
     return f"{flow}, α = {alpha}"
@@ -295,6 +307,11 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
             for alpha in ALPHAS
         },
         "bottleneck": {f"K = {k}": {**profile.bottleneck, "bottleneck_dim": k} for k in profile.bottleneck_dims},
+        "multi_scale": {
+            with_bottleneck(name): _with_bottlenecks(arguments)
+            for name, arguments in profile.flows.items()
+            if name in MULTI_SCALE
+        },
         "samples": profile.sampled,
         "embedding": {EMBEDDING: profile.embedding},
         "one_class": {
@@ -314,6 +331,12 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
         for seed in budget.seeds
     ]
     return sorted(fits, key=lambda fit: fit.budget.seeds.index(fit.seed))
+
+
+def _with_bottlenecks(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with convolutional bottlenecks in the place of the networks, of the same width."""
+    rest = {name: value for name, value in arguments.items() if name not in {"num_blocks", "batch_norm"}}
+    return {**rest, "subnet": "conv_bottleneck", "bottleneck_dim": MULTI_SCALE_K}
 
 
 def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
@@ -410,7 +433,9 @@ def _save_samples(detector: PixelFlow, datamodule: Any, path: Path) -> None:
     for temperature in TEMPERATURES:
         images[f"{temperature:g}"] = detector.model.sample(SAMPLES, temperature, torch.Generator().manual_seed(0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    grey = {name: (some.nan_to_num(0.0)[:, 0] * 255).round().byte().numpy() for name, some in images.items()}
+    grey: dict[str, Any] = {
+        name: (some.nan_to_num(0.0)[:, 0] * 255).round().byte().numpy() for name, some in images.items()
+    }
     np.savez_compressed(path, **grey)
 
 

@@ -39,10 +39,10 @@ def test_the_plan_covers_the_study():
     fits = study.plan(study.LAPTOP)
     count = {part: sum(fit.part == part for fit in fits) for part in study.PARTS}
     first = {"mask_time": 18, "mask_epochs": 6, "logit": 6, "bottleneck": 6}
-    assert count == {**first, "samples": 2, "embedding": 3, "one_class": 30}
+    assert count == {**first, "multi_scale": 2, "samples": 2, "embedding": 3, "one_class": 30}
     # The paper's logit where its claims are checked, flatter ones where it is said.
     alphas = {part: {fit.arguments.get("logit_alpha") for fit in fits if fit.part == part} for part in study.PARTS}
-    assert alphas["mask_time"] == alphas["mask_epochs"] == {study.PAPERS_ALPHA}
+    assert alphas["mask_time"] == alphas["mask_epochs"] == alphas["multi_scale"] == {study.PAPERS_ALPHA}
     assert alphas["logit"] == set(study.ALPHAS)
     assert len({fit.key for fit in fits}) == len(fits)
     seeds = [fit.seed for fit in fits]
@@ -177,9 +177,9 @@ def test_every_part_runs_and_is_not_run_again(sets, monkeypatch):
         "samples-glow-0.npz",
     ]
     images = np.load(output / "samples" / samples[-1])
-    assert list(images) == ["real", "1", "0.6", "0.3"]
+    assert list(images) == ["real", "1", "0.8", "0.6"]
     assert {some.shape for some in images.values()} == {(study.SAMPLES, 12, 12)}
-    assert images["0.3"].std() < images["1"].std()
+    assert images["0.6"].std() < images["1"].std()
     into = sets / "into"
     report.write(output, into)
     assert {path.name for path in into.iterdir()} >= {"likelihood.png", "masks.png", "one_class.png", "samples.png"}
@@ -219,7 +219,7 @@ def test_a_trial_is_small():
         assert samples == (2 if profile is study.LAPTOP else 0)
         assert {fit.budget.train_limit for fit in fits} == {60}
         assert {fit.seed for fit in fits} == {0}
-        assert len(fits) == 6 + 6 + 6 + 6 + samples + 1 + 2 * 3
+        assert len(fits) == 6 + 6 + 6 + 6 + 2 + samples + 1 + 2 * 3
 
 
 def test_a_process_pool_runs_fits_and_outlives_their_errors(sets):
@@ -255,6 +255,9 @@ def as_study_would(**changes):
         "cycle": rows_of("mask_time", study.CYCLE, [0.5, 0.52], coadaptation=0.2, bits_per_dim=3.0),
         "bottleneck": rows_of("mask_time", study.CYCLE_BOTTLENECK, [0.8, 0.84], bits_per_dim=4.0),
         "flat": rows_of("logit", study.with_alpha(study.CYCLE_BOTTLENECK, 0.25), [0.85], bits_per_dim=4.2),
+        "squeezed channel": rows_of("multi_scale", study.with_bottleneck(study.CHANNEL), [0.7], bits_per_dim=3.2),
+        "squeezed glow": rows_of("multi_scale", study.with_bottleneck(study.GLOW), [0.7], bits_per_dim=3.2),
+        "small": rows_of("samples", study.GLOW, [0.1], bits_per_dim=9.0),
         "k2": rows_of("bottleneck", "K = 2", [0.91, 0.93], bits_per_dim=4.5),
         "k100": rows_of("bottleneck", "K = 100", [0.7, 0.72], bits_per_dim=3.5),
         "embedding": rows_of("embedding", study.EMBEDDING, [0.98, 0.99], bits_per_dim=None),
@@ -291,6 +294,9 @@ def test_claims_that_hold():
         ("Plain flows", {"glow": rows_of("mask_time", study.GLOW, [0.6, 0.6], bits_per_dim=3.2)}),
         ("smaller K detects", {"k100": rows_of("bottleneck", "K = 100", [0.89, 0.93], bits_per_dim=3.5)}),
         ("worse likelihood", {"k100": rows_of("bottleneck", "K = 100", [0.7, 0.72], bits_per_dim=4.6)}),
+        ("multi-scale flows, too", {
+            "squeezed glow": rows_of("multi_scale", study.with_bottleneck(study.GLOW), [0.09], bits_per_dim=2.7),
+        }),
         ("pretrained", {"embedding": rows_of("embedding", study.EMBEDDING, [0.9, 0.95], bits_per_dim=None)}),
         ("One class", {"EmbeddingFlow 0": rows_of("one_class", study.EMBEDDING, [0.3], "fashion_mnist class 0")}),
     ],
@@ -329,7 +335,9 @@ def test_report_writes_tables_and_plots(tmp_path):
     assert "| fashion_mnist class 1 | 0.600 | 0.800 | 1.000 |" in text
     assert "| **mean ± spread** | **0.500 ± 0.141** | **0.700 ± 0.141** | **0.900 ± 0.141** |" in text
     assert "90 images to train on, 40 to test on; seeds 0, 1." in text
-    assert "abacus; 2026-11-01; 25 fits" in text
+    assert "abacus; 2026-11-01; 28 fits" in text
+    assert "channel (RealNVP) 0.030 < 0.700, Glow 0.100 < 0.700" in text  # both of the first seed
+    assert "| Glow, K = 50 | 0.700 |" in text
     assert "| cycle + bottleneck, α = 0.05 | 0.800 |" in text  # the first seed's of the mask study
     assert "| cycle + bottleneck, α = 0.25 | 0.850 |" in text
     assert "Failed: mask_epochs, Glow on fashion_mnist -> mnist." in text
@@ -361,7 +369,7 @@ def test_the_picture_shows_real_images_and_samples_of_both_flows(tmp_path, monke
         names = ("real", *(f"{temperature:g}" for temperature in study.TEMPERATURES))
         np.savez(path, **{name: np.full((3, 2, 2), 51 * value, np.uint8) for name in names})
     assert report.draw_samples(rows, tmp_path, tmp_path / "samples.png")
-    assert list(shown) == ["real", *(f"{flow}, T = {t}" for flow in ("RealNVP", "Glow") for t in ("1", "0.6", "0.3"))]
+    assert list(shown) == ["real", *(f"{flow}, T = {t}" for flow in ("RealNVP", "Glow") for t in ("1", "0.8", "0.6"))]
     assert {images.shape for images in shown.values()} == {(3, 1, 2, 2)}
     grey = {name: round(255 * float(images[0, 0, 0, 0])) for name, images in shown.items()}
     assert {grey[name] for name in grey if "RealNVP" in name} == {102}  # the first seed's
