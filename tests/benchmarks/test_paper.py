@@ -341,10 +341,15 @@ def test_report_writes_tables_and_plots(tmp_path):
     assert "| cycle + bottleneck, α = 0.05 | 0.800 |" in text  # the first seed's of the mask study
     assert "| cycle + bottleneck, α = 0.25 | 0.850 |" in text
     assert "Failed: mask_epochs, Glow on fashion_mnist -> mnist." in text
+    assert "samples.png" not in text  # none on this machine, and none drawn elsewhere
     for name in ("masks", "logit", "bottleneck", "likelihood", "one_class"):
         assert (into / f"{name}.png").stat().st_size > 5000
         assert f"({name}.png)" in text
     assert read_rows(into).equals(read_rows(output))
+    (into / "samples.png").write_bytes(b"drawn elsewhere")
+    report.write(output, into)
+    assert (into / "samples.png").read_bytes() == b"drawn elsewhere"
+    assert "(samples.png)" in (into / "README.md").read_text()
 
 
 def test_no_rows(tmp_path):
