@@ -20,12 +20,12 @@ from anomalib_flowood.explain.pictures import draw_images
 from benchmarks.results import Column, mean_sd, publish, rows_to_report, short_number
 
 from .study import (
-    ALPHAS,
     CHANNEL,
     CHECKERBOARD,
     CYCLE,
     CYCLE_BOTTLENECK,
     EMBEDDING,
+    FLATTER_ALPHA,
     GLOW,
     HORIZONTAL,
     LOGIT_FLOWS,
@@ -299,7 +299,7 @@ def _section(part: str, rows: pd.DataFrame) -> str:
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], FLOWS, "flow")
     elif part == "logit":
         some = _by_alpha(rows)
-        names = [with_alpha(name, alpha) for name in LOGIT_FLOWS for alpha in (PAPERS_ALPHA, *ALPHAS)]
+        names = [with_alpha(name, alpha) for name in LOGIT_FLOWS for alpha in (PAPERS_ALPHA, FLATTER_ALPHA)]
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], names, "flow")
     elif part == "multi_scale":
         some = _beside(rows, part, MULTI_SCALE)
@@ -396,28 +396,6 @@ def draw_masks(rows: pd.DataFrame, path: Path) -> bool:
         axis.grid(axis="y", alpha=0.3)
         if column == "auroc":
             axis.axhline(0.5, color="0.5", linewidth=0.8, linestyle="--")
-    figure.savefig(path, dpi=110)
-    return True
-
-
-def draw_logit(rows: pd.DataFrame, path: Path) -> bool:
-    """Draw AUROC and bits per dimension over alpha, by flow; returns whether there was anything."""
-    some = _by_alpha(rows)
-    if "logit" not in set(some["part"]):
-        return False
-    alpha = some["detector"].str.rpartition(" = ")[2].astype(float)
-    some = some.assign(alpha=alpha, flow=some["detector"].str.partition(", α")[0])
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    panels = (("auroc", "AUROC"), ("bits_per_dim", "bits per dimension, clothes"))
-    for axis, (column, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name in LOGIT_FLOWS:
-            means = some[some["flow"] == name].groupby("alpha")[column].mean()
-            axis.plot(means.index, means, _MARKERS[name] + "-", color=_COLOURS[name], label=name)
-        axis.set_xticks(sorted(some["alpha"].unique()))
-        axis.set(xlabel="α of the logit; 0.05 is the paper's", ylabel=title)
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylim(-0.03, 1.03)
-    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return True
 
@@ -565,7 +543,6 @@ def write(output: Path, into: Path = HERE) -> list[Path]:
     sampled = draw_samples(good, output, into / "samples.png") or (into / "samples.png").is_file()
     drawn = {
         ("masks.png", "AUROC and co-adaptation by mask"): draw_masks(good, into / "masks.png"),
-        ("logit.png", "AUROC and bits per dimension over the logit's alpha"): draw_logit(good, into / "logit.png"),
         ("bottleneck.png", "AUROC and bits per dimension over K"): draw_bottleneck(good, into / "bottleneck.png"),
         ("likelihood.png", "bits per dimension against AUROC, every run"): draw_likelihood(
             good, output, into / "likelihood.png"
