@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -408,6 +410,44 @@ def test_run_report_resume_retry(tmp_path, folder, small_contest, monkeypatch):
     assert "old" not in text
     report.write(output, into)
     assert (into / "README.md").read_text() == text
+
+
+def as_visa(folder, root, category="candle"):
+    """The images of ``folder`` as VisA is laid out before anomalib splits it."""
+    lines = ["object,split,label,image,mask"]
+    for place, label, kind in (
+        ("train/good", "normal", "Normal"), ("test/good", "normal", "Normal"), ("test/spot", "anomaly", "Anomaly"),
+    ):  # fmt: skip
+        split = place.partition("/")[0]
+        for path in sorted((folder / place).iterdir()):
+            image = Path(category, "Data/Images", kind, f"{split}_{path.name}")
+            (root / image).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / image)
+            mask = ""
+            if kind == "Anomaly":
+                mask = Path(category, "Data/Masks/Anomaly", f"{split}_{path.stem}.png")
+                (root / mask).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / "ground_truth/spot" / f"{path.stem}.png", root / mask)
+            lines.append(f"{category},{split},{label},{image},{mask}")
+    (root / "split_csv").mkdir()
+    (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_mvtec_and_visa(folder, tmp_path, small_contest):
+    mvtec = tmp_path / "MVTecAD"
+    for category in ("bottle", "cable"):
+        shutil.copytree(folder, mvtec / category)
+    options = contest.Options(
+        tmp_path / "out", ("industrial",), seeds=(0,), categories=("bottle", "candle"), backbone="local-dir:none",
+        mvtec=mvtec, visa=as_visa(folder, tmp_path / "visa"),
+    )  # fmt: skip
+    rows = contest.run(options)
+    assert rows["error"].isna().all()
+    assert sorted(set(rows["task"])) == ["mvtec/bottle", "visa/candle"]
+    assert (rows["train_images"] == 22).all()  # a tenth of 24 is held out
+    assert (rows["test_images"] == 11).all()
+    assert rows[["auroc", "pixel_auroc", "aupro"]].loc[rows["detector"] == "FeatureMapFlow"].notna().all(axis=None)
 
 
 def test_the_test_images_are_never_used_to_validate(folder):
