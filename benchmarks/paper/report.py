@@ -25,18 +25,16 @@ from .study import (
     CYCLE,
     CYCLE_BOTTLENECK,
     EMBEDDING,
-    FLATTER_ALPHA,
     GLOW,
     HORIZONTAL,
     LOGIT_FLOWS,
     MULTI_SCALE,
     PAIR,
-    PAPERS_ALPHA,
     PARTS,
     TEMPERATURES,
     sample_path,
-    with_alpha,
     with_bottleneck,
+    with_flatter_logit,
 )
 
 HERE = Path(__file__).parent
@@ -126,13 +124,6 @@ def _beside(rows: pd.DataFrame, part: str, flows: Sequence[str]) -> pd.DataFrame
     return pd.concat([rows[compared], some])
 
 
-def _by_alpha(rows: pd.DataFrame) -> pd.DataFrame:
-    """The study of logits, together with the same flows and seeds of the mask study, which has the paper's logit."""
-    some = _beside(rows, "logit", LOGIT_FLOWS)
-    named = zip(some["part"], some["detector"], strict=True)
-    return some.assign(detector=[with_alpha(name, PAPERS_ALPHA) if part != "logit" else name for part, name in named])
-
-
 def _best_bottleneck(rows: pd.DataFrame) -> Claim | None:
     means = _by_k(rows).groupby("k")["auroc"].mean()
     if means.empty:
@@ -195,10 +186,8 @@ def _multi_scale(rows: pd.DataFrame) -> Claim | None:
         return None
     return Claim(
         "Bottlenecks help multi-scale flows, too: a higher AUROC than with their usual networks, at equal time",
-        ", ".join(f"{name} {usual:.3f} < {squeezed:.3f}" for name, usual, squeezed in pairs)
-        if (held := all(usual < squeezed for _, usual, squeezed in pairs))
-        else ", ".join(f"{name} {usual:.3f}, {squeezed:.3f}" for name, usual, squeezed in pairs),
-        held,
+        ", ".join(f"{name} {usual:.3f} to {squeezed:.3f}" for name, usual, squeezed in pairs),
+        all(usual < squeezed for _, usual, squeezed in pairs),
     )
 
 
@@ -273,6 +262,10 @@ _PIXELS = [
 ]
 
 
+_VARIANTS = {"logit": (LOGIT_FLOWS, with_flatter_logit), "multi_scale": (MULTI_SCALE, with_bottleneck)}
+"""Parts that change one thing about flows of the mask study: which flows, and their names with the change."""
+
+
 def _table(rows: pd.DataFrame, columns: Sequence[Column], names: Sequence[str], head: str) -> str:
     """A Markdown table with a line for each of the names that has rows."""
     lines = [
@@ -297,13 +290,10 @@ def _section(part: str, rows: pd.DataFrame) -> str:
     some = rows[rows["part"] == part]
     if part in {"mask_time", "mask_epochs", "samples"}:
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], FLOWS, "flow")
-    elif part == "logit":
-        some = _by_alpha(rows)
-        names = [with_alpha(name, alpha) for name in LOGIT_FLOWS for alpha in (PAPERS_ALPHA, FLATTER_ALPHA)]
-        table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], names, "flow")
-    elif part == "multi_scale":
-        some = _beside(rows, part, MULTI_SCALE)
-        names = [name for flow in MULTI_SCALE for name in (flow, with_bottleneck(flow))]
+    elif part in _VARIANTS:
+        flows, changed = _VARIANTS[part]
+        some = _beside(rows, part, flows)
+        names = [name for flow in flows for name in (flow, changed(flow))]
         table = _table(some, [_AUROC, _FPR95, *_PIXELS, *_TRAINING], names, "flow")
     elif part == "bottleneck":
         names = [f"K = {k}" for k in sorted(_by_k(rows)["k"].unique())]
@@ -483,9 +473,8 @@ def draw_samples(rows: pd.DataFrame, output: Path, path: Path) -> bool:
     for name in (CHANNEL, GLOW):
         for part in ("samples", "mask_epochs"):
             seeds = rows.loc[(rows["part"] == part) & (rows["detector"] == name), "seed"]
-            files = [sample_path(output, (part, PAIR, name, int(seed))) for seed in sorted(seeds)]
-            if files and files[0].is_file():
-                images = np.load(files[0])
+            if len(seeds) and (file := sample_path(output, (part, PAIR, name, int(min(seeds))))).is_file():
+                images = np.load(file)
                 short = "RealNVP" if name == CHANNEL else name
                 shown.setdefault("real", images["real"])
                 shown |= {f"{short}, T = {value:g}": images[f"{value:g}"] for value in TEMPERATURES}

@@ -144,8 +144,8 @@ _LAPTOP_FLOWS = _flows(
     cycle={},
     bottleneck={"bottleneck_dim": 5, "coupling_layers": 16},
 )
-# Down to a coarsest scale of 2 x 2, networks that see a few pixels learn outlines within minutes; at 28 x 28, where the
-# coarsest is 7 x 7, they do not.
+# Down to a coarsest scale of 2 x 2, networks that see a few pixels learn outlines within minutes; from 28 x 28, which
+# halves to 7 x 7 at most, they do not.
 _SMALL = {"image_size": (16, 16), "logit_alpha": FLATTER_ALPHA}
 LAPTOP = Profile(
     name="laptop",
@@ -284,9 +284,9 @@ def with_bottleneck(flow: str) -> str:
     return f"{flow}, K = {MULTI_SCALE_K}"
 
 
-def with_alpha(flow: str, alpha: float) -> str:
+def with_flatter_logit(flow: str) -> str:
     """Return a flow's name in the part ``logit``."""
-    return f"{flow}, α = {alpha}"
+    return f"{flow}, α = {FLATTER_ALPHA}"
 
 
 def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
@@ -301,7 +301,7 @@ def plan(profile: Profile, parts: Sequence[str] = PARTS) -> list[Fit]:
         "mask_time": profile.flows,
         "mask_epochs": profile.flows,
         "logit": {
-            with_alpha(name, FLATTER_ALPHA): {**arguments, "logit_alpha": FLATTER_ALPHA}
+            with_flatter_logit(name): {**arguments, "logit_alpha": FLATTER_ALPHA}
             for name, arguments in profile.flows.items()
             if name in LOGIT_FLOWS
         },
