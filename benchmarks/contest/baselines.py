@@ -71,19 +71,23 @@ class MahalanobisModel(KNNModel):
         return ((centred @ self.precision) * centred).sum(1)
 
 
-class PPCAModel(KNNModel):
-    """−log p under probabilistic PCA: `EmbeddingFlow`'s subspace and tail, one Gaussian in the place of its flow."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, modes=1, feature_noise=0.0, **kwargs)
+class GaussianMixtureModel(KNNModel):
+    """−log p of `EmbeddingFlow` with an untrained flow, which is the identity: a mixture of Gaussians, and the tail."""
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
-        """Fit the principal subspace to ``(N, D)``."""
+        """Fit subspace and base to ``(N, D)``."""
         self.fit_subspace(embeddings)
 
     def distance(self, embeddings: Tensor) -> Tensor:
-        """Score embeddings ``(N, D)``; the flow is untrained, which is the identity."""
+        """Score embeddings ``(N, D)``."""
         return -self.density(self.project(embeddings)).log_prob / self.dims
+
+
+class PPCAModel(GaussianMixtureModel):
+    """−log p under probabilistic PCA: the same with one Gaussian and no noise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, modes=1, feature_noise=0.0, **kwargs)
 
 
 class GaussianMapModel(FeatureMapFlowModel):
@@ -160,5 +164,6 @@ MODELS: dict[str, type[KNNModel] | type[GaussianMapModel]] = {
     "KNN": KNNModel,
     "Mahalanobis": MahalanobisModel,
     "PPCA": PPCAModel,
+    "GaussianMixture": GaussianMixtureModel,
     "GaussianMap": GaussianMapModel,
 }

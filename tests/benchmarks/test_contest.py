@@ -21,6 +21,7 @@ from torch import nn
 from anomalib_flowood import FeatureMapFlow
 from anomalib_flowood.backbones import PooledAndMaps, create_backbone, create_feature_maps
 from anomalib_flowood.metrics import auroc
+from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from benchmarks.contest import baselines, contest, detectors, report
 from benchmarks.contest.memo import Memo
 from benchmarks.results import append_rows, finished, read_rows
@@ -191,6 +192,15 @@ def test_ppca_is_the_density_of_its_gaussian(embeddings):
     torch.testing.assert_close(model.distance(test).double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_gaussian_mixture_is_embedding_flow_before_it_trains(embeddings):
+    model, test, train = fitted("GaussianMixture", embeddings)
+    flow = EmbeddingFlowModel(BACKBONE, (), **SMALL)
+    flow.fit_subspace(train)
+    assert len(flow.centres.unique(dim=0)) > 4  # of 40 images: 4 for each clustering
+    with torch.no_grad():
+        torch.testing.assert_close(model.distance(test), -flow.density(flow.project(test)).log_prob / flow.dims)
+
+
 def test_gaussian_map_is_a_whitened_gaussian():
     small = {"pre_trained": False, "subspace_dim": 4, "hidden_channels": 8, "bottleneck_dim": 3, "tail": False}
     model = baselines.GaussianMapModel(BACKBONE, (1, 2), (48, 48), **small).eval()
@@ -265,7 +275,7 @@ def test_only_detectors_on_embeddings_run_on_what_was_left_out():
     count = {name: sum(job.detector.name == name for job in jobs) for name in detectors.DETECTORS}
     assert {name: number for name, number in count.items() if number} == {
         "EmbeddingFlow": 60,
-        **dict.fromkeys(("KNN", "Mahalanobis", "PPCA"), 20),
+        **dict.fromkeys(("KNN", "Mahalanobis", "PPCA", "GaussianMixture"), 20),
     }
     assert len({key for job in jobs for key in job.keys(("left_out",))}) == len(jobs)
 

@@ -12,8 +12,13 @@ from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from anomalib_flowood.models.embedding_flow.torch_model import _to_grid
 
 
-def fitted(n: int = 400, k: int = 6, dims: int = 24, **kwargs) -> tuple[EmbeddingFlowModel, torch.Tensor]:
-    """A model whose embeddings are random vectors of `dims` numbers, of several kinds, instead of a network's."""
+def fitted(
+    n: int = 400, k: int = 6, dims: int = 24, order: int = 0, **kwargs
+) -> tuple[EmbeddingFlowModel, torch.Tensor]:
+    """A model whose embeddings are random vectors of `dims` numbers, of several kinds, instead of a network's.
+
+    Fitted to them in the given order.
+    """
     small = {"coupling_layers": 4, "hidden_channels": 8, "modes": 1, "feature_noise": 0.0, "image_size": (32, 32)}
     model = EmbeddingFlowModel(BACKBONE, (), pre_trained=False, subspace_dim=k, **{**small, **kwargs})
     model.dims = dims
@@ -23,7 +28,7 @@ def fitted(n: int = 400, k: int = 6, dims: int = 24, **kwargs) -> tuple[Embeddin
     x = torch.randn(n, dims, generator=generator) * torch.linspace(2, 0.1, dims) + 3
     x[::2, :2] += 6
     model.double()
-    model.fit_subspace(x.double())
+    model.fit_subspace(x.double()[torch.randperm(n, generator=torch.Generator().manual_seed(order))])
     return model, x.double()
 
 
@@ -74,10 +79,32 @@ def test_modes_are_the_kinds_of_training_images():
 
 
 def test_few_images_have_few_modes_and_the_same_density():
-    few, x = fitted(n=35, modes=50)  # 35 images are enough for 3
+    few, x = fitted(n=35, modes=50, clusterings=1)  # 35 images are enough for 3
     assert len(few.centres.unique(dim=0)) == 3
-    three, _ = fitted(n=35, modes=3)
+    three, _ = fitted(n=35, modes=3, clusterings=1)
     torch.testing.assert_close(few.density(few.project(x)).log_prob, three.density(three.project(x)).log_prob)
+
+
+def test_clusterings_count_alike_and_where_they_start_matters_less():
+    model, x = fitted(modes=7, clusterings=4)
+    assert len(model.centres) == 28
+    assert len(model.centres.unique(dim=0)) > 7  # not four times the same clustering
+    torch.testing.assert_close(model.log_weights.exp().view(4, 7).sum(1), torch.full((4,), 0.25, dtype=torch.float64))
+
+    def spread(clusterings: int) -> float:
+        """Of log p over fits to the same images in another order, with which k-means starts elsewhere."""
+        models = [fitted(modes=7, clusterings=clusterings, order=order)[0] for order in range(8)]
+        return float(torch.stack([model.density(model.project(x)).log_prob for model in models]).std(0).mean())
+
+    assert spread(8) < 0.6 * spread(1)
+
+
+def test_images_that_are_the_same_leave_no_mode_empty():
+    model, x = fitted(n=600, modes=50)
+    model.fit_subspace(x[:20].repeat(30, 1))  # 20 images, 30 times each: at most 20 of 50 clusters have images
+    assert torch.isfinite(model.centres).all()
+    assert torch.isfinite(model.density(model.project(x)).log_prob).all()
+    torch.testing.assert_close(model.log_weights.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_log_density_follows_a_change_of_variables():
@@ -165,7 +192,7 @@ def test_layers_that_do_not_exist_are_named():
         embedding_flow(layers=[1, 1])
 
 
-@pytest.mark.parametrize("wrong", [{"modes": 0}, {"map_dims": 0}, {"feature_noise": -0.1}])
+@pytest.mark.parametrize("wrong", [{"modes": 0}, {"clusterings": 0}, {"map_dims": 0}, {"feature_noise": -0.1}])
 def test_settings_below_their_least_value(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
         embedding_flow(**wrong)

@@ -169,7 +169,8 @@ def test_the_latent_shell_has_a_radius_of_the_square_root_of_the_dimension(dims)
 
 
 def small_embedding_model(score):
-    kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "modes": 3, "hidden_channels": 8}
+    kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "hidden_channels": 8}
+    kwargs |= {"modes": 3, "clusterings": 1}
     model = EmbeddingFlowModel("test_efficientnet", layers=[], score=score, **kwargs).double().eval()
     model.centres.copy_(5 * torch.randn(3, 6))
     randomise_flow(model)

@@ -33,7 +33,9 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
         map_dims: Principal directions of each layer's feature vectors.
         subspace_dim: Principal directions in which the flow works; below the number of training images.
-        modes: Gaussians of the flow's base distribution; at most one for ten training images are used.
+        modes: Gaussians that a run of k-means finds for the flow's base distribution; at most one for ten training
+            images.
+        clusterings: Runs of k-means, whose mixtures of Gaussians are averaged.
         feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
             directions.
         subnet: s,t-network: ``mlp`` or ``bottleneck``.
@@ -65,6 +67,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
+        clusterings: int = 8,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
@@ -94,6 +97,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             map_dims=map_dims,
             subspace_dim=subspace_dim,
             modes=modes,
+            clusterings=clusterings,
             feature_noise=feature_noise,
             subnet=subnet,
             coupling_layers=coupling_layers,

@@ -57,7 +57,8 @@ class EmbeddingFlowModel(FlowModel):
 
     which is the density of probabilistic PCA (Tipping and Bishop 1999, section 3) with its Gaussian in the subspace
     replaced by a RealNVP flow. The flow's base distribution is a mixture of Gaussians of unit variance, whose means
-    k-means finds among the training embeddings: what is inside comes in several kinds. The noise keeps few images from
+    k-means finds among the training embeddings: what is inside comes in several kinds. It is the mean of the mixtures
+    that several runs of k-means find, so that where one of them starts matters less. The noise keeps few images from
     being learned by heart.
 
     Args:
@@ -68,7 +69,8 @@ class EmbeddingFlowModel(FlowModel):
         pre_trained: Load the backbone's weights.
         map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.
         subspace_dim: k, the number of principal directions.
-        modes: Gaussians of the base; at most one for ten training images are used.
+        modes: Gaussians that a run of k-means finds; at most one for ten training images.
+        clusterings: Runs of k-means, whose mixtures are averaged.
         feature_noise: Variance of the noise, in units of the mean variance over the principal directions.
         subnet: s,t-network on vectors: ``mlp`` or ``bottleneck``.
         coupling_layers: Number of couplings.
@@ -101,6 +103,7 @@ class EmbeddingFlowModel(FlowModel):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
+        clusterings: int = 8,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         coupling_layers: int = 6,
@@ -111,6 +114,7 @@ class EmbeddingFlowModel(FlowModel):
         for argument, value, least in (
             ("map_dims", map_dims, 1),
             ("modes", modes, 1),
+            ("clusterings", clusterings, 1),
             ("feature_noise", feature_noise, 0),
         ):
             if value < least:
@@ -139,6 +143,7 @@ class EmbeddingFlowModel(FlowModel):
         super().__init__(new_flow, dims, levels=1, score=score)
         self.backbone = network
         self.image_size = (height, width)
+        self.clusterings = clusterings
         self.feature_noise = feature_noise
         for number, (layer, count) in enumerate(zip(maps, directions, strict=True)):
             self.register_buffer(f"map_mean_{number}", torch.zeros(layer.shape[1]))
@@ -148,8 +153,8 @@ class EmbeddingFlowModel(FlowModel):
         self.register_buffer("variances", torch.ones(subspace_dim))  # v + a
         self.register_buffer("tail_variance", torch.ones(()))  # q + a
         self.register_buffer("noise_variance", torch.zeros(()))  # a
-        self.register_buffer("centres", torch.zeros(modes, subspace_dim))
-        self.register_buffer("log_weights", torch.full((modes,), -math.log(modes)))
+        self.register_buffer("centres", torch.zeros(clusterings * modes, subspace_dim))
+        self.register_buffer("log_weights", torch.full((clusterings * modes,), -math.log(clusterings * modes)))
 
     def train(self, mode: bool = True) -> EmbeddingFlowModel:
         """Set the flow's mode; the backbone is frozen, its batch norms included."""
@@ -255,13 +260,24 @@ class EmbeddingFlowModel(FlowModel):
         tail = torch.maximum((total - explained.sum()) / (self.dims - k), 1e-3 * explained[-1])
 
         coordinates = (embeddings.double().cpu() - torch.from_numpy(pca.mean_)) @ torch.from_numpy(pca.components_).T
-        modes = max(1, min(len(self.centres), n // _IMAGES_PER_MODE))
-        clusters = KMeans(modes, n_init=1, random_state=0).fit(coordinates.float().numpy())
-        kind = torch.from_numpy(clusters.labels_).long()
-        share = torch.bincount(kind, minlength=modes).double() / n
-        centres = torch.zeros(modes, k, dtype=torch.float64).index_add(0, kind, coordinates) / (share * n)[:, None]
-        deviation = coordinates - centres[kind]
-        variances, rotation = np.linalg.eigh((deviation.T @ deviation / (n - modes)).numpy())
+        modes = max(1, min(len(self.centres) // self.clusterings, n // _IMAGES_PER_MODE))
+        points = coordinates.float().numpy()
+        centres, sizes = [], []
+        scatter, freedom = torch.zeros(k, k, dtype=torch.float64), 0
+        for run in range(self.clusterings if modes > 1 else 1):
+            # Random starts and few steps: the mean over clusterings makes up for what each of them lacks.
+            clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(points)
+            # Where images are the same, clusters may be without any: these are left out.
+            kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
+            size = kind.bincount().double()
+            means = torch.zeros(len(size), k, dtype=torch.float64).index_add(0, kind, coordinates) / size[:, None]
+            deviation = coordinates - means[kind]
+            scatter += deviation.T @ deviation
+            freedom += n - len(size)
+            centres.append(means)
+            sizes.append(size)
+        found, weights = torch.cat(centres), torch.cat(sizes) / (n * len(sizes))
+        variances, rotation = np.linalg.eigh((scatter / freedom).numpy())
         within = torch.maximum(torch.from_numpy(variances), tail)
         turn = torch.from_numpy(rotation)
         noise = self.feature_noise * within.mean()
@@ -271,10 +287,10 @@ class EmbeddingFlowModel(FlowModel):
         self.variances.copy_(within + noise)
         self.tail_variance.copy_(tail + noise)
         self.noise_variance.copy_(noise)
-        # More Gaussians than modes: some share one, which is the same density.
-        slots = torch.arange(len(self.centres)) % modes
-        self.centres.copy_((centres @ turn / (within + noise).sqrt())[slots])
-        self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
+        # More slots than Gaussians: some share one, which is the same density.
+        slots = torch.arange(len(self.centres)) % len(found)
+        self.centres.copy_((found @ turn / (within + noise).sqrt())[slots])
+        self.log_weights.copy_((weights[slots] / torch.bincount(slots)[slots]).log())
 
     def project(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Split the density of embeddings into what the flow models, and the rest.
@@ -301,11 +317,6 @@ class EmbeddingFlowModel(FlowModel):
         """Add the noise to whitened coordinates, ``(N, k)``, on which the flow trains."""
         return whitened + (self.noise_variance / self.variances).sqrt() * torch.randn_like(whitened)
 
-    def squared_distances(self, z: Tensor) -> Tensor:
-        """Squared distances of latents, ``(N, k)``, from the means of the base distribution: ``(N, modes)``."""
-        # By a matrix product: no tensor of N x modes x k numbers.
-        return z.square().sum(1, keepdim=True) - 2 * z @ self.centres.T + self.centres.square().sum(1)
-
     def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images and split the density of embeddings, as :meth:`project` does.
 
@@ -327,10 +338,11 @@ class EmbeddingFlowModel(FlowModel):
         """
         whitened, rest = inputs
         z, log_det = (flow or self.flow)(whitened)
-        squares = self.squared_distances(z)
-        kernels = self.log_weights - 0.5 * squares
-        base = torch.logsumexp(kernels, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
-        radius = squares.amin(1).clamp(min=0).sqrt()
+        # By a matrix product: no tensor of N x modes x k numbers.
+        squares = z.square().sum(1)
+        kernels = torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)
+        base = torch.logsumexp(kernels + self.log_weights, dim=1) - 0.5 * (squares + z.shape[1] * math.log(2 * math.pi))
+        radius = (squares - 2 * kernels.amax(1)).clamp(min=0).sqrt()
         return Density(base + log_det + rest, radius, -torch.stack([base, log_det, rest], dim=1))
 
 
