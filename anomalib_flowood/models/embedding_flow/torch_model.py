@@ -245,9 +245,12 @@ class EmbeddingFlowModel(FlowModel):
                 else f"{n} training image(s) have no principal subspace: give at least 4, more are better."
             )
             raise ValueError(msg)
-        # In NumPy, where eigensolvers are faster on the CPU. Randomised where few of many directions are wanted.
-        pca = PCA(n_components=k, random_state=0).fit(embeddings.double().cpu().numpy())
-        explained = torch.from_numpy(pca.explained_variance_)
+        # In NumPy, where eigensolvers are faster on the CPU. Randomised where few of many directions are wanted, and in
+        # single precision, unless the embeddings have more, for the time it takes.
+        precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).cpu()
+        pca = PCA(n_components=k, random_state=0).fit(precise.numpy())
+        mean, directions = torch.from_numpy(pca.mean_).double(), torch.from_numpy(pca.components_).double()
+        explained = torch.from_numpy(pca.explained_variance_).double()
         if float(explained[-1]) <= 1e-10 * float(explained[0]) or float(explained[0]) <= 1e-12:
             rank = int((explained > 1e-10 * explained[0]).sum()) if float(explained[0]) > 1e-12 else 0
             msg = (
@@ -255,11 +258,11 @@ class EmbeddingFlowModel(FlowModel):
                 "are many training images the same, or constant? Set subspace_dim lower or give more varied images."
             )
             raise ValueError(msg)
-        total = embeddings.double().var(0).sum().cpu()
+        total = precise.double().var(0).sum()
         # A floor for embeddings that lie in the subspace: far below any variance inside of it.
         tail = torch.maximum((total - explained.sum()) / (self.dims - k), 1e-3 * explained[-1])
 
-        coordinates = (embeddings.double().cpu() - torch.from_numpy(pca.mean_)) @ torch.from_numpy(pca.components_).T
+        coordinates = (precise.double() - mean) @ directions.T
         modes = max(1, min(len(self.centres) // self.clusterings, n // _IMAGES_PER_MODE))
         points = coordinates.float().numpy()
         centres, sizes = [], []
@@ -282,8 +285,8 @@ class EmbeddingFlowModel(FlowModel):
         turn = torch.from_numpy(rotation)
         noise = self.feature_noise * within.mean()
 
-        self.mean.copy_(torch.from_numpy(pca.mean_))
-        self.components.copy_(turn.T @ torch.from_numpy(pca.components_))
+        self.mean.copy_(mean)
+        self.components.copy_(turn.T @ directions)
         self.variances.copy_(within + noise)
         self.tail_variance.copy_(tail + noise)
         self.noise_variance.copy_(noise)
