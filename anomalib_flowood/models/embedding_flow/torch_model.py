@@ -264,23 +264,8 @@ class EmbeddingFlowModel(FlowModel):
 
         coordinates = (precise.double() - mean) @ directions.T
         modes = max(1, min(len(self.centres) // self.clusterings, n // _IMAGES_PER_MODE))
-        points = coordinates.float().numpy()
-        centres, sizes = [], []
-        scatter, freedom = torch.zeros(k, k, dtype=torch.float64), 0
-        for run in range(self.clusterings if modes > 1 else 1):
-            # Random starts and few steps: the mean over clusterings makes up for what each of them lacks.
-            clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(points)
-            # Where images are the same, clusters may be without any: these are left out.
-            kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
-            size = kind.bincount().double()
-            means = torch.zeros(len(size), k, dtype=torch.float64).index_add(0, kind, coordinates) / size[:, None]
-            deviation = coordinates - means[kind]
-            scatter += deviation.T @ deviation
-            freedom += n - len(size)
-            centres.append(means)
-            sizes.append(size)
-        found, weights = torch.cat(centres), torch.cat(sizes) / (n * len(sizes))
-        variances, rotation = np.linalg.eigh((scatter / freedom).numpy())
+        centres, share, covariance = _cluster(coordinates, modes, self.clusterings if modes > 1 else 1)
+        variances, rotation = np.linalg.eigh(covariance.numpy())
         within = torch.maximum(torch.from_numpy(variances), tail)
         turn = torch.from_numpy(rotation)
         noise = self.feature_noise * within.mean()
@@ -291,9 +276,9 @@ class EmbeddingFlowModel(FlowModel):
         self.tail_variance.copy_(tail + noise)
         self.noise_variance.copy_(noise)
         # More slots than Gaussians: some share one, which is the same density.
-        slots = torch.arange(len(self.centres)) % len(found)
-        self.centres.copy_((found @ turn / (within + noise).sqrt())[slots])
-        self.log_weights.copy_((weights[slots] / torch.bincount(slots)[slots]).log())
+        slots = torch.arange(len(self.centres)) % len(centres)
+        self.centres.copy_((centres @ turn / (within + noise).sqrt())[slots])
+        self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
 
     def project(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Split the density of embeddings into what the flow models, and the rest.
@@ -353,3 +338,34 @@ def _to_grid(layer: Tensor) -> Tensor:
     """Pool a map, ``(N, C, h, w)``, to about seven positions to a side; smaller ones stay as they are."""
     kernel = [max(1, round(length / _GRID)) for length in layer.shape[2:]]
     return functional.avg_pool2d(layer, kernel) if max(kernel) > 1 else layer
+
+
+def _cluster(points: Tensor, modes: int, runs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find clusters by several runs of k-means.
+
+    Args:
+        points: ``(N, k)``.
+        modes: Clusters of a run.
+        runs: Runs, which start elsewhere.
+
+    Returns:
+        The means of the clusters of all runs, ``(M, k)``, the shares of the runs' points in them, ``(M,)``, and the
+        covariance of the points within clusters, ``(k, k)``.
+    """
+    n, k = points.shape
+    single = points.float().numpy()
+    means, sizes = [], []
+    scatter, freedom = points.new_zeros(k, k), 0
+    for run in range(runs):
+        # Random starts and few steps: the mean over runs makes up for what each of them lacks.
+        clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(single)
+        # Where points are the same, clusters may be without any: these are left out.
+        kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
+        size = kind.bincount().to(points)
+        mean = points.new_zeros(len(size), k).index_add(0, kind, points) / size[:, None]
+        deviation = points - mean[kind]
+        scatter += deviation.T @ deviation
+        freedom += n - len(size)
+        means.append(mean)
+        sizes.append(size)
+    return torch.cat(means), torch.cat(sizes) / (n * runs), scatter / freedom
