@@ -264,7 +264,7 @@ class EmbeddingFlowModel(FlowModel):
 
         coordinates = (precise.double() - mean) @ directions.T
         modes = max(1, min(len(self.centres) // self.clusterings, n // _IMAGES_PER_MODE))
-        centres, share, covariance = _cluster(coordinates, modes, self.clusterings if modes > 1 else 1)
+        centres, share, covariance = _cluster(coordinates, modes, self.clusterings)
         variances, rotation = np.linalg.eigh(covariance.numpy())
         within = torch.maximum(torch.from_numpy(variances), tail)
         turn = torch.from_numpy(rotation)
