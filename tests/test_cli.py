@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood._commands import FlowoodCLI, keep_predictions
+from anomalib_flowood._commands import FlowoodCLI
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import SUBCOMMANDS, main
+from anomalib_flowood.predictions import keep_predictions
 
 
 def test_version_and_help_do_not_import_anomalib() -> None:

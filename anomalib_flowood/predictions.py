@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The predictions of a detector, kept as a table and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from anomalib_flowood.models.components import ConformalPostProcessor
+
+_SHOWN_PREDICTIONS = 10
+
+
+def keep_predictions(
+    predictions: Iterable[Any] | None, folder: Path, post_processor: nn.Module | None = None
+) -> Path | None:
+    """Write ``predictions.csv``; print where it is, the most anomalous images, and whether there is drift.
+
+    Args:
+        predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
+        folder: Where to write.
+        post_processor: The detector's: a calibrated :class:`ConformalPostProcessor` also tests all images together.
+
+    Returns:
+        The file, or nothing if there were no predictions (``--return_predictions false``).
+    """
+    batches: list[Any] = []
+    for item in predictions or ():
+        batches.extend(item if isinstance(item, list) else [item])
+    if not batches:
+        print("No predictions were returned, so there is nothing to write.")
+        return None
+    frame = pd.concat([_rows(batch) for batch in batches], ignore_index=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "predictions.csv"
+    frame.to_csv(path, index=False)
+
+    worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
+    table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
+    table.add_column("image", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    if "p_value" in frame:
+        table.add_column("p-value", justify="right", no_wrap=True)
+    table.add_column("label", no_wrap=True)
+    names = {True: "anomalous", False: "normal"}
+    for _, row in worst.iterrows():
+        p_value = [f"{row['p_value']:.2g}"] if "p_value" in row else []
+        label = "" if pd.isna(row["pred_label"]) else names[bool(row["pred_label"])]
+        table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", *p_value, label)
+    console = Console()
+    console.print(table)
+    if isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated:
+        drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
+        console.print(
+            f"Drift: p = {drift:.2g}, the chance that {len(frame):,} images of the training distribution would differ "
+            f"as much from the {len(post_processor.calibration):,} calibration images as these do together.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
+    return path
+
+
+def _rows(batch: Any) -> pd.DataFrame:
+    """One row per image of a predicted batch."""
+    count, label = len(batch.pred_score), batch.pred_label
+    columns: dict[str, Any] = {"image_path": [str(path) for path in batch.image_path or [""] * count]}
+    source = getattr(batch, "source", None)
+    if source is not None:
+        columns["source"] = list(source)
+    for name in ("raw_score", "pred_score", "p_value"):  # the first and last from our post-processor
+        values = getattr(batch, name, None)
+        if values is not None:
+            columns[name] = values.detach().flatten().cpu().numpy()
+    columns["pred_label"] = [None] * count if label is None else label.detach().flatten().cpu().int().numpy()
+    return pd.DataFrame(columns)
