@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
+from lightning import seed_everything
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from rich.console import Console
 
 # Their classes are found by name only once they exist.
@@ -148,6 +151,13 @@ class FlowoodCLI(AnomalibCLI):
         folder = save_local(arguments["name"], Path(str(arguments["folder"])))
         print(f"Saved {arguments['name']}. Use it with\n  backbone: local-dir:{folder}")
 
+    def before_instantiate_classes(self) -> None:
+        """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""
+        config = self.config[self.subcommand]
+        if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
+            config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
+        super().before_instantiate_classes()
+
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
         if self.subcommand in {"test", "train"}:
@@ -177,7 +187,7 @@ class FlowoodCLI(AnomalibCLI):
         entries = {kind: config[kind].as_dict() for kind in ("model", "data")}
         detector = type(self.model).__name__
         data = f"{self.datamodule.name} {self.datamodule.category}".strip()
-        labels: dict[str, Any] = {"detector": detector, "data": data, "seed": torch.initial_seed()}
+        labels: dict[str, Any] = {"detector": detector, "data": data, "seed": config["seed_everything"]}
         try:
             row = labels | measure(self.recorder)
         except ValueError as error:  # the test itself has succeeded
@@ -188,10 +198,22 @@ class FlowoodCLI(AnomalibCLI):
             "test",
             detectors={detector: entries["model"]},
             data={data: entries["data"]},
-            settings={"checkpoint": config["ckpt_path"]},
+            settings={"checkpoint": config["ckpt_path"], "seed": config["seed_everything"]},
         )
         Results(folder).add(row, self.recorder.scores.assign(**labels))
         print(f"As a page: flowood report {folder}")
+
+
+def _seed(given: bool | int) -> int:
+    """The seed that was given, or one that is drawn where none was."""
+    if isinstance(given, bool):
+        if "LOCAL_RANK" in os.environ and "PL_GLOBAL_SEED" in os.environ:  # a rank that Lightning started: rank 0's
+            return int(os.environ["PL_GLOBAL_SEED"])
+        return secrets.randbelow(max_seed_value + 1)
+    if not min_seed_value <= given <= max_seed_value:
+        msg = f"seed_everything has to be between {min_seed_value} and {max_seed_value} (32 bits), got {given}."
+        raise ValueError(msg)
+    return given
 
 
 def _load(detector_class: Any, checkpoint: Path, **arguments: Any) -> Any:
