@@ -50,6 +50,25 @@ def append_rows(output: Path, rows: Iterable[dict[str, Any]], columns: Sequence[
         writer.writerows(rows)
 
 
+def check_columns(output: Path, columns: Sequence[str]) -> None:
+    """Refuse rows of a version that measured other things: new ones would not fit below them.
+
+    Raises:
+        ValueError: If ``results.csv`` is there and has other columns than these.
+    """
+    path = output / "results.csv"
+    if not path.is_file():
+        return
+    found = list(pd.read_csv(path, nrows=0).columns)
+    if found != list(columns):
+        differ = sorted(set(found) ^ set(columns)) or ["their order"]
+        msg = (
+            f"{path} was written by a version that measured other things ({', '.join(differ)}). Move it away, or name "
+            "another folder with --output."
+        )
+        raise ValueError(msg)
+
+
 def finished(output: Path) -> set[tuple[str, str, str, int]]:
     """Return the keys of the rows that need not be run again."""
     rows = read_rows(output)

@@ -5,7 +5,16 @@ from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, CouplingMask, coupling_mask, quadrants
-from .pixels import LEVELS, LOGIT_ALPHA, Logit, bits_per_dim, dequantize, standard_normal_log_prob
+from .pixels import (
+    LEVELS,
+    LOGIT_ALPHA,
+    NOISE_DRAWS,
+    Logit,
+    bits_per_dim,
+    dequantization_noise,
+    dequantize,
+    standard_normal_log_prob,
+)
 from .subnets import (
     SUBNETS,
     Bottleneck,
@@ -22,6 +31,7 @@ __all__ = [
     "LEVELS",
     "LOGIT_ALPHA",
     "MASKS",
+    "NOISE_DRAWS",
     "SUBNETS",
     "ActNorm",
     "AffineCoupling",
@@ -42,6 +52,7 @@ __all__ = [
     "WeightNormConv2d",
     "bits_per_dim",
     "coupling_mask",
+    "dequantization_noise",
     "dequantize",
     "map_flow",
     "pixel_flow",

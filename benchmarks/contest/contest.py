@@ -41,7 +41,16 @@ from anomalib_flowood.backbones import LOCAL_DIR, save_local
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.data.sources import Images, Source
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
-from benchmarks.results import KEY, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
+from benchmarks.results import (
+    KEY,
+    append_rows,
+    check_columns,
+    clock_time,
+    finished,
+    quiet,
+    read_rows,
+    trained_epochs,
+)
 
 from .detectors import DETECTORS, Detector, ablation
 from .memo import Memo, mapped
@@ -654,9 +663,10 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
         All rows, of earlier runs too.
 
     Raises:
-        ValueError: If the options name something unknown.
+        ValueError: If the options name something unknown, or there are rows of a version that measured other things.
     """
     console = console or Console(soft_wrap=True)
+    check_columns(options.output, COLUMNS)
     done = finished(options.output)
     every = plan(options)
     jobs = [job for job in every if set(job.keys(options.parts)) - done]

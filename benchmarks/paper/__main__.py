@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run what is not finished yet, then report")
     run.add_argument("--parts", nargs="+", choices=study.PARTS, default=study.PARTS)
     run.add_argument("--accelerator", help="Lightning's; cpu for laptop and gpu for full by default")
+    run.add_argument("--workers", type=int, help="fits at a time; 2 for laptop and 1 for full by default")
     run.add_argument("--root", default="./datasets", help="folder of the data sets")
     run.add_argument("--limit", type=int, help="a trial on so many training images, in OUTPUT/trial")
     reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
@@ -54,7 +55,13 @@ def main() -> int:
             into = arguments.into or output
         if arguments.accelerator:
             profile = replace(profile, accelerator=arguments.accelerator)
-        study.run(profile, output, arguments.root, arguments.parts, console)
+        if arguments.workers is not None:
+            profile = replace(profile, workers=arguments.workers)
+        try:
+            study.run(profile, output, arguments.root, arguments.parts, console)
+        except ValueError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+            return 2
     return report_rows(report.write, output, into, console)
 
 

@@ -31,7 +31,17 @@ from anomalib_flowood import CrossDataset, EmbeddingFlow, OneClass, PixelFlow, f
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.explain import coadaptation
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
-from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
+from benchmarks.results import (
+    KEY,
+    TimeLimit,
+    append_rows,
+    check_columns,
+    clock_time,
+    finished,
+    quiet,
+    read_rows,
+    trained_epochs,
+)
 
 PARTS = ("mask_time", "mask_epochs", "logit", "bottleneck", "multi_scale", "samples", "embedding", "one_class")
 INSIDE, OUTSIDE = "fashion_mnist", "mnist"
@@ -54,13 +64,17 @@ MULTI_SCALE_K = 50
 """Numbers that pass these bottlenecks."""
 
 COADAPTATION_IMAGES = 256
+_CHUNK = 200
+"""Images that bits per dimension are measured on at a time."""
 SAMPLES = 16
 TEMPERATURES = (1.0, 0.8, 0.6)
 """Standard deviations of the latents of samples."""
 
 COLUMNS = (
     *KEY,
-    *("auroc", "fpr95", "bits_per_dim", "bits_per_dim_outside", "coadaptation", "prediction"),
+    *("auroc", "fpr95", "bits_per_dim", "bits_per_dim_median", "bits_per_dim_centres"),
+    *("bits_per_dim_outside", "bits_per_dim_outside_median", "bits_per_dim_outside_centres"),
+    *("coadaptation", "prediction"),
     *("fit_s", "wall_s", "epochs", "images_seen", "train_images", "test_images", "parameters"),
     *("machine", "finished", "error"),
 )
@@ -372,7 +386,6 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
         )
         engine.fit(detector, datamodule=datamodule)
         engine.test(detector, datamodule=datamodule, verbose=False)
-        detector.cpu().eval()
         epochs_trained = trained_epochs(engine.trainer)
         row = {
             **dict(zip(KEY, fit.key, strict=True)),
@@ -386,7 +399,9 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
             "machine": machine(fit.accelerator),
         }
         if isinstance(detector, PixelFlow):
-            row |= _coadaptation(detector, datamodule)
+            if fit.normal_class is None:
+                row |= _bits(detector.to(engine.trainer.strategy.root_device).eval(), datamodule)
+            row |= _coadaptation(detector.cpu().eval(), datamodule)
             if fit.normal_class is None:
                 _save_samples(detector, datamodule, sample_path(output, fit.key))
     row["wall_s"] = round(time.perf_counter() - start, 2)
@@ -395,28 +410,41 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
 
 
 def _metrics(detector: PixelFlow | EmbeddingFlow, scores: pd.DataFrame) -> dict[str, float]:
-    """AUROC and FPR95 of raw scores; of a flow on pixels also the mean bits per dimension, inside and outside."""
+    """AUROC and FPR95 of raw scores; of a flow on pixels also the mean bits per dimension at bin centres."""
     values, labels = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
     metrics = {"auroc": auroc(values, labels), "fpr95": fpr_at_tpr(values, labels)}
     if isinstance(detector, PixelFlow):
         model = detector.model
         bits = flows.bits_per_dim(-values * model.dims, model.dims, model.levels)
-        for name, label in (("bits_per_dim", 0), ("bits_per_dim_outside", 1)):
+        for name, label in (("bits_per_dim_centres", 0), ("bits_per_dim_outside_centres", 1)):
             metrics[name] = float(bits[labels == label].mean())
     return metrics
 
 
-def _inside_images(detector: PixelFlow, datamodule: Any, count: int) -> torch.Tensor:
-    """Inside test images as the flow sees them, the first ones, ``(N, C, H, W)``."""
+@torch.no_grad()
+def _bits(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
+    """Mean and median bits per dimension of all test images, inside and outside."""
+    found = {}
+    for name, label in (("bits_per_dim", 0), ("bits_per_dim_outside", 1)):
+        images = _test_images(detector, datamodule, label)
+        bits = [detector.model.bits_per_dim(chunk.to(detector.device)).double().cpu() for chunk in images.split(_CHUNK)]
+        found |= {name: float(torch.cat(bits).mean()), f"{name}_median": float(np.median(torch.cat(bits)))}
+    return found
+
+
+def _test_images(detector: PixelFlow, datamodule: Any, label: int, count: int | None = None) -> torch.Tensor:
+    """Test images with a label as the flow sees them, all or the first ones, ``(N, C, H, W)``, on the CPU."""
     data: Any = datamodule.test_data
     pre_processor: Any = detector.pre_processor
-    rows = np.flatnonzero(data.samples["label_index"] == 0)[:count]
-    return detector.model.pixels(pre_processor.transform(data.__getitems__(rows.tolist()).image))
+    rows = np.flatnonzero(data.samples["label_index"] == label)[:count]
+    chunks = [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
+    return torch.cat([pre_processor.transform(data.__getitems__(chunk).image) for chunk in chunks])
 
 
 def _coadaptation(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
     """Co-adaptation and prediction on inside test images, the mean over the layers from the second to the last."""
-    numbers = coadaptation(detector.model, _inside_images(detector, datamodule, COADAPTATION_IMAGES))
+    inside = detector.model.pixels(_test_images(detector, datamodule, 0, COADAPTATION_IMAGES))
+    numbers = coadaptation(detector.model, inside)
     return {name: float(np.mean(layers[1:])) for name, layers in numbers._asdict().items()}
 
 
@@ -428,7 +456,7 @@ def sample_path(output: Path, key: tuple[str, str, str, int]) -> Path:
 
 def _save_samples(detector: PixelFlow, datamodule: Any, path: Path) -> None:
     """Draw images, the same latents at every temperature."""
-    images = {"real": _inside_images(detector, datamodule, SAMPLES)}
+    images = {"real": detector.model.pixels(_test_images(detector, datamodule, 0, SAMPLES))}
     for temperature in TEMPERATURES:
         images[f"{temperature:g}"] = detector.model.sample(SAMPLES, temperature, torch.Generator().manual_seed(0))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -501,8 +529,12 @@ def run(
 
     Returns:
         All rows, of earlier runs too.
+
+    Raises:
+        ValueError: If the folder has rows of a version that measured other things.
     """
     console = console or Console(soft_wrap=True)
+    check_columns(output, COLUMNS)
     every, done = plan(profile, parts), finished(output)
     left = {fit.key: fit for fit in every if fit.key not in done}
     console.print(f"{len(left)} fits to run, {len(every) - len(left)} finished before; rows in {output}")

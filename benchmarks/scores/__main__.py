@@ -45,7 +45,11 @@ def main() -> int:
     console = Console(soft_wrap=True)
     output = arguments["output"]
     if command == "run":
-        study.run(study.Options(**arguments), console)
+        try:
+            study.run(study.Options(**arguments), console)
+        except ValueError as error:
+            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+            return 2
     return report_rows(report.write, output, into, console)
 
 

@@ -16,11 +16,21 @@ from lightning import seed_everything
 from rich.console import Console
 from torch import Tensor
 
-from anomalib_flowood import CrossDataset, PixelFlow
+from anomalib_flowood import CrossDataset, PixelFlow, flows
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from anomalib_flowood.scores import SCORES, compressed_bits
 from anomalib_flowood.scores.complexity import pixels_of
-from benchmarks.results import KEY, TimeLimit, append_rows, clock_time, finished, quiet, read_rows, trained_epochs
+from benchmarks.results import (
+    KEY,
+    TimeLimit,
+    append_rows,
+    check_columns,
+    clock_time,
+    finished,
+    quiet,
+    read_rows,
+    trained_epochs,
+)
 
 SETS = ("fashion_mnist", "mnist")
 
@@ -97,7 +107,12 @@ def outside_sets(inside: str) -> list[str]:
 
 
 def run(options: Options, console: Console) -> None:
-    """Run what is not finished: for each set and seed a training, and each score on it."""
+    """Run what is not finished: for each set and seed a training, and each score on it.
+
+    Raises:
+        ValueError: If the folder has rows of a version that measured other things.
+    """
+    check_columns(options.output, COLUMNS)
     start = time.perf_counter()
     for seed in options.seeds:
         for inside in options.sets:
@@ -204,7 +219,8 @@ def _measure(options: Options, data: CrossDataset, pairs: Sequence[str], name: s
         start = time.perf_counter()
         inner = scores_of(sets[inside])
         common["ms_per_image"] = round(1000 * (time.perf_counter() - start) / len(inner), 4)
-        bits = detector.model.bits_per_dim(sets[inside]).mean()
+        # At bin centres, where all scores are taken.
+        bits = flows.bits_per_dim(detector.model.log_prob(sets[inside]), detector.model.dims).mean()
     rows = []
     for pair in pairs:
         outside = pair.partition(" -> ")[2]

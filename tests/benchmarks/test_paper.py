@@ -160,7 +160,10 @@ def test_every_part_runs_and_is_not_run_again(sets, monkeypatch):
     bottleneck = rows.loc[("bottleneck", "K = 2")]
     assert bottleneck["epochs"] == 2  # the flow's own
     assert 0 <= bottleneck["coadaptation"] <= 1
-    assert bottleneck["bits_per_dim"] > 0
+    for name in ("bits_per_dim", "bits_per_dim_outside"):
+        assert bottleneck[[name, f"{name}_median", f"{name}_centres"]].nunique() == 3
+        assert bottleneck[name] > bottleneck[f"{name}_centres"] > 0
+    assert rows.loc["one_class", "bits_per_dim"].isna().all()  # which nobody compares
     embedding = rows.loc[("embedding", study.EMBEDDING)]
     assert np.isnan(embedding["bits_per_dim"])
     assert embedding["test_images"] == 20
@@ -209,8 +212,8 @@ def test_metrics_are_those_of_the_raw_scores():
     metrics = study._metrics(detector, scores)
     assert metrics["auroc"] == 1
     assert metrics["fpr95"] == 0
-    assert metrics["bits_per_dim"] == pytest.approx(8 - 1.5 / np.log(2))
-    assert metrics["bits_per_dim_outside"] == pytest.approx(8 + 0.5 / np.log(2))
+    assert metrics["bits_per_dim_centres"] == pytest.approx(8 - 1.5 / np.log(2))
+    assert metrics["bits_per_dim_outside_centres"] == pytest.approx(8 + 0.5 / np.log(2))
 
 
 def test_a_trial_is_small():
@@ -240,9 +243,11 @@ def test_a_process_pool_runs_fits_and_outlives_their_errors(sets):
 def rows_of(part, detector, values, task=study.PAIR, **more):
     """A row for each value of AUROC, the seeds counted from 0."""
     common = {"bits_per_dim": 4.0, "bits_per_dim_outside": 3.0, "coadaptation": 0.2, "prediction": 0.4}
+    common |= {"bits_per_dim_median": 3.875, "bits_per_dim_outside_median": 2.875}
+    common |= {"bits_per_dim_centres": 2.25, "bits_per_dim_outside_centres": 2.5}
     common |= {"fit_s": 10, "wall_s": 20, "epochs": 1, "images_seen": 100, "train_images": 90, "test_images": 40}
     common |= {"machine": "abacus", "finished": "2026-11-01T10:00:00"}
-    start = {"part": part, "task": task, "detector": detector}
+    start = {"part": part, "task": task, "detector": detector, "fpr95": 0.1}
     return [{**start, "seed": seed, "auroc": value, **common, **more} for seed, value in enumerate(values)]
 
 
@@ -337,6 +342,11 @@ def test_report_writes_tables_and_plots(tmp_path):
     assert "| **mean ± spread** | **0.500 ± 0.141** | **0.700 ± 0.141** | **0.900 ± 0.141** |" in text
     assert "90 images to train on, 40 to test on; seeds 0, 1." in text
     assert "abacus; 2026-11-01; 28 fits" in text
+    assert "lower by 0.25 to 2.25 on clothes and by 0.50 to 0.50 on digits" in text
+    assert (
+        "| K = 2 | 0.920 ± 0.014 | 0.100 ± 0.000 | 4.500 ± 0.000 | 3.875 ± 0.000 | 3.000 ± 0.000 | 2.875 ± 0.000 |"
+        in text
+    )
     assert "channel (RealNVP) 0.030 to 0.700, Glow 0.100 to 0.700" in text  # both of the first seed
     assert "| Glow, K = 50 | 0.700 |" in text
     assert "| cycle + bottleneck | 0.800 |" in text  # the first seed's of the mask study
@@ -351,6 +361,12 @@ def test_report_writes_tables_and_plots(tmp_path):
     report.write(output, into)
     assert (into / "samples.png").read_bytes() == b"drawn elsewhere"
     assert "(samples.png)" in (into / "README.md").read_text()
+
+
+def test_rows_that_measured_other_things_are_not_mixed_with_new_ones(tmp_path):
+    append_rows(tmp_path, [dict(zip(KEY, ("mask_time", study.PAIR, study.GLOW, 0), strict=True))], KEY)
+    with pytest.raises(ValueError, match=r"results\.csv was written by a version .*bits_per_dim.*--output"):
+        study.run(small_profile(mask_time=study.Budget()), tmp_path, pool=None)
 
 
 def test_no_rows(tmp_path):
@@ -373,7 +389,8 @@ def test_the_picture_shows_real_images_and_samples_of_both_flows(tmp_path, monke
         path = study.sample_path(tmp_path, tuple(row[name] for name in ("part", "task", "detector", "seed")))
         path.parent.mkdir(exist_ok=True)
         names = ("real", *(f"{temperature:g}" for temperature in study.TEMPERATURES))
-        np.savez(path, **{name: np.full((3, 2, 2), 51 * value, np.uint8) for name in names})
+        counts = {name: 3 if name == "real" else 4 for name in names}
+        np.savez(path, **{name: np.full((count, 2, 2), 51 * value, np.uint8) for name, count in counts.items()})
     assert report.draw_samples(rows, tmp_path, tmp_path / "samples.png")
     assert list(shown) == ["real", *(f"{flow}, T = {t}" for flow in ("RealNVP", "Glow") for t in ("1", "0.8", "0.6"))]
     assert {images.shape for images in shown.values()} == {(3, 1, 2, 2)}

@@ -7,8 +7,16 @@ import torch
 from flow_helpers import check_inverse, check_log_det
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
-from anomalib_flowood.flows import Logit, bits_per_dim, dequantize, pixel_flow, standard_normal_log_prob
+from anomalib_flowood.flows import (
+    Logit,
+    bits_per_dim,
+    dequantization_noise,
+    dequantize,
+    pixel_flow,
+    standard_normal_log_prob,
+)
 
 
 def logit(x, rev=False, **settings):
@@ -67,3 +75,20 @@ def test_standard_normal_agrees_with_torch():
     z = torch.randn(4, 2, 3, dtype=torch.float64)
     expected = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1)
     torch.testing.assert_close(standard_normal_log_prob(z), expected.double())
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_noise_is_uniform_seeded_and_in_every_part_of_the_bin(draws):
+    noise = dequantization_noise((3, 40, 50), draws)
+    assert noise.shape == (draws, 3, 40, 50)
+    assert noise.min() >= 0
+    assert noise.max() <= 1
+    assert torch.equal(noise, dequantization_noise((3, 40, 50), draws))
+    assert not torch.equal(noise, dequantization_noise((3, 40, 50), draws, seed=1))
+    for draw in noise:
+        assert kstest(draw.flatten().numpy(), "uniform").pvalue > 0.01
+    # At every position the draws fall into different parts of as many.
+    assert torch.equal((noise * draws).floor().sort(0).values[:, 0, 0, 0], torch.arange(draws).float())
+    assert ((noise * draws).floor().sort(0).values == torch.arange(draws)[:, None, None, None]).float().mean() > 0.9999
+    # Neighbours know nothing of each other.
+    assert abs(torch.corrcoef(torch.stack([noise[0, 0, :, :-1].flatten(), noise[0, 0, :, 1:].flatten()]))[0, 1]) < 0.1

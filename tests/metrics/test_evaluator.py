@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics for every outside set, in one test pass through anomalib's engine."""
 
+import math
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_flowood import CrossDataset, OneClass, PixelFlow
-from anomalib_flowood.benchmark import build
+from anomalib_flowood.benchmark import ScoreRecorder, build
 from anomalib_flowood.data.datasets import SourcedImageBatch
 from anomalib_flowood.metrics import (
     AUROC,
@@ -38,11 +40,13 @@ class Raw(Callback):
 
     def __init__(self) -> None:
         self.scores: list[float] = []
+        self.bits: list[float] = []
         self.labels: list[int] = []
         self.sources: list[str] = []
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self.scores += outputs.pred_score.tolist()
+        self.bits += outputs.bits_per_dim.tolist()
         self.labels += batch.gt_label.int().tolist()
         self.sources += batch.source
 
@@ -97,7 +101,8 @@ def test_two_outside_sets_show_all_the_numbers(
         pair = labels[chosen].numpy(), scores[chosen].numpy()
         assert metrics[f"AUROC/{source}"] == pytest.approx(roc_auc_score(*pair), abs=1e-6)
         assert metrics[f"AUPROut/{source}"] == pytest.approx(average_precision_score(*pair), abs=1e-6)
-    bits = scores.double() / np.log(2) + 8  # −log p per dimension in nats; 256 grey levels
+    bits = torch.tensor(raw.bits).double()
+    assert (bits != scores.double() / np.log(2) + 8).all()  # which are those at the centres of the grey levels
     expected["BitsPerDim/inside"] = bits[sources == "ramps"].mean().item()
     expected["BitsPerDim/outside"] = bits[labels == 1].mean().item()
     for source in ("squares", "others"):
@@ -246,3 +251,24 @@ def test_many_sets_do_not_bury_the_table(sets: int, monkeypatch: pytest.MonkeyPa
     each = {f"{metric}/{name}" for metric in ("AUROC", "BitsPerDim") for name in names} if sets <= MOST_SETS else set()
     assert set(logged) == {"image_AUROC", "AUROC/mean", "BitsPerDim/mean", *BITS, *each}
     assert len(evaluator.test_metrics[0].compute_sets()) == sets + 1  # all of them, for who asks
+
+
+def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(
+    fitted: PixelFlow, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.5)
+        return torch.zeros(len(images))
+
+    monkeypatch.setattr(fitted.model, "bits_per_dim", slow)
+    recorder = ScoreRecorder()
+    start = time.perf_counter()
+    run_test(fitted, cross(folder, "squares"), tmp_path, callbacks=[recorder])
+    batches = math.ceil(70 / 16)
+    assert recorder.seconds + batches * 0.5 < time.perf_counter() - start
+    monkeypatch.setattr(fitted.model, "bits_per_dim", None)
+    evaluator, fitted.evaluator = fitted.evaluator, PerSetEvaluator(test_metrics=[AUROC()])
+    try:
+        run_test(fitted, cross(folder, "squares"), tmp_path)
+    finally:
+        fitted.evaluator = evaluator

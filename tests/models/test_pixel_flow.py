@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from model_helpers import data, engine, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood.flows import LOGIT_ALPHA, MASKS, QuadrantCoupling
+from anomalib_flowood.flows import LOGIT_ALPHA, MASKS, QuadrantCoupling, dequantization_noise
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
+from anomalib_flowood.scores import Density
 
 SMALL = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
 
@@ -41,11 +42,43 @@ def test_evaluation_is_deterministic_and_training_is_noisy(model):
     assert not torch.equal(model.log_prob(images, noisy=True), model.log_prob(images, noisy=True))
 
 
-def test_score_log_prob_and_bits_per_dim_are_one_number_in_three_units(model):
+def test_the_score_is_the_density_at_the_centres_of_the_bins(model):
     images = torch.rand(4, 3, 7, 6)
-    log_prob = model.log_prob(images)
+    centres = (torch.round(images * 255) + 0.5) / 256
+    log_prob = model.density((centres,)).log_prob
+    torch.testing.assert_close(model.log_prob(images), log_prob)
     torch.testing.assert_close(model(images).pred_score, -log_prob / model.dims)
-    torch.testing.assert_close(model.bits_per_dim(images), -log_prob / model.dims / math.log(2) + 8)
+
+
+def test_bits_per_dimension_are_a_mean_over_noise_that_is_the_same_for_every_image(model):
+    images, few = torch.rand(6, 3, 7, 6), torch.tensor([4, 1])
+    bits = model.bits_per_dim(images)
+    levels = torch.round(images * 255)
+    nats = [-model.density(((levels + noise) / 256,)).log_prob for noise in dequantization_noise((3, 7, 6))]
+    assert len(nats) == 4
+    torch.testing.assert_close(bits, sum(nats) / 4 / model.dims / math.log(2) + 8)
+    torch.testing.assert_close(model.bits_per_dim(images[few]), bits[few])
+    assert torch.equal(model.bits_per_dim(images), bits)
+    assert not torch.equal(model.bits_per_dim(images, seed=1), bits)
+    # As many draws as it takes come to the mean over independent noise, image by image.
+    expected = -sum(model.log_prob(images, noisy=True) for _ in range(2000)) / 2000 / model.dims / math.log(2) + 8
+    torch.testing.assert_close(model.bits_per_dim(images, draws=64), expected, atol=0.02, rtol=0)
+
+
+def test_a_flow_may_not_save_bits_by_peaks_at_the_centres_of_the_bins():
+    """The density that has all its mass within a tenth of a bin around the centres."""
+    model = PixelFlowModel((4, 4), 1, **SMALL)
+
+    def peaks(inputs, flow=None):
+        offset = (256 * inputs[0]).frac() - 0.5
+        return Density(-0.5 * (offset / 0.02).square().flatten(1).sum(1), torch.zeros(0), torch.zeros(0))
+
+    model.density = peaks
+    images = torch.rand(3, 1, 4, 4)
+    centre = -model.log_prob(images) / model.dims / math.log(2) + 8
+    # E[(u - 1/2)²] = 1/12.
+    expected = centre + 0.5 / 0.02**2 / 12 / math.log(2)
+    torch.testing.assert_close(model.bits_per_dim(images, draws=4096), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("mask", MASKS)
