@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data modules for out-of-distribution and one-class detection, and the data sets behind them.
 
-``get_datamodule`` looks for names in ``anomalib.data`` alone, so the data modules are put there.
+``get_datamodule`` looks for names in ``anomalib.data`` alone, so the data modules are put there. anomalib's own data
+modules, its engine and its pictures read images by our reader from then on.
 """
 
 from anomalib import data as anomalib_data
@@ -13,21 +14,29 @@ from anomalib_flowood.data.datasets import (
     SourcedImageItem,
     SourcedNumpyImageBatch,
     SourcedNumpyImageItem,
-    show_images_without_files,
+    show_images,
 )
+from anomalib_flowood.data.decoding import UnreadableImageError, image_files, read_for_anomalib, read_image
+from anomalib_flowood.data.prediction import PathDataset, predict_by_path
 from anomalib_flowood.data.sources import DATA_SETS
 
 __all__ = [
     "DATA_SETS",
     "CrossDataset",
     "OneClass",
+    "PathDataset",
     "SourcedDataset",
     "SourcedImageBatch",
     "SourcedImageItem",
     "SourcedNumpyImageBatch",
     "SourcedNumpyImageItem",
+    "UnreadableImageError",
+    "image_files",
+    "read_image",
 ]
 
 for _datamodule in (CrossDataset, OneClass):
     setattr(anomalib_data, _datamodule.__name__, _datamodule)
-show_images_without_files()
+show_images()
+read_for_anomalib()
+predict_by_path()

@@ -6,14 +6,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split, ValSplitMode
+from lightning.pytorch.trainer.states import TrainerFn
 from torchvision.transforms.v2 import Transform
 
 from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.sources import Images, Source, find_sources
 from anomalib_flowood.names import unknown_name
 
@@ -21,10 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class _ReadsSources:
-    """What both data modules share: their sources, and that the splits come from these alone."""
+    """What both data modules share: their sources, what memory they take, what white is in files of 16 bits."""
 
+    max_value: int | None
+    memory_limit_mib: int
+    trainer: Any
     _sources: list[Source]
     _is_setup: bool
+    _given_max_value: int | None
+    _memory_left: float
 
     def prepare_data(self) -> None:
         """Download what is missing.
@@ -38,6 +47,48 @@ class _ReadsSources:
 
     def _create_test_split(self) -> None:
         """Leave the test split as it is: anomalib would take the normal images out of it."""
+
+    def read_for(self, max_value: int | None) -> None:
+        """Read 16 bits as a detector's training images were read, unless the data module was told otherwise.
+
+        Args:
+            max_value: The detector's: what white was in the files of 16 bits that it was trained on, if any.
+        """
+        if max_value == self.max_value:
+            return
+        if self._given_max_value is not None:
+            logger.warning(
+                "The detector was trained with max_value %s, and the data module has %s: taking the latter.",
+                max_value,
+                self._given_max_value,
+            )
+            return
+        self.max_value = max_value
+        for part in ("train_data", "val_data", "test_data"):
+            if hasattr(self, part):
+                getattr(self, part).read_for(max_value)
+
+    def _begin_reading(self, training: Images, stage: str | None) -> None:
+        """Find out what white is in files of 16 bits: as given, as the detector has it, as the training files show."""
+        self._memory_left = 0 if stage == TrainerFn.PREDICTING else self.memory_limit_mib  # each is read just once
+        detector = None if stage == TrainerFn.FITTING else getattr(self.trainer, "lightning_module", None)
+        if self._given_max_value is not None:
+            return
+        if hasattr(detector, "max_value"):
+            self.max_value = detector.max_value
+        elif training.pixels is None:
+            self.max_value = plain_max_value(training.paths)
+            if self.max_value is not None:
+                logger.info(
+                    "Files of 16 bits: white is taken to be %d, from the training images (max_value).", self.max_value
+                )
+
+    def _in_memory(self, images: Images) -> Images:
+        """Keep files in memory if all splits together stay within the limit."""
+        kept = replace(images, max_value=self.max_value).in_memory(self._memory_left)
+        if images.pixels is None and kept.pixels is not None:
+            self._memory_left -= kept.pixels.numel() / 2**20
+        return kept
 
 
 class CrossDataset(_ReadsSources, AnomalibDataModule):
@@ -64,8 +115,11 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
         test_limit: The most test images to take from each data set, likewise.
         test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split.
         val_split_ratio: Share of the training images that is held out for validation.
-        memory_limit_mib: Image files of one size are kept in memory if the images of their split take no more than
+        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
             this, in MiB; all others are read from the disk when they are needed.
+        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
+            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
+            it in their checkpoints, and test and predict by it. See docs/images.md.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Worker processes. Images in memory need none.
@@ -94,7 +148,8 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
         test_limit: int | None = None,
         test_split_ratio: float = 0.2,
         val_split_ratio: float = 0.1,
-        memory_limit_mib: int = 1024,
+        memory_limit_mib: int = 512,
+        max_value: int | None = None,
         train_batch_size: int = 128,
         eval_batch_size: int = 256,
         num_workers: int = 0,
@@ -117,7 +172,7 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
             test_split_ratio=test_split_ratio,
             seed=seed,
         )
-        _check_ranges(train_limit, test_limit, memory_limit_mib, val_split_ratio, test_split_ratio)
+        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
         others = [out_of_distribution] if isinstance(out_of_distribution, str | Path) else list(out_of_distribution)
         if not others:
             msg = "out_of_distribution names no data set: at least one is needed."
@@ -128,6 +183,7 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
         self.train_limit = train_limit
         self.test_limit = test_limit
         self.memory_limit_mib = memory_limit_mib
+        self.max_value = self._given_max_value = max_value
         held_out = [test_split_ratio] + [1.0] * len(others)
         self._sources = find_sources([in_distribution, *others], root, held_out, seed)
         keys = [source.key for source in self._sources]
@@ -144,14 +200,16 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
             self.prepare_data()
         normal, *others = self._sources
         train = normal.read("train")
-        self.train_data, self.val_data = _train_and_val(self, train, np.arange(len(train)), normal.name, normal.name)
+        self.train_data, self.val_data = _train_and_val(
+            self, _stage, train, np.arange(len(train)), normal.name, normal.name
+        )
         parts = []
         for source in [normal, *others]:
             images = source.read("test")
             rows = _limited(np.arange(len(images)), self.test_limit, self.seed)
             parts.append(
                 SourcedDataset(
-                    images.select(rows).in_memory(self.memory_limit_mib),
+                    self._in_memory(images.select(rows)),
                     label_index=LabelName.NORMAL if source is normal else LabelName.ABNORMAL,
                     split=Split.TEST.value,
                     source=source.name,
@@ -186,8 +244,11 @@ class OneClass(_ReadsSources, AnomalibDataModule):
         test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split, class by
             class.
         val_split_ratio: Share of the training images that is held out for validation.
-        memory_limit_mib: Image files of one size are kept in memory if the images of their split take no more than
+        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
             this, in MiB; all others are read from the disk when they are needed.
+        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
+            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
+            it in their checkpoints, and test and predict by it. See docs/images.md.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Worker processes. Images in memory need none.
@@ -216,7 +277,8 @@ class OneClass(_ReadsSources, AnomalibDataModule):
         test_limit: int | None = None,
         test_split_ratio: float = 0.2,
         val_split_ratio: float = 0.1,
-        memory_limit_mib: int = 1024,
+        memory_limit_mib: int = 512,
+        max_value: int | None = None,
         train_batch_size: int = 128,
         eval_batch_size: int = 256,
         num_workers: int = 0,
@@ -239,13 +301,14 @@ class OneClass(_ReadsSources, AnomalibDataModule):
             test_split_ratio=test_split_ratio,
             seed=seed,
         )
-        _check_ranges(train_limit, test_limit, memory_limit_mib, val_split_ratio, test_split_ratio)
+        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
         self.dataset = dataset
         self.normal_class = normal_class
         self.root = root
         self.train_limit = train_limit
         self.test_limit = test_limit
         self.memory_limit_mib = memory_limit_mib
+        self.max_value = self._given_max_value = max_value
         self._sources = find_sources([dataset], root, [test_split_ratio], seed)
         self._category = f"{_slug(self._sources[0].name)}-{_slug(str(normal_class))}"
 
@@ -264,7 +327,7 @@ class OneClass(_ReadsSources, AnomalibDataModule):
             msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {classes}."
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
-        self.train_data, self.val_data = _train_and_val(self, train, rows, normal, what)
+        self.train_data, self.val_data = _train_and_val(self, _stage, train, rows, normal, what)
 
         labels = np.where(test.classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
         if len(set(labels)) == 1:
@@ -279,7 +342,7 @@ class OneClass(_ReadsSources, AnomalibDataModule):
             )
         )
         data = SourcedDataset(
-            test.select(rows).in_memory(self.memory_limit_mib),
+            self._in_memory(test.select(rows)),
             label_index=labels[rows],
             split=Split.TEST.value,
             source=list(test.classes[rows]),
@@ -291,12 +354,18 @@ class OneClass(_ReadsSources, AnomalibDataModule):
 
 
 def _check_ranges(
-    train_limit: int | None, test_limit: int | None, memory_limit_mib: int, val_ratio: float, test_ratio: float
+    train_limit: int | None,
+    test_limit: int | None,
+    memory_limit_mib: int,
+    max_value: int | None,
+    val_ratio: float,
+    test_ratio: float,
 ) -> None:
     """Refuse numbers that cannot work."""
-    for name, limit in {"train_limit": train_limit, "test_limit": test_limit}.items():
+    for name, limit in {"train_limit": train_limit, "test_limit": test_limit, "max_value": max_value}.items():
         if limit is not None and limit < 1:
-            msg = f"{name} has to be at least 1 (or None, for all images), got {limit}."
+            default = "as the files show" if name == "max_value" else "for all images"
+            msg = f"{name} has to be at least 1 (or None, {default}), got {limit}."
             raise ValueError(msg)
     if memory_limit_mib < 0:
         msg = f"memory_limit_mib cannot be negative, got {memory_limit_mib}."
@@ -320,7 +389,7 @@ def _limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarra
 
 
 def _train_and_val(
-    module: CrossDataset | OneClass, images: Images, rows: np.ndarray, source: str, what: str
+    module: CrossDataset | OneClass, stage: str | None, images: Images, rows: np.ndarray, source: str, what: str
 ) -> tuple[SourcedDataset, SourcedDataset]:
     """Divide normal images into training and validation; both share one store.
 
@@ -340,7 +409,9 @@ def _train_and_val(
     val = np.sort(order[: held_out(count)])
     train = np.sort(order[held_out(len(rows)) :][: count - len(val)])
     chosen = np.union1d(train, val)
-    store = images.select(chosen).in_memory(module.memory_limit_mib)
+    store = images.select(chosen)
+    module._begin_reading(store, stage)
+    store = module._in_memory(store)
     train_data, val_data = (
         SourcedDataset(
             store,

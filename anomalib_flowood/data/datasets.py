@@ -20,7 +20,11 @@ from anomalib.visualization.image import visualizer
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Image
 
+from anomalib_flowood.data.decoding import read_picture
 from anomalib_flowood.data.sources import Images
+
+_CHUNK = 2**22
+"""The most numbers that are resized at once, 16 MiB of them."""
 
 _COLUMNS = ("image_path", "split", "label_index", "source", "store", "row")
 
@@ -182,6 +186,14 @@ class SourcedDataset(AnomalibDataset):
         joined.samples = pd.concat([self.samples, samples], ignore_index=True)
         return joined
 
+    def read_for(self, max_value: int | None) -> None:
+        """Read files from now on with another white in those of 16 bits; what is in memory is read again.
+
+        Args:
+            max_value: What white is: see :func:`~anomalib_flowood.data.decoding.read_image`.
+        """
+        self._stores = tuple(store.read_for(max_value) for store in self._stores)
+
     def __getitem__(self, index: int) -> SourcedImageItem:
         """Get one item.
 
@@ -257,27 +269,28 @@ class SourcedDataset(AnomalibDataset):
         resizes: list[Transform] = []
         while steps and type(steps[-1]) is Resize:
             resizes.insert(0, steps.pop())
-        batch = images.read(rows)
-        if steps:
-            # A random transform draws once per call: one call per image, which sees what it would see in anomalib.
-            augmented = []
-            for image in batch:
-                one: Any = Image(_rgb(_scale(image)))
+        # Large images are resized as they are read: a batch of them, as floats and full-size, takes gigabytes. So are
+        # files. A random transform draws once per call, so that it, too, gets one image at a time, as in anomalib.
+        alone = bool(steps) or images.pixels is None
+        chunk = 1 if alone else max(1, _CHUNK // images.pixels[0].numel())  # type: ignore[index]
+        done: list[torch.Tensor] = []
+        for start in range(0, len(rows), chunk):
+            read = images.read(rows[start : start + chunk])
+            batch = _scale(read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0))
+            if steps:
+                one: Any = Image(_rgb(batch[0]))
                 for step in steps:
                     one = step(one)
-                augmented.append(one.as_subclass(torch.Tensor))
-            batch = augmented
-        else:
-            batch = _scale(batch) if isinstance(batch, torch.Tensor) else [_scale(image) for image in batch]
-        if isinstance(batch, list) and len({image.shape for image in batch}) == 1:
-            batch = torch.stack(batch)
-        # Grey images are resized before they are spread over three channels: a third of the work.
-        for resize in resizes:
-            batch = resize(batch) if isinstance(batch, torch.Tensor) else [resize(image) for image in batch]
+                batch = one.as_subclass(torch.Tensor).unsqueeze(0)
+            # Grey images are resized before they are spread over three channels: a third of the work.
+            for resize in resizes:
+                batch = resize(batch)
+            done.append(batch)
+        if len({batch.shape[1:] for batch in done}) > 1:
+            return [_rgb(batch[0]) for batch in done]
         # In memory of their own: an expanded view would break callers that write to the images or use view().
-        if isinstance(batch, torch.Tensor):
-            return torch.from_numpy(np.ascontiguousarray(_rgb(batch).numpy()))
-        return [_rgb(image) for image in batch]
+        whole = done[0] if len(done) == 1 else torch.cat(done)
+        return torch.from_numpy(np.ascontiguousarray(_rgb(whole).numpy()))
 
     @property
     def collate_fn(self) -> Callable:
@@ -339,19 +352,25 @@ def _check_sizes(images: list[Any], paths: list[str]) -> None:
             raise ValueError(msg)
 
 
-def show_images_without_files() -> None:
-    """Let anomalib's visualiser draw images that have no file.
+def show_images() -> None:
+    """Let anomalib's visualiser draw images as our reader reads them, and images that have no file.
 
-    It opens ``image_path`` again, which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although it can
-    draw the item's own image. Every detector that keeps anomalib's default visualiser would fail in its first test
-    batch.
+    It opens ``image_path`` again: by a reader of its own, so that 16 bits were drawn white and photographs lay on their
+    side; and which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although it can draw the item's own
+    image.
     """
     draw = visualizer.visualize_image_item
 
     @functools.wraps(draw)
     def draw_item(item: ImageItem, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(item, SourcedImageItem | SourcedNumpyImageItem) and not Path(item.image_path or "").is_file():
-            item = item.update(in_place=False, image_path=None)
+        if isinstance(item, ImageItem | NumpyImageItem):
+            if Path(item.image_path or "").is_file():
+                picture = read_picture(str(item.image_path))
+                rgb = picture.expand(3, *picture.shape[1:])
+                image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
+                item = item.update(in_place=False, image_path=None, image=image)
+            elif isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
+                item = item.update(in_place=False, image_path=None)
         return draw(item, *args, **kwargs)
 
     visualizer.visualize_image_item = draw_item  # type: ignore[assignment]

@@ -32,9 +32,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from anomalib_flowood.data.decoding import image_files, read_header, read_image
 from anomalib_flowood.names import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ FASHION_MNIST_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds of silence after which a download is given up: urllib alone waits for minutes."""
-
-_GREY_MODES = ("1", "L", "LA")
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,7 @@ class Images:
         classes: Class name of each image, an object array of shape ``(N,)``; ``None`` without labels.
         class_names: All class names in the order of their labels, where the data set has such an order.
         pixels: Images of shape ``(N, C, H, W)``, ``uint8``, C being 1 or 3; ``None`` for files.
+        max_value: What white is in files of 16 bits: see :func:`~anomalib_flowood.data.decoding.read_image`.
     """
 
     name: str
@@ -115,6 +114,8 @@ class Images:
     classes: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     pixels: torch.Tensor | None = None
+    max_value: int | None = None
+    _decoded: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -141,7 +142,7 @@ class Images:
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
         )
 
-    def in_memory(self, limit_mib: int) -> Images:
+    def in_memory(self, limit_mib: float) -> Images:
         """Decode files into memory if all have one size and fit.
 
         Args:
@@ -151,14 +152,14 @@ class Images:
             Images with ``pixels``, or ``self`` if they stay on the disk.
 
         Raises:
-            ValueError: If a file is no readable image.
+            UnreadableImageError: If a file is no readable image.
         """
-        if self.pixels is not None:
+        if self.pixels is not None or limit_mib <= 0:
             return self
         size: tuple[int, int] | None = None
         channels = 1
         for path in self.paths:
-            height, width, image_channels = _read_header(path)
+            height, width, image_channels = read_header(path)
             channels = max(channels, image_channels)
             # Both conditions end the check early: a large folder costs as many headers as it takes to know.
             if size not in (None, (height, width)) or len(self) * channels * height * width > limit_mib * 2**20:
@@ -169,9 +170,21 @@ class Images:
         pixels = torch.empty((len(self), channels, *size), dtype=torch.uint8)
         # Pillow decodes without the interpreter lock.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for row, image in enumerate(pool.map(read_image, self.paths)):
+            for row, image in enumerate(pool.map(self._read, self.paths)):
+                if image.shape[1:] != size:  # turned by what stands behind its pixels
+                    return self
                 pixels[row] = image
-        return replace(self, pixels=pixels)
+        return replace(self, pixels=pixels, _decoded=True)
+
+    def read_for(self, max_value: int | None) -> Images:
+        """Take another white for files of 16 bits; what was read into memory is read again when it is asked for."""
+        from_files = self.pixels is None or self._decoded
+        if not from_files or max_value == self.max_value:
+            return self
+        return replace(self, max_value=max_value, pixels=None, _decoded=False)
+
+    def _read(self, path: str) -> torch.Tensor:
+        return read_image(path, self.max_value)
 
     def read(self, rows: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
         """Read images.
@@ -184,61 +197,12 @@ class Images:
             own size and channels. ``uint8`` both.
 
         Raises:
-            ValueError: If a file is no readable image.
+            UnreadableImageError: If a file is no readable image.
         """
         if self.pixels is not None:
             # NumPy's single thread: for arrays this small, waiting for PyTorch's threads costs far more than they save.
             return torch.from_numpy(self.pixels.numpy()[rows])
-        return [read_image(self.paths[row]) for row in rows]
-
-
-def read_image(path: str) -> torch.Tensor:
-    """Read an image file as 8 bits a channel.
-
-    Transparency is dropped, as anomalib drops it; 16 bits are scaled, not clipped.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        Tensor of shape ``(1, H, W)`` for a grey image and ``(3, H, W)`` for any other, ``uint8``.
-
-    Raises:
-        ValueError: If the file is missing, damaged or no image, with its path.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                pixels = _to_eight_bits(np.array(image))[None]
-            elif image.mode in _GREY_MODES:
-                pixels = np.array(image.convert("L"))[None]
-            else:
-                pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
-    except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
-        msg = f"Cannot read the image {path}: {error}"
-        raise ValueError(msg) from error
-    return torch.from_numpy(np.ascontiguousarray(pixels))
-
-
-def _to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scale grey values of shape ``(H, W)``, integers of 16 bits or floats in [0, 1], to 8 bits."""
-    top = 1.0 if values.dtype.kind == "f" else 65535.0
-    low, high = values.min(), values.max()
-    if low < 0 or high > top or np.isnan(high):
-        msg = f"its values run from {low} to {high}, where 0 to {top:.0f} is expected"
-        raise ValueError(msg)
-    return np.rint(values * (255.0 / top)).astype(np.uint8)
-
-
-def _read_header(path: str) -> tuple[int, int, int]:
-    """Height, width and channels of an image file, without decoding it."""
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in _GREY_MODES or image.mode == "F" or image.mode.startswith("I")
-            return image.height, image.width, 1 if grey else 3
-    except Exception as error:
-        msg = f"Cannot read the image {path}: {error}"
-        raise ValueError(msg) from error
+        return [self._read(self.paths[row]) for row in rows]
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -527,12 +491,7 @@ class FolderSource:
             return _read_idx_split(self.folder, self.name, part)
         folder = self.folder / part
         # Below the folder: class/…/image, or the images themselves.
-        files = sorted(
-            Path(place, file).relative_to(folder)
-            for place, _, names in os.walk(folder, followlinks=True)
-            for file in names
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        )
+        files = [path.relative_to(folder) for path in image_files(folder)]
         if not files:
             msg = f"There are no images in {folder} (looked for {' '.join(IMG_EXTENSIONS)})."
             raise FileNotFoundError(msg)

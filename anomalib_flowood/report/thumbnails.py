@@ -14,7 +14,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_flowood.benchmark import build, readable
-from anomalib_flowood.data.sources import read_image
+from anomalib_flowood.data.decoding import read_picture
 
 SIDE = 96
 """The longer side of a thumbnail, in pixels."""
@@ -52,7 +52,7 @@ def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumb
     for path in wanted:
         if Path(path).is_file():
             try:
-                uris[path] = _data_uri(read_image(path))
+                uris[path] = _data_uri(read_picture(path))
             except ValueError as error:
                 reason = str(error)
     others = [path for path in wanted if path not in uris and not Path(path).is_file()]

@@ -16,7 +16,8 @@ from data_helpers import idx_bytes, write_idx, write_images
 from PIL import Image
 
 from anomalib_flowood.data import DATA_SETS, CrossDataset, sources
-from anomalib_flowood.data.sources import FASHION_MNIST_PACKAGE, Images, find_sources, read_idx, read_image
+from anomalib_flowood.data.decoding import read_image
+from anomalib_flowood.data.sources import FASHION_MNIST_PACKAGE, Images, find_sources, read_idx
 
 needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST_PACKAGE.is_dir(), reason="needs the Debian package dataset-fashion-mnist"

@@ -21,6 +21,8 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
+from anomalib_flowood.data import CrossDataset, OneClass
+from anomalib_flowood.data.prediction import read_for
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
@@ -52,6 +54,8 @@ class FlowModule(_Base):
     learning_rate: float
     bits_seconds = 0.0
     """Seconds of the last test that went into bits per dimension, and not into scores."""
+    max_value: int | None = None
+    """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints."""
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -71,6 +75,22 @@ class FlowModule(_Base):
         timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             loop.max_epochs = self.max_epochs
+
+    def setup(self, stage: str) -> None:
+        """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
+        super().setup(stage)  # type: ignore[misc]
+        if stage == TrainerFn.FITTING:
+            self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
+        else:
+            self._read_alike()
+
+    def _read_alike(self) -> None:
+        """Let images be read as those of the training were."""
+        trainer: Any = self.trainer
+        if isinstance(trainer.datamodule, CrossDataset | OneClass):
+            trainer.datamodule.read_for(self.max_value)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            read_for(self, trainer.predict_loop._data_source.instance, self.max_value)
 
     def inputs_of(self, batch: Any) -> Inputs:
         """What the density of a pre-processed batch is computed from."""
@@ -305,6 +325,7 @@ class FlowModule(_Base):
                     self._diverged(f"the weights of {name} are NaN or infinite")
         checkpoint["anomalib_flowood_class"] = type(self).__name__
         checkpoint["anomalib_flowood_score"] = self.model.scorer.name
+        checkpoint["anomalib_flowood_max_value"] = self.max_value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another class; leave behind what belongs to another score.
@@ -335,6 +356,9 @@ class FlowModule(_Base):
             if "post_processor.calibration" in state:
                 state["post_processor.calibration"] = state["post_processor.calibration"][:0]
         super().on_load_checkpoint(checkpoint)
+        self.max_value = checkpoint.get("anomalib_flowood_max_value")
+        if self._trainer is not None:
+            self._read_alike()
 
     @classmethod
     def _check_class(cls, checkpoint: dict[str, Any], path: object = None) -> None:

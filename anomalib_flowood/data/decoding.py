@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one reader of images: which files of a folder are images, and how one becomes 8 bits a channel.
+
+Training, test, prediction, explanations and reports read through it, anomalib's data modules too: see docs/images.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anomalib.data.utils
+import imagecodecs
+import numpy as np
+import tifffile
+import torch
+from anomalib.data.utils import image as anomalib_images
+from PIL import ExifTags, Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import to_dtype, to_image
+
+logger = logging.getLogger(__name__)
+
+PLAIN_MAX_VALUES = (255, 1023, 4095, 16383, 65535)
+"""What white is in files of 8, 10, 12, 14 and 16 bits: :func:`plain_max_value` chooses among them."""
+
+_GREY_MODES = ("1", "L", "LA")
+_COLOUR_MODES = ("RGB", "RGBA", "RGBX")
+_MOST_LOOKED_AT = 1000
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # TIFF tags and a value
+
+
+class UnreadableImageError(ValueError):
+    """A file is missing, damaged, no image, or has values that make no image. The message names it.
+
+    Args:
+        message: What is wrong.
+        path: The file.
+    """
+
+    def __init__(self, message: str, path: str | Path = "") -> None:
+        super().__init__(message)
+        self.path = str(path)
+
+
+# -- which files are images ----------------------------------------------------------------------------------------
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Find the images below a folder, by the rule that all commands follow.
+
+    An image is a regular file whose name has one of torchvision's ``IMG_EXTENSIONS``, in upper or lower case. What is
+    hidden, a file or a folder whose name starts with a dot, is left out, and so are pipes, devices and links that lead
+    nowhere. Links to folders are followed; a file that is reached in several ways counts once, where its path has the
+    fewest links.
+
+    Args:
+        folder: Folder to search.
+
+    Returns:
+        Paths of the images, which start with ``folder``, sorted; empty if there are none.
+
+    Raises:
+        NotADirectoryError: If there is no such folder.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        msg = f"There is no folder {top} (looked for it from {Path.cwd()})."
+        raise NotADirectoryError(msg)
+    found: dict[str, Path] = {}
+    odd: list[Path] = []
+    again = 0
+    for _, path in sorted(_walk(top)):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError:  # a link that leads nowhere, or to itself
+            regular = False
+        if regular:
+            again += found.setdefault(os.path.realpath(path), path) is not path
+        else:
+            odd.append(path)
+    if odd:
+        logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
+    if again:
+        logger.info("Left out below %s: %d links to images that are there already.", top, again)
+    return sorted(found.values())
+
+
+def _walk(top: Path) -> Iterator[tuple[int, Path]]:
+    """Names of images below a folder, with the number of links on the way to each; no folder is entered twice."""
+    seen: set[tuple[int, int]] = set()
+    links, folders = 0, [top]
+    while folders:
+        linked: list[Path] = []
+        while folders:
+            folder = folders.pop()
+            try:
+                status = folder.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    visible = [entry for entry in entries if not entry.name.startswith(".")]
+            except OSError as error:
+                logger.warning("Left out: the folder %s (%s).", folder, error.strerror)
+                continue
+            for entry in visible:
+                path = folder / entry.name
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else folders).append(path)
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    yield links + entry.is_symlink(), path
+        # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
+        links, folders = links + 1, sorted(linked, reverse=True)
+
+
+def _some(paths: list[Path], one: str, many: str) -> str:
+    shown = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
+    return f"{shown}, {one}" if len(paths) == 1 else f"{len(paths)} entries {many} ({shown})"
+
+
+# -- what is in a file ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a file's header says.
+
+    Attributes:
+        height: In pixels, after its EXIF orientation.
+        width: Likewise.
+        channels: 1 (grey) or 3.
+        white: What white is in its values: 1 for floats, 255 for 8 bits, what the header says of other depths, or
+            ``None``: 16 bits by container, of which nobody says how many are used.
+    """
+
+    height: int
+    width: int
+    channels: int
+    white: float | None
+
+
+def read_header(path: str | Path) -> tuple[int, int, int]:
+    """Height, width and channels of an image file, without decoding it.
+
+    Raises:
+        UnreadableImageError: If the file is missing, no regular file or no image, with its path.
+    """
+    with _opened(path) as image:
+        kind = _kind(image)
+        return kind.height, kind.width, kind.channels
+
+
+def read_image(path: str | Path, max_value: int | None = None) -> torch.Tensor:
+    """Read an image file as 8 bits a channel, as the camera was held.
+
+    Transparency is dropped, as anomalib drops it. EXIF orientation is applied. Files of more than 8 bits are scaled,
+    not clipped, from their whole range of values; of a file with several pages or frames the first is read.
+
+    Args:
+        path: Path of the file.
+        max_value: What white is in files of 16 bits that do not say so themselves: 4095 if a camera of 12 bits wrote
+            them. By default all 16 bits are used, 65535.
+
+    Returns:
+        Tensor of shape ``(1, H, W)`` for a grey image and ``(3, H, W)`` for any other, ``uint8``.
+
+    Raises:
+        UnreadableImageError: If the file is missing, no regular file, damaged or no image, or has values that are NaN
+            or lie outside of 0 to white, with its path.
+    """
+    values, white, inverted = _read_values(path)
+    if white == 255:
+        return torch.from_numpy(values)
+    if white is None:
+        white = max_value or 65535
+        remedy = f" Set max_value of the data module to what white is in such files, now {white}, and train again."
+    else:
+        remedy = ""
+    low, high = values.min(), values.max()
+    if low < 0 or high > white or np.isnan(high):
+        msg = (
+            f"Cannot read the image {path}: its values run from {low} to {high}, where 0 to {white:.0f} is expected."
+            f"{remedy}"
+        )
+        raise UnreadableImageError(msg, path)
+    scaled = np.rint(values * (255.0 / white)).astype(np.uint8)
+    return torch.from_numpy(255 - scaled if inverted else scaled)
+
+
+def read_picture(path: str | Path) -> torch.Tensor:
+    """Read an image file for the eye: as :func:`read_image`, 16 bits scaled from what the file itself uses of them.
+
+    Raises:
+        UnreadableImageError: As for :func:`read_image`.
+    """
+    return read_image(path, plain_max_value([path]))
+
+
+def plain_max_value(paths: Iterable[str | Path]) -> int | None:
+    """What white is in files of 16 bits, told by the files.
+
+    It is the largest value of all of them, rounded up to the next of :data:`PLAIN_MAX_VALUES`.
+
+    Args:
+        paths: Image files; of more than a thousand, a thousand spread evenly are looked at.
+
+    Returns:
+        White, or ``None`` if no file has 16 bits by container, so that there is nothing to ask.
+
+    Raises:
+        UnreadableImageError: As for :func:`read_image`; also if a value is negative or above 65535.
+    """
+    # Of these alone, so that a folder of photographs need not be opened to know it.
+    deep = [path for path in map(str, paths) if path.lower().endswith((".png", ".tif", ".tiff", ".pgm", ".ppm"))]
+    if len(deep) > _MOST_LOOKED_AT:
+        deep = [deep[place] for place in np.linspace(0, len(deep) - 1, _MOST_LOOKED_AT).round().astype(int)]
+    highest: int | None = None
+    # Pillow decodes without the interpreter lock.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for path, value in zip(deep, pool.map(_largest_value, deep), strict=True):
+            if value is None:
+                continue
+            if value > PLAIN_MAX_VALUES[-1]:
+                msg = f"Cannot read the image {path}: its values run to {value}; up to 65535 can be read."
+                raise UnreadableImageError(msg, path)
+            highest = value if highest is None else max(value, highest)
+    return None if highest is None else next(white for white in PLAIN_MAX_VALUES if highest <= white)
+
+
+def _largest_value(path: str) -> int | None:
+    """The largest value of a file whose white is not known, else nothing."""
+    with _opened(path) as image:
+        if _kind(image).white is not None:
+            return None
+    return int(_read_values(path)[0].max())
+
+
+def _read_values(path: str | Path) -> tuple[np.ndarray, float | None, bool]:
+    """Upright values, ``(C, H, W)``, as they are in the file; what white is in them; whether that is black instead."""
+    with _opened(path) as image:
+        kind = _kind(image)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
+            _warn_of_pages(path)
+        # Before the pixels are decoded, when Pillow forgets both.
+        inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _MIN_IS_WHITE
+        orientation = _orientation(image)
+        if kind.white is None and image.mode in _COLOUR_MODES:
+            return _upright(_deep_values(path, image.format), orientation), None, False
+        image.load()
+        if image.format in {"TIFF", "PNG"}:  # a PNG may tell behind its pixels; Pillow turns a TIFF itself
+            orientation = _orientation(image)
+        if kind.white == 255:
+            values = np.array(image.convert("L" if kind.channels == 1 else "RGB"))
+            values = values[None] if kind.channels == 1 else values.transpose(2, 0, 1)
+            return _upright(values, orientation), 255, False  # Pillow has inverted them
+        return _upright(np.array(image)[None], orientation), kind.white, inverted
+
+
+def _kind(image: Any) -> _Kind:
+    """Look at an image that Pillow has opened."""
+    grey = image.mode in _GREY_MODES or image.mode == "F" or image.mode.startswith("I")
+    white: float | None = 255
+    if image.mode == "F":
+        white = 1
+    elif image.format == "TIFF" and (image.mode.startswith("I") or image.mode in _COLOUR_MODES):
+        bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+        if bits > 8:
+            white = None if bits >= 16 else 2.0**bits - 1
+    elif image.format == "PPM" and image.mode == "I":
+        # It says what white is, and Pillow scales from there to 16 bits.
+        white = None if image.tile[0][0] == "raw" else 65535
+    elif image.mode.startswith("I"):
+        white = None
+    elif image.format == "PNG" and ";16" in str(image.tile[0][3] if image.tile else ""):
+        white = None
+        grey = image.tile[0][3].startswith("LA")
+    width, height = image.size
+    # A PNG is not decoded here to look behind its pixels. Pillow has turned the size of a TIFF.
+    if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5:
+        width, height = height, width
+    return _Kind(height, width, 1 if grey else 3, white)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8 in EXIF's order; 1, upright, if nobody knows."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF is no reason to refuse a picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _deep_values(path: str | Path, kind: str) -> np.ndarray:
+    """16 bits of a file with several channels, ``(1 or 3, H, W)``: Pillow would keep the upper 8."""
+    if kind == "TIFF":
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[0]
+            values = page.asarray()
+            if page.axes.endswith("S"):
+                values = values.transpose(2, 0, 1)
+    else:
+        values = imagecodecs.png_decode(Path(path).read_bytes()).transpose(2, 0, 1)
+    return values[: 3 if len(values) >= 3 else 1]
+
+
+def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8."""
+    if orientation in {5, 6, 7, 8}:
+        values = values.swapaxes(1, 2)
+    if orientation in {3, 4, 7, 8}:
+        values = values[:, ::-1]
+    if orientation in {2, 3, 6, 7}:
+        values = values[:, :, ::-1]
+    return np.ascontiguousarray(values)
+
+
+def _warn_of_pages(path: str | Path) -> None:
+    """Say once in a process that only first pages are read."""
+    if not _told_of_pages:
+        _told_of_pages.append(str(path))
+        logger.warning("%s has several pages: the first alone is read, of this file and of others like it.", path)
+
+
+_told_of_pages: list[str] = []
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """Open an image file; whatever goes wrong with it is an :class:`UnreadableImageError` with its path."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
+            msg = "it is no regular file"
+            raise OSError(msg)
+        with Image.open(path) as image:
+            yield image
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
+        msg = f"Cannot read the image {path}: {error}"
+        raise UnreadableImageError(msg, path) from error
+
+
+# -- anomalib ------------------------------------------------------------------------------------------------------
+
+
+def _read_for_anomalib(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
+    """Read an RGB image, as anomalib's function of this name does, but by our reader.
+
+    Args:
+        path: Path of the file.
+        as_tensor: Whether to return a tensor of shape ``(3, H, W)``, ``float32``, and not an array ``(H, W, 3)``.
+
+    Returns:
+        The image in [0, 1].
+
+    Raises:
+        UnreadableImageError: As for :func:`read_image`.
+    """
+    image = read_image(path)
+    image = image.expand(3, *image.shape[1:])
+    if as_tensor:
+        return to_dtype(to_image(image), torch.float32, scale=True)
+    return image.permute(1, 2, 0).numpy() / 255.0
+
+
+def read_for_anomalib() -> None:
+    """Let anomalib's data modules and inferencers read images by our reader.
+
+    Theirs clips 16 bits and floats, ignores how the camera was held, and hangs on a pipe. 8-bit images are read as
+    before, number by number.
+    """
+    original = anomalib_images.read_image
+    if original is _read_for_anomalib:
+        return
+    # Many of its modules have imported the function by its name.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("anomalib.") and getattr(module, "read_image", None) is original:
+            module.read_image = _read_for_anomalib  # type: ignore[attr-defined]
+    anomalib.data.utils.read_image = _read_for_anomalib

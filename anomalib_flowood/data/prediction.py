@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to predict on: those below a path, read as a detector's training images were; and what cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import ImageItem, PredictDataset
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.engine import engine
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import Resize, Transform
+
+from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.decoding import UnreadableImageError, image_files
+from anomalib_flowood.data.sources import Images
+
+logger = logging.getLogger(__name__)
+
+
+class PathDataset(PredictDataset):
+    """The images of a folder, or one image, read as our data modules read theirs.
+
+    anomalib's engine takes it in the place of its own data set wherever this package is imported, so that
+    ``Engine.predict(data_path=…)`` reads so too.
+
+    Args:
+        path: A folder, searched by the rule of :func:`~anomalib_flowood.data.decoding.image_files`, or a file.
+        transform: Applied to each image after it is read.
+        image_size: Not used, as anomalib does not.
+        resize: The detector's, to be applied as images are read.
+        max_value: What white is in files of 16 bits.
+
+    Raises:
+        FileNotFoundError: If there is neither a file nor a folder, or no image in it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        transform: Transform | None = None,
+        image_size: int | tuple[int, int] = (256, 256),
+        resize: Resize | None = None,
+        max_value: int | None = None,
+    ) -> None:
+        path = Path(path)
+        if not path.exists():
+            msg = f"There is no file or folder {path} (looked for it from {Path.cwd()})."
+            raise FileNotFoundError(msg)
+        # Not by anomalib's constructor, which would search the folder by another rule.
+        self.image_filenames = image_files(path) if path.is_dir() else [path]
+        if not self.image_filenames:
+            msg = f"There are no images in {path}."
+            raise FileNotFoundError(msg)
+        self.transform = transform
+        self.image_size = image_size
+        self.read_for(resize, max_value)
+
+    def read_for(self, resize: Resize | None, max_value: int | None) -> None:
+        """Read images from now on at another size, with another white; see the class."""
+        images = Images("", [str(path) for path in self.image_filenames], max_value=max_value)
+        self._data = SourcedDataset(images, 0, "predict", augmentations=resize)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Get one item: image of shape ``(3, H, W)``, ``float32`` in [0, 1].
+
+        Raises:
+            UnreadableImageError: If the file cannot be read, with its path.
+        """
+        item = self._data[index]
+        image = item.image if self.transform is None else self.transform(item.image)
+        return ImageItem(image=image, image_path=item.image_path)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[ImageItem]:
+        """Get items; errors as for one of them."""
+        return [self[index] for index in indices]
+
+
+class SkippingDataset(Dataset):
+    """A data set that leaves out of its batches what cannot be read.
+
+    Args:
+        dataset: Any whose items raise :class:`~anomalib_flowood.data.decoding.UnreadableImageError`.
+        collate: Makes a batch of its items.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.errors: list[tuple[str, str]] = []
+        """Path and message of each file that was left out, as far as a :class:`SkippingLoader` has come."""
+
+    def __len__(self) -> int:
+        """Number of images, readable or not."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, list[tuple[str, str]]]:
+        """Get a batch of one item."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Any, list[tuple[str, str]]]:
+        """Get a batch, ``None`` if nothing of it can be read; path and message of what cannot."""
+        read = [self._read(index) for index in indices]
+        items = [item for item in read if not isinstance(item, UnreadableImageError)]
+        errors = [(error.path, str(error)) for error in read if isinstance(error, UnreadableImageError)]
+        return self.collate(items) if items else None, errors
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except UnreadableImageError as error:
+            return error
+
+
+class SkippingLoader(DataLoader):
+    """A data loader that goes on where a file cannot be read, and names it; what it leaves out is in its data set.
+
+    Made by :func:`skip_unreadable`.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches of what can be read."""
+        dataset: Any = self.dataset
+        for batch, errors in super().__iter__():
+            for path, message in errors:
+                logger.error("%s", message)
+                dataset.errors.append((path, message))
+            if batch is not None:
+                yield batch
+
+
+def skip_unreadable(loader: DataLoader) -> SkippingLoader:
+    """Make a data loader that leaves out what cannot be read.
+
+    Args:
+        loader: Its data set, batch size, workers and way to make batches are taken.
+
+    Returns:
+        A loader whose data set, a :class:`SkippingDataset`, knows the ``errors`` once it was iterated over.
+    """
+    return SkippingLoader(
+        SkippingDataset(loader.dataset, loader.collate_fn),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        collate_fn=_as_it_is,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def resize_of(detector: nn.Module) -> Resize | None:
+    """The resize that a detector's pre-processing begins with, or nothing."""
+    transform = getattr(getattr(detector, "pre_processor", None), "transform", None)
+    resizes = extract_transforms_by_type(transform, Resize) if transform is not None else []
+    return resizes[0] if resizes else None
+
+
+def read_for(detector: nn.Module, loaders: DataLoader | Iterable[DataLoader] | None, max_value: int | None) -> None:
+    """Let the images of a :class:`PathDataset` be read at a detector's size and with its white.
+
+    Args:
+        detector: The detector.
+        loaders: Data loaders that are to be predicted on; others than those of a :class:`PathDataset` are left alone.
+        max_value: What white is in files of 16 bits.
+    """
+    for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or ():
+        dataset = getattr(loader, "dataset", None)
+        dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
+        if isinstance(dataset, PathDataset):
+            dataset.read_for(resize_of(detector), max_value)
+
+
+def predict_by_path() -> None:
+    """Let anomalib's ``Engine.predict(data_path=…)`` read as our data modules do."""
+    engine.PredictDataset = PathDataset  # type: ignore[misc]
