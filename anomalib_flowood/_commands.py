@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,8 @@ from rich.console import Console
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
+from anomalib_flowood.cli import UNREADABLE
+from anomalib_flowood.data.prediction import skipping_arguments
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.predictions import keep_predictions
@@ -169,8 +172,13 @@ class FlowoodCLI(AnomalibCLI):
 
     def _run_subcommand(self) -> None:
         if self.subcommand == "predict":
-            predictions = self.engine.predict(**self._prepare_subcommand_kwargs("predict"))
-            keep_predictions(predictions, Path(self.engine.trainer.default_root_dir), self.model.post_processor)
+            arguments = self._prepare_subcommand_kwargs("predict")
+            arguments, errors = skipping_arguments(**arguments)
+            predictions = self.engine.predict(**arguments)
+            folder = Path(self.engine.trainer.default_root_dir)
+            keep_predictions(predictions, folder, self.model.post_processor, errors)
+            if errors:
+                sys.exit(UNREADABLE)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
         elif self.subcommand in {"explain", "score"}:  # anomalib would build the data module a second time

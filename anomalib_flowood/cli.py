@@ -27,6 +27,9 @@ SUBCOMMANDS = {
     "install": "Install anomalib's optional dependencies.",
 }
 
+UNREADABLE = 3
+"""Exit status of a prediction that left out files which it could not read."""
+
 
 def _help() -> str:
     lines = [f"  {name:<10} {description}" for name, description in SUBCOMMANDS.items()]
@@ -57,7 +60,8 @@ def _configure_logging() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
-    An error that the user can mend ends with its message and exit status 1, one in the command line itself with 2.
+    An error that the user can mend ends with its message and exit status 1, one in the command line itself with 2; a
+    prediction that had to leave out files which it could not read, with 3.
     With the environment variable ``FLOWOOD_DEBUG=1`` every error shows its traceback.
 
     Args:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from rich import box
@@ -21,14 +22,19 @@ _SHOWN_PREDICTIONS = 10
 
 
 def keep_predictions(
-    predictions: Iterable[Any] | None, folder: Path, post_processor: nn.Module | None = None
+    predictions: Iterable[Any] | None,
+    folder: Path,
+    post_processor: nn.Module | None = None,
+    errors: Mapping[str, str] | None = None,
 ) -> Path | None:
-    """Write ``predictions.csv``; print where it is, the most anomalous images, and whether there is drift.
+    """Write ``predictions.csv``; print where it is, the most anomalous images, drift, and what could not be read.
 
     Args:
         predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
         folder: Where to write.
         post_processor: The detector's: a calibrated :class:`ConformalPostProcessor` also tests all images together.
+        errors: Path and message of each file that could not be read. If there are any, the table has a column
+            ``error``, and a row without a score for each of them.
 
     Returns:
         The file, or nothing if there were no predictions (``--return_predictions false``).
@@ -36,14 +42,33 @@ def keep_predictions(
     batches: list[Any] = []
     for item in predictions or ():
         batches.extend(item if isinstance(item, list) else [item])
-    if not batches:
+    if not batches and not errors:
         print("No predictions were returned, so there is nothing to write.")
         return None
-    frame = pd.concat([_rows(batch) for batch in batches], ignore_index=True)
+    tables = [_rows(batch) for batch in batches]
+    scored = sum(len(table) for table in tables)
+    if errors:
+        lost = {"image_path": list(errors), "pred_score": np.nan, "error": list(errors.values())}
+        tables.append(pd.DataFrame(lost))
+    frame = pd.concat(tables, ignore_index=True)
+    if "pred_label" in frame and frame["pred_label"].notna().any():
+        frame = frame.astype({"pred_label": "Int64"})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.csv"
     frame.to_csv(path, index=False)
 
+    console = Console()
+    if scored:
+        _show(frame[:scored], post_processor, console)
+    console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
+    if errors:
+        lines = [f"{len(errors)} of {len(frame)} files could not be read:", *errors.values()]
+        console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return path
+
+
+def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Console) -> None:
+    """Print the most anomalous images, and whether there is drift."""
     worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
     table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
     table.add_column("image", overflow="fold")
@@ -56,7 +81,6 @@ def keep_predictions(
         p_value = [f"{row['p_value']:.2g}"] if "p_value" in row else []
         label = "" if pd.isna(row["pred_label"]) else names[bool(row["pred_label"])]
         table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", *p_value, label)
-    console = Console()
     console.print(table)
     if isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated:
         drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
@@ -67,8 +91,6 @@ def keep_predictions(
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
-    return path
 
 
 def _rows(batch: Any) -> pd.DataFrame:

@@ -21,6 +21,9 @@ from anomalib_flowood.data.sources import Images
 
 logger = logging.getLogger(__name__)
 
+_BATCH_SIZE = 32
+"""Images that our detectors predict on at once."""
+
 
 class PathDataset(PredictDataset):
     """The images of a folder, or one image, read as our data modules read theirs.
@@ -86,25 +89,26 @@ class SkippingDataset(Dataset):
     Args:
         dataset: Any whose items raise :class:`~anomalib_flowood.data.decoding.UnreadableImageError`.
         collate: Makes a batch of its items.
+        errors: Where a :class:`SkippingLoader` notes path and message of each file that it leaves out.
     """
 
-    def __init__(self, dataset: Any, collate: Callable) -> None:
+    def __init__(self, dataset: Any, collate: Callable, errors: dict[str, str]) -> None:
         self.dataset = dataset
         self.collate = collate
-        self.errors: list[tuple[str, str]] = []
-        """Path and message of each file that was left out, as far as a :class:`SkippingLoader` has come."""
+        self.errors = errors
 
     def __len__(self) -> int:
         """Number of images, readable or not."""
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, list[tuple[str, str]]]:
-        """Get a batch of one item."""
-        return self.__getitems__([index])
-
     def __getitems__(self, indices: Sequence[int]) -> tuple[Any, list[tuple[str, str]]]:
         """Get a batch, ``None`` if nothing of it can be read; path and message of what cannot."""
-        read = [self._read(index) for index in indices]
+        dataset = self.dataset
+        try:
+            whole = dataset.__getitems__(indices) if hasattr(dataset, "__getitems__") else [dataset[i] for i in indices]
+            return self.collate(whole), []
+        except UnreadableImageError:
+            read = [self._read(index) for index in indices]
         items = [item for item in read if not isinstance(item, UnreadableImageError)]
         errors = [(error.path, str(error)) for error in read if isinstance(error, UnreadableImageError)]
         return self.collate(items) if items else None, errors
@@ -117,10 +121,7 @@ class SkippingDataset(Dataset):
 
 
 class SkippingLoader(DataLoader):
-    """A data loader that goes on where a file cannot be read, and names it; what it leaves out is in its data set.
-
-    Made by :func:`skip_unreadable`.
-    """
+    """A data loader that goes on where a file of its :class:`SkippingDataset` cannot be read, and names it."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of what can be read."""
@@ -128,23 +129,49 @@ class SkippingLoader(DataLoader):
         for batch, errors in super().__iter__():
             for path, message in errors:
                 logger.error("%s", message)
-                dataset.errors.append((path, message))
+                dataset.errors[path] = message
             if batch is not None:
                 yield batch
 
 
-def skip_unreadable(loader: DataLoader) -> SkippingLoader:
-    """Make a data loader that leaves out what cannot be read.
+def skipping_arguments(
+    model: Any, data_path: str | Path | None = None, **arguments: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Let a prediction go on where a file cannot be read.
 
     Args:
-        loader: Its data set, batch size, workers and way to make batches are taken.
+        model: The detector.
+        data_path: Image or folder to predict on, if that is what there is.
+        arguments: Further arguments of anomalib's ``Engine.predict``: ``dataloaders`` or ``datamodule`` else.
 
     Returns:
-        A loader whose data set, a :class:`SkippingDataset`, knows the ``errors`` once it was iterated over.
+        The arguments to predict with, and a dictionary that will hold path and message of each file left out.
     """
+    errors: dict[str, str] = {}
+    loaders, datamodule = arguments.get("dataloaders"), arguments.get("datamodule")
+    if data_path is not None:
+        resize = resize_of(model)
+        dataset = PathDataset(data_path, resize=resize, max_value=getattr(model, "max_value", None))
+        # Of the others, some score an image by what else is in its batch. Without a resize, sizes may differ.
+        size = _BATCH_SIZE if resize is not None and hasattr(model, "max_value") else 1
+        loaders = DataLoader(dataset, batch_size=size, collate_fn=dataset.collate_fn)
+    if loaders is not None:
+        arguments["dataloaders"] = [
+            _skipping(loader, errors) for loader in ([loaders] if isinstance(loaders, DataLoader) else loaders)
+        ]
+    elif datamodule is not None:
+        predict_dataloader = datamodule.predict_dataloader
+        datamodule.predict_dataloader = lambda: _skipping(predict_dataloader(), errors)
+    return {"model": model, **arguments}, errors
+
+
+def _skipping(loader: DataLoader, errors: dict[str, str]) -> DataLoader:
+    if loader.batch_size is None:  # batches by somebody's own rule
+        return loader
     return SkippingLoader(
-        SkippingDataset(loader.dataset, loader.collate_fn),
+        SkippingDataset(loader.dataset, loader.collate_fn, errors),
         batch_size=loader.batch_size,
+        sampler=loader.sampler,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         collate_fn=_as_it_is,

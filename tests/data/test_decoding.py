@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from anomalib.data import Folder, PredictDataset
+from anomalib.data import utils as anomalib_utils
+from anomalib.engine import engine
+from data_helpers import write_images
+from PIL import Image, ImageOps
+
+from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, image_files, read_image
+from anomalib_flowood.data.decoding import plain_max_value, read_header, read_picture
+
+RAMP = np.arange(0, 4096, 30, dtype=np.uint16)[None].repeat(5, 0)  # 137 grey levels of 12 bits, 5 × 137
+COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP // 2], -1)
+
+
+def save(array: np.ndarray, path: Path, mode: str | None = None, **kwargs) -> str:
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(path, **kwargs)
+    return str(path)
+
+
+def write_all(folder: Path) -> dict[str, str]:
+    """The same 12 bits in every kind of file that holds them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rgb.png").write_bytes(imagecodecs.png_encode(COLOURS))
+    for name, options in {"rgb.tif": {}, "planar.tif": {"planarconfig": "separate"}, "lzw.tiff": {}}.items():
+        pixels = COLOURS.transpose(2, 0, 1) if name == "planar.tif" else COLOURS
+        compression = "lzw" if name == "lzw.tiff" else None
+        tifffile.imwrite(folder / name, pixels, photometric="rgb", compression=compression, **options)
+    (folder / "raw.pgm").write_bytes(b"P5 137 5 65535\n" + RAMP.astype(">u2").tobytes())
+    return {
+        "grey.png": save(RAMP, folder / "grey.png"),
+        "grey.tif": save(RAMP, folder / "grey.tif"),
+        "int32.tif": save(RAMP.astype(np.int32), folder / "int32.tif"),
+        **{name: str(folder / name) for name in ("rgb.png", "rgb.tif", "planar.tif", "lzw.tiff", "raw.pgm")},
+    }
+
+
+# --- 16 bits
+
+
+def test_twelve_bits_keep_their_grey_levels(tmp_path: Path) -> None:
+    expected = torch.from_numpy(np.rint(COLOURS / 4095 * 255).astype(np.uint8)).permute(2, 0, 1)
+    files = write_all(tmp_path)
+    for name, path in files.items():
+        assert plain_max_value([path]) == 4095, name
+        image = read_image(path, 4095)
+        grey = len(image) == 1
+        assert torch.equal(image, expected[:1] if grey else expected), name
+        assert len(image[0].unique()) == 137
+        assert read_header(path) == (5, 137, len(image)), name
+        assert len(read_image(path)[0].unique()) == 17  # of 16 bits, these are the darkest sixteenth
+        assert torch.equal(read_picture(path), image)
+    assert plain_max_value(files.values()) == 4095
+
+
+@pytest.mark.parametrize(("highest", "white"), [(0, 255), (255, 255), (256, 1023), (4095, 4095), (5000, 16383)])
+def test_plain_is_the_next_number_of_bits(tmp_path: Path, highest: int, white: int) -> None:
+    paths = [save(np.array([[0, value]], np.uint16), tmp_path / f"{value}.png") for value in {0, highest}]
+    assert plain_max_value(paths) == white
+    # Files that say what white is are not asked.
+    others = [
+        save(np.zeros((2, 2), np.uint8), tmp_path / "a.png"),
+        save(np.eye(2, dtype=np.float32), tmp_path / "a.tif"),
+    ]
+    assert plain_max_value([*paths, *others]) == white
+    assert plain_max_value(others) is None
+    assert plain_max_value([]) is None
+
+
+def test_files_that_say_what_white_is(tmp_path: Path) -> None:
+    (tmp_path / "12.pgm").write_bytes(b"P5 2 1 4095\n" + np.array([0, 4095], ">u2").tobytes())
+    assert read_image(tmp_path / "12.pgm", 255).tolist() == [[[0, 255]]]
+    packed = np.array([0x00, 0x0F, 0xFF], np.uint8)  # 0 and 4095, 12 bits each
+    header = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 200, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(
+        np.array([tag, 4], "<u2").tobytes() + np.array([1, value], "<u4").tobytes() for tag, value in header.items()
+    )
+    content = b"II*\0" + np.array([8], "<u4").tobytes() + np.array([len(header)], "<u2").tobytes() + entries + b"\0" * 4
+    (tmp_path / "12.tif").write_bytes(content.ljust(200, b"\0") + packed.tobytes())
+    assert read_image(tmp_path / "12.tif", 255).tolist() == [[[0, 255]]]
+    assert plain_max_value([tmp_path / "12.pgm", tmp_path / "12.tif"]) is None
+
+
+def test_more_than_white(tmp_path: Path) -> None:
+    path = save(RAMP, tmp_path / "a.png")
+    message = f"{path}: its values run from 0 to 4080, where 0 to 1023 is expected. Set max_value .* now 1023"
+    with pytest.raises(UnreadableImageError, match=message):
+        read_image(path, 1023)
+    path = save(np.array([[0, 70000]], np.int32), tmp_path / "b.tif")
+    with pytest.raises(UnreadableImageError, match=f"{path}: its values run to 70000; up to 65535"):
+        plain_max_value([path])
+    path = save(np.array([[-1, 7]], np.int32), tmp_path / "c.tif")
+    with pytest.raises(UnreadableImageError, match=f"{path}: its values run from -1 to 7"):
+        read_image(path)
+
+
+def test_min_is_white(tmp_path: Path) -> None:
+    values = np.array([[0, 20, 255]], np.uint8)
+    for name, array in {"8": values, "16": values * np.uint16(257), "float": (values / 255).astype(np.float32)}.items():
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, array, photometric="miniswhite")
+        assert read_image(path).tolist() == [[[255, 235, 0]]], name
+
+
+# --- values that make no image
+
+
+@pytest.mark.parametrize("values", [[0, 1.5], [-0.5, 1], [0, np.nan], [np.nan, np.nan], [0, np.inf]])
+def test_floats_that_make_no_image(tmp_path: Path, values: list[float]) -> None:
+    path = save(np.array([values], np.float32), tmp_path / "b.tif")
+    folder = Folder("a", tmp_path, val_split_mode="none", test_split_mode="none")
+    folder._setup()
+    readers = [read_image, anomalib_utils.read_image, lambda path: PathDataset(path)[0], lambda _: folder.train_data[0]]
+    for reader in readers:
+        with pytest.raises(UnreadableImageError, match=f"Cannot read the image {path}: its values run from") as info:
+            reader(path)
+        assert info.value.path == path
+
+
+# --- EXIF and pages
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path: Path, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.png", "a.tif", "a.webp", "a.jpg"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        path = save(pixels, tmp_path / name, exif=exif, **options)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        read = read_image(path)
+        assert np.array_equal(read.permute(1, 2, 0), expected), name
+        assert read_header(path)[:2] == read.shape[1:], name
+    # Upright, and not the numbers of the file as they lie there.
+    upright = read_image(tmp_path / "a.png").permute(1, 2, 0).numpy()
+    assert upright.shape[:2] == ((10, 6) if orientation > 4 else (6, 10))
+    assert (orientation == 1) == (upright.shape == pixels.shape and np.array_equal(upright, pixels))
+    for array in (COLOURS, RAMP):
+        tifffile.imwrite(tmp_path / "deep.tif", array, extratags=[(274, 3, 1, orientation, True)])
+        eight = np.rint(array / 4095 * 255).astype(np.uint8)
+        tifffile.imwrite(tmp_path / "eight.tif", eight, extratags=[(274, 3, 1, orientation, True)])
+        assert torch.equal(read_image(tmp_path / "deep.tif", 4095), read_image(tmp_path / "eight.tif"))
+
+
+def test_broken_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    path = save(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.jpg", exif=b"Exif\0\0nonsense")
+    assert read_image(path).shape == (3, 4, 4)
+
+
+def test_first_page_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_told_of_pages", [])
+    first, second = (Image.new("L", (4, 3), value) for value in (10, 20))
+    for name in ("a.tif", "b.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert read_image(tmp_path / name).unique().tolist() == [10]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/a.tif has several pages: the first alone is read, of this file and of others like it."
+    ]
+
+
+# --- which files
+
+
+def names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in image_files(folder)]
+
+
+def test_hidden_and_irregular_files_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "b", 1)
+    write_images(tmp_path / "b" / "deep" / "er", 1, suffix=".JPG")
+    write_images(tmp_path / ".ipynb_checkpoints", 1)
+    write_images(tmp_path / "b" / ".cache" / "c", 1)
+    (tmp_path / "b" / "._000.png").write_bytes(b"")
+    (tmp_path / "b" / "notes.txt").write_text("")
+    (tmp_path / "b" / "folder.png").mkdir()
+    assert names(tmp_path) == ["b/000.png", "b/deep/er/000.JPG"]
+    assert not caplog.records
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nothing")
+    assert names(tmp_path) == ["b/000.png", "b/deep/er/000.JPG"]
+    assert "2 entries that are no regular files" in caplog.text
+    assert "pipe.png" in caplog.text
+    # Not opened where it is named, either.
+    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
+        read_image(tmp_path / "b" / "pipe.png")
+    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
+        read_header(tmp_path / "b" / "pipe.png")
+
+
+def test_links_are_followed_and_each_file_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    top = tmp_path / "top"
+    write_images(top / "real", 2)
+    write_images(tmp_path / "elsewhere" / "more", 2)
+    (top / "a_link").symlink_to(tmp_path / "elsewhere")
+    (top / "b_link").symlink_to(tmp_path / "elsewhere" / "more")
+    (top / "again").symlink_to(top / "real")
+    (top / "real" / "loop").symlink_to(top)
+    (top / "000.png").symlink_to(top / "real" / "000.png")
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "elsewhere")
+    with caplog.at_level(logging.INFO):
+        assert names(top) == ["a_link/more/000.png", "a_link/more/001.png", "real/000.png", "real/001.png"]
+    assert "1 links to images that are there already" in caplog.text
+    (tmp_path / "linked").symlink_to(top)
+    assert names(tmp_path / "linked") == names(top)
+
+
+def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None:
+    for i in range(12):
+        write_images(tmp_path / str(i), 1)
+    for i in range(12):
+        for j in range(12):
+            (tmp_path / str(i) / f"to{j}").symlink_to(tmp_path / str(j))
+    assert len(image_files(tmp_path)) == 12
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError, match=re.escape(f"There is no folder {tmp_path / 'x'}")):
+        image_files(tmp_path / "x")
+
+
+# --- anomalib's reader is ours
+
+
+def test_anomalib_reads_by_our_reader(tmp_path: Path) -> None:
+    deep = save(np.array([[0, 257 * 20]], np.uint16), tmp_path / "deep.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    shallow = save(pixels, tmp_path / "a.png")
+    assert torch.equal(anomalib_utils.read_image(deep, as_tensor=True)[:, 0, 1], torch.full((3,), 20.0) / 255)
+    assert np.array_equal(anomalib_utils.read_image(shallow), pixels / 255.0)
+    folder = Folder("a", tmp_path, val_split_mode="none", test_split_mode="none")
+    folder._setup()
+    eight_bits = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    assert torch.equal(folder.train_data[0].image, eight_bits)
+    assert engine.PredictDataset is PathDataset
+    data = PathDataset(tmp_path)
+    assert isinstance(data, PredictDataset)
+    assert torch.equal(data[0].image, eight_bits)
+    for item in (folder.train_data[1], data[1]):
+        assert item.image_path == deep
+        assert torch.equal(item.image[:, 0, 1], torch.full((3,), 20.0) / 255)
