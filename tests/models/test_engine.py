@@ -76,7 +76,7 @@ def test_a_nan_validation_score_sets_no_threshold(tmp_path):
             if not trainer.sanity_checking:
                 torch.nn.init.constant_(pl_module.model.flow[1].subnet.layers[-1].bias, 1e38)
 
-    with pytest.raises(ValueError, match="NaN or infinite score, so no threshold can be set"):
+    with pytest.raises(ValueError, match="NaN or infinite score or map, so no threshold can be set"):
         engine(tmp_path, callbacks=[Break()]).fit(detector, datamodule=data(tmp_path))
 
 

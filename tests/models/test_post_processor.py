@@ -18,6 +18,7 @@ from model_helpers import data, embedding_flow, engine, feature_map_flow, pixel_
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 
+from anomalib_flowood import conformal
 from anomalib_flowood.models.components import ConformalPostProcessor
 
 NAN, INF = float("nan"), float("inf")
@@ -133,20 +134,54 @@ def test_the_threshold_follows_from_alpha():
         decide(post_processor, torch.ones(2))
 
 
-def test_pixels_are_marked_where_they_would_make_an_image_anomalous():
+def test_pixels_are_marked_beyond_the_maxima_of_normal_maps():
     post_processor = calibrated()
+    maxima = 12 + torch.randn(200, generator=torch.Generator().manual_seed(1))
+    post_processor.calibrate(post_processor.calibration, maxima)
+    threshold = post_processor.pixel_threshold
+    assert threshold == maxima.sort().values[-10]  # 10 of 201 places are below p = 0.05
     maps = torch.linspace(-5, 40, 96).reshape(2, 1, 6, 8)
     maps[1, 0, 0, 0] = NAN  # the flow overflowed there
     for _ in range(2):
         out = post_processor(InferenceBatch(pred_score=torch.tensor([3.0, 9.0]), anomaly_map=maps))
-        above = ~(maps <= post_processor.image_threshold)
+        above = ~(maps <= threshold)
         assert torch.equal(out.pred_mask, above)
         assert torch.equal(out.anomaly_map > 0.5, above)
         assert out.anomaly_map[1, 0, 0, 0] == 1
         assert ((out.anomaly_map >= 0) & (out.anomaly_map <= 1)).all()
         post_processor.pixel_min.fill_(-10)  # then in units of the range of normal maps
         post_processor.pixel_max.fill_(20)
-    assert out.anomaly_map[0, 0, 0, 0] == pytest.approx(0.5 / (1 + float(post_processor.image_threshold + 5) / 30))
+    assert out.anomaly_map[0, 0, 0, 0] == pytest.approx(0.5 / (1 + float(threshold + 5) / 30))
+    order = maps.flatten()[maps.flatten() > -INF].argsort()
+    assert (out.anomaly_map.flatten()[maps.flatten() > -INF][order].diff() > 0).all()  # none reversed, none tied
+    post_processor.alpha = 0.5  # for pixels too
+    assert post_processor.pixel_threshold == maxima.sort().values[-100]
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_at_most_alpha_of_normal_images_have_any_marked_pixel(alpha):
+    """Maps of one distribution, whose images differ in level and in contrast; over many calibrations."""
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(100):
+        level, contrast = torch.rand(2, 260, 1, 1, 1, generator=generator)
+        maps = level + contrast * torch.rand(260, 1, 6, 6, generator=generator)
+        post_processor = ConformalPostProcessor(alpha)
+        post_processor.calibrate(maps[:60].mean((1, 2, 3)), maps[:60].amax((1, 2, 3)))
+        out = post_processor(InferenceBatch(pred_score=maps[60:].mean((1, 2, 3)), anomaly_map=maps[60:]))
+        rates.append(out.pred_mask.flatten(1).any(1).float().mean())
+    expected = conformal.threshold_rank(60, alpha) / 61
+    assert expected <= alpha
+    assert torch.stack(rates).mean() == pytest.approx(expected, abs=0.01)
+
+
+def test_without_a_calibration_of_maps_no_pixel_is_marked():
+    post_processor, maps = calibrated(), torch.rand(2, 1, 3, 3)
+    out = post_processor(InferenceBatch(pred_score=torch.tensor([3.0, 9.0]), anomaly_map=maps))
+    assert torch.isnan(post_processor.pixel_threshold)
+    assert out.pred_label.tolist() == [False, True]
+    assert torch.equal(out.anomaly_map, maps)
+    assert out.pred_mask is None
 
 
 def test_batches_keep_raw_scores_and_p_values():
@@ -188,8 +223,11 @@ def test_impossible_levels_are_refused(alpha):
     [
         (torch.zeros(19), "takes at least 20 .* and there are 19"),
         (torch.zeros(0), "and there are none"),
-        (torch.tensor([0.0] * 30 + [NAN]), "1 of 31 normal validation images have a NaN or infinite score"),
-        (torch.tensor([INF, -INF] + [0.0] * 30), "2 of 32 normal validation images have a NaN or infinite score"),
+        (torch.tensor([0.0] * 30 + [NAN]), "1 of 31 normal validation images have a NaN or infinite score or map"),
+        (
+            torch.tensor([INF, -INF] + [0.0] * 30),
+            "2 of 32 normal validation images have a NaN or infinite score or map",
+        ),
     ],
 )
 def test_a_refused_calibration_leaves_the_last_one(scores, message):
@@ -197,6 +235,9 @@ def test_a_refused_calibration_leaves_the_last_one(scores, message):
     before = post_processor.calibration.clone()
     with pytest.raises(ValueError, match=message):
         post_processor.calibrate(scores)
+    assert torch.equal(post_processor.calibration, before)
+    with pytest.raises(ValueError, match="1 of 40 normal validation images have a NaN or infinite score or map"):
+        post_processor.calibrate(torch.zeros(40), torch.tensor([0.0] * 39 + [NAN]))
     assert torch.equal(post_processor.calibration, before)
 
 
@@ -224,6 +265,7 @@ def test_only_images_that_are_known_to_be_normal_calibrate():
         batch(normal[20:], [False] * 10, maps[20:]),
     )
     assert torch.equal(post_processor.calibration, normal.sort().values)
+    assert torch.equal(post_processor.pixel_calibration, maps.amax((1, 2)).sort().values)
     assert (post_processor.pixel_min, post_processor.pixel_max) == (maps.min(), maps.max())
     for without in (batch(torch.zeros(40), None), batch(torch.zeros(40), [1] * 40)):
         with pytest.raises(ValueError, match="and there are none"):
@@ -335,7 +377,7 @@ def test_predictions_of_the_engine_carry_p_values(tmp_path):
     run = engine(tmp_path)
     run.fit(detector, datamodule=module)
     post_processor = detector.post_processor
-    assert len(post_processor.calibration) == len(module.val_data)
+    assert len(post_processor.calibration) == len(post_processor.pixel_calibration) == len(module.val_data)
     predictions = run.predict(detector, datamodule=module, return_predictions=True)
     for batch in predictions:
         with torch.no_grad():
@@ -344,9 +386,27 @@ def test_predictions_of_the_engine_carry_p_values(tmp_path):
         assert torch.equal(batch.p_value, post_processor.p_values(batch.raw_score))
         assert torch.equal(batch.pred_label, batch.p_value < 0.05)
         assert torch.equal(batch.pred_score > 0.5, batch.pred_label)
-        assert batch.pred_mask.shape == batch.anomaly_map.shape
+        assert torch.equal(batch.pred_mask, batch.anomaly_map > 0.5)
     everything = torch.cat([batch.raw_score for batch in predictions])
     assert post_processor.drift_p_value(everything) < 1e-3  # half of them are squares
+
+
+def test_checkpoints_hold_calibrations_of_maps(caplog):
+    saved, fresh, maps = calibrated(), ConformalPostProcessor(), torch.rand(2, 1, 3, 3)
+    validate(saved, batch(torch.randn(57), [0] * 57, torch.rand(57, 4, 4)))
+    predictions = InferenceBatch(pred_score=torch.zeros(2), anomaly_map=maps)
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(fresh.pixel_threshold, saved.pixel_threshold)
+    assert torch.equal(fresh(predictions).anomaly_map, saved(predictions).anomaly_map)
+    assert not caplog.text
+    saved.forget()
+    assert torch.isnan(saved.pixel_threshold)
+
+    before = {name: value for name, value in fresh.state_dict().items() if name != "pixel_calibration"}
+    fresh.load_state_dict(before)
+    assert "from before thresholds of pixels were calibrated on maps: validate once" in caplog.text
+    assert fresh.calibrated
+    assert fresh(predictions).pred_mask is None
 
 
 def test_checkpoints_hold_calibrations_of_any_size(caplog):
@@ -377,6 +437,7 @@ def test_exported_graphs_decide_alike(pixels, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
     openvino = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
     post_processor = calibrated(images=1000)
+    post_processor.calibrate(post_processor.calibration, 7 + 3 * torch.rand(1000))
     if pixels:
         post_processor.pixel_min.fill_(-3)
         post_processor.pixel_max.fill_(30)

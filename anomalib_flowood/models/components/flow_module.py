@@ -353,8 +353,9 @@ class FlowModule(_Base):
             state = checkpoint["state_dict"]
             for key in [key for key in state if key.startswith("model.scorer.")]:
                 del state[key]
-            if "post_processor.calibration" in state:
-                state["post_processor.calibration"] = state["post_processor.calibration"][:0]
+            for key in ("post_processor.calibration", "post_processor.pixel_calibration"):
+                if key in state:
+                    state[key] = state[key][:0]
         super().on_load_checkpoint(checkpoint)
         self.max_value = checkpoint.get("anomalib_flowood_max_value")
         if self._trainer is not None:

@@ -35,7 +35,9 @@ class ConformalPostProcessor(PostProcessor):
     between most thresholds and infinity; where the last bit counts, a batch has the raw scores as ``raw_score``,
     ``(N,)``, beside its ``p_value``, ``(N,)``, float64.
 
-    A pixel of an anomaly map is marked where its value would make an image anomalous.
+    A pixel of an anomaly map is marked where its value is above the threshold that the same rule sets on the maxima of
+    the calibration images' maps: of fresh normal images, at most ``alpha`` have any marked pixel, in expectation.
+    ``anomaly_map`` is in [0, 1] as scores are, with 0.5 at that threshold, in units of the range of normal maps.
 
     Args:
         alpha: The level, in (0, 1).
@@ -46,13 +48,17 @@ class ConformalPostProcessor(PostProcessor):
 
     calibration: Tensor
     """Scores of the calibration images, ascending, ``(n,)``; empty before a validation."""
+    pixel_calibration: Tensor
+    """Maxima of the calibration images' anomaly maps, ascending, ``(n,)``; empty where there are no maps."""
 
     def __init__(self, alpha: float = 0.05) -> None:
         super().__init__()
         conformal.images_needed(alpha)  # refuses what is no level
         self.alpha = alpha
         self.register_buffer("calibration", torch.empty(0))
+        self.register_buffer("pixel_calibration", torch.empty(0))
         self._validated = CatMetric(nan_strategy="disable")
+        self._validated_maxima = CatMetric(nan_strategy="disable")
         self._calibrated_step = 0
 
     @property
@@ -61,11 +67,17 @@ class ConformalPostProcessor(PostProcessor):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
-        key = f"{prefix}calibration"
-        if key not in state_dict:
+        if f"{prefix}calibration" not in state_dict:
             logger.warning("The checkpoint has no calibration scores: validate once, or there are no labels.")
-        stored = state_dict.setdefault(key, self.calibration.new_empty(0))
-        self.calibration = self.calibration.new_empty(stored.shape)
+        elif f"{prefix}pixel_calibration" not in state_dict and bool(state_dict[f"{prefix}pixel_max"].isfinite()):
+            logger.warning(
+                "The checkpoint is from before thresholds of pixels were calibrated on maps: validate once, or maps "
+                "stay raw and no pixel is marked."
+            )
+        for name in ("calibration", "pixel_calibration"):
+            buffer = getattr(self, name)
+            stored = state_dict.setdefault(f"{prefix}{name}", buffer.new_empty(0))
+            setattr(self, name, buffer.new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # -- calibration ---------------------------------------------------------------------------------------------
@@ -75,28 +87,33 @@ class ConformalPostProcessor(PostProcessor):
         """Whether normal validation images have been scored."""
         return len(self.calibration) > 0
 
-    def calibrate(self, scores: Tensor) -> None:
+    def calibrate(self, scores: Tensor, map_maxima: Tensor | None = None) -> None:
         """Replace the calibration scores.
 
         Args:
             scores: Raw scores of in-distribution images that the detector was not trained on, ``(n,)``.
+            map_maxima: The largest value of each of their raw anomaly maps, ``(n,)``. Without it no pixel is marked.
 
         Raises:
             ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
         """
-        broken = int((~torch.isfinite(scores)).sum())
+        maxima = scores.new_empty(0) if map_maxima is None else map_maxima
+        both = torch.stack([scores, maxima.to(scores)]) if len(maxima) else scores[None]
+        broken = int((~torch.isfinite(both).all(0)).sum())
         if broken:
             msg = (
-                f"{broken} of {len(scores)} normal validation images have a NaN or infinite score, so no threshold can "
-                "be set. Lower the learning rate, or look for broken validation images."
+                f"{broken} of {len(scores)} normal validation images have a NaN or infinite score or map, so no "
+                "threshold can be set. Lower the learning rate, or look for broken validation images."
             )
             raise ValueError(msg)
         conformal.threshold_rank(len(scores), self.alpha)
         self.calibration = scores.detach().to(self.calibration).sort().values
+        self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
 
     def forget(self) -> None:
         """Drop the calibration, which belongs to other scores."""
         self.calibration = self.calibration.new_empty(0)
+        self.pixel_calibration = self.pixel_calibration.new_empty(0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a validation set that is too small before anything is trained."""
@@ -114,6 +131,7 @@ class ConformalPostProcessor(PostProcessor):
         """Begin anew: only the last validation counts."""
         del trainer, pl_module
         self._validated.reset()
+        self._validated_maxima.reset()
         self._pixel_min_max_metric.reset()
 
     def on_validation_batch_end(
@@ -124,7 +142,7 @@ class ConformalPostProcessor(PostProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Collect the scores of normal images, and the range of their maps."""
+        """Collect the scores of normal images, and the maxima and the range of their maps."""
         del trainer, pl_module, args, kwargs
         if outputs.gt_label is None:
             return
@@ -132,6 +150,7 @@ class ConformalPostProcessor(PostProcessor):
         self._validated.update(outputs.pred_score[normal].detach())
         if outputs.anomaly_map is not None and bool(normal.any()):
             maps: Any = InferenceBatch(anomaly_map=outputs.anomaly_map[normal])
+            self._validated_maxima.update(maps.anomaly_map.detach().flatten(1).amax(1))
             self._pixel_min_max_metric.update(maps)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,7 +163,8 @@ class ConformalPostProcessor(PostProcessor):
         if trainer.sanity_checking or _trial_run(trainer):
             return
         scores: Any = self._validated.compute() if self._validated.update_called else []
-        self.calibrate(torch.as_tensor(scores))
+        maxima: Any = self._validated_maxima.compute() if self._validated_maxima.update_called else None
+        self.calibrate(torch.as_tensor(scores), maxima)
         if self._pixel_min_max_metric.update_called:
             low, high = self._pixel_min_max_metric.compute()
             self.pixel_min.copy_(low)
@@ -167,15 +187,16 @@ class ConformalPostProcessor(PostProcessor):
     @property
     def image_threshold(self) -> Tensor:
         """The calibration score above which an image is labelled anomalous, ``()``; NaN before a validation."""
-        n = len(self.calibration)
-        if n == 0:
-            return self.calibration.new_full((), float("nan"))
-        return self.calibration[n - conformal.threshold_rank(n, self.alpha)]
+        return self._threshold(self.calibration)
 
     @property
     def pixel_threshold(self) -> Tensor:
-        """That of images."""
-        return self.image_threshold
+        """The maximum of a calibration image's map above which a pixel is marked, ``()``; NaN without maps."""
+        return self._threshold(self.pixel_calibration)
+
+    def _threshold(self, ascending: Tensor) -> Tensor:
+        n = len(ascending)
+        return ascending[n - conformal.threshold_rank(n, self.alpha)] if n else ascending.new_full((), float("nan"))
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Conformal p-values of raw scores, on the CPU: :func:`anomalib_flowood.conformal.p_values`."""
@@ -192,7 +213,8 @@ class ConformalPostProcessor(PostProcessor):
             predictions: Raw ``pred_score``, ``(N,)``, and possibly ``anomaly_map``, ``(N, 1, H, W)``.
 
         Returns:
-            The same shapes. Without a calibration there is nothing to decide by: scores stay raw, without labels.
+            The same shapes. Without a calibration there is nothing to decide by: scores stay raw, without labels, and
+            maps without masks.
 
         Raises:
             ValueError: If a score is NaN. An exported model, which cannot raise, takes it for infinite.
@@ -206,11 +228,11 @@ class ConformalPostProcessor(PostProcessor):
             raise ValueError(msg)
         threshold, unit = self.image_threshold, self._image_unit
         pred_score, pred_label = _squash(raw, threshold, unit)
-        if anomaly_map is None:
-            return InferenceBatch(pred_score=pred_score, pred_label=pred_label)
+        if anomaly_map is None or not len(self.pixel_calibration):
+            return InferenceBatch(pred_score=pred_score, pred_label=pred_label, anomaly_map=anomaly_map)
         pixel_range = self.pixel_max - self.pixel_min
         unit = torch.where(torch.isfinite(pixel_range) & (pixel_range > 0), pixel_range, unit)
-        squashed, pred_mask = _squash(anomaly_map, threshold, unit)
+        squashed, pred_mask = _squash(anomaly_map, self.pixel_threshold, unit)
         return InferenceBatch(pred_score=pred_score, pred_label=pred_label, anomaly_map=squashed, pred_mask=pred_mask)
 
     def post_process_batch(self, batch: Any) -> None:
