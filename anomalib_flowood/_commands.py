@@ -26,7 +26,7 @@ import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
 from anomalib_flowood.cli import UNREADABLE
-from anomalib_flowood.data.prediction import skipping_arguments
+from anomalib_flowood.data.prediction import read_as_trained, skipping_arguments
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.predictions import keep_predictions
@@ -117,6 +117,7 @@ class FlowoodCLI(AnomalibCLI):
         data = arguments["data"]
         data.prepare_data()
         data.setup("fit")
+        read_as_trained(detector, data)
         device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
         detector.to(device).fit_score(data.train_dataloader())
         with TemporaryDirectory() as folder:  # anomalib's engine makes a results folder

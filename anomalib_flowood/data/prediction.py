@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize, Transform
 
+from anomalib_flowood.data.datamodules import CrossDataset, OneClass
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import UnreadableImageError, image_files
 from anomalib_flowood.data.sources import Images
@@ -189,14 +190,23 @@ def resize_of(detector: nn.Module) -> Resize | None:
     return resizes[0] if resizes else None
 
 
-def read_for(detector: nn.Module, loaders: DataLoader | Iterable[DataLoader] | None, max_value: int | None) -> None:
-    """Let the images of a :class:`PathDataset` be read at a detector's size and with its white.
+def read_as_trained(
+    detector: nn.Module,
+    datamodule: object = None,
+    loaders: DataLoader | Iterable[DataLoader] | None = None,
+) -> None:
+    """Let images be read as those that a detector was trained on.
 
     Args:
-        detector: The detector.
-        loaders: Data loaders that are to be predicted on; others than those of a :class:`PathDataset` are left alone.
-        max_value: What white is in files of 16 bits.
+        detector: One of this package, which knows what white is in files of 16 bits; others are left alone.
+        datamodule: A data module that is set up; one of anomalib's is left alone.
+        loaders: Data loaders to predict on; those of a :class:`PathDataset` read at the detector's size from now on.
     """
+    if not hasattr(detector, "max_value"):
+        return
+    max_value: Any = detector.max_value
+    if isinstance(datamodule, CrossDataset | OneClass):
+        datamodule.read_for(max_value)
     for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or ():
         dataset = getattr(loader, "dataset", None)
         dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset

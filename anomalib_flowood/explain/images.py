@@ -15,6 +15,8 @@ from anomalib.models.components import AnomalibModule
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_flowood.data.prediction import read_as_trained
+
 _INSIDE = "inside"
 _OUTSIDE = "outside"
 
@@ -73,6 +75,7 @@ def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, m
     if not hasattr(datamodule, "test_data"):
         datamodule.prepare_data()
         datamodule.setup("test")
+    read_as_trained(detector, datamodule)
     samples: pd.DataFrame = datamodule.test_data.samples
     label = samples["label_index"].to_numpy()
     for value, which in ((0, "inside (normal)"), (1, "outside (anomalous)")):

@@ -16,6 +16,7 @@ from anomalib.data import utils as anomalib_utils
 from anomalib.engine import engine
 from data_helpers import write_images
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, image_files, read_image
 from anomalib_flowood.data.decoding import plain_max_value, read_header, read_picture
@@ -245,12 +246,12 @@ def test_anomalib_reads_by_our_reader(tmp_path: Path) -> None:
     assert np.array_equal(anomalib_utils.read_image(shallow), pixels / 255.0)
     folder = Folder("a", tmp_path, val_split_mode="none", test_split_mode="none")
     folder._setup()
-    eight_bits = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    eight_bits = to_dtype(to_image(Image.open(shallow)), torch.float32, scale=True)  # as anomalib reads it
     assert torch.equal(folder.train_data[0].image, eight_bits)
     assert engine.PredictDataset is PathDataset
     data = PathDataset(tmp_path)
     assert isinstance(data, PredictDataset)
-    assert torch.equal(data[0].image, eight_bits)
+    torch.testing.assert_close(data[0].image, eight_bits.as_subclass(torch.Tensor), atol=1e-7, rtol=0)
     for item in (folder.train_data[1], data[1]):
         assert item.image_path == deep
         assert torch.equal(item.image[:, 0, 1], torch.full((3,), 20.0) / 255)

@@ -21,8 +21,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
-from anomalib_flowood.data import CrossDataset, OneClass
-from anomalib_flowood.data.prediction import read_for
+from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
@@ -87,10 +86,8 @@ class FlowModule(_Base):
     def _read_alike(self) -> None:
         """Let images be read as those of the training were."""
         trainer: Any = self.trainer
-        if isinstance(trainer.datamodule, CrossDataset | OneClass):
-            trainer.datamodule.read_for(self.max_value)
-        if trainer.state.fn == TrainerFn.PREDICTING:
-            read_for(self, trainer.predict_loop._data_source.instance, self.max_value)
+        by_loaders = trainer.state.fn == TrainerFn.PREDICTING and trainer.datamodule is None
+        read_as_trained(self, trainer.datamodule, trainer.predict_loop._data_source.instance if by_loaders else None)
 
     def inputs_of(self, batch: Any) -> Inputs:
         """What the density of a pre-processed batch is computed from."""

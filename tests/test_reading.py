@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training, test, prediction, explanations and pictures read images alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models import Padim
+from anomalib.visualization import ImageVisualizer
+from model_helpers import engine, pixel_flow
+from PIL import Image
+
+from anomalib_flowood import OneClass, PixelFlow
+from anomalib_flowood.cli import main
+from anomalib_flowood.data import PathDataset
+from anomalib_flowood.explain.images import image_sets
+
+KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "8.png": lambda grey: grey.astype(np.uint8),
+    "12.png": lambda grey: np.rint(grey / 255 * 4095).astype(np.uint16),
+    "16.png": lambda grey: grey.astype(np.uint16) * 257,
+    "float.tif": lambda grey: (grey / 255).astype(np.float32),
+}
+
+
+def write(folder: Path, kind: str, count: int, seed: int = 0, square: bool = False) -> Path:
+    """Ramps with noise, 12 × 12 and 14 × 10, 255 among their grey levels; or the same with a square in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        size = (12, 12) if i % 3 else (14, 10)
+        grey = 100 * rng.uniform(0.5, 1) * np.linspace(0, 1, size[1])[None] + rng.normal(60, 6, size)
+        grey[0, 0] = 255
+        if square:
+            grey[2:8, 2:8] = 20
+        Image.fromarray(KINDS[kind](grey.round().clip(0, 255))).save(folder / f"{i:03d}.{kind.split('.')[1]}")
+    return folder
+
+
+def parts(folder: Path, kind: str) -> Path:
+    write(folder / "train" / "good", kind, 60)
+    write(folder / "test" / "good", kind, 8, seed=1)
+    write(folder / "test" / "bad", kind, 8, seed=2, square=True)
+    return folder
+
+
+def module(folder: Path, **kwargs) -> OneClass:
+    return OneClass(folder, "good", **{"val_split_ratio": 0.4, "train_batch_size": 36, "eval_batch_size": 24, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of a detector that was trained on each kind of file."""
+    checkpoints = {}
+    for kind in ("8.png", "12.png"):
+        folder = tmp_path_factory.mktemp("trained")
+        torch.manual_seed(0)
+        run = engine(folder)
+        run.fit(pixel_flow(max_epochs=1), datamodule=module(parts(folder / "parts", kind)))
+        checkpoints[kind] = Path(run.trainer.checkpoint_callback.best_model_path)
+    return checkpoints
+
+
+def predict(tmp_path: Path, checkpoint: Path, path: Path, **kwargs) -> torch.Tensor:
+    """Raw scores from a detector that knows nothing but its checkpoint."""
+    batches = engine(tmp_path).predict(
+        pixel_flow(**kwargs), ckpt_path=checkpoint, data_path=path, return_predictions=True
+    )
+    return torch.cat([batch.raw_score for batch in batches])
+
+
+def test_a_picture_has_one_score_in_whatever_file_it_comes(tmp_path: Path, trained: dict[str, Path]) -> None:
+    scores = {
+        (trained_on, kind): predict(tmp_path, checkpoint, write(tmp_path / trained_on / kind, kind, 6, seed=1))
+        for trained_on, checkpoint in trained.items()
+        for kind in KINDS
+        # 12 bits look dark to who expects 16, and 16 bits are no image to who expects 12.
+        if (trained_on, kind) not in {("8.png", "12.png"), ("12.png", "16.png")}
+    }
+    expected = scores["8.png", "8.png"]
+    assert len(expected) == 6
+    for which, values in scores.items():
+        torch.testing.assert_close(values, expected, rtol=0, atol=0.02 * float(expected.std()), msg=str(which))
+    dark = predict(tmp_path, trained["8.png"], write(tmp_path / "dark", "12.png", 6, seed=1))
+    assert (dark - expected).abs().min() > expected.std()
+    with pytest.raises(ValueError, match=r"000.png: its values run .* where 0 to 4095 is expected. Set max_value"):
+        predict(tmp_path, trained["12.png"], write(tmp_path / "bright", "16.png", 1))
+
+
+def test_max_value_travels_with_the_checkpoint(tmp_path: Path, trained: dict[str, Path]) -> None:
+    assert PixelFlow.load_from_checkpoint(trained["8.png"]).max_value is None
+    detector = PixelFlow.load_from_checkpoint(trained["12.png"])
+    assert detector.max_value == 4095
+    # Another folder would say 1023. The detector's word counts, before setup, after it, and without a trainer.
+    dark = tmp_path / "dark"
+    for path in parts(tmp_path / "parts", "12.png").rglob("*.png"):
+        values = np.asarray(Image.open(path)) // 5
+        (dark / path.relative_to(tmp_path / "parts")).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(dark / path.relative_to(tmp_path / "parts"))
+    data = module(dark)
+    data.setup()
+    assert data.max_value == 1023
+    assert data.test_data[0].image.max() > 0.7
+    before, fresh = module(dark), module(dark)
+    engine(tmp_path).test(detector, datamodule=before, verbose=False)
+    engine(tmp_path).test(pixel_flow(), datamodule=fresh, ckpt_path=trained["12.png"], verbose=False)
+    image_sets(detector, data, 4)
+    for which in (before, fresh, data):
+        assert which.max_value == 4095
+        assert which.test_data[0].image.max() < 0.3
+        assert which.val_data[0].image.max() < 0.3
+    # An argument that was given is meant.
+    given = module(dark, max_value=1023)
+    engine(tmp_path).test(detector, datamodule=given, verbose=False)
+    assert given.test_data[0].image.max() > 0.6
+
+
+@pytest.mark.parametrize("limit", [0, 512])
+def test_max_value_of_images_in_memory_and_on_the_disk(tmp_path: Path, limit: int) -> None:
+    write(tmp_path / "train" / "good", "12.png", 6)
+    for path in [*(tmp_path / "train" / "good").glob("000.*"), *(tmp_path / "train" / "good").glob("003.*")]:
+        path.unlink()  # of the other size
+    write(tmp_path / "test" / "good", "12.png", 1)
+    data = module(tmp_path, memory_limit_mib=limit, val_split_ratio=0.3)
+    data.setup()
+    assert data.max_value == 4095
+    assert (data.train_data._stores[0].pixels is None) == (limit == 0)
+    assert data.train_data[0].image.max() == 1
+    data.read_for(65535)
+    assert data.train_data[0].image.max() == pytest.approx(16 / 255)
+    with pytest.raises(ValueError, match="max_value has to be at least 1"):
+        module(tmp_path, max_value=0)
+
+
+def test_a_size_is_read_once_for_all(tmp_path: Path, trained: dict[str, Path]) -> None:
+    write(tmp_path / "a", "8.png", 6)
+    data = PathDataset(tmp_path / "a")
+    detector = PixelFlow.load_from_checkpoint(trained["8.png"])
+    engine(tmp_path).predict(detector, dataset=data)
+    assert data[0].image.shape == data[1].image.shape == (3, 12, 12)
+
+
+def test_predict_goes_on_where_a_file_cannot_be_read(
+    tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "new", "12.png", 40)
+    (folder / "005.png").write_bytes((folder / "005.png").read_bytes()[:60])
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "._001.png").write_bytes(b"resource fork")
+    os.mkfifo(folder / "pipe.png")
+    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(folder / "nan.tif")
+    arguments = ["predict", "--model", "PixelFlow", "--model.image_size", "[12, 12]", "--model.channels", "1"]
+    arguments += ["--model.coupling_layers", "4", "--model.hidden_channels", "16", "--model.bottleneck_dim", "3"]
+    arguments += ["--ckpt_path", str(trained["12.png"]), "--trainer.accelerator", "cpu"]
+    with pytest.raises(SystemExit) as info:
+        main([*arguments, "--data", str(folder)])
+    assert info.value.code == 3
+    (path,) = tmp_path.rglob("predictions.csv")
+    frame = pd.read_csv(path)
+    assert len(frame) == 42
+    lost = frame[frame["error"].notna()]
+    assert [Path(name).name for name in lost["image_path"]] == ["005.png", "nan.tif", "zero.png"]
+    assert lost["pred_score"].isna().all()
+    assert lost["pred_label"].isna().all()
+    assert set(frame["pred_label"].dropna()) <= {0, 1}
+    assert frame[frame["error"].isna()]["raw_score"].notna().all()
+    out = capsys.readouterr().out
+    assert "Most anomalous of 39 images" in out
+    tail = out[out.index("All predictions:") :]
+    assert "3 of 42 files could not be read:" in tail
+    for name in lost["image_path"]:
+        assert f"Cannot read the image {name}" in tail
+    # A folder that can be read ends as ever, one that cannot at all too.
+    for name in lost["image_path"]:
+        Path(name).unlink()
+    main([*arguments, "--data", str(folder)])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as info:
+        main([*arguments, "--data", str(broken)])
+    assert info.value.code == 3
+    assert "1 of 1 files could not be read" in capsys.readouterr().out
+
+
+def test_predict_on_a_data_module_goes_on_too_and_a_test_does_not(
+    tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = parts(tmp_path / "parts", "12.png")
+    (folder / "test" / "bad" / "000.png").write_bytes(b"")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: {class_path: PixelFlow, init_args: {image_size: [12, 12], channels: 1, coupling_layers: 4, "
+        "hidden_channels: 16, bottleneck_dim: 3}}\n"
+        f"data: {{class_path: OneClass, init_args: {{dataset: {folder}, normal_class: good}}}}\n"
+        "trainer: {accelerator: cpu, enable_progress_bar: false}\n"
+    )
+    arguments = ["--config", str(config), "--ckpt_path", str(trained["12.png"])]
+    with pytest.raises(SystemExit) as info:
+        main(["predict", *arguments])
+    assert info.value.code == 3
+    (path,) = tmp_path.rglob("predictions.csv")
+    frame = pd.read_csv(path)
+    assert len(frame) == 16
+    assert frame["error"].notna().sum() == 1
+    assert set(frame["source"].dropna()) == {"good", "bad"}
+    with pytest.raises(SystemExit) as info:
+        main(["test", *arguments])
+    assert info.value.code == 1
+    assert f"Cannot read the image {folder / 'test' / 'bad' / '000.png'}" in capsys.readouterr().err
+
+
+def test_hidden_folders_are_no_class(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "parts", "8.png")
+    write(folder / "test" / ".ipynb_checkpoints", "8.png", 2)
+    write(folder / "train" / "good" / ".ipynb_checkpoints", "8.png", 2)
+    data = module(folder)
+    data.setup()
+    assert set(data.test_data.samples["source"]) == {"good", "bad"}
+    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (36, 24, 16)
+    assert len(PathDataset(folder)) == 76
+
+
+def test_pictures_show_what_was_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", "12.png", 2) / "001.png"
+    batch = ImageBatch(image=torch.rand(1, 3, 8, 8), image_path=[str(path)], anomaly_map=torch.rand(1, 8, 8))
+    batch.update(pred_score=torch.rand(1), pred_label=torch.ones(1).bool())
+    picture = ImageVisualizer(fields=["image"], overlay_fields=None, field_size=(12, 12))(batch)
+    shown = np.asarray(picture)[..., 0]
+    expected = np.rint(np.asarray(Image.open(path)) / 4095 * 255)
+    assert np.abs(shown[-12:, :12] - expected).max() <= 1
+
+
+def test_anomalibs_detectors_predict_by_the_same_reader(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", "16.png", 3)
+    write(tmp_path / "b", "8.png", 3)
+    detector = Padim(
+        backbone="resnet18", layers=["layer1"], n_features=4, pre_trained=False, visualizer=False, post_processor=False
+    )
+    seen: list[torch.Tensor] = []
+    detector.predict_step = lambda batch, *_, **__: seen.append(batch.image.clone())
+    for path in (folder, tmp_path / "b"):
+        engine(tmp_path).predict(detector, data_path=path)
+    for deep, shallow in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(deep, shallow)
