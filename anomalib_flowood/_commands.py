@@ -15,7 +15,7 @@ from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
@@ -27,6 +27,7 @@ import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import read_as_trained, skipping_arguments
+from anomalib_flowood.engine import RunEngine, new_folder, run_folder
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.predictions import keep_predictions
@@ -129,6 +130,16 @@ class FlowoodCLI(AnomalibCLI):
             engine.trainer.save_checkpoint(output, weights_only=True)
         Console().print(f"Checkpoint: {output}", markup=False, highlight=False, soft_wrap=True)
 
+    def add_predict_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``predict``."""
+        super().add_predict_arguments(parser)
+        parser.add_argument(
+            "--output",
+            type=Path,
+            default=None,
+            help="Folder for predictions.csv and pictures; made if missing. By default a new one in the run's folder.",
+        )
+
     def add_report_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``report``."""
         parser.add_argument("folder", type=Path, help="Folder that `flowood benchmark` or `flowood test` named.")
@@ -170,14 +181,15 @@ class FlowoodCLI(AnomalibCLI):
             given = trainer["callbacks"] or []
             trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), self.recorder]
         super().instantiate_engine()
+        self.engine: RunEngine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
 
     def _run_subcommand(self) -> None:
+        if self.subcommand in {"test", "predict"}:
+            self.engine.folder = self._output_folder()
         if self.subcommand == "predict":
             arguments = self._prepare_subcommand_kwargs("predict")
             arguments, errors = skipping_arguments(**arguments)
-            predictions = self.engine.predict(**arguments)
-            folder = Path(self.engine.trainer.default_root_dir)
-            keep_predictions(predictions, folder, self.model.post_processor, errors)
+            self.keep_predictions(self.engine.predict(**arguments), errors)
             if errors:
                 sys.exit(UNREADABLE)
         elif self.subcommand == "benchmark":
@@ -189,28 +201,64 @@ class FlowoodCLI(AnomalibCLI):
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()
 
+    def _output_folder(self) -> Path:
+        """Where a test or a prediction writes: where the user says, or to a new folder of the checkpoint's run."""
+        config = self.config[self.subcommand]
+        output = config.get("output")
+        if output is None:
+            checkpoint = None if config["ckpt_path"] is None else Path(str(config["ckpt_path"]))
+            run = run_folder(checkpoint, Path(str(config["default_root_dir"])), self.model.name)
+            return new_folder(run / self.subcommand)
+        if output.is_file() or output.suffix == ".csv":
+            msg = f"--output {output} has to be a folder: predictions.csv is written into it, and pictures if any."
+            raise ValueError(msg)
+        return output
+
+    def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
+        """Keep what was predicted, and with which settings, by which checkpoint, of which data."""
+        folder = Path(self.engine.trainer.default_root_dir)
+        if keep_predictions(predictions, folder, self.model.post_processor, errors) is None:
+            return
+        data = self._data_label()
+        record = self._write_record(folder, data)
+        checkpoint = self.config[self.subcommand]["ckpt_path"]
+        print(f"Data: {data}. Checkpoint: {checkpoint}. {record.name} beside them has all settings.")
+
     def keep_results(self) -> None:
         """Keep the results of a test as a benchmark keeps its own, for ``report``."""
-        config = self.config[self.subcommand]
         folder = Path(self.engine.trainer.default_root_dir)
-        entries = {kind: config[kind].as_dict() for kind in ("model", "data")}
-        detector = type(self.model).__name__
-        data = f"{self.datamodule.name} {self.datamodule.category}".strip()
-        labels: dict[str, Any] = {"detector": detector, "data": data, "seed": config["seed_everything"]}
+        data = self._data_label()
+        seed = self.config[self.subcommand]["seed_everything"]
+        labels: dict[str, Any] = {"detector": type(self.model).__name__, "data": data, "seed": seed}
         try:
             row = labels | measure(self.recorder)
         except ValueError as error:  # the test itself has succeeded
             print(f"There is nothing to report: {error}")
             return
-        write_record(
-            folder,
-            "test",
-            detectors={detector: entries["model"]},
-            data={data: entries["data"]},
-            settings={"checkpoint": config["ckpt_path"], "seed": config["seed_everything"]},
-        )
+        self._write_record(folder, data)
         Results(folder).add(row, self.recorder.scores.assign(**labels))
         print(f"As a page: flowood report {folder}")
+
+    def _data_label(self) -> str:
+        data = self.datamodule
+        if isinstance(data, AnomalibDataModule):
+            return f"{data.name} {data.category}".strip()
+        return str(data) if isinstance(data, str | Path) else type(data).__name__
+
+    def _write_record(self, folder: Path, data: str) -> Path:
+        config = self.config[self.subcommand]
+        return write_record(
+            folder,
+            "predict" if self.subcommand == "predict" else "test",
+            detectors={type(self.model).__name__: _plain(config["model"])},
+            data={data: _plain(config["data"])},
+            settings={"checkpoint": config["ckpt_path"], "seed": config["seed_everything"]},
+        )
+
+
+def _plain(entry: Any) -> Any:
+    """An entry of the configuration as plain data: a class with its arguments, or a path."""
+    return entry.as_dict() if isinstance(entry, Namespace) else entry
 
 
 def _seed(given: bool | int) -> int:

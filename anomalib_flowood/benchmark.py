@@ -32,7 +32,6 @@ import re
 import time
 from argparse import ArgumentError
 from collections.abc import Generator, Iterable, Iterator
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +56,7 @@ from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
+from anomalib_flowood.engine import new_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
 from anomalib_flowood.names import unknown_name
 from anomalib_flowood.report import (
@@ -508,18 +508,6 @@ def _check_trainer(trainer: dict) -> None:
     _check_known("trainer argument", trainer, allowed)
 
 
-def _new_folder(root: Path) -> Path:
-    """Make a folder named after the time."""
-    stamp = datetime.now().strftime("%Y-%m-%d-%H_%M_%S")
-    folder = root / stamp
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = root / f"{stamp}-{number}"
-    folder.mkdir(parents=True)
-    return folder
-
-
 class Results:
     """The results of a benchmark or a test in a folder, complete after every job.
 
@@ -595,7 +583,7 @@ class BenchmarkRunner(SerialRunner):
             with _logs_to(None):
                 jobs = [job for job in self.generator(args, prev_stage_results) if isinstance(job, BenchmarkJob)]
                 _check_jobs(jobs, progress)
-            record = Results(_new_folder(Path("runs") / BenchmarkJob.name))
+            record = Results(new_folder(Path("runs") / BenchmarkJob.name))
             write_record(
                 record.folder,
                 BenchmarkJob.name,

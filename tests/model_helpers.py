@@ -60,9 +60,11 @@ def feature_map_flow(**kwargs) -> FeatureMapFlow:
 DETECTORS = {"pixel_flow": pixel_flow, "embedding_flow": embedding_flow, "feature_map_flow": feature_map_flow}
 
 
+TRAINER = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+
+
 def engine(tmp_path: Path, **kwargs) -> Engine:
-    defaults = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=tmp_path / "results", **{**defaults, **kwargs})
+    return Engine(default_root_dir=tmp_path / "results", **{**TRAINER, **kwargs})
 
 
 def randomise_flow(model: nn.Module, scale: float = 0.1) -> None:

@@ -17,6 +17,7 @@ from anomalib_flowood.data.datasets import (
     show_images,
 )
 from anomalib_flowood.data.decoding import UnreadableImageError, image_files, read_for_anomalib, read_image
+from anomalib_flowood.data.pictures import keep_pictures_apart
 from anomalib_flowood.data.prediction import PathDataset, predict_by_path
 from anomalib_flowood.data.sources import DATA_SETS
 
@@ -38,5 +39,6 @@ __all__ = [
 for _datamodule in (CrossDataset, OneClass):
     setattr(anomalib_data, _datamodule.__name__, _datamodule)
 show_images()
+keep_pictures_apart()
 read_for_anomalib()
 predict_by_path()

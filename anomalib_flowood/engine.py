@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the results of a run go: anomalib's engine, with folders that say what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from anomalib.engine import Engine
+
+_WEIGHTS = ("weights", "lightning")
+"""Where anomalib's engine writes checkpoints, in the folder of a run."""
+
+
+class RunEngine(Engine):
+    """anomalib's engine, but a failed fit leaves ``latest`` as it was, and a test or a prediction has its own folder.
+
+    anomalib lets the link ``latest`` point to a new folder before the training begins, and writes what a checkpoint
+    gives on other data into the folder that ``latest`` names, whichever checkpoint it is.
+    """
+
+    folder: Path | None = None
+    """Where to write what a test or a prediction gives; where anomalib does if it is not set."""
+    _new: Path | None = None
+    _previous: Path | None = None
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Fit as anomalib's engine does."""
+        with self._latest_has_weights():
+            super().fit(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Fit and test as anomalib's engine does."""
+        with self._latest_has_weights():
+            return super().train(*args, **kwargs)
+
+    def _setup_workspace(self, *args: Any, **kwargs: Any) -> None:
+        versioned = kwargs.pop("versioned_dir", False)
+        arguments = self._cache.args
+        root = arguments["default_root_dir"]
+        super()._setup_workspace(*args, **kwargs)  # the folder that `latest` names
+        if versioned:
+            self._previous = Path(arguments["default_root_dir"])
+            if self._previous.name == "latest" and self._previous.is_dir():
+                msg = f"{self._previous} is a folder, where a link to the newest run has to be. Move it elsewhere."
+                raise FileExistsError(msg)
+            arguments["default_root_dir"] = root
+            super()._setup_workspace(*args, **{**kwargs, "versioned_dir": True})
+            self._new = Path(arguments["default_root_dir"])
+        elif self.folder is not None:
+            arguments["default_root_dir"] = self.folder
+
+    @contextlib.contextmanager
+    def _latest_has_weights(self) -> Iterator[None]:
+        """Turn ``latest`` back if the run fails, or was a trial, and has written no weights."""
+        self._new = None
+        finished = False
+        try:
+            yield
+            finished = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        finally:
+            if not finished and self._new is not None and not any(self._new.rglob("*.ckpt")):
+                self._turn_latest_back(self._new)
+
+    def _turn_latest_back(self, new: Path) -> None:
+        latest = new.parent / "latest"
+        if latest.is_symlink():
+            latest.unlink()
+            if self._previous is not None and self._previous.is_dir():
+                latest.symlink_to(self._previous, target_is_directory=True)
+        with contextlib.suppress(OSError):  # what it holds says what failed
+            new.rmdir()
+
+
+def run_folder(checkpoint: Path | None, root: Path, detector: str) -> Path:
+    """Return the folder that what a checkpoint gives belongs to.
+
+    Args:
+        checkpoint: The checkpoint, if there is one.
+        root: Where results go (``default_root_dir``).
+        detector: The detector's name.
+
+    Returns:
+        The folder of the run that wrote the checkpoint, if it lies below ``root``; else the detector's in ``root``.
+    """
+    root = root.resolve()
+    if checkpoint is not None:
+        folder = checkpoint.resolve().parent
+        if folder.parts[-2:] == _WEIGHTS and root in folder.parents:
+            return folder.parents[1]
+    return root / detector
+
+
+def new_folder(root: Path) -> Path:
+    """Make a folder named after the time.
+
+    Args:
+        root: Where to make it; made if missing.
+
+    Returns:
+        The folder, which did not exist before.
+    """
+    stamp = datetime.now().strftime("%Y-%m-%d-%H_%M_%S")
+    number = 1
+    while True:
+        folder = root / (stamp if number == 1 else f"{stamp}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        number += 1

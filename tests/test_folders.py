@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where results go: beside the run that they are of, and over nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from anomalib.data import Folder, PredictDataset
+from model_helpers import TRAINER, data, engine, feature_map_flow, pixel_flow
+from PIL import Image
+
+from anomalib_flowood.cli import main
+from anomalib_flowood.engine import RunEngine, new_folder, run_folder
+
+
+def run_engine(folder: Path, **kwargs) -> RunEngine:
+    return RunEngine(default_root_dir=folder, **{**TRAINER, **kwargs})
+
+
+def break_training(monkeypatch, detector, error=ArithmeticError):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(detector, "training_step", fail)
+    return detector
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_a_failed_fit_leaves_latest_as_it_was(command, tmp_path, monkeypatch):
+    sets = data(tmp_path)
+    runs = tmp_path / "results/PixelFlow/CrossDataset/ramps-squares"
+    broken = break_training(monkeypatch, pixel_flow())
+    with pytest.raises(ArithmeticError):
+        getattr(run_engine(tmp_path / "results"), command)(broken, datamodule=sets)
+    assert [path.name for path in runs.iterdir()] == []  # nor does an empty folder stay
+
+    run_engine(tmp_path / "results").fit(pixel_flow(max_epochs=1), datamodule=sets)
+    latest = runs / "latest"
+    assert latest.resolve() == runs / "v0"
+    for error in (ArithmeticError, KeyboardInterrupt):  # Lightning makes the latter an exit
+        broken = break_training(monkeypatch, pixel_flow(), error)
+        with pytest.raises((ArithmeticError, SystemExit)):
+            getattr(run_engine(tmp_path / "results"), command)(broken, datamodule=sets)
+        assert latest.resolve() == runs / "v0"
+    run_engine(tmp_path / "results", fast_dev_run=True).fit(pixel_flow(), datamodule=sets)  # writes no weights
+    assert latest.resolve() == runs / "v0"
+    assert (latest / "weights/lightning/model.ckpt").is_file()
+
+    # Training that fails late has left weights.
+    late = pixel_flow(max_epochs=3)
+    monkeypatch.setattr(late, "on_train_epoch_start", lambda: late.current_epoch == 2 and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_engine(tmp_path / "results").fit(late, datamodule=sets)
+    assert latest.resolve() == runs / "v1"
+    assert (latest / "weights/lightning/model.ckpt").is_file()
+
+
+def test_a_folder_called_latest_is_no_link(tmp_path):
+    folder = tmp_path / "results/PixelFlow/CrossDataset/ramps-squares/latest"
+    folder.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="latest is a folder, where a link to the newest run has to be"):
+        run_engine(tmp_path / "results").fit(pixel_flow(), datamodule=data(tmp_path))
+
+
+def test_the_folder_that_a_checkpoint_belongs_to(tmp_path):
+    run = tmp_path / "results/PixelFlow/tiny/v3"
+    checkpoint = run / "weights/lightning/model.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    latest = run.parent / "latest"
+    latest.symlink_to(run)
+    root = tmp_path / "results"
+    assert run_folder(latest / "weights/lightning/model.ckpt", root, "PixelFlow") == run
+    assert run_folder(checkpoint, tmp_path / "other", "PixelFlow") == tmp_path / "other/PixelFlow"
+    assert run_folder(tmp_path / "results/model.ckpt", root, "PixelFlow") == root / "PixelFlow"
+    assert run_folder(None, root, "PixelFlow") == root / "PixelFlow"
+
+
+def test_a_new_folder_is_new(tmp_path):
+    folders = [new_folder(tmp_path / "a" / "b") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() for folder in folders)
+
+
+def write_images(folder: Path, count: int, mean: float) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        pixels = rng.normal(mean, 20, (16, 16, 3)).clip(0, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A configuration file and two runs, in an empty folder."""
+    data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_channels": 8, "max_epochs": 1}
+    sets = {"in_distribution": "ramps", "out_of_distribution": ["squares"], "val_split_ratio": 0.2}
+    content = {
+        "model": {"class_path": "PixelFlow", "init_args": {**model, "bottleneck_dim": 2}},
+        "data": {"class_path": "CrossDataset", "init_args": sets},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }
+    Path("detector.yaml").write_text(yaml.safe_dump(content))
+    for _ in range(2):
+        main(["fit", "--config", "detector.yaml", "--seed_everything", "0"])
+    return tmp_path / "results/PixelFlow/CrossDataset/ramps-squares"
+
+
+def test_predictions_say_which_run_they_belong_to(trained, capsys):
+    given = ["--config", "detector.yaml", "--seed_everything", "7"]
+    checkpoint = trained / "v0/weights/lightning/model.ckpt"
+    for _ in range(2):  # on the same data, with the same checkpoint: nothing is lost
+        main(["predict", *given, "--ckpt_path", str(checkpoint)])
+    out = capsys.readouterr().out
+    folders = sorted((trained / "v0/predict").iterdir())
+    assert len(folders) == 2
+    assert f"All predictions: {folders[1] / 'predictions.csv'}" in out
+    assert f"Data: CrossDataset ramps-squares. Checkpoint: {checkpoint}." in out
+    record = json.loads((folders[0] / "run.json").read_text())
+    assert record["command"] == "predict"
+    assert record["settings"] == {"checkpoint": str(checkpoint), "seed": 7}
+    assert record["detectors"]["PixelFlow"]["init_args"]["image_size"] == [12, 12]
+
+    write_images(Path("new"), 3, 90)
+    main(["predict", *given, "--data", "new", "--ckpt_path", str(checkpoint), "--output", "here/there"])
+    assert len(pd.read_csv("here/there/predictions.csv")) == 3
+    assert json.loads(Path("here/there/run.json").read_text())["data"] == {"new": "new"}
+    assert "All predictions: here/there/predictions.csv" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("results/PixelFlow").iterdir()) == ["CrossDataset"]
+    with pytest.raises(SystemExit):
+        main(["predict", *given, "--data", "new", "--ckpt_path", str(checkpoint), "--output", "scores.csv"])
+    assert "--output scores.csv has to be a folder" in capsys.readouterr().err
+
+
+def test_tests_say_which_run_they_belong_to(trained, capsys):
+    main(["test", "--config", "detector.yaml", "--ckpt_path", str(trained / "v0/weights/lightning/model.ckpt")])
+    (folder,) = (trained / "v0/test").iterdir()
+    assert f"As a page: flowood report {folder}" in capsys.readouterr().out
+    assert {"results.csv", "scores.csv", "run.json"} <= {path.name for path in folder.iterdir()}
+    assert not list((trained / "v1").glob("*.csv"))
+    # On data that it was never trained on, it leaves no folder in the way of a training.
+    swapped = ["--data.in_distribution=squares", "--data.out_of_distribution=[ramps]"]
+    main(
+        ["test", "--config", "detector.yaml", *swapped, "--ckpt_path", str(trained / "v1/weights/lightning/model.ckpt")]
+    )
+    main(["fit", "--config", "detector.yaml", *swapped])
+    assert (trained.with_name("squares-ramps") / "latest/weights/lightning/model.ckpt").is_file()
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.png"))
+
+
+def test_pictures_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    parts = tmp_path / "parts"
+    write_images(tmp_path / "train", 25, 90)
+    for number, lot in enumerate(("lot1", "lot2")):
+        write_images(parts / lot / "good", 1 + number, 90)
+        write_images(parts / lot / "bad", 1, 200)
+    sets = Folder(
+        "tiles", tmp_path / "train", parts, ["lot1/bad", "lot2/bad"], ["lot1/good", "lot2/good"],
+        num_workers=0, val_split_mode="from_train", val_split_ratio=0.8, seed=0,
+    )  # fmt: skip
+    detector = feature_map_flow(image_size=(32, 32), max_epochs=1, visualizer=True)
+    trainer = engine(tmp_path)
+    trainer.fit(detector, datamodule=sets)
+    trainer.test(detector, datamodule=sets)
+    run = tmp_path / "results/FeatureMapFlow/tiles/v0"
+    expected = ["lot1/bad/000.png", "lot1/good/000.png", "lot2/bad/000.png", "lot2/good/000.png", "lot2/good/001.png"]
+    assert pictures(run) == expected
+    assert (run / "images/lot1/good/000.png").read_bytes() != (run / "images/lot1/bad/000.png").read_bytes()
+
+    monkeypatch.chdir(parts)  # relative paths, a folder of folders, one folder, one file
+    for given, names in (
+        (".", expected),
+        ("lot1", ["bad/000.png", "good/000.png"]),
+        ("lot2/good", ["good/000.png", "good/001.png"]),
+        ("lot2/good/001.png", ["good/001.png"]),
+    ):
+        predictor = engine(tmp_path / "predicted" / given.replace("/", "-"))
+        predictor.predict(detector, dataset=PredictDataset(given))
+        assert pictures(Path(predictor.trainer.default_root_dir)) == names
