@@ -7,6 +7,7 @@
 # make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
 # make scores     every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests
+# make gpu          run the tests of devices on this machine's GPU, with .venv or with PYTHON=…, which has what they import
 # make lint         ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +23,7 @@ SEEDS ?= 0 1 2
 PROFILE ?= laptop
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest scores paper report test lint fashion-mnist chromium
+.PHONY: quickstart seeds speed contest scores paper report test gpu lint fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -57,6 +58,13 @@ report: .venv/offline chromium
 
 test: .venv/test chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Installs nothing: a machine with a GPU has a PyTorch of its own. Without a GPU the device is a pretended one alone.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) -c "import torch; cuda = torch.cuda.is_available(); \
+		print('PyTorch', torch.__version__, 'on', torch.cuda.get_device_name() if cuda else 'a machine without a GPU')"
+	$(GPU_PYTHON) -m pytest -v tests/test_devices.py $(PYTEST_ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from timm.models import is_model, list_models
 from torch import Tensor, nn
 
+from anomalib_flowood.flows import full_precision
 from anomalib_flowood.names import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,9 @@ def feature_layers(name: str) -> dict[str, int]:
     return {layer["module"]: layer["reduction"] for layer in network.feature_info}
 
 
+@full_precision
 def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """Run a backbone as fast as the device allows.
+    """Run a backbone as fast as the device allows in full precision, so that its features are the same everywhere.
 
     Args:
         backbone: From :func:`create_feature_maps`, or :class:`PooledAndMaps`.

@@ -15,6 +15,7 @@ from .pixels import (
     dequantize,
     standard_normal_log_prob,
 )
+from .precision import full_precision
 from .subnets import (
     SUBNETS,
     Bottleneck,
@@ -54,6 +55,7 @@ __all__ = [
     "coupling_mask",
     "dequantization_noise",
     "dequantize",
+    "full_precision",
     "map_flow",
     "pixel_flow",
     "quadrant_size",

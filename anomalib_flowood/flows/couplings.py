@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .masks import CouplingMask
+from .precision import full_precision
 
 _CLOCKWISE = (0, 1, 3, 2)
 """Quadrants clockwise from the top left, as places in reading order."""
@@ -68,8 +69,15 @@ class AffineCoupling(InvertibleModule):
         Returns:
             ``s`` (bounded by ``|w|``) and ``t``, each ``(N, C, ...)``.
         """
-        raw, shift = self.subnet(fed).chunk(2, dim=1)
+        # Whatever the network makes of what it sees, the density is exact for it. So training may run it in 16 bits;
+        # but scores are not to depend on that.
+        network = self.subnet if self.training else self._exact_subnet
+        raw, shift = network(fed).to(fed.dtype).chunk(2, dim=1)
         return self.scale * torch.tanh(raw), shift
+
+    @full_precision
+    def _exact_subnet(self, fed: Tensor) -> Tensor:
+        return self.subnet(fed)
 
     def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Transform the changed values.

@@ -16,6 +16,8 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .precision import full_precision
+
 _CONSTANT = 1e-5
 """Standard deviation below which a channel counts as constant: half a grey level is a hundred times as much."""
 
@@ -251,6 +253,7 @@ class InvertibleConv1x1(_ImageLayer):
         inner = torch.linalg.solve_triangular(lower, self.permutation.T, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, inner, upper=True)
 
+    @full_precision
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Multiply the channels of ``x`` by ``W``, or by its inverse."""
         weight = self._inverse_weight() if rev else self.weight()

@@ -27,11 +27,14 @@ class KNNModel(EmbeddingFlowModel):
     """Mean cosine distance of an embedding to its five nearest training embeddings."""
 
     bank: Tensor
+    location: Tensor
+    precision: Tensor
 
     def __init__(self, *args: Any, neighbours: int = NEIGHBOURS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.neighbours = neighbours
-        self.register_buffer("bank", torch.zeros(0, self.dims), persistent=False)
+        for name in ("bank", "location", "precision"):  # sized by what is fitted
+            self.register_buffer(name, torch.zeros(0), persistent=False)
 
     def observe(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return what the embeddings of training images are made of."""
@@ -40,7 +43,7 @@ class KNNModel(EmbeddingFlowModel):
     def fit(self, features: tuple[Tensor, ...]) -> None:
         """Fit the embedding, then the baseline on training embeddings of length 1."""
         self.fit_maps(features[1:])
-        self.fit_embeddings(self.embed_features(features))
+        self.fit_embeddings(self.embed_stored(features))
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
         """Keep the training embeddings, ``(N, D)``."""
@@ -62,8 +65,8 @@ class MahalanobisModel(KNNModel):
     def fit_embeddings(self, embeddings: Tensor) -> None:
         """Fit mean and shrunk covariance to ``(N, D)``."""
         fitted = LedoitWolf().fit(embeddings.double().cpu().numpy())
-        self.location = torch.from_numpy(fitted.location_)
-        self.precision = torch.from_numpy(fitted.precision_)
+        self.location = torch.from_numpy(fitted.location_).to(embeddings.device)
+        self.precision = torch.from_numpy(fitted.precision_).to(embeddings.device)
 
     def distance(self, embeddings: Tensor) -> Tensor:
         """Score embeddings ``(N, D)``."""
@@ -129,10 +132,10 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         self._seen: list[tuple[Tensor, ...]] = []
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Keep a batch's features."""
+        """Keep a batch's features, in main memory."""
         del args, kwargs
         with torch.no_grad():
-            self._seen.append(self.model.observe(batch.image))
+            self._seen.append(tuple(part.cpu() for part in self.model.observe(batch.image)))
         return torch.zeros((), requires_grad=True, device=self.device)
 
     @torch.no_grad()

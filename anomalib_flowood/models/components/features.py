@@ -122,6 +122,9 @@ class FrozenFeatures(_Base):
     the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
     random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
 
+    Stored features lie in main memory, whatever the device of the detector. What is computed of them is computed on
+    that device, some rows at a time: torch models bring the features that they get to their own device and precision.
+
     The detector implements :meth:`extract`, :meth:`fit_features` and :meth:`prepare_features`.
     """
 
@@ -133,11 +136,11 @@ class FrozenFeatures(_Base):
         raise NotImplementedError
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit what comes before the flow on the features of all training images."""
+        """Fit what comes before the flow on the features of all training images, which lie in main memory."""
         raise NotImplementedError
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Turn features into what the flow trains on, once and not at every step."""
+        """Turn some features, on any device, into what the flow trains on, once and not at every step."""
         raise NotImplementedError
 
     def configure_callbacks(self) -> list[Callback]:
@@ -209,7 +212,7 @@ class FrozenFeatures(_Base):
     def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 256) -> tuple[Tensor, ...]:
         store = FeatureStore(len(features[0]), self.cache_gib)
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
-            store.append(self.prepare_features(tuple(part.to(self.device) for part in rows)))
+            store.append(self.prepare_features(rows))
         return store.features
 
 

@@ -75,6 +75,17 @@ class FlowModel(nn.Module):
         """
         raise NotImplementedError
 
+    def checked(self, images: Tensor, *, unit_range: bool = False, size: tuple[int, int] | None = None) -> Tensor:
+        """Refuse images that cannot be scored, as :func:`check_images` does, and bring the others to our precision.
+
+        Raises:
+            ValueError: As :func:`check_images`, and if the model's weights have fewer than 32 bits.
+        """
+        dtype = next(self.flow.parameters()).dtype
+        check_precision(dtype)
+        check_images(images, unit_range=unit_range, size=size)
+        return images.to(dtype)
+
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
         """Evaluate the density of prepared images.
 
@@ -112,6 +123,24 @@ class FlowModel(nn.Module):
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score pre-processed images, ``(N, C, H, W)``; see :meth:`predict`."""
         return self.predict(self.inputs(images))
+
+
+def check_precision(precision: str | int | torch.dtype) -> None:
+    """Refuse weights of 16 bits, in which no density has digits enough to be compared.
+
+    Args:
+        precision: Lightning's name (``32-true``, ``bf16-mixed``, …), or the weights' type.
+
+    Raises:
+        ValueError: If weights of this precision have 16 bits.
+    """
+    if precision in {"16-true", "bf16-true", torch.float16, torch.bfloat16}:
+        msg = (
+            f"Weights of 16 bits ({precision}) leave a log-density of hundreds of nats two or three digits, and images "
+            "differ by less. Set precision to bf16-mixed or 16-mixed, which train the s,t-networks in 16 bits and keep "
+            "the density in 32, to 32-true (the default) or 64-true."
+        )
+        raise ValueError(msg)
 
 
 def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, int] | None = None) -> None:

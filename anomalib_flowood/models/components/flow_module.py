@@ -26,7 +26,7 @@ from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
 
-from .flow_model import FlowModel
+from .flow_model import FlowModel, check_precision
 from .post_processor import ConformalPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class FlowModule(_Base):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
+        if trainer is not None:
+            check_precision(trainer.precision)
         # Here, and not in `trainer_arguments`, which would override what the user asked for: when a fit begins, a
         # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit.
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
@@ -183,7 +185,10 @@ class FlowModule(_Base):
     def configure_optimizers(self) -> Any:
         """Adam on the flows, its learning rate following a cosine down to zero over the whole training."""
         parameters = [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
+        # A fused optimizer divides the gradients by the loss scale of 16-mixed inside of its step, and so after they
+        # were clipped; Lightning refuses a gradient_clip_val then.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=not scaled)
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}

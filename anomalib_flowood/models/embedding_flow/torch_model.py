@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.backbones import PooledAndMaps, feature_layers, run_backbone
-from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density
 from anomalib_flowood.scores.score import Inputs
 
@@ -174,17 +174,21 @@ class EmbeddingFlowModel(FlowModel):
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        check_images(images, size=self.image_size)
+        images = self.checked(images, size=self.image_size)
         pooled, *maps = run_backbone(self.backbone, images)
         return (pooled, *(_to_grid(layer) for layer in maps))
 
+    @flows.full_precision
     def embed_features(self, features: tuple[Tensor, ...]) -> Tensor:
         """Make embeddings of what :meth:`extract` returned.
+
+        Args:
+            features: They may lie on another device than the model, and have another precision.
 
         Returns:
             Embeddings of length 1, ``(N, D)``.
         """
-        pooled, *maps = features
+        pooled, *maps = (part.to(self.mean) for part in features)
         parts = [pooled]
         for number, layer in enumerate(maps):
             mean, directions = getattr(self, f"map_mean_{number}"), getattr(self, f"map_directions_{number}")
@@ -192,6 +196,11 @@ class EmbeddingFlowModel(FlowModel):
             parts.append(functional.conv2d(centred, directions[:, :, None, None]).flatten(1))
         length = math.sqrt(len(parts))
         return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
+
+    def embed_stored(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Embed the features of many images, some at a time: ``(N, D)``, on the model's device."""
+        chunks = zip(*(part.split(_CHUNK) for part in features), strict=True)
+        return torch.cat([self.embed_features(chunk) for chunk in chunks])
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed pre-processed images, ``(N, 3, H, W)``: ``(N, D)``, length 1; errors as for :meth:`extract`."""
@@ -201,7 +210,7 @@ class EmbeddingFlowModel(FlowModel):
         """Fit everything but the flow.
 
         Args:
-            features: What :meth:`extract` returns for all training images.
+            features: What :meth:`extract` returns for all training images; in main memory, if they are many.
 
         Raises:
             ValueError: If there are too few of them, or they are all alike.
@@ -209,8 +218,7 @@ class EmbeddingFlowModel(FlowModel):
         drawn = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(0))[:_FIT_IMAGES].sort().values
         features = tuple(part[drawn] for part in features)
         self.fit_maps(features[1:])
-        chunks = zip(*(part.split(_CHUNK) for part in features), strict=True)
-        self.fit_subspace(torch.cat([self.embed_features(chunk) for chunk in chunks]))
+        self.fit_subspace(self.embed_stored(features))
 
     def fit_maps(self, maps: tuple[Tensor, ...]) -> None:
         """Fit the principal directions of each layer's feature vectors, over all positions and images."""
@@ -280,6 +288,7 @@ class EmbeddingFlowModel(FlowModel):
         self.centres.copy_((centres @ turn / (within + noise).sqrt())[slots])
         self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
 
+    @flows.full_precision
     def project(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Split the density of embeddings into what the flow models, and the rest.
 
@@ -326,12 +335,17 @@ class EmbeddingFlowModel(FlowModel):
         """
         whitened, rest = inputs
         z, log_det = (flow or self.flow)(whitened)
+        base, radius = self._mixture(z)
+        return Density(base + log_det + rest, radius, -torch.stack([base, log_det, rest], dim=1))
+
+    @flows.full_precision
+    def _mixture(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density of latents, ``(N, k)``, under the base, and their distance from its nearest mean; ``(N,)``."""
         # By a matrix product: no tensor of N x modes x k numbers.
         squares = z.square().sum(1)
         kernels = torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)
         base = torch.logsumexp(kernels + self.log_weights, dim=1) - 0.5 * (squares + z.shape[1] * math.log(2 * math.pi))
-        radius = (squares - 2 * kernels.amax(1)).clamp(min=0).sqrt()
-        return Density(base + log_det + rest, radius, -torch.stack([base, log_det, rest], dim=1))
+        return base, (squares - 2 * kernels.amax(1)).clamp(min=0).sqrt()
 
 
 def _to_grid(layer: Tensor) -> Tensor:

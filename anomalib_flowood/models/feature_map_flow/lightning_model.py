@@ -132,8 +132,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
         """Fit the principal subspaces, and keep some reduced maps to measure the layers' scales on."""
         self.model.fit_subspaces(features)
-        some = tuple(layer[:_SCALE_IMAGES].to(self.device) for layer in features)  # the loader shuffled them
-        self._reference = self.prepare_features(some)
+        some = tuple(layer[:_SCALE_IMAGES] for layer in features)  # the loader shuffled them
+        self._reference = tuple(layer.cpu() for layer in self.prepare_features(some))
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the reduced maps, ``(N, D, h, w)`` for each layer, in half precision."""
@@ -141,7 +141,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Reduced maps, ``(N, D, h, w)`` for each layer."""
-        return tuple(layer.float() for layer in super().inputs_of(batch))
+        return tuple(layer.to(self.dtype) for layer in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
         """Reduced maps with noise, ``(N, D, h, w)`` for each layer."""
@@ -160,7 +160,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     @torch.no_grad()
     def _fit_map_scale(self) -> None:
         if self._reference:
-            self.model.fit_map_scale(tuple(layer.float() for layer in self._reference))
+            self.model.fit_map_scale(tuple(layer.to(self.device, self.dtype) for layer in self._reference))
 
     def _noise_like(self, layer: Tensor) -> Tensor:
         noise = torch.randn_like(layer)

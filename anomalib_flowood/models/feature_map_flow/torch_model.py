@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.backbones import create_feature_maps, run_backbone
-from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density, Score
 from anomalib_flowood.scores.score import Inputs
 
@@ -251,14 +251,15 @@ class FeatureMapFlowModel(FlowModel):
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        check_images(images, size=self.image_size)
+        images = self.checked(images, size=self.image_size)
         return run_backbone(self.backbone, images)
 
     def fit_subspaces(self, maps: tuple[Tensor, ...]) -> None:
         """Fit each layer's principal subspace over positions and images.
 
         Args:
-            maps: The feature maps of all training images, one tensor ``(N, C, h, w)`` for each layer.
+            maps: The feature maps of all training images, one tensor ``(N, C, h, w)`` for each layer; in main memory,
+                if they are many.
 
         Raises:
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
@@ -267,8 +268,8 @@ class FeatureMapFlowModel(FlowModel):
             msg = f"A density of whole maps needs at least 3 training images, more are better; got {len(maps[0])}."
             raise ValueError(msg)
         for number, layer in enumerate(maps):
-            vectors = _descriptors(layer).double().cpu().numpy()
             components = getattr(self, f"components_{number}")
+            vectors = _descriptors(layer, components).double().cpu().numpy()
             directions, channels = components.shape
             if directions >= len(vectors):
                 msg = (
@@ -321,6 +322,7 @@ class FeatureMapFlowModel(FlowModel):
             directions[:rank] = torch.from_numpy(pca.components_).to(directions)
             variances[:rank] = torch.maximum(kept, rest)
 
+    @flows.full_precision
     def _whiten(self, number: int, standardised: Tensor) -> Tensor:
         mean, directions, variances, rest = (
             getattr(self, f"layout_{name}_{number}") for name in ("mean", "directions", "variances", "rest")
@@ -340,7 +342,8 @@ class FeatureMapFlowModel(FlowModel):
         """Turn feature maps into what the flow models: descriptors, projected, standardised, their layout whitened.
 
         Args:
-            maps: One map for each layer, ``(N, C, h, w)``.
+            maps: One map for each layer, ``(N, C, h, w)``. They may lie on another device than the model, and have
+                another precision.
 
         Returns:
             One map for each layer, ``(N, D, h, w)``; with ``tail``, ``(N, D + 1, h, w)``, the last of them what the
@@ -355,6 +358,7 @@ class FeatureMapFlowModel(FlowModel):
             reduced.append(torch.cat(parts, dim=1))
         return tuple(reduced)
 
+    @flows.full_precision
     def _standardise(self, number: int, layer: Tensor) -> tuple[Tensor, Tensor]:
         """Return the standardised principal coordinates, ``(N, D, h, w)``, and the tail's share, ``(N, 1, h, w)``."""
         scale, mean, components, variances, tail_variance = (
@@ -455,8 +459,11 @@ def _describe(layer: Tensor) -> Tensor:
     return torch.cat([layer, functional.avg_pool2d(directions, 3, 1, 1, count_include_pad=False)], dim=1)
 
 
-def _descriptors(layer: Tensor) -> Tensor:
-    """Draw descriptors from the maps of all training images, ``(N, C, h, w)``: at most ``(_FIT_POSITIONS, 2 C)``."""
+def _descriptors(layer: Tensor, like: Tensor) -> Tensor:
+    """Draw descriptors from the maps of all training images, ``(N, C, h, w)``: at most ``(_FIT_POSITIONS, 2 C)``.
+
+    They are of the device and the precision of another tensor.
+    """
     n, _, height, width = layer.shape
     positions = height * width
     generator = torch.Generator().manual_seed(0)
@@ -464,5 +471,5 @@ def _descriptors(layer: Tensor) -> Tensor:
     parts = []
     for start, chunk in zip(range(0, n, _CHUNK), layer.split(_CHUNK), strict=True):
         inside = drawn[(drawn >= start * positions) & (drawn < (start + len(chunk)) * positions)] - start * positions
-        parts.append(_describe(chunk.float()).permute(0, 2, 3, 1).flatten(0, 2)[inside])
+        parts.append(_describe(chunk.to(like)).permute(0, 2, 3, 1).flatten(0, 2)[inside])
     return torch.cat(parts)

@@ -12,7 +12,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from anomalib_flowood import flows
-from anomalib_flowood.models.components import FlowModel, check_images
+from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density
 from anomalib_flowood.scores.score import Inputs
 
@@ -106,9 +106,9 @@ class PixelFlowModel(FlowModel):
                 "The pre-processor resizes; or set image_size to the size of your images."
             )
             raise ValueError(msg)
-        check_images(images, unit_range=True)
+        images = self.checked(images, unit_range=True)
         if images.shape[1] != self.shape[0]:
-            images = (images * self.luma.to(images.dtype)).sum(1, keepdim=True)
+            images = (images * self.luma).sum(1, keepdim=True)
         return images
 
     def inputs(self, images: Tensor, *, noisy: bool = False) -> tuple[Tensor]:

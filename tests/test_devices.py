@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors on a device that is not the CPU: a pretended one everywhere, and the GPU where there is one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from model_helpers import BACKBONE, DETECTORS, data, embedding_flow, engine, feature_map_flow, idx_folder, pixel_flow
+from pretend_device import PretendAccelerator, pretend_device
+from torchvision.transforms.v2 import ColorJitter
+
+from anomalib_flowood.explain import explain
+from anomalib_flowood.models.components import backbone_pre_processor
+from anomalib_flowood.scores import SCORES, LocalIntrinsicDimension
+from benchmarks.contest.baselines import MODELS, Baseline
+
+TINY = {"max_epochs": 1}
+BUILD = {
+    "pixel_flow": lambda **kwargs: pixel_flow(image_size=(6, 6), **TINY, **kwargs),  # for Jacobians
+    "embedding_flow": lambda **kwargs: embedding_flow(**TINY, **kwargs),
+    "feature_map_flow": lambda **kwargs: feature_map_flow(**TINY, **kwargs),
+}
+WITH_SCORES = [
+    *(("pixel_flow", score) for score in SCORES),
+    *(("embedding_flow", name) for name, score in SCORES.items() if not score.pixels_only),
+]
+
+
+@pytest.fixture(params=["pretend", *(["cuda"] if torch.cuda.is_available() else [])])
+def away(request):
+    """A device, and what puts Lightning's trainer there."""
+    if request.param == "cuda":
+        yield SimpleNamespace(device=torch.device("cuda"), trainer=lambda: {"accelerator": "gpu"})
+        return
+    with pretend_device() as device:
+        yield SimpleNamespace(
+            device=device,
+            trainer=lambda: {"accelerator": PretendAccelerator(), "strategy": SingleDeviceStrategy(device)},
+        )
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Few images: 22 calibrate."""
+    for name, texture in (("ramps", "plain"), ("squares", "square")):
+        idx_folder(tmp_path / name, texture, train=110, test=8)
+    return data(tmp_path)
+
+
+def is_away(detector, away):
+    return all(t.device.type == away.device.type for t in (*detector.parameters(), *detector.buffers()))
+
+
+def batch_of(module):
+    return next(iter(module.test_dataloader())).image.as_subclass(torch.Tensor)
+
+
+@torch.no_grad()
+def outputs(detector, images):
+    """What a detector says of images, which it gets on its own device."""
+    model, images = detector.eval().model, images.to(detector.device)
+    prepared = detector.pre_processor.transform(images)
+    predicted = detector(images)
+    said = {"log_prob": model.log_prob(prepared), "bits": model.bits_per_dim(prepared), "raw": model(prepared)}
+    said["raw"], said["map"] = said["raw"].pred_score, said["raw"].anomaly_map
+    said |= {"score": predicted.pred_score, "label": predicted.pred_label}
+    said = {name: value for name, value in said.items() if value is not None}
+    assert all(value.device.type == detector.device.type for value in said.values())
+    return {name: value.cpu().float() for name, value in said.items()}
+
+
+def says_the_same_everywhere(detector, away, images):
+    """The device computes what the CPU does."""
+    here = outputs(detector.cpu(), images)
+    there = outputs(detector.to(away.device), images)
+    assert is_away(detector, away)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("kind", "score"), [*WITH_SCORES, ("feature_map_flow", None)])
+def test_fit_test_and_predict_run_there_with_every_score(kind, score, away, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalIntrinsicDimension, "fit_images", 8)
+    detector, module = BUILD[kind](**({"score": score} if score else {})), images
+    run = engine(tmp_path, **away.trainer())
+    run.fit(detector, datamodule=module)
+    tested = run.test(detector, datamodule=module)
+    assert 0 <= tested[0]["image_AUROC"] <= 1
+    assert all(batch.p_value is not None for batch in run.predict(detector, dataloaders=module.test_dataloader()))
+    says_the_same_everywhere(detector, away, batch_of(module))
+
+    # A checkpoint from there is one for anywhere.
+    path = run.trainer.checkpoint_callback.best_model_path
+    loaded = type(detector).load_from_checkpoint(path, map_location="cpu")
+    assert loaded.device.type == "cpu"
+    before, after = outputs(detector.cpu(), batch_of(module)), outputs(loaded, batch_of(module))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_what_was_fitted_there_goes_on_here_and_back(kind, away, images, tmp_path):
+    detector, module = BUILD[kind](), images
+    engine(tmp_path, **away.trainer()).fit(detector, datamodule=module)
+    fitted = detector.post_processor.calibration.cpu().clone()
+    engine(tmp_path).validate(detector, datamodule=module)
+    torch.testing.assert_close(detector.post_processor.calibration, fitted, rtol=1e-3, atol=1e-4)
+    engine(tmp_path, **away.trainer()).validate(detector, datamodule=module)
+    torch.testing.assert_close(detector.post_processor.calibration.cpu(), fitted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["embedding_flow", "feature_map_flow"])
+def test_features_are_extracted_anew_there_where_images_are_augmented(kind, away, images, tmp_path):
+    detector, module = BUILD[kind](), data(tmp_path, train_augmentations=ColorJitter(0.1))
+    engine(tmp_path, **away.trainer()).fit(detector, datamodule=module)
+    says_the_same_everywhere(detector, away, batch_of(module))
+
+
+@pytest.mark.parametrize("kind", ["pixel_flow", "embedding_flow"])
+def test_a_score_is_fitted_there_without_training(kind, away, images, tmp_path):
+    detector, module = BUILD[kind](score="typicality"), images
+    engine(tmp_path).fit(detector, datamodule=module)
+    mean = detector.model.scorer.mean.clone()
+    detector.to(away.device).fit_score(module.train_dataloader())
+    assert detector.model.scorer.mean.device.type == away.device.type
+    torch.testing.assert_close(detector.model.scorer.mean.cpu(), mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_detectors_are_explained_there(kind, away, images, tmp_path):
+    detector, module = DETECTORS[kind](), images
+    detector.model.fitted.fill_(True)
+    if kind != "pixel_flow":
+        engine(tmp_path).fit(detector, datamodule=module)
+    assert explain(detector.to(away.device), module, tmp_path / "page", max_images=8).is_file()
+    assert is_away(detector, away)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"mask": mask, "native": native} for mask in ("cycle", "channel") for native in (True, False)),
+        {"mask": "checkerboard", "subnet": "resnet", "batch_norm": True},
+        {"mask": "horizontal", "subnet": "highway"},
+        {"architecture": "realnvp"},
+        {"architecture": "glow", "coupling_layers": 1},
+        {"architecture": "glow", "coupling_layers": 1, "subnet": "conv_bottleneck"},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
+)
+def test_flows_of_pixels_train_and_draw_there(arguments, away):
+    defaults = {"channels": 3, "hidden_channels": 8, "coupling_layers": 2}
+    detector = pixel_flow(**{**defaults, **arguments}).to(away.device)
+    images = torch.rand(4, 3, 12, 12)
+    inputs = detector.model.inputs(images.to(away.device), noisy=True)
+    detector.model.density(inputs).log_prob.mean().backward()
+    gradients = [parameter.grad for parameter in detector.model.flow.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and gradient.device.type == away.device.type for gradient in gradients)
+    says_the_same_everywhere(detector, away, images)
+    drawn = detector.model.sample(3, 0.9, torch.Generator(away.device).manual_seed(0))
+    assert (drawn.device.type, drawn.shape) == (away.device.type, (3, 3, 12, 12))
+    assert detector.model.sample(2).device.type == away.device.type
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_baselines_of_the_contest_run_there(name, away, images, tmp_path):
+    size = (48, 48)
+    of_maps = {"layers": (1, 2), "subspace_dim": 4, "bottleneck_dim": 3}
+    arguments = {"pre_trained": False, **(of_maps if name == "GaussianMap" else {"subspace_dim": 8})}
+    around = {"pre_processor": backbone_pre_processor(BACKBONE, size), "post_processor": False, "evaluator": False}
+    detector = Baseline(name, BACKBONE, size, arguments, visualizer=False, **around)
+    run = engine(tmp_path, **away.trainer())
+    run.fit(detector, datamodule=images)
+    predictions = run.predict(detector, dataloaders=images.test_dataloader())
+    assert torch.cat([batch.pred_score.cpu() for batch in predictions]).isfinite().all()
+
+
+def test_a_forgotten_move_fails_there(away):
+    there, here = torch.ones(3).to(away.device), torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        there + here
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.stack([there.sum(), here.sum()])
+    with pytest.raises((RuntimeError, TypeError)):
+        there.numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device=away.device, generator=torch.Generator())
+    assert (there + here.sum() == there * 4).all()
+    assert there[torch.tensor([0, 2])].shape == (2,)
+    assert torch.equal(there.cpu(), here)
