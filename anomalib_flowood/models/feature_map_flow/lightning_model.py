@@ -160,7 +160,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     @torch.no_grad()
     def _fit_map_scale(self) -> None:
         if self._reference:
-            self.model.fit_map_scale(tuple(layer.to(self.device, self.dtype) for layer in self._reference))
+            self.model.fit_map_scale(tuple(layer.to(self.model.map_mean) for layer in self._reference))
 
     def _noise_like(self, layer: Tensor) -> Tensor:
         noise = torch.randn_like(layer)
