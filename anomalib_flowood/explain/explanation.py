@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from rich.console import Console
@@ -19,7 +20,6 @@ from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from anomalib_flowood import flows
 from anomalib_flowood.metrics import auroc
 from anomalib_flowood.models import EmbeddingFlow, FeatureMapFlow, PixelFlow
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
@@ -55,6 +55,7 @@ class _Scored:
     Attributes:
         images: The set.
         log_prob: Nats, ``(N,)``.
+        bits: Bits per dimension, ``(N,)``.
         score: The detector's raw score, ``(N,)``; higher is more anomalous.
         coadaptation: Of each coupling layer; ``None`` but for a flow on pixels.
         records: What each coupling layer does to the first images; empty but for a flow on pixels.
@@ -62,6 +63,7 @@ class _Scored:
 
     images: ImageSet
     log_prob: Tensor
+    bits: Tensor
     score: Tensor
     coadaptation: Coadaptation | None
     records: list[CouplingRecord]
@@ -197,10 +199,13 @@ def _explain(
 def _score(detector: Any, images: ImageSet, advance: Callable[[], None]) -> _Scored:
     """Score a set, and record its way through the couplings of a flow on pixels."""
     model = detector.model
-    log_probs, scores = [], []
+    log_probs, bits, scores = [], [], []
     for chunk in images.inputs.split(_CHUNK):
-        prepared = model.inputs(chunk.to(detector.device))
-        log_probs.append(model.density(prepared).log_prob.cpu())
+        chunk = chunk.to(detector.device)
+        prepared = model.inputs(chunk)
+        log_prob = model.log_prob_of(prepared)
+        log_probs.append(log_prob.cpu())
+        bits.append(model.bits_per_dim(chunk, log_prob=log_prob).double().cpu())
         scores.append(model.predict(prepared).pred_score.cpu())
         advance()
     adapted, records = None, []
@@ -209,7 +214,7 @@ def _score(detector: Any, images: ImageSet, advance: Callable[[], None]) -> _Sco
         adapted = coadaptation(model, inputs)
         with record_couplings(model.flow) as records:
             model.log_prob(inputs[:1])
-    return _Scored(images, torch.cat(log_probs), torch.cat(scores), adapted, records)
+    return _Scored(images, torch.cat(log_probs), torch.cat(bits), torch.cat(scores), adapted, records)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -220,7 +225,6 @@ def _numbers(detector: Any, scored: list[_Scored]) -> dict[str, Any]:
     sets: dict[str, dict[str, Any]] = {}
     for part in scored:
         log_prob = part.log_prob.double()
-        bits = flows.bits_per_dim(log_prob, detector.model.dims, detector.model.levels)
         entry: dict[str, Any] = {
             "outside": part.images.outside,
             "images": len(log_prob),
@@ -231,7 +235,8 @@ def _numbers(detector: Any, scored: list[_Scored]) -> dict[str, Any]:
                 "median": float(log_prob.median()),
                 "max": float(log_prob.max()),
             },
-            "bits_per_dim": float(bits.mean()),
+            "bits_per_dim": float(part.bits.mean()),
+            "bits_per_dim_median": float(np.median(part.bits.numpy())),
         }
         if part.images.outside:
             entry["auroc"] = part.auroc(scored[0])
@@ -259,7 +264,7 @@ def _finite(value: Any) -> Any:
 def _table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The numbers that the page shows."""
     adapted = any("coadaptation" in entry for entry in numbers["sets"].values())
-    header = ["", "images", "mean log-likelihood (nats)", "bits per dimension", "AUROC"]
+    header = ["", "images", "mean log-likelihood (nats)", "bits per dimension: mean", "median", "AUROC"]
     rows = []
     for name, entry in numbers["sets"].items():
         row = [
@@ -267,6 +272,7 @@ def _table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(entry["images"]),
             f"{entry['log_likelihood']['mean']:,.0f}",
             f"{entry['bits_per_dim']:.2f}",
+            f"{entry['bits_per_dim_median']:.2f}",
             f"{entry['auroc']:.3f}" if "auroc" in entry else "inside",
         ]
         if adapted:

@@ -62,6 +62,25 @@ class _ImageLayer(InvertibleModule):
         return (y,), log_det
 
 
+def _channels_of(x: Tensor) -> Tensor:
+    """Blocks of 2 × 2 pixels as channels."""
+    if _is_empty(x):
+        return x.new_empty(0, 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    return functional.pixel_unshuffle(x, 2)
+
+
+def _blocks_of(x: Tensor) -> Tensor:
+    """Channels as blocks of 2 × 2 pixels."""
+    if _is_empty(x):
+        return x.new_empty(0, x.shape[1] // 4, 2 * x.shape[2], 2 * x.shape[3])
+    return functional.pixel_shuffle(x, 2)
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether there is no image: PyTorch's shuffles leave the shape of an empty batch as it is (2.14)."""
+    return not torch.compiler.is_compiling() and len(x) == 0
+
+
 class Squeeze(_ImageLayer):
     """Turn blocks of 2 × 2 pixels into channels: ``(C, H, W)`` to ``(4 C, H / 2, W / 2)``.
 
@@ -89,7 +108,7 @@ class Squeeze(_ImageLayer):
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, float]:
         """Reorder the pixels of ``x``, or put them back; the log-determinant is 0."""
-        return functional.pixel_shuffle(x, 2) if rev else functional.pixel_unshuffle(x, 2), 0.0
+        return _blocks_of(x) if rev else _channels_of(x), 0.0
 
 
 class Unsqueeze(_ImageLayer):
@@ -116,7 +135,7 @@ class Unsqueeze(_ImageLayer):
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, float]:
         """Reorder the pixels of ``x``, or put them back; the log-determinant is 0."""
-        return functional.pixel_unshuffle(x, 2) if rev else functional.pixel_shuffle(x, 2), 0.0
+        return _channels_of(x) if rev else _blocks_of(x), 0.0
 
 
 class FactorOut(_ImageLayer):
@@ -194,7 +213,7 @@ class ActNorm(_ImageLayer):
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Shift and scale ``x``, or undo it."""
-        if self.training and not rev and not self.initialized:
+        if self.training and not rev and not self.initialized and len(x):  # nothing has no mean
             self._initialize(x)
         log_det = (self.shape[1] * self.shape[2] * self.log_scale.sum()).expand(x.shape[0])
         if rev:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection metrics that rank the scores as they are, whatever their scale, for all images and for every set."""
 
-from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, DetectionError, SetMetric
+from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, SetMetric
 from .evaluator import MOST_SETS, PerSetEvaluator
 from .functional import (
     DETECTION_METRICS,
@@ -23,6 +23,7 @@ __all__ = [
     "AUPRIn",
     "AUPROut",
     "BitsPerDim",
+    "BitsPerDimMedian",
     "DetectionError",
     "PerSetEvaluator",
     "SetMetric",

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
@@ -182,24 +183,34 @@ class DetectionError(SetMetric):
     measure = staticmethod(detection_error)
 
 
-def _mean(values: Tensor, labels: Tensor, label: int) -> float:
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def _median(values: Tensor) -> float:
+    return float(
+        np.median(values.cpu().numpy())
+    )  # torch's is the lower of the two in the middle, its quantile NaN at ∞
+
+
+def _of_label(middle: Callable[[Tensor], float], values: Tensor, labels: Tensor, label: int) -> float:
     chosen = values.double()[labels == label]
     if len(chosen) == 0:
         side = "out-of-distribution (label 1)" if label else "in-distribution (label 0)"
         warnings.warn(f"BitsPerDim is NaN: there are no {side} samples.", UserWarning, stacklevel=3)
         return float("nan")
-    return float(chosen.mean())
+    return middle(chosen)
 
 
 class BitsPerDim(SetMetric):
-    """Mean of the images' bits per dimension, −log2 p(x) / D; :func:`anomalib_flowood.flows.bits_per_dim` of each.
+    """Mean of the images' bits per dimension, −log2 p(x) / D, of pixels averaged over the dequantisation's noise.
 
     The value is that of the in-distribution images, ``BitsPerDim/inside``: what the literature calls a flow's test
     likelihood, lower is better. The sets are all out-of-distribution images, ``outside``, and where there are several
     sets each of them. It needs no detection, and says nothing about it: a flow may find the outside more likely.
 
-    Detectors put ``bits_per_dim``, ``(N,)``, into a test batch where it costs nothing, that is where the score is a
-    likelihood. With ``strict=False``, there is no value from the others.
+    Detectors put ``bits_per_dim``, ``(N,)``, into a test batch where the score is a likelihood. With ``strict=False``,
+    there is no value from the others.
 
     Args:
         fields: What to read from a batch: bits per dimension and labels.
@@ -217,11 +228,26 @@ class BitsPerDim(SetMetric):
         super().__init__(fields, prefix, strict, **kwargs)
         self.name = f"{self.title}/{INSIDE}"
 
-    @staticmethod
-    def measure(scores: Tensor, labels: Tensor) -> float:
-        """Return the mean over in-distribution images."""
-        return _mean(scores, labels, 0)
+    middle: ClassVar[Callable[[Tensor], float]] = staticmethod(_mean)
+
+    @classmethod
+    def measure(cls, scores: Tensor, labels: Tensor) -> float:  # type: ignore[override]
+        """Return the value of in-distribution images."""
+        return _of_label(cls.middle, scores, labels, 0)
 
     def _measure_sets(self, scores: Tensor, labels: Tensor, sources: Sequence[str]) -> dict[str, float]:
-        outside = partial(_mean, label=1)
+        outside = partial(_of_label, self.middle, label=1)
         return {OUTSIDE: outside(scores, labels)} | per_set(outside, scores, labels, sources)
+
+
+class BitsPerDimMedian(BitsPerDim):
+    """Median of the images' bits per dimension, where :class:`BitsPerDim` is their mean, which few images can carry.
+
+    Args:
+        fields: What to read from a batch: bits per dimension and labels.
+        prefix: Put in front of the class's name.
+        strict: Refuse a batch without these fields; else it is passed over.
+        **kwargs: Arguments of :class:`torchmetrics.Metric`.
+    """
+
+    middle = staticmethod(_median)

@@ -10,7 +10,7 @@ from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, DetectionError, SetMetric
+from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, SetMetric
 from .functional import MEAN, OUTSIDE
 
 MOST_SETS = 8
@@ -42,6 +42,7 @@ class PerSetEvaluator(Evaluator):
                 *(metric(prefix="image_") for metric in (AUROC, FPR95, AUPROut, AUPRIn, DetectionError)),
                 F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
                 BitsPerDim(strict=False),
+                BitsPerDimMedian(strict=False),
             ]
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
 

@@ -162,7 +162,7 @@ class IndustrialFolder(MVTecAD):
                 data.subsample(list(range(0, len(data), step)), inplace=True)
 
 
-_HELD_OUT: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.1, "seed": 0, "num_workers": 0}
+HELD_OUT: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.1, "seed": 0, "num_workers": 0}
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ def _industrial(options: Options, part: str) -> list[Task]:
             msg = f"There is no folder {given / inside}."
             raise FileNotFoundError(msg)
     found: list[tuple[str, Callable[[], AnomalibDataModule]]] = []
-    mvtec = partial(IndustrialFolder, limit=options.limit, **_HELD_OUT)
+    mvtec = partial(IndustrialFolder, limit=options.limit, **HELD_OUT)
     if options.industrial is not None:
         folder = options.industrial.resolve()
         found.append((folder.name, partial(mvtec, folder.parent, folder.name)))
     if options.mvtec is not None:
         found += [(f"mvtec/{name}", partial(mvtec, options.mvtec, name)) for name in _folders(options.mvtec, "train")]
     if options.visa is not None:
-        visa = partial(Visa, options.visa, **_HELD_OUT)
+        visa = partial(Visa, options.visa, **HELD_OUT)
         found += [(f"visa/{name}", partial(visa, name)) for name in _folders(options.visa, "Data")]
     chosen = [(name, data) for name, data in found if not options.categories or _category(name) in options.categories]
     return [Task(part, name, "industrial", data) for name, data in chosen]

@@ -461,7 +461,7 @@ def test_mvtec_and_visa(folder, tmp_path, small_contest):
 
 
 def test_the_test_images_are_never_used_to_validate(folder):
-    data = contest.IndustrialFolder(folder.parent, folder.name, **contest._HELD_OUT)
+    data = contest.IndustrialFolder(folder.parent, folder.name, **contest.HELD_OUT)
     data.setup()
     assert len(data.train_data) + len(data.val_data) == 24
     assert all("/train/good/" in path for path in data.val_data.samples["image_path"])
@@ -507,7 +507,7 @@ def test_training_stops_in_time(tmp_path, folder, monkeypatch):
     task = contest.Task(
         "industrial", "plates", "industrial", partial(contest.IndustrialFolder, folder.parent, "plates")
     )
-    task = replace(task, data=partial(contest.IndustrialFolder, folder.parent, "plates", **contest._HELD_OUT))
+    task = replace(task, data=partial(contest.IndustrialFolder, folder.parent, "plates", **contest.HELD_OUT))
     options = contest.Options(tmp_path, ("industrial",), cap=0.0)
     with Memo(tmp_path) as memo:
         (row,) = contest.run_job(contest.Job(task, detector, 1), "", memo, options)

@@ -20,6 +20,7 @@ from anomalib_flowood.metrics import (
     AUPRIn,
     AUPROut,
     BitsPerDim,
+    BitsPerDimMedian,
     DetectionError,
     SetMetric,
     aupr_in,
@@ -324,7 +325,7 @@ def states(metric: SetMetric) -> list[torch.Tensor]:
     return [torch.cat(getattr(metric, name)) for name in metric._reductions]
 
 
-@pytest.mark.parametrize("cls", [*CLASSES.values(), BitsPerDim])
+@pytest.mark.parametrize("cls", [*CLASSES.values(), BitsPerDim, BitsPerDimMedian])
 def test_ranks_that_saw_other_sets_gather_to_the_same_numbers(cls: type[SetMetric]) -> None:
     """The second rank saw no image of the first one's outside sets, and names of another length."""
     scores, labels = torch.rand(12), torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 0, 0, 1, 1])
@@ -406,7 +407,17 @@ def test_bits_per_dimension_of_one_side_only() -> None:
     assert metric.compute().item() == 1.5
 
 
-def test_an_image_without_density_has_infinitely_many_bits() -> None:
-    metric = BitsPerDim()
-    metric.update(bits_batch([1.0, math.inf, 2.0], [0, 0, 1]))
-    assert metric.compute().item() == math.inf
+@pytest.mark.parametrize("rest", [[], [math.inf]])
+def test_an_image_without_density_has_infinitely_many_bits(rest: list[float]) -> None:
+    for metric, expected in ((BitsPerDim(), math.inf), (BitsPerDimMedian(), math.inf if rest else 2.0)):
+        bits = [1.0, math.inf, 2.0, *rest, 2.0]
+        metric.update(bits_batch(bits, [*[0] * (len(bits) - 1), 1]))
+        assert metric.compute().item() == expected
+
+
+def test_the_median_is_not_carried_by_few_images() -> None:
+    metric = BitsPerDimMedian()
+    metric.update(bits_batch([1.0, 2.0, 4.0, 630.0, 7.0, 9.0], [0, 0, 0, 0, 1, 1], [*["in"] * 4, "x", "y"]))
+    assert (metric.name, metric.compute().item()) == ("BitsPerDimMedian/inside", 3.0)
+    values = {name: value.item() for name, value in metric.compute_sets().items()}
+    assert values == {"outside": 8.0, "x": 7.0, "y": 9.0, "mean": 8.0}

@@ -32,7 +32,7 @@ from anomalib_flowood.metrics import (
 )
 
 OVERALL = {"image_AUROC", "image_FPR95", "image_F1Score"}
-BITS = {"BitsPerDim/inside", "BitsPerDim/outside"}
+BITS = {f"{name}/{side}" for name in ("BitsPerDim", "BitsPerDimMedian") for side in ("inside", "outside")}
 
 
 class Raw(Callback):
@@ -103,11 +103,12 @@ def test_two_outside_sets_show_all_the_numbers(
         assert metrics[f"AUPROut/{source}"] == pytest.approx(average_precision_score(*pair), abs=1e-6)
     bits = torch.tensor(raw.bits).double()
     assert (bits != scores.double() / np.log(2) + 8).all()  # which are those at the centres of the grey levels
-    expected["BitsPerDim/inside"] = bits[sources == "ramps"].mean().item()
-    expected["BitsPerDim/outside"] = bits[labels == 1].mean().item()
-    for source in ("squares", "others"):
-        expected[f"BitsPerDim/{source}"] = bits[sources == source].mean().item()
-    expected["BitsPerDim/mean"] = (expected["BitsPerDim/squares"] + expected["BitsPerDim/others"]) / 2
+    for name, middle in (("BitsPerDim", np.mean), ("BitsPerDimMedian", np.median)):
+        expected[f"{name}/inside"] = middle(bits[sources == "ramps"].numpy())
+        expected[f"{name}/outside"] = middle(bits[labels == 1].numpy())
+        for source in ("squares", "others"):
+            expected[f"{name}/{source}"] = middle(bits[sources == source].numpy())
+        expected[f"{name}/mean"] = (expected[f"{name}/squares"] + expected[f"{name}/others"]) / 2
     expected["image_F1Score"] = metrics["image_F1Score"]
     assert metrics == pytest.approx(expected, abs=1e-6)
 
@@ -121,8 +122,9 @@ def test_two_outside_sets_show_all_the_numbers(
 def test_one_pass_is_as_good_as_a_pass_for_each_set(fitted: PixelFlow, folder: Path, tmp_path: Path) -> None:
     both = run_test(fitted, cross(folder, "squares", "others"), tmp_path)
     alone = {name: run_test(fitted, cross(folder, name), tmp_path) for name in ("squares", "others")}
-    per_set_names = {f"{metric}/{name}" for metric in ("AUROC", "FPR95") for name in ("squares", "others", "mean")}
-    per_set_names |= {f"BitsPerDim/{name}" for name in ("squares", "others", "mean")}
+    sets = ("squares", "others")
+    per_set_names = {f"{metric}/{name}" for metric in ("AUROC", "FPR95") for name in (*sets, "mean")}
+    per_set_names |= {f"{bits}/{name}" for bits in ("BitsPerDim", "BitsPerDimMedian") for name in (*sets, "mean")}
     assert both.keys() == OVERALL | BITS | per_set_names
     for name, metrics in alone.items():
         assert metrics.keys() == OVERALL | BITS  # a single set has no lines of its own
@@ -228,7 +230,8 @@ def test_a_config_file_takes_all_metrics_or_some() -> None:
         return build("model", {"class_path": "Padim", "init_args": small}).evaluator
 
     names = [metric.name for metric in evaluator().test_metrics]
-    assert names == [*(f"image_{name}" for name in (*DETECTION_METRICS, "F1Score")), "BitsPerDim/inside"]
+    bits = ["BitsPerDim/inside", "BitsPerDimMedian/inside"]
+    assert names == [*(f"image_{name}" for name in (*DETECTION_METRICS, "F1Score")), *bits]
     metric = {"class_path": "anomalib_flowood.metrics.DetectionError", "init_args": {"prefix": "image_"}}
     assert [metric.name for metric in evaluator(test_metrics=[metric]).test_metrics] == ["image_DetectionError"]
 
@@ -249,14 +252,15 @@ def test_many_sets_do_not_bury_the_table(sets: int, monkeypatch: pytest.MonkeyPa
     evaluator.on_test_batch_end(None, None, None, batch, 0)
     evaluator.on_test_epoch_end(SimpleNamespace(barebones=False), module)
     each = {f"{metric}/{name}" for metric in ("AUROC", "BitsPerDim") for name in names} if sets <= MOST_SETS else set()
-    assert set(logged) == {"image_AUROC", "AUROC/mean", "BitsPerDim/mean", *BITS, *each}
+    both = {"BitsPerDim/inside", "BitsPerDim/outside"}
+    assert set(logged) == {"image_AUROC", "AUROC/mean", "BitsPerDim/mean", *both, *each}
     assert len(evaluator.test_metrics[0].compute_sets()) == sets + 1  # all of them, for who asks
 
 
 def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(
     fitted: PixelFlow, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(images: torch.Tensor) -> torch.Tensor:
+    def slow(images: torch.Tensor, **_: object) -> torch.Tensor:
         time.sleep(0.5)
         return torch.zeros(len(images))
 

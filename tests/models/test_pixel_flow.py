@@ -195,8 +195,17 @@ def test_constant_images_have_a_finite_score(model):
 
 def test_an_overflow_is_the_most_anomalous_score(model):
     with torch.no_grad():
-        model.flow[1].subnet.layers[-1].bias.fill_(1e38)
-    assert model(torch.rand(2, 3, 7, 6)).pred_score.tolist() == [math.inf, math.inf]
+        for parameter in model.flow.parameters():
+            parameter.mul_(1e30)
+    images = torch.rand(2, 3, 7, 6)
+    assert model.density(model.inputs(images)).log_prob.isnan().all()
+    assert model(images).pred_score.tolist() == [math.inf, math.inf]
+    assert model.log_prob(images).tolist() == [-math.inf, -math.inf]
+    assert model.bits_per_dim(images).tolist() == [math.inf, math.inf]
+    images[1, 0, 0, 0] = math.nan  # what is broken is no overflow
+    for function in (model, model.log_prob, model.bits_per_dim):
+        with pytest.raises(ValueError, match=r"Images \[1\] of this batch have NaN"):
+            function(images)
 
 
 @pytest.mark.parametrize(

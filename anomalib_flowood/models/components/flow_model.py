@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -96,12 +97,24 @@ class FlowModel(nn.Module):
         raise NotImplementedError
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``. Errors as for :meth:`inputs`."""
-        return self.density(self.inputs(images)).log_prob
+        """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``.
 
-    def bits_per_dim(self, images: Tensor) -> Tensor:
-        """Bits per dimension, ``(N,)``; arguments and errors as for :meth:`log_prob`."""
-        return flows.bits_per_dim(self.log_prob(images), self.dims, self.levels)
+        It is −∞ where the flow overflowed, so that there is no density. Errors as for :meth:`inputs`.
+        """
+        return self.log_prob_of(self.inputs(images))
+
+    def log_prob_of(self, inputs: Inputs) -> Tensor:
+        """The same of prepared images."""
+        return _defined(self.density(inputs).log_prob, -math.inf)
+
+    def bits_per_dim(self, images: Tensor, *, log_prob: Tensor | None = None) -> Tensor:
+        """Bits per dimension, ``(N,)``, +∞ where there is no density; errors as for :meth:`log_prob`.
+
+        Args:
+            images: Pre-processed images, ``(N, C, H, W)``.
+            log_prob: What :meth:`log_prob` gives for them, where that is known: it may save an evaluation.
+        """
+        return flows.bits_per_dim(self.log_prob(images) if log_prob is None else log_prob, self.dims, self.levels)
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
         """Score prepared images.
@@ -117,8 +130,7 @@ class FlowModel(nn.Module):
         Raises:
             NotFittedError: If the score has not been fitted.
         """
-        score = (scorer or self.scorer)(self, inputs)
-        return InferenceBatch(pred_score=torch.where(torch.isnan(score), torch.full_like(score, float("inf")), score))
+        return InferenceBatch(pred_score=_defined((scorer or self.scorer)(self, inputs), math.inf))
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score pre-processed images, ``(N, C, H, W)``; see :meth:`predict`."""
@@ -141,6 +153,11 @@ def check_precision(precision: str | int | torch.dtype) -> None:
             "the density in 32, to 32-true (the default) or 64-true."
         )
         raise ValueError(msg)
+
+
+def _defined(values: Tensor, overflow: float) -> Tensor:
+    """Values with another in the place of NaN, which an overflow leaves: broken images have been refused."""
+    return torch.where(torch.isnan(values), torch.full_like(values, overflow), values)
 
 
 def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, int] | None = None) -> None:

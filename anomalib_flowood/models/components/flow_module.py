@@ -20,9 +20,8 @@ from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from anomalib_flowood import flows
 from anomalib_flowood.data.prediction import read_as_trained
-from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, PerSetEvaluator
+from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
 
@@ -164,11 +163,9 @@ class FlowModule(_Base):
         metrics = self.evaluator.test_metrics if isinstance(self.evaluator, Evaluator) else []
         if not self.model.scores_are_likelihoods or not any(isinstance(metric, BitsPerDim) for metric in metrics):
             return outputs
-        if self.model.levels == 1:
-            outputs.bits_per_dim = flows.bits_per_dim(-outputs.pred_score, 1, 1)
-            return outputs
         start = self._clock()
-        outputs.bits_per_dim = self.model.bits_per_dim(outputs.image)
+        log_prob = -outputs.pred_score * self.model.dims
+        outputs.bits_per_dim = self.model.bits_per_dim(outputs.image, log_prob=log_prob)
         self.bits_seconds += self._clock() - start
         return outputs
 
@@ -298,7 +295,7 @@ class FlowModule(_Base):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """AUROC and FPR95, of each outside set too; the labels' F1 score; bits per dimension where they cost nothing.
+        """AUROC and FPR95, of each outside set too; the labels' F1 score; bits per dimension of likelihoods.
 
         AUPR depends on how many images of either side there are, and the detection error follows AUROC: a
         :class:`PerSetEvaluator` without arguments logs these too.
@@ -309,6 +306,7 @@ class FlowModule(_Base):
                 FPR95(prefix="image_"),
                 F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
                 BitsPerDim(strict=False),
+                BitsPerDimMedian(strict=False),
             ]
         )
 

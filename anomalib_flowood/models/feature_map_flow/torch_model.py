@@ -394,7 +394,7 @@ class FeatureMapFlowModel(FlowModel):
         for number, (layer, layer_flow) in enumerate(zip(inputs, self._layers_of(flow or self.flow), strict=True)):
             standardised, tail = self._split(number, layer)
             (z,), log_det = layer_flow((standardised,))
-            scales = self._log_scale(number).expand_as(standardised[0]).sum()
+            scales = self._log_scale(number).expand(standardised.shape[1:]).sum()
             base = flows.standard_normal_log_prob(z)
             shares.append(-torch.stack([base, log_det - scales, -tail.flatten(1).sum(1)], dim=1))
             radius = radius + z.square().flatten(1).sum(1)

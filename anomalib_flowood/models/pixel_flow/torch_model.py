@@ -138,11 +138,13 @@ class PixelFlowModel(FlowModel):
         """Log-density of images with respect to the unit cube; nats, ``(N,)``. Arguments as for :meth:`inputs`.
 
         Without noise it is the density at the centres of the pixels' bins, which the score is made of, and more than
-        the average over them: see :meth:`bits_per_dim`.
+        the average over them: see :meth:`bits_per_dim`. It is −∞ where the flow overflowed.
         """
-        return self.density(self.inputs(images, noisy=noisy)).log_prob
+        return self.log_prob_of(self.inputs(images, noisy=noisy))
 
-    def bits_per_dim(self, images: Tensor, *, draws: int = flows.NOISE_DRAWS, seed: int = 0) -> Tensor:
+    def bits_per_dim(
+        self, images: Tensor, *, log_prob: Tensor | None = None, draws: int = flows.NOISE_DRAWS, seed: int = 0
+    ) -> Tensor:
         """Bits per dimension as the literature reports them: the mean of −log2 p(x + u) / D over uniform noise u.
 
         The noise is seeded and the same for every image, so that no value depends on the batch. It takes ``draws``
@@ -150,18 +152,20 @@ class PixelFlowModel(FlowModel):
 
         Args:
             images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
+            log_prob: Not used: the density at the centres of the bins says nothing of that around them.
             draws: Draws of :func:`anomalib_flowood.flows.dequantization_noise`.
             seed: Their seed.
 
         Returns:
-            ``(N,)``, the dequantisation's 8 bits included.
+            ``(N,)``, the dequantisation's 8 bits included; +∞ where the flow overflowed.
 
         Raises:
             ValueError: As for :meth:`inputs`.
         """
+        del log_prob
         images = self.pixels(images)
         noises = flows.dequantization_noise(self.shape, draws, seed).to(images)
-        log_probs = [self.density((flows.dequantize(images, noise),)).log_prob for noise in noises]
+        log_probs = [self.log_prob_of((flows.dequantize(images, noise),)) for noise in noises]
         return flows.bits_per_dim(torch.stack(log_probs).mean(0), self.dims, self.levels)
 
     @torch.no_grad()
