@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import sys
@@ -28,6 +29,7 @@ from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_c
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import read_as_trained, skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
+from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.predictions import keep_predictions
@@ -235,6 +237,9 @@ class FlowoodCLI(AnomalibCLI):
         except ValueError as error:  # the test itself has succeeded
             print(f"There is nothing to report: {error}")
             return
+        missing = [name for name in DETECTION_METRICS if math.isnan(row[name])]
+        if missing:
+            print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
         self._write_record(folder, data)
         Results(folder).add(row, self.recorder.scores.assign(**labels))
         print(f"As a page: flowood report {folder}")

@@ -57,7 +57,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from anomalib_flowood.engine import new_folder
-from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+from anomalib_flowood.metrics import DETECTION_METRICS, per_set, rate_text
 from anomalib_flowood.names import unknown_name
 from anomalib_flowood.report import (
     JobProgress,
@@ -645,8 +645,8 @@ def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
         progress.say(f"  failed: {message}")
     else:
         progress.say(
-            f"  AUROC {result['AUROC']:.3f}, FPR95 {result['FPR95']:.3f}, fit {result['fit_duration']:.1f} s, "
-            f"{result['images_per_s']:,.1f} images/s",
+            f"  AUROC {rate_text(result['AUROC'])}, FPR95 {rate_text(result['FPR95'])}, "
+            f"fit {result['fit_duration']:.1f} s, {result['images_per_s']:,.1f} images/s",
         )
     record.add(result, job.scores)
     job.scores = pd.DataFrame()

@@ -184,3 +184,19 @@ def test_pictures_do_not_overwrite_each_other(tmp_path, monkeypatch):
         predictor = engine(tmp_path / "predicted" / given.replace("/", "-"))
         predictor.predict(detector, dataset=PredictDataset(given))
         assert pictures(Path(predictor.trainer.default_root_dir)) == names
+
+
+def test_a_test_without_anomalies_says_so(trained, capsys):
+    write_images(Path("good"), 3, 90)
+    data_module = ["--data", "Folder", "--data.name", "good", "--data.root", ".", "--data.normal_dir", "good"]
+    data_module += ["--data.normal_test_dir", "good", "--data.num_workers", "0"]
+    checkpoint = trained / "v0/weights/lightning/model.ckpt"
+    Path("model.yaml").write_text(yaml.safe_dump({"model": yaml.safe_load(Path("detector.yaml").read_text())["model"]}))
+    main(["test", "--config", "model.yaml", *data_module, "--ckpt_path", str(checkpoint)])
+    out = capsys.readouterr().out
+    assert "AUROC, FPR95, AUPROut, AUPRIn, DetectionError are not defined: all test images are normal" in out
+    (folder,) = (trained / "v0/test").iterdir()
+    header, line = (folder / "results.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), line.split(","), strict=True))["AUROC"] == ""
+    main(["report", str(folder)])
+    assert "not defined" in (folder / "report/index.html").read_text()

@@ -5,6 +5,7 @@
 modules, its engine and its pictures read images by our reader from then on.
 """
 
+import anomalib.models  # noqa: F401  (first: our detectors register after it, and import what is below)
 from anomalib import data as anomalib_data
 
 from anomalib_flowood.data.datamodules import CrossDataset, OneClass

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection metrics that rank the scores as they are, whatever their scale, for all images and for every set."""
 
-from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, SetMetric
+from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, F1Score, SetMetric
 from .evaluator import MOST_SETS, PerSetEvaluator
 from .functional import (
     DETECTION_METRICS,
     MEAN,
+    NOT_DEFINED,
     aupr_in,
     aupr_out,
     auroc,
     detection_error,
     fpr_at_tpr,
     per_set,
+    rate_text,
 )
 
 __all__ = [
@@ -20,11 +22,13 @@ __all__ = [
     "FPR95",
     "MEAN",
     "MOST_SETS",
+    "NOT_DEFINED",
     "AUPRIn",
     "AUPROut",
     "BitsPerDim",
     "BitsPerDimMedian",
     "DetectionError",
+    "F1Score",
     "PerSetEvaluator",
     "SetMetric",
     "aupr_in",
@@ -33,4 +37,5 @@ __all__ = [
     "detection_error",
     "fpr_at_tpr",
     "per_set",
+    "rate_text",
 ]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
+from anomalib.metrics import F1Score as AnomalibF1Score
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -26,6 +26,7 @@ from .functional import (
     check_scores,
     detection_error,
     fpr_at_tpr,
+    not_defined,
     per_set,
 )
 
@@ -183,6 +184,25 @@ class DetectionError(SetMetric):
     measure = staticmethod(detection_error)
 
 
+class F1Score(AnomalibF1Score):
+    """anomalib's F1 score of labels, but NaN, with a warning, where one of the two classes is absent.
+
+    torchmetrics gives 0 without anomalous images, be there alarms or not, and without normal ones up to 1, however many
+    of them would be flagged.
+    """
+
+    default_fields = ("pred_label", "gt_label")
+
+    def compute(self) -> Tensor:
+        """Return the score, ``()``; ``None`` without ``strict`` if no batch had labels."""
+        value = super().compute()
+        counts: Any = self  # whose type allows for lists, which the mean over single samples would need
+        outside, inside = int(counts.tp + counts.fn), int(counts.tn + counts.fp)
+        if value is None or (outside and inside):
+            return value
+        return torch.full_like(value, not_defined(self.name, outside=bool(outside), stacklevel=3))
+
+
 def _mean(values: Tensor) -> float:
     return float(values.mean())
 
@@ -196,9 +216,7 @@ def _median(values: Tensor) -> float:
 def _of_label(middle: Callable[[Tensor], float], values: Tensor, labels: Tensor, label: int) -> float:
     chosen = values.double()[labels == label]
     if len(chosen) == 0:
-        side = "out-of-distribution (label 1)" if label else "in-distribution (label 0)"
-        warnings.warn(f"BitsPerDim is NaN: there are no {side} samples.", UserWarning, stacklevel=3)
-        return float("nan")
+        return not_defined("BitsPerDim", outside=not label, stacklevel=4)
     return middle(chosen)
 
 

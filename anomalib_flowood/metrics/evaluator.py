@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
+from anomalib.metrics import AnomalibMetric, Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, SetMetric
-from .functional import MEAN, OUTSIDE
+from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, F1Score, SetMetric
+from .functional import MEAN, NOT_DEFINED, OUTSIDE
 
 MOST_SETS = 8
 """Out-of-distribution sets that are listed one by one. The other classes of a data set of ten would bury a table."""
@@ -27,7 +28,7 @@ class PerSetEvaluator(Evaluator):
     Args:
         val_metrics: anomalib's validation metrics; logged over all images only.
         test_metrics: Metrics; those that are no :class:`SetMetric` are logged over all images only. By default all
-            metrics of this package, and anomalib's F1 score.
+            metrics of this package.
         compute_on_cpu: Keep what the metrics store in main memory, on one device.
     """
 
@@ -40,11 +41,17 @@ class PerSetEvaluator(Evaluator):
         if test_metrics is None:
             test_metrics = [
                 *(metric(prefix="image_") for metric in (AUROC, FPR95, AUPROut, AUPRIn, DetectionError)),
-                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                F1Score(prefix="image_", strict=False),
                 BitsPerDim(strict=False),
                 BitsPerDimMedian(strict=False),
             ]
         super().__init__(val_metrics, test_metrics, compute_on_cpu)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Move metrics as anomalib does; let the table at the end of a test name what is not defined."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "test":
+            _name_what_is_not_defined(trainer)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted test has left."""
@@ -66,6 +73,18 @@ class PerSetEvaluator(Evaluator):
                 for name, value in sets.items():
                     _log(trainer, pl_module, f"{metric.title}/{name}", value)
             _log(trainer, pl_module, metric.name, metric)
+
+
+def _name_what_is_not_defined(trainer: Trainer) -> None:
+    """Let the table that Lightning prints at the end of a test say what NaN means."""
+    loop: Any = trainer.test_loop
+    plain = type(loop)._print_results
+
+    def print_results(results: list[dict[str, Any]], stage: str) -> None:
+        named = [{name: NOT_DEFINED if math.isnan(value) else value for name, value in one.items()} for one in results]
+        plain(named, stage)
+
+    loop._print_results = print_results
 
 
 def _log(trainer: Trainer, pl_module: LightningModule, name: str, value: Any) -> None:

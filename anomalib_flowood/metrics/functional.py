@@ -13,6 +13,7 @@ number.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,8 @@ MEAN = "mean"
 """Name of the average over all out-of-distribution sets."""
 INSIDE, OUTSIDE = "inside", "outside"
 """Names of all in-distribution and of all out-of-distribution images."""
+NOT_DEFINED = "not defined"
+"""What tables say of a metric of two classes where there is one."""
 
 
 def check_scores(scores: Tensor, labels: Tensor) -> None:
@@ -59,8 +62,24 @@ def _of_ranks(measure: Callable[[np.ndarray, np.ndarray], float], scores: Tensor
     truth = labels.detach().flatten().cpu().long().numpy()
     if len(np.unique(truth)) == 2:
         return float(measure(truth, ranks))
-    missing = "in-distribution (label 0)" if truth.any() else "out-of-distribution (label 1)"
-    warnings.warn(f"{name} is NaN: there are no {missing} samples to tell apart.", UserWarning, stacklevel=3)
+    return not_defined(name, outside=bool(truth.any()), stacklevel=4)
+
+
+def rate_text(value: float) -> str:
+    """Write a rate for people: three digits, or what NaN means."""
+    return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
+
+
+def not_defined(name: str, *, outside: bool, stacklevel: int) -> float:
+    """Return NaN for a metric of two classes where there is one, with a warning.
+
+    Args:
+        name: The metric's name.
+        outside: Whether all that there is is out-of-distribution.
+        stacklevel: How many calls up the warning points.
+    """
+    missing = "in-distribution (label 0)" if outside else "out-of-distribution (label 1)"
+    warnings.warn(f"{name} is {NOT_DEFINED}: there are no {missing} samples.", UserWarning, stacklevel=stacklevel)
     return float("nan")
 
 

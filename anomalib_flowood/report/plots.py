@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from anomalib_flowood.metrics import auroc
+from anomalib_flowood.metrics import auroc, rate_text
 
 _INSIDE = "in-distribution"
 _INSIDE_COLOUR = "#0072B2"
@@ -99,7 +99,7 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
 def _title(detector: str, data: str, group: pd.DataFrame) -> str:
     value = auroc(torch.tensor(group["score"].to_numpy(float)), torch.tensor(group["label"].to_numpy(int)))
     heading = textwrap.fill(detector, 40, max_lines=2, placeholder="…")
-    return f"{heading}\n{textwrap.fill(data, 40, max_lines=2, placeholder='…')}\nAUROC {value:.3f}"
+    return f"{heading}\n{textwrap.fill(data, 40, max_lines=2, placeholder='…')}\nAUROC {rate_text(value)}"
 
 
 def _range(group: pd.DataFrame) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from anomalib_flowood.metrics import MEAN, MOST_SETS
+from anomalib_flowood.metrics import MEAN, MOST_SETS, NOT_DEFINED
 
 METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
 TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
@@ -51,20 +51,21 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
     return summary
 
 
-def _number(value: float, std: float, digits: int) -> str:
+def _number(value: float, std: float, digits: int, missing: str = "-") -> str:
     if math.isnan(value):
-        return "-"
+        return missing
     text = f"{value:,.{digits}f}"
     return text if math.isnan(std) else f"{text} ± {std:.{digits}f}"
 
 
 def cells_of(row: pd.Series) -> dict[str, str]:
-    """The numbers of one row as text."""
+    """The numbers of one row as text; a metric that is missing although a job succeeded is not defined."""
     nan = float("nan")
     rate = row["images_per_s"]
+    missing = NOT_DEFINED if row["seeds"] else "-"
     return {
-        "AUROC": _number(row["AUROC"], row["AUROC_std"], 3),
-        "FPR95": _number(row["FPR95"], row["FPR95_std"], 3),
+        "AUROC": _number(row["AUROC"], row["AUROC_std"], 3, missing),
+        "FPR95": _number(row["FPR95"], row["FPR95_std"], 3, missing),
         "fit_duration": _number(row["fit_duration"], nan, 1 if row["fit_duration"] < 100 else 0),
         "images_per_s": _number(rate, nan, 1 if rate < 10 else 0),
     }

@@ -22,6 +22,7 @@ from anomalib_flowood.metrics import (
     BitsPerDim,
     BitsPerDimMedian,
     DetectionError,
+    F1Score,
     SetMetric,
     aupr_in,
     aupr_out,
@@ -187,8 +188,24 @@ def test_nan_scores_are_refused_at_once(name: str) -> None:
 def test_one_class_only_is_nan_with_a_warning(name: str, label: int, missing: str) -> None:
     metric = CLASSES[name]()
     metric.update(batch(torch.rand(5), torch.full((5,), label)))
-    with pytest.warns(UserWarning, match=f"^{name} is NaN: there are no {missing}"):
+    with pytest.warns(UserWarning, match=f"^{name} is not defined: there are no {missing}"):
         assert math.isnan(metric.compute())
+
+
+@pytest.mark.parametrize(("label", "missing"), [(False, "out-of-distribution"), (True, "in-distribution")])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_f1_of_one_class_only_is_no_number(label: bool, missing: str, predicted: bool) -> None:
+    metric, both = F1Score(prefix="image_"), F1Score()
+    one = ImageBatch(
+        image=torch.rand(3, 3, 8, 8), pred_label=torch.tensor([predicted] * 3), gt_label=torch.tensor([label] * 3)
+    )
+    metric.update(one)
+    with pytest.warns(UserWarning, match=f"^image_F1Score is not defined: there are no {missing}"):
+        assert math.isnan(metric.compute())
+    both.update(one)
+    both.update(one.update(in_place=False, gt_label=~one.gt_label))
+    assert both.compute() == pytest.approx(2 / 3 if predicted else 0)  # no alarm at all is a zero
+    assert F1Score(strict=False).compute() is None
 
 
 def test_no_samples_at_all() -> None:
@@ -402,7 +419,7 @@ def test_bits_per_dimension_that_cannot_be_had() -> None:
 def test_bits_per_dimension_of_one_side_only() -> None:
     metric = BitsPerDim()
     metric.update(bits_batch([1.0, 2.0], [0, 0]))
-    with pytest.warns(UserWarning, match="BitsPerDim is NaN: there are no out-of-distribution"):
+    with pytest.warns(UserWarning, match="BitsPerDim is not defined: there are no out-of-distribution"):
         assert math.isnan(metric.compute_sets()["outside"])
     assert metric.compute().item() == 1.5
 

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from model_helpers import embedding_flow, engine, feature_map_flow, idx_folder, pixel_flow
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.utils.data import DataLoader
 
 from anomalib_flowood import CrossDataset, OneClass, PixelFlow
 from anomalib_flowood.benchmark import ScoreRecorder, build
@@ -276,3 +277,23 @@ def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(
         run_test(fitted, cross(folder, "squares"), tmp_path)
     finally:
         fitted.evaluator = evaluator
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_the_table_says_what_is_not_defined(
+    label: int, fitted: PixelFlow, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = cross(folder, "squares", "others")
+    module.setup()
+    images = module.test_data
+    images.samples = images.samples[images.samples["label_index"] == label]
+    loader = DataLoader(images, batch_size=16, collate_fn=images.collate_fn)
+    with pytest.warns(UserWarning, match="image_F1Score is not defined"):
+        (metrics,) = engine(tmp_path).test(fitted, dataloaders=loader)
+    assert all(math.isnan(metrics[name]) for name in OVERALL)
+    assert math.isfinite(metrics["BitsPerDim/outside" if label else "BitsPerDim/inside"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*OVERALL, "BitsPerDim/inside" if label else "BitsPerDim/outside"):
+        (line,) = (line for line in lines if f" {name} " in line)
+        assert "not defined" in line
+    assert not any("nan" in line for line in lines)

@@ -205,6 +205,7 @@ def test_one_class_alone_has_no_roc_curve(tmp_path: Path, samples: pd.DataFrame)
     Results(folder).add({**row, "AUROC": np.nan, "FPR95": np.nan}, inside.assign(**row))
     page = Page(write_report(folder))
     assert "All test images are inside" in page.text
+    assert page.text.count("not defined") == 2
     assert [label.partition(" ")[0] for label in labels_of(page)] == ["Score"]
 
 

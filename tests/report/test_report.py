@@ -64,6 +64,13 @@ def test_a_failed_job_is_a_row_with_its_error() -> None:
     assert "| a | x | **0.900** | 0.250 | 12.3 | 1,234 |\n" in markdown
 
 
+def test_a_metric_of_one_class_is_not_defined() -> None:
+    nan = float("nan")
+    results = pd.DataFrame([row("a", "x", nan, FPR95=nan), row("a", "y", 0.9)])
+    assert render(results).count("not defined") == 2
+    assert "| a | x | not defined | not defined | 12.3 | 1,234 |\n" in benchmark_markdown(results)
+
+
 def test_only_failures() -> None:
     results = pd.DataFrame([{"detector": "a", "data": "x", "seed": 0, "error": "RuntimeError: boom"}])
     assert "boom" in render(results)
@@ -103,7 +110,7 @@ def test_scores_that_are_constant_infinite_or_of_one_class(tmp_path: Path) -> No
     frame = scores(1, 1)
     frame.iloc[0, frame.columns.get_loc("score")] = np.inf  # type: ignore[index]
     score_histograms(frame, tmp_path / "infinite.png")
-    with pytest.warns(UserWarning, match="AUROC is NaN"):
+    with pytest.warns(UserWarning, match="AUROC is not defined"):
         score_histograms(scores(1, 0), tmp_path / "single.png")
     with pytest.raises(ValueError, match="no scores"):
         score_histograms(frame.iloc[:0], tmp_path / "none.png")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
-from anomalib.metrics import Evaluator, F1Score
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,7 +21,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood.data.prediction import read_as_trained
-from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, PerSetEvaluator
+from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
 
@@ -304,7 +304,7 @@ class FlowModule(_Base):
             test_metrics=[
                 AUROC(prefix="image_"),
                 FPR95(prefix="image_"),
-                F1Score(fields=["pred_label", "gt_label"], prefix="image_", strict=False),
+                F1Score(prefix="image_", strict=False),
                 BitsPerDim(strict=False),
                 BitsPerDimMedian(strict=False),
             ]
