@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detectors on a device that is not the CPU: a pretended one everywhere, and the GPU where there is one."""
+"""Detectors on a device that is not the CPU: a pretended one everywhere, and the GPU where there is one. Precisions."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from model_helpers import BACKBONE, DETECTORS, data, embedding_flow, engine, feature_map_flow, idx_folder, pixel_flow
 from pretend_device import PretendAccelerator, pretend_device
@@ -188,3 +191,102 @@ def test_a_forgotten_move_fails_there(away):
     assert (there + here.sum() == there * 4).all()
     assert there[torch.tensor([0, 2])].shape == (2,)
     assert torch.equal(there.cpu(), here)
+
+
+# -- precision ----------------------------------------------------------------------------------------------------
+
+MIXED = ["bf16-mixed", "16-mixed"]
+PLACES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def precise(place, precision):
+    """What gives Lightning's trainer a precision on a device."""
+    if place == "cuda":
+        return {"accelerator": "gpu", "precision": precision}
+    if precision == "16-mixed":  # by its name, Lightning takes bf16-mixed on the CPU
+        return {"plugins": [MixedPrecision(precision, "cpu")]}
+    return {"precision": precision}
+
+
+class Norms(Callback):
+    """The norm of the gradients before and after they are clipped, of each step."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    def norm(self, pl_module):
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before.append(self.norm(pl_module))
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if self.before:
+            self.after.append(self.norm(pl_module))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_gradients_are_clipped_as_they_are_and_not_times_the_loss_scale(place, clip, images, tmp_path):
+    norms = {}
+    for precision in ("32-true", "16-mixed"):
+        torch.manual_seed(0)
+        norms[precision] = Norms()
+        trainer = precise(place, precision) | {"callbacks": [norms[precision]], "gradient_clip_val": clip}
+        engine(tmp_path, **trainer).fit(BUILD["pixel_flow"](), datamodule=images)
+    for mixed, full in zip(norms["16-mixed"].before, norms["32-true"].before, strict=True):
+        assert mixed == pytest.approx(full, rel=0.1)
+    for mixed in norms["16-mixed"].after:
+        assert mixed <= (clip or 50) * 1.01
+
+
+@torch.no_grad()
+def raw_scores(run, detector, module):
+    return torch.cat([batch.raw_score.cpu() for batch in run.predict(detector, dataloaders=module.test_dataloader())])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("precision", [*MIXED, "64-true"])
+@pytest.mark.parametrize("kind", BUILD)
+def test_scores_do_not_depend_on_the_precision_of_the_trainer(kind, precision, place, images, tmp_path):
+    detector = BUILD[kind]()
+    run = engine(tmp_path, **precise(place, precision))
+    run.fit(detector, datamodule=images)
+    assert run.test(detector, datamodule=images)[0]["image_AUROC"] > 0.8
+    scores = raw_scores(run, detector, images)
+    full = raw_scores(engine(tmp_path, accelerator="gpu" if place == "cuda" else "cpu"), detector.float(), images)
+    torch.testing.assert_close(full, scores.float(), rtol=1e-3 if precision == "64-true" else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("kind", BUILD)
+def test_weights_of_16_bits_are_refused_before_anything_happens(kind, precision, tmp_path):
+    detector = BUILD[kind]()
+    for what in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ValueError, match=rf"{precision}.*bf16-mixed"):
+            getattr(engine(tmp_path, precision=precision), what)(detector, datamodule=data(tmp_path))
+        assert next(detector.parameters()).dtype == torch.float32
+    size = detector.model.shape[1:] if kind == "pixel_flow" else detector.model.image_size
+    with pytest.raises(ValueError, match=r"torch\.bfloat16.*bf16-mixed"):
+        detector.bfloat16().model.log_prob(torch.rand(2, 3, *size))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", [*BUILD, "glow", "realnvp"])
+def test_autocast_leaves_densities_alone(kind, place, images, tmp_path):
+    detector = pixel_flow(architecture=kind) if kind in ("glow", "realnvp") else BUILD[kind]()
+    engine(tmp_path).fit(detector, datamodule=images)
+    detector.eval().to(place)
+    batch = detector.pre_processor.transform(batch_of(images).to(place))
+    with torch.no_grad():
+        full = detector.model.log_prob(batch)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(place, dtype=dtype):
+                torch.testing.assert_close(detector.model.log_prob(batch), full, rtol=1e-6, atol=1e-5)
+            with torch.autocast(place, dtype=dtype):
+                trained = detector.train().model.density(detector.inputs_of(ImageBatch(image=batch))).log_prob
+            detector.eval()
+            assert trained.dtype == torch.float32
+            assert not torch.equal(trained, full)  # s,t-networks in 16 bits
+            torch.testing.assert_close(trained, full, rtol=2e-2, atol=1)

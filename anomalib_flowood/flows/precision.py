@@ -40,7 +40,8 @@ def full_precision(method: _Method) -> _Method:
 
 @contextmanager
 def _exactly(kind: str) -> Iterator[None]:
-    multipliers: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul] if kind == "cuda" else []
+    backends: Any = torch.backends
+    multipliers = [backends.cudnn.conv, backends.cuda.matmul] if kind == "cuda" else []
     before = [multiplier.fp32_precision for multiplier in multipliers]
     for multiplier in multipliers:
         multiplier.fp32_precision = "ieee"
