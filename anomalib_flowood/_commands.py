@@ -16,7 +16,7 @@ from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
@@ -31,7 +31,7 @@ from anomalib_flowood.data.prediction import read_as_trained, skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
-from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 
@@ -97,6 +97,30 @@ class FlowoodCLI(AnomalibCLI):
             max_images=arguments["max_images"],
         )
         Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
+
+    def add_export_arguments(self, parser: ArgumentParser) -> None:
+        """Describe anomalib's arguments of ``export``, and whether the export is checked."""
+        super().add_export_arguments(parser)
+        parser.add_argument(
+            "--check",
+            action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+            default=True,
+            help="Compare the exported model with PyTorch on a few normal images.",
+        )
+
+    def export_detector(self) -> None:
+        """Export beside the checkpoint, unless told where to; check what was exported."""
+        arguments = self._prepare_subcommand_kwargs("export")
+        checkpoint = arguments["ckpt_path"]
+        if isinstance(self.model, FlowModule):
+            if checkpoint is not None:
+                arguments |= {"model": _load(type(self.model), Path(checkpoint)), "ckpt_path": None}
+            arguments["model"].check_exports = self.config["export"]["check"]
+        if checkpoint is not None and arguments["export_root"] is None:
+            arguments["export_root"] = root_beside(checkpoint)
+            if arguments["model_file_name"] == "model":  # there may be several checkpoints in a folder
+                arguments["model_file_name"] = Path(checkpoint).stem
+        self.engine.export(**arguments)
 
     def add_score_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``score``."""
@@ -196,6 +220,8 @@ class FlowoodCLI(AnomalibCLI):
                 sys.exit(UNREADABLE)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
+        elif self.subcommand == "export":
+            self.export_detector()
         elif self.subcommand in {"explain", "score"}:  # anomalib would build the data module a second time
             getattr(self, self.subcommand)()
         else:

@@ -77,8 +77,16 @@ def test_train_test_predict_and_export(here, capsys):
     assert predictions.sort_values("pred_score").tail(20)["source"].eq("squares").all()
 
     model = ["--model", "PixelFlow", *(f"--model.{key}={value}" for key, value in PIXELS.items())]
-    main(["export", *model, "--ckpt_path", checkpoint, "--export_type", "torch", "--export_root", "exported"])
+    export = ["export", *model, "--ckpt_path", checkpoint, "--export_type", "torch"]
+    main([*export, "--export_root", "exported", "--no-check"])
     assert (here / "exported" / "weights" / "torch" / "model.pt").is_file()
+    assert "Check of" not in capsys.readouterr().out
+    main(export)
+    beside = Path(checkpoint).parents[1] / "torch" / "model.pt"
+    assert beside.is_file()
+    assert f"Check of {beside}: largest differences from PyTorch on 10 normal images: raw score 0, score 0" in (
+        capsys.readouterr().out
+    )
 
 
 def test_anomalibs_own_command_takes_our_class_paths(here):

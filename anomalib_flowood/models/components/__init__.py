@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that the detectors share."""
 
+from .export import root_beside
+from .export_check import ExportCheckError
 from .features import FeatureBatch, FrozenFeatures
 from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, TrainingDivergedError
@@ -10,6 +12,7 @@ from .pre_processor import ExactPreProcessor, backbone_pre_processor
 __all__ = [
     "ConformalPostProcessor",
     "ExactPreProcessor",
+    "ExportCheckError",
     "FeatureBatch",
     "FlowModel",
     "FlowModule",
@@ -17,4 +20,5 @@ __all__ = [
     "TrainingDivergedError",
     "backbone_pre_processor",
     "check_images",
+    "root_beside",
 ]

@@ -150,6 +150,7 @@ class FrozenFeatures(_Base):
 
     def on_fit_start(self) -> None:
         """Extract, fit, and train on what was stored."""
+        super().on_fit_start()
         trainer: Trainer = self.trainer
         source = trainer.fit_loop._data_source
         loader = source.dataloader()

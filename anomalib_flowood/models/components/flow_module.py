@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from anomalib import LearningType
@@ -25,23 +25,18 @@ from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian,
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
 
+from .export import CheckedExport
 from .flow_model import FlowModel, check_precision
 from .post_processor import ConformalPostProcessor
 
 logger = logging.getLogger(__name__)
 
 
-if TYPE_CHECKING:
-    _Base = AnomalibModule
-else:  # A mixin and not a base class, since anomalib lists the direct subclasses of `AnomalibModule` only.
-    _Base = object
-
-
 class TrainingDivergedError(FloatingPointError):
     """Training met a NaN or infinite loss."""
 
 
-class FlowModule(_Base):
+class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which anomalib lists direct ones only
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.
@@ -385,9 +380,10 @@ class FlowModule(_Base):
         if pre_trained is not None:
             # The checkpoint holds the backbone's weights: nothing needs to be fetched.
             kwargs.setdefault("pre_trained", False)
-        detector = super().load_from_checkpoint(checkpoint_path, **kwargs)
+        detector: Any = super().load_from_checkpoint(checkpoint_path, **kwargs)
         if pre_trained is not None:
             detector.hparams["pre_trained"] = pre_trained
+        detector._checkpoint_path = Path(checkpoint_path)
         return detector
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ``model.json`` beside an exported model says, and the decisions that it allows.
+
+An exported model gives ``pred_score`` and ``pred_label`` at the level that it was exported with. The file beside it
+holds the calibration scores, so that raw scores also have p-values, labels at any other level, and a test for drift.
+Nothing here imports anomalib or a runtime.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from anomalib_flowood import conformal
+
+
+def read_description(model: str | Path) -> dict[str, Any]:
+    """Read what is known of an exported model.
+
+    Args:
+        model: The exported model (``model.xml``, ``model.onnx``, ``model.pt``) or the ``model.json`` beside it.
+
+    Returns:
+        The content of ``model.json``; docs/export.md lists its keys.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not the description of an exported model.
+    """
+    path = description_path(Path(model))
+    if not path.is_file():
+        msg = f"There is no {path}, which every export of anomalib_flowood has beside it. Export the model again."
+        raise FileNotFoundError(msg)
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is not valid JSON ({error}). Export the model again."
+        raise ValueError(msg) from error
+    if not isinstance(description, dict) or not {"identity", "calibration_scores"} <= set(description):
+        msg = f"{path} does not describe an export of anomalib_flowood."
+        raise ValueError(msg)
+    return description
+
+
+def description_path(model: Path) -> Path:
+    """Return the path of the description of an exported model: its own, with the suffix ``.json``."""
+    return model.with_suffix(".json")
+
+
+def p_values(model: str | Path, raw_scores: ArrayLike) -> np.ndarray:
+    """Conformal p-values of raw scores of an exported model; ``p_values(...) < alpha`` are labels at any level.
+
+    Args:
+        model: The exported model or its ``model.json``, as for :func:`read_description`.
+        raw_scores: The model's ``raw_score`` of any number of images, of any shape; they may be infinite.
+
+    Returns:
+        p-values, float64, shaped as the scores: :func:`anomalib_flowood.conformal.p_values`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not the description of an exported model, the model was exported without a calibration, or
+            a score is NaN.
+    """
+    return conformal.p_values(_calibration(model), _tensor(raw_scores)).numpy()
+
+
+def drift_p_value(model: str | Path, raw_scores: ArrayLike) -> float:
+    """Whether raw scores, together, are in-distribution: :func:`anomalib_flowood.conformal.drift_p_value`.
+
+    Arguments and errors as for :func:`p_values`, ``(N,)`` scores; no scores at all are an error, too.
+    """
+    return conformal.drift_p_value(_calibration(model), _tensor(raw_scores))
+
+
+def _calibration(model: str | Path) -> Tensor:
+    scores = read_description(model)["calibration_scores"]
+    if not scores:
+        msg = f"{model} was exported without calibration scores: validate the detector, and export it again."
+        raise ValueError(msg)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _tensor(scores: ArrayLike) -> Tensor:
+    return torch.from_numpy(np.asarray(scores, dtype=np.float64))

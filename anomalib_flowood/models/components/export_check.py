@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported model beside the detector in PyTorch, on the same images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from anomalib.data import InferenceBatch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+BOUND = 1e-4
+"""The largest difference between an export in single precision and PyTorch, relative; see :func:`compare`."""
+
+Outputs = Mapping[str, np.ndarray]
+
+_RAW = ("raw_score", "pred_score", "anomaly_map")
+_TITLES = {"raw_score": "raw score", "pred_score": "score", "anomaly_map": "map"}
+
+
+class ExportCheckError(ArithmeticError):
+    """An exported model gives other scores than PyTorch."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded export.
+
+    Attributes:
+        run: Takes images in [0, 1], ``(N, 3, H, W)``, and returns the outputs by name.
+        shape: The shape of its input; ``None`` for a dimension that may vary.
+    """
+
+    run: Callable[[np.ndarray], Outputs]
+    shape: Sequence[int | None] = (None, 3, None, None)
+
+
+def torch_runtime(path: Path) -> Runtime:
+    """Load a torch export that this process has just written."""
+    detector = torch.load(path, map_location="cpu", weights_only=False)["model"].eval()
+    return Runtime(lambda images: reference(detector, torch.from_numpy(images)))
+
+
+def onnx_runtime(path: Path) -> Runtime:
+    """Load an ONNX export, with the raw score where there is one.
+
+    Raises:
+        ModuleNotFoundError: If ONNX Runtime is not installed.
+    """
+    import onnxruntime
+
+    raw = raw_onnx_path(path)
+    session = onnxruntime.InferenceSession(raw if raw.exists() else path, providers=["CPUExecutionProvider"])
+    (given,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
+    return Runtime(
+        lambda images: dict(zip(names, session.run(None, {given.name: images}), strict=True)),
+        [size if isinstance(size, int) else None for size in given.shape],
+    )
+
+
+def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") -> Runtime:
+    """Load an OpenVINO export for the CPU.
+
+    Args:
+        path: Of the ``.xml`` file.
+        raw: Whether the raw score is a tensor of its own.
+        precision: What to compute in; ``None`` for what the plugin takes by itself.
+
+    Raises:
+        ModuleNotFoundError: If OpenVINO is not installed.
+    """
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    if raw:
+        model.add_outputs("raw_score")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision} if precision else {})
+    names = [output.any_name for output in compiled.outputs]
+    shape = [size.get_length() if size.is_static else None for size in compiled.input(0).partial_shape]
+    return Runtime(lambda images: dict(zip(names, compiled(images).values(), strict=True)), shape)
+
+
+def openvino_default_precision() -> str:
+    """Return what OpenVINO's CPU plugin computes in on this machine unless told otherwise: ``f32`` or ``bf16``."""
+    import openvino
+
+    return openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+
+
+def raw_onnx_path(path: Path) -> Path:
+    """Return the graph beside an ONNX export that also gives the raw score."""
+    return path.with_stem(f"{path.stem}_raw")
+
+
+@torch.no_grad()
+def reference(detector: AnomalibModule, images: Tensor) -> Outputs:
+    """What the detector gives in PyTorch, pre-processing the images as it does when it is tested.
+
+    Args:
+        detector: In evaluation mode.
+        images: In [0, 1], ``(N, 3, H, W)``.
+
+    Returns:
+        The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
+    """
+    transform = getattr(detector.pre_processor, "transform", None)
+    raw: InferenceBatch = detector.model(images if transform is None else transform(images))
+    done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
+    outputs = {name: value.numpy() for name, value in done._asdict().items() if value is not None}
+    if done.pred_score is not raw.pred_score:
+        assert raw.pred_score is not None  # every detector scores images
+        outputs["raw_score"] = raw.pred_score.numpy()
+    return outputs
+
+
+def batches(images: Tensor, shape: Sequence[int | None]) -> Iterator[Tensor]:
+    """Yield images as an export takes them: in two sizes, or in the only one that it takes.
+
+    Args:
+        images: Images at the detector's input size, ``(n, 3, H, W)``, uint8.
+        shape: Of the export's input.
+
+    Yields:
+        Images in [0, 1], ``(N, 3, H, W)``.
+    """
+    images = images.float() / 255
+    count, _, height, width = shape
+    if count is not None:
+        images = torch.stack(list(islice(cycle(images), count)))
+    own = images.shape[-2:]
+    larger = (own[0] + own[0] // 2, own[1] + own[1] // 4)  # the graph has to resize them
+    for rows, columns in dict.fromkeys((height or size[0], width or size[1]) for size in (own, larger)):
+        yield functional.resize(images, [rows, columns], antialias=True)
+
+
+def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs) -> Outputs:
+    """How far PyTorch's own outputs move where pixels move by 1e-6, less than a hundredth of the rounding to 8 bits.
+
+    A flow on pixels rounds them to 256 levels after they were resized. A pixel that lies between two levels but for the
+    last bit, as one in some 10,000 does, goes either way, and takes the score with it.
+    """
+    moved = [reference(detector, (images + step).clamp(0, 1)) for step in (-1e-6, 1e-6)]
+    with np.errstate(invalid="ignore"):
+        return {
+            name: 2 * np.nan_to_num(np.maximum(*(np.abs(one[name] - expected[name]) for one in moved)), posinf=0.0)
+            for name in _RAW
+            if name in expected
+        }
+
+
+def compare(got: Outputs, expected: Outputs, slack: Outputs | None = None) -> dict[str, float]:
+    """Return the largest differences of an export from PyTorch, and the number of labels that differ.
+
+    Scores and maps in [0, 1] differ by ``|a - b| / (|b| + 0.1)``. Raw ones have no scale of their own, and differ by
+    ``|a - b|`` over the largest of the batch. Labels count if the score is not at the threshold but for rounding, where
+    one of the calibration images, of which these may be some, always is.
+
+    Args:
+        got: Outputs of the export.
+        expected: Outputs of PyTorch.
+        slack: What they may differ by without a difference.
+    """
+    differences: dict[str, float] = {}
+    normalised = "raw_score" in expected
+    for name in _RAW:
+        if name not in expected:
+            continue
+        want = expected[name].astype(np.float64)
+        have = np.asarray(got[name], dtype=np.float64).reshape(want.shape)
+        size = np.abs(want)
+        finite = size[np.isfinite(size)]
+        raw = name == "raw_score" or not normalised
+        scale: Any = max(float(finite.max(initial=0)), 1e-12) if raw else size + 0.1
+        with np.errstate(invalid="ignore"):
+            distance = np.abs(have - want) - (0.0 if slack is None else slack[name])
+            error = np.where(have == want, 0.0, np.maximum(distance, 0.0) / scale)
+        differences[name] = float(np.nan_to_num(error, nan=math.inf, posinf=math.inf).max(initial=0))
+    if "pred_label" in expected:
+        far = np.abs(expected["pred_score"] - 0.5) > BOUND + (0.0 if slack is None else slack["pred_score"])
+        wrong = np.asarray(got["pred_label"]).reshape(far.shape) != expected["pred_label"]
+        differences["labels"] = int((wrong & far).sum())
+    return differences
+
+
+def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Put the differences of several batches together: the largest ones, and all labels."""
+    return {name: (sum if name == "labels" else max)(one[name] for one in found) for name in found[0]}
+
+
+def agree(differences: Mapping[str, float]) -> bool:
+    """Whether differences lie within the bound."""
+    return all(value == 0 if name == "labels" else value <= BOUND for name, value in differences.items())
+
+
+def readable(differences: Mapping[str, float], images: int) -> str:
+    """Put differences in words: ``raw score 3e-07, score 2e-06, labels of 0 of 10 images``."""
+    parts = [f"{_TITLES[name]} {value:.1g}" for name, value in differences.items() if name != "labels"]
+    if "labels" in differences:
+        parts.append(f"labels of {differences['labels']} of {images} images")
+    return ", ".join(parts)

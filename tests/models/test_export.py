@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports: what lies beside them, where they are put, and their own check."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from model_helpers import DETECTORS, data, engine, feature_map_flow, pixel_flow
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
+
+from anomalib_flowood import PixelFlow, exported
+from anomalib_flowood.models.components import ExportCheckError, export
+from anomalib_flowood.models.components.export_check import BOUND, agree, compare
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+class Case:
+    """A fitted detector, its checkpoint, and its exports, each made once."""
+
+    def __init__(self, folder, detector):
+        self.folder, self.detector = folder, detector
+        run = engine(folder)
+        run.fit(detector, datamodule=data(folder))
+        self.checkpoint = Path(run.trainer.checkpoint_callback.best_model_path)
+        detector.eval()
+
+    def export(self, export_type):
+        suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt"}[export_type]
+        path = self.folder / "weights" / export_type / f"model{suffix}"
+        return path if path.exists() else engine(self.folder).export(self.detector, export_type, self.folder)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("pixels"), pixel_flow())
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("maps"), feature_map_flow(max_epochs=1, coupling_layers=4))
+
+
+def strict_json(path):
+    def refuse(constant):
+        msg = f"{path} holds {constant}, which is not JSON"
+        raise ValueError(msg)
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def raw_scores(case, export_type, images):
+    """As docs/export.md says."""
+    path = case.export(export_type)
+    if export_type == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
+        session = onnxruntime.InferenceSession(path.with_name("model_raw.onnx"))
+        return session.run(["raw_score"], {"input": images.numpy()})[0]
+    if export_type == "openvino":
+        openvino = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+        core = openvino.Core()
+        model = core.read_model(path)
+        model.add_outputs("raw_score")
+        return core.compile_model(model, "CPU", EXACT)(images.numpy())["raw_score"]
+    return torch.load(path, weights_only=False)["model"].raw_scores(images).numpy()
+
+
+@pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
+def test_an_export_gives_raw_scores_and_all_decisions(export_type, maps, capsys):
+    detector, images = maps.detector, torch.rand(6, 3, 50, 37)
+    found = raw_scores(maps, export_type, images)
+    out = capsys.readouterr().out
+    assert f"Check of {maps.export(export_type)}: largest differences from PyTorch on 10 normal images" in out
+    with torch.no_grad():
+        raw = detector.model(detector.pre_processor.transform(images)).pred_score
+    np.testing.assert_allclose(found, raw, rtol=1e-4)
+
+    path, post_processor = maps.export(export_type), detector.post_processor
+    known = strict_json(path.with_name("model.json"))
+    assert known == exported.read_description(path)
+    assert known["class"] == "anomalib_flowood.FeatureMapFlow"
+    assert known["image_size"] == [48, 48]
+    assert known["pre_processing"]["init_args"]["transforms"][0]["init_args"]["size"] == [48, 48]
+    assert (known["score"], known["alpha"]) == ("nll", 0.05)
+    assert known["outputs"] == ["pred_score", "pred_label", "anomaly_map", "pred_mask"]
+    assert torch.equal(torch.tensor(known["calibration_scores"]), post_processor.calibration)
+    assert known["threshold"] == float(post_processor.image_threshold)
+    assert {"anomalib-flowood", "anomalib", "torch"} <= set(known["versions"])
+    assert known["check"]["passed"]
+    assert all(value <= BOUND for value in known["check"]["largest_differences"].values())
+
+    scores = np.concatenate([post_processor.calibration[::3].numpy(), [np.inf, -np.inf, 0.0]]).astype(np.float32)
+    p_values = exported.p_values(path, scores)
+    assert np.array_equal(p_values, post_processor.p_values(torch.tensor(scores)))
+    assert exported.drift_p_value(path, scores) == post_processor.drift_p_value(torch.tensor(scores))
+
+
+@pytest.mark.parametrize("export_type", ["onnx", "openvino"])
+def test_anomalibs_openvino_inferencer_predicts(export_type, maps, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+    path = maps.export(export_type)
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
+    image = torch.rand(1, 3, 40, 50)
+    got = OpenVINOInferencer(path, device="CPU", config=EXACT).predict(image)
+    with torch.no_grad():
+        want = maps.detector(image)
+    np.testing.assert_allclose(got.pred_score, want.pred_score, rtol=1e-4)
+    np.testing.assert_allclose(got.anomaly_map.squeeze(), want.anomaly_map.squeeze(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(got.pred_label, want.pred_label)
+
+
+def test_anomalibs_torch_inferencer_predicts(maps, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    image = torch.rand(3, 40, 50)
+    got = TorchInferencer(maps.export("torch"), device="cpu").predict(image)
+    with torch.no_grad():
+        assert torch.equal(got.pred_score, maps.detector(image[None]).pred_score)
+
+
+# -- the check ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_fit_keeps_a_few_normal_validation_images(name, tmp_path, pixels, maps):
+    case = {"pixel_flow": pixels, "feature_map_flow": maps}.get(name)
+    case = case or Case(tmp_path, DETECTORS[name](max_epochs=1))
+    size = case.detector.input_size
+    for detector in (case.detector, type(case.detector).load_from_checkpoint(case.checkpoint)):
+        assert detector.check_images.shape == (5, 3, *size)
+        assert detector.check_images.dtype == torch.uint8
+    module = data(case.folder)
+    module.setup()
+    images = torch.stack([module.val_data[row].image for row in range(5)])
+    resized = Resize(size, antialias=True)(images)
+    assert (case.detector.check_images / 255 - resized).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_only_normal_images_of_any_size_are_kept():
+    sizes = [(9, 9), (12, 20), (7, 7), (16, 8), (10, 11)]
+    items = [ImageItem(image=torch.full((3, *size), 0.1 * n), gt_label=n % 2) for n, size in enumerate(sizes)]
+    images = list(export._normal_images(DataLoader(items, batch_size=4, collate_fn=ImageBatch.collate), 2))
+    assert [tuple(image.shape) for image in images] == [(3, 9, 9), (3, 7, 7)]
+
+
+def test_keeping_images_changes_no_training(pixels, tmp_path, monkeypatch):
+    weights = []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(export, "_image_loader", lambda trainer: None)
+        torch.manual_seed(0)
+        detector = pixel_flow(max_epochs=1)
+        engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+        assert (detector.check_images is not None) == keeps
+        weights.append(detector.model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_an_export_that_resizes_otherwise_is_an_error(pixels, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint)
+    detector.pre_processor.export_transform = Resize((12, 12), antialias=False)  # as anomalib exports it
+    with pytest.raises(ExportCheckError, match=r"model.onnx gives other scores than PyTorch.*`--no-check`"):
+        detector.to_onnx(tmp_path)
+    assert strict_json(tmp_path / "weights" / "onnx" / "model.json")["check"]["passed"] is False
+    assert "raw score" in capsys.readouterr().out
+
+
+def test_an_unchecked_export_is_not_checked(pixels, tmp_path, capsys):
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint)
+    detector.check_exports = False
+    path = detector.to_torch(tmp_path)
+    assert "check" not in strict_json(path.with_name("model.json"))
+    assert "Check of" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_checked_is_exported_and_says_so(pixels, maps, tmp_path, monkeypatch, capsys):
+    checkpoint = torch.load(pixels.checkpoint, weights_only=True)
+    del checkpoint["anomalib_flowood_check_images"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    old = PixelFlow.load_from_checkpoint(tmp_path / "old.ckpt")
+    assert old.to_torch(tmp_path).exists()
+    assert "nothing could be checked, for the detector keeps no normal images" in capsys.readouterr().out
+
+    for export_type, runtime in {ExportType.ONNX: "onnxruntime", ExportType.OPENVINO: "openvino"}.items():
+        monkeypatch.setitem(sys.modules, runtime, None)
+        assert maps.detector._check(tmp_path / "model", export_type, None) == {"images": 0}
+        assert f"nothing could be checked, for {runtime} is not installed" in capsys.readouterr().out
+
+
+def test_differences():
+    inf, nan = np.inf, np.nan
+    raw = np.array([-1.68, 2.0, inf])
+    expected = {
+        "pred_score": np.array([0.2, 0.5, 1.0]),
+        "pred_label": np.array([False, False, True]),
+        "raw_score": raw,
+    }
+    same = compare(expected, expected)
+    assert same == {"raw_score": 0, "pred_score": 0, "labels": 0}
+    assert agree(same)
+    # A calibration image is the threshold: its label is a matter of rounding.
+    rounded = {**expected, "pred_score": np.array([0.2, 0.5 + 6e-8, 1.0]), "pred_label": np.array([False, True, True])}
+    assert agree(compare(rounded, expected))
+    assert compare({**expected, "pred_label": np.array([True, False, True])}, expected)["labels"] == 1
+    assert compare({**expected, "raw_score": raw + 1e-3}, expected)["raw_score"] == pytest.approx(5e-4)
+    for broken in (nan, 1e30):
+        assert compare({**expected, "raw_score": np.array([-1.68, 2.0, broken])}, expected)["raw_score"] == inf
+    assert not agree(compare({**expected, "pred_score": np.array([nan, 0.5, 1.0])}, expected))
+
+
+# -- places ------------------------------------------------------------------------------------------------------
+
+
+def test_exports_of_two_runs_lie_beside_their_checkpoints(pixels, tmp_path):
+    run = engine(tmp_path)
+    run.fit(pixel_flow(max_epochs=1), datamodule=data(tmp_path))
+    runs = [pixels.checkpoint, Path(run.trainer.checkpoint_callback.best_model_path)]
+    for checkpoint in runs:
+        root = checkpoint.parents[6]
+        assert root.name == "results"
+        path = engine(root.parent).export(pixel_flow(), "torch", ckpt_path=checkpoint)
+        assert path == checkpoint.parents[1] / "torch" / "model.pt"
+        assert not (root / "weights").exists()
+    named = engine(tmp_path).export(pixel_flow(), "torch", export_root=tmp_path, ckpt_path=runs[1])
+    assert named == tmp_path / "weights" / "torch" / "model.pt"
+
+
+def test_the_export_of_another_model_is_not_replaced(pixels, maps, tmp_path):
+    path = pixels.detector.to_torch(tmp_path)
+    before = path.read_bytes()
+    again = PixelFlow.load_from_checkpoint(pixels.checkpoint)
+    again.post_processor.alpha = 0.2
+    again.to_torch(tmp_path)  # the same weights
+    assert exported.read_description(path)["alpha"] == 0.2
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(again.model.flow.parameters()).mul_(1.001)
+    for other in (maps.detector, again):
+        with pytest.raises(
+            ValueError, match=r"model.pt is the export of another model \(anomalib_flowood.PixelFlow, by its"
+        ):
+            other.to_torch(tmp_path)
+    assert path.read_bytes() == before
+    assert maps.detector.to_torch(tmp_path, "maps").with_name("maps.json").exists()
+
+    path.with_name("model.json").unlink()
+    with pytest.raises(ValueError, match=r"model.pt is there already, and without a model.json"):
+        pixels.detector.to_torch(tmp_path)
+
+
+def test_every_kind_of_export_looks_first(pixels, tmp_path):
+    for export_type, name in {"onnx": "model.onnx", "openvino": "model.xml"}.items():
+        there = tmp_path / "weights" / export_type / name
+        there.parent.mkdir(parents=True)
+        there.touch()
+        with pytest.raises(ValueError, match=f"{name} is there already"):
+            engine(tmp_path).export(pixels.detector, export_type, export_root=tmp_path)
+        assert there.stat().st_size == 0
+
+
+# -- model.json --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_description_is_one_clear_error(tmp_path):
+    path = tmp_path / "model.json"
+    with pytest.raises(FileNotFoundError, match=r"There is no .*model.json"):
+        exported.p_values(tmp_path / "model.xml", [0.0])
+    for text, message in [
+        ("{", "is not valid JSON"),
+        ("[1]", "does not describe an export"),
+        ("{}", "does not describe"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            exported.p_values(path, [0.0])
+    path.write_text(json.dumps({"identity": "", "calibration_scores": []}))
+    with pytest.raises(ValueError, match="exported without calibration scores"):
+        exported.p_values(path, [0.0])
+    path.write_text(json.dumps({"identity": "", "calibration_scores": [1, 2, 3]}))
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+        exported.p_values(path, [0.0, float("nan")])
+    assert exported.p_values(path, [[2.5, 0.0]]).tolist() == [[0.5, 1.0]]
+
+
+def test_without_a_calibration_the_score_is_raw(tmp_path):
+    detector = pixel_flow(max_epochs=1)
+    run = engine(tmp_path, limit_val_batches=0)
+    run.fit(detector, datamodule=data(tmp_path))
+    assert len(detector.check_images) == 5  # of the training images
+    known = strict_json(detector.to_torch(tmp_path).with_name("model.json"))
+    assert (known["threshold"], known["calibration_scores"], known["outputs"]) == (None, [], ["pred_score"])
