@@ -392,14 +392,17 @@ def _sample_picture(detector: PixelFlow, scored: list[_Scored], folder: Path) ->
     inside = scored[0].images
     real = inside.images[spread(len(inside.images), _SAMPLES)]
     count = len(real)
-    rows = {inside.name: real}
+    rows, beyond = {inside.name: real}, []
     for temperature in TEMPERATURES:
-        generator = torch.Generator(detector.device).manual_seed(_SEED)
-        rows[f"T = {temperature:g}"] = detector.model.sample(count, temperature, generator).cpu()
+        drawn = detector.model.draw(count, temperature, torch.Generator(detector.device).manual_seed(_SEED)).cpu()
+        rows[f"T = {temperature:g}"] = drawn.clamp(0, 1)
+        beyond.append(f"{float(((drawn < 0) | (drawn > 1)).float().mean()):.0%} (T = {temperature:g})")
     draw_images(rows, [""] * count, folder / "samples.png")
     caption = (
         f"Real images of {inside.name}, and samples of the flow with latents of standard deviation T, the same "
-        "latents in every row. Good samples do not make a good detector, nor do bad samples make a bad one."
+        f"latents in every row. Of the pixels, {', '.join(beyond)} were drawn beyond black or white, where the logit "
+        "lets the density reach, and are shown black or white. Good samples do not make a good detector, nor do bad "
+        "samples make a bad one."
     )
     return Picture("samples.png", "Samples", caption)
 

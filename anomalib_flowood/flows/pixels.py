@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From 8-bit pixels to the unbounded space in which couplings work, and the likelihood's units."""
+"""From 8-bit pixels to the space in which couplings work, and the likelihood's units."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ _ALPHA_BEFORE = 0.05
 
 
 class Logit(InvertibleModule):
-    """Maps the open unit cube to an unbounded space: ``y = logit(alpha + (1 - 2 alpha) x)``.
+    """Spreads black and white out: ``y = logit(alpha + (1 - 2 alpha) x)``.
 
     Source: Dinh et al. (2017), section 4.1. The log-determinant is counted, so that densities refer to the unit cube.
+    The cube lands between logit(alpha) and logit(1 - alpha), and nothing keeps a flow within these bounds: some of its
+    density lies beyond black and white, as far as ``-alpha / (1 - 2 alpha)`` and ``(1 - alpha) / (1 - 2 alpha)`` (-0.5
+    and 1.5 for 0.25). No image is there, so that what it puts there it loses in likelihood.
 
     Args:
         dims_in: One shape of any rank.

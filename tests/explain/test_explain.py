@@ -67,6 +67,8 @@ def test_a_pixel_flow_gets_all_pictures_and_the_right_numbers(mask, tmp_path):
     assert "bright <b>&$x$" in shown.text
     assert "b" not in shown.tags
     assert "mean over the colours" not in shown.text
+    drawn = detector.model.draw(min(8, len(sets["inside"])), 1.0, torch.Generator().manual_seed(0))
+    assert f"Of the pixels, {((drawn < 0) | (drawn > 1)).float().mean():.0%} (T = 1)" in shown.text
 
     numbers = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))
     assert (numbers["detector"], numbers["inside"]) == ("PixelFlow", "inside")

@@ -94,6 +94,19 @@ def test_samples_are_images_and_repeatable(mask):
     assert draw(0.1).var(0).mean() < images.var(0).mean()
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.25])
+def test_the_density_reaches_beyond_black_and_white_and_samples_do_not(alpha):
+    model = PixelFlowModel((6, 6), 3, logit_alpha=alpha, **SMALL)
+    randomise_flow(model)
+    draw = lambda function: function(200, 3.0, torch.Generator().manual_seed(1))
+    drawn, samples = draw(model.draw), draw(model.sample)
+    assert torch.equal(samples, drawn.clamp(0, 1))
+    assert ((drawn < 0) | (drawn > 1)).any()
+    low, high = -alpha / (1 - 2 * alpha), (1 - alpha) / (1 - 2 * alpha)
+    assert drawn.min() == pytest.approx(low, abs=0.05)
+    assert drawn.max() == pytest.approx(high, abs=0.05)
+
+
 def test_sampling_inverts_the_flow(model):
     z = 0.5 * torch.randn(3, 3, 7, 6)
     x, _ = model.flow(z, rev=True)

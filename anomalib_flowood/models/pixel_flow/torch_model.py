@@ -168,17 +168,28 @@ class PixelFlowModel(FlowModel):
         log_probs = [self.log_prob_of((flows.dequantize(images, noise),)) for noise in noises]
         return flows.bits_per_dim(torch.stack(log_probs).mean(0), self.dims, self.levels)
 
-    @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images.
+        """Draw images, as :meth:`draw` does, and clamp them to black and white.
+
+        Arguments as for :meth:`draw`.
+
+        Returns:
+            Images in [0, 1], ``(n, C, H, W)``. They are dequantised, so that they have more grey levels than 256.
+        """
+        return self.draw(n, temperature, generator).clamp(0, 1)
+
+    @torch.no_grad()
+    def draw(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw from the flow's density, which reaches beyond black and white: see :class:`flows.Logit`.
 
         Args:
             n: How many.
-            temperature: Standard deviation of the latents.
+            temperature: Standard deviation of the latents. Below 1 the images are no longer drawn from the density, but
+                from what is likelier.
             generator: Source of randomness, on the model's device.
 
         Returns:
-            Images in [0, 1], ``(n, C, H, W)``.
+            Images, ``(n, C, H, W)``.
         """
         weight = next(self.flow.parameters())
         shape = (n, *self.flow.shapes[-1])
@@ -188,4 +199,4 @@ class PixelFlowModel(FlowModel):
         self.flow.eval()
         images, _ = self.flow(z, rev=True)
         self.flow.train(training)
-        return images.clamp(0, 1)
+        return images
