@@ -27,13 +27,16 @@ import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
 from anomalib_flowood.cli import UNREADABLE
-from anomalib_flowood.data.prediction import read_as_trained, skipping_arguments
+from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained, skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
+
+_PREDICTED_AT_ONCE = 32
+"""Images that our detectors predict on at once."""
 
 
 class FlowoodCLI(AnomalibCLI):
@@ -201,11 +204,12 @@ class FlowoodCLI(AnomalibCLI):
 
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
-        if self.subcommand in {"test", "train"}:
+        if self.subcommand in {"test", "train", "predict"}:
             self.recorder = ScoreRecorder()
             trainer = self._get(self.config_init, "trainer")
             given = trainer["callbacks"] or []
-            trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), self.recorder]
+            ours = ReadAsTrained() if self.subcommand == "predict" else self.recorder
+            trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), ours]
         super().instantiate_engine()
         self.engine: RunEngine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
 
@@ -213,8 +217,10 @@ class FlowoodCLI(AnomalibCLI):
         if self.subcommand in {"test", "predict"}:
             self.engine.folder = self._output_folder()
         if self.subcommand == "predict":
+            # Of anomalib's detectors, some score an image by what else is in its batch.
+            batch_size = _PREDICTED_AT_ONCE if isinstance(self.model, FlowModule) else 1
             arguments = self._prepare_subcommand_kwargs("predict")
-            arguments, errors = skipping_arguments(**arguments)
+            arguments, errors = skipping_arguments(batch_size=batch_size, **arguments)
             self.keep_predictions(self.engine.predict(**arguments), errors)
             if errors:
                 sys.exit(UNREADABLE)

@@ -13,14 +13,20 @@ import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.models import Padim
+from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback
 from model_helpers import engine, pixel_flow
 from PIL import Image
+from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import OneClass, PixelFlow
 from anomalib_flowood.cli import main
-from anomalib_flowood.data import PathDataset
+from anomalib_flowood.data import PathDataset, SourcedDataset, read_image
+from anomalib_flowood.data.prediction import ReadAsTrained
+from anomalib_flowood.data.sources import Images
 from anomalib_flowood.explain.images import image_sets
+from benchmarks.memory import Peak
 
 KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "8.png": lambda grey: grey.astype(np.uint8),
@@ -94,7 +100,9 @@ def test_a_picture_has_one_score_in_whatever_file_it_comes(tmp_path: Path, train
         predict(tmp_path, trained["12.png"], write(tmp_path / "bright", "16.png", 1))
 
 
-def test_max_value_travels_with_the_checkpoint(tmp_path: Path, trained: dict[str, Path]) -> None:
+def test_max_value_travels_with_the_checkpoint(
+    tmp_path: Path, trained: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     assert PixelFlow.load_from_checkpoint(trained["8.png"]).max_value is None
     detector = PixelFlow.load_from_checkpoint(trained["12.png"])
     assert detector.max_value == 4095
@@ -116,10 +124,12 @@ def test_max_value_travels_with_the_checkpoint(tmp_path: Path, trained: dict[str
         assert which.max_value == 4095
         assert which.test_data[0].image.max() < 0.3
         assert which.val_data[0].image.max() < 0.3
+    assert "taking the latter" not in caplog.text
     # An argument that was given is meant.
     given = module(dark, max_value=1023)
     engine(tmp_path).test(detector, datamodule=given, verbose=False)
     assert given.test_data[0].image.max() > 0.6
+    assert "trained with max_value 4095, and the data module has 1023: taking the latter" in caplog.text
 
 
 @pytest.mark.parametrize("limit", [0, 512])
@@ -137,6 +147,23 @@ def test_max_value_of_images_in_memory_and_on_the_disk(tmp_path: Path, limit: in
     assert data.train_data[0].image.max() == pytest.approx(16 / 255)
     with pytest.raises(ValueError, match="max_value has to be at least 1"):
         module(tmp_path, max_value=0)
+
+
+def test_a_detector_that_was_just_trained_predicts_as_it_was_trained(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "parts", "12.png")
+    run, detector, data = engine(tmp_path), pixel_flow(max_epochs=1), module(folder)
+    run.fit(detector, datamodule=data)
+    by_path = run.predict(detector, data_path=folder / "test", return_predictions=True)
+    by_module = run.predict(detector, datamodule=data, return_predictions=True)
+    scores = [
+        {
+            path: score
+            for batch in batches
+            for path, score in zip(batch.image_path, batch.raw_score.tolist(), strict=True)
+        }
+        for batches in (by_path, by_module)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_a_size_is_read_once_for_all(tmp_path: Path, trained: dict[str, Path]) -> None:
@@ -230,6 +257,36 @@ def test_hidden_folders_are_no_class(tmp_path: Path) -> None:
     assert len(PathDataset(folder)) == 76
 
 
+def test_photographs_are_resized_as_they_are_read(tmp_path: Path) -> None:
+    """To the same numbers as a batch that was read whole, and without the memory of one."""
+    photograph = tmp_path / "parts" / "train" / "good" / "000.jpg"
+    photograph.parent.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((1600, 1200)).save(photograph)
+    for i in range(1, 40):
+        photograph.with_name(f"{i:03d}.jpg").symlink_to(photograph)
+    images = Images("photographs", [str(path) for path in sorted(photograph.parent.iterdir())])
+    data = SourcedDataset(images, 0, "train", augmentations=Resize([32, 48], antialias=True))
+    with Peak() as peak:
+        batch = data.__getitems__(range(40))
+    assert peak.above_rest_mib < 250  # 40 of them are 880 MiB
+    whole = Resize([32, 48], antialias=True)(read_image(photograph).float().unsqueeze(0) / 255)
+    assert torch.equal(batch.image, whole.expand(40, -1, -1, -1))
+    kept = SourcedDataset(images.select(np.arange(2)).in_memory(64), 0, "train", augmentations=data.augmentations)
+    assert torch.equal(kept.__getitems__([0, 1]).image, batch.image[:2])
+
+
+def test_all_splits_together_stay_within_the_memory_limit(tmp_path: Path) -> None:
+    for part in ("train/good", "test/good", "test/bad"):
+        (tmp_path / part).mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (512, 256), i).save(tmp_path / part / f"{i}.png")
+    data = module(tmp_path, memory_limit_mib=1)
+    data.setup()
+    kept = [part._stores[0].pixels is not None for part in (data.train_data, data.val_data, data.test_data)]
+    assert kept == [True, True, False]
+
+
 def test_pictures_show_what_was_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a", "12.png", 2) / "001.png"
     batch = ImageBatch(image=torch.rand(1, 3, 8, 8), image_path=[str(path)], anomaly_map=torch.rand(1, 8, 8))
@@ -238,6 +295,24 @@ def test_pictures_show_what_was_read(tmp_path: Path) -> None:
     shown = np.asarray(picture)[..., 0]
     expected = np.rint(np.asarray(Image.open(path)) / 4095 * 255)
     assert np.abs(shown[-12:, :12] - expected).max() <= 1
+
+
+def test_anomalibs_detectors_predict_by_path_as_they_were_trained(tmp_path: Path) -> None:
+    class Seen(Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            self.highest = batch.image.max()
+
+    def padim(**kwargs) -> Padim:
+        return Padim(backbone="resnet18", layers=["layer1"], n_features=4, pre_trained=False, **kwargs)
+
+    pre_processor = PreProcessor(Resize([32, 32], antialias=True))
+    detector, seen = padim(visualizer=False, pre_processor=pre_processor), Seen()
+    run = engine(tmp_path, callbacks=[ReadAsTrained(), seen])
+    run.fit(detector, datamodule=module(parts(tmp_path / "parts", "12.png")))
+    run.predict(
+        detector, data_path=tmp_path / "parts" / "test", ckpt_path=run.trainer.checkpoint_callback.best_model_path
+    )
+    assert seen.highest > 0.5
 
 
 def test_anomalibs_detectors_predict_by_the_same_reader(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ class _ReadsSources:
             if hasattr(self, part):
                 getattr(self, part).read_for(max_value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: ``max_value``."""
+        return {"max_value": self.max_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Read as the training images of a checkpoint were read, by any detector."""
+        self.read_for(state_dict["max_value"])
+
     def _begin_reading(self, training: Images, stage: str | None) -> None:
         """Find out what white is in files of 16 bits: as given, as the detector has it, as the training files show."""
         self._memory_left = 0 if stage == TrainerFn.PREDICTING else self.memory_limit_mib  # each is read just once

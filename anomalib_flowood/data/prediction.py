@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomalib.data import ImageItem, PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.engine import engine
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import Resize, Transform
@@ -21,9 +22,6 @@ from anomalib_flowood.data.decoding import UnreadableImageError, image_files
 from anomalib_flowood.data.sources import Images
 
 logger = logging.getLogger(__name__)
-
-_BATCH_SIZE = 32
-"""Images that our detectors predict on at once."""
 
 
 class PathDataset(PredictDataset):
@@ -136,13 +134,14 @@ class SkippingLoader(DataLoader):
 
 
 def skipping_arguments(
-    model: Any, data_path: str | Path | None = None, **arguments: Any
+    model: Any, data_path: str | Path | None = None, batch_size: int = 1, **arguments: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Let a prediction go on where a file cannot be read.
 
     Args:
         model: The detector.
         data_path: Image or folder to predict on, if that is what there is.
+        batch_size: Images of such a folder to predict on at once, if the detector resizes them to one size.
         arguments: Further arguments of anomalib's ``Engine.predict``: ``dataloaders`` or ``datamodule`` else.
 
     Returns:
@@ -153,9 +152,7 @@ def skipping_arguments(
     if data_path is not None:
         resize = resize_of(model)
         dataset = PathDataset(data_path, resize=resize, max_value=getattr(model, "max_value", None))
-        # Of the others, some score an image by what else is in its batch. Without a resize, sizes may differ.
-        size = _BATCH_SIZE if resize is not None and hasattr(model, "max_value") else 1
-        loaders = DataLoader(dataset, batch_size=size, collate_fn=dataset.collate_fn)
+        loaders = DataLoader(dataset, batch_size=batch_size if resize else 1, collate_fn=dataset.collate_fn)
     if loaders is not None:
         arguments["dataloaders"] = [
             _skipping(loader, errors) for loader in ([loaders] if isinstance(loaders, DataLoader) else loaders)
@@ -193,25 +190,42 @@ def resize_of(detector: nn.Module) -> Resize | None:
 def read_as_trained(
     detector: nn.Module,
     datamodule: object = None,
-    loaders: DataLoader | Iterable[DataLoader] | None = None,
+    loaders: Any = None,
 ) -> None:
     """Let images be read as those that a detector was trained on.
 
     Args:
-        detector: One of this package, which knows what white is in files of 16 bits; others are left alone.
+        detector: One of this package that knows what white is in files of 16 bits; with others nothing happens.
         datamodule: A data module that is set up; one of anomalib's is left alone.
-        loaders: Data loaders to predict on; those of a :class:`PathDataset` read at the detector's size from now on.
+        loaders: A data loader to predict on, or several; those of a :class:`PathDataset` read at the detector's size
+            from now on.
     """
     if not hasattr(detector, "max_value"):
         return
     max_value: Any = detector.max_value
     if isinstance(datamodule, CrossDataset | OneClass):
         datamodule.read_for(max_value)
-    for loader in [loaders] if isinstance(loaders, DataLoader) else loaders or ():
+    _read_paths(detector, loaders, max_value)
+
+
+def _read_paths(detector: nn.Module, loaders: Any, max_value: int | None) -> None:
+    # A trainer may have a data module in their place.
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         dataset = getattr(loader, "dataset", None)
         dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
         if isinstance(dataset, PathDataset):
             dataset.read_for(resize_of(detector), max_value)
+
+
+class ReadAsTrained(Callback):
+    """Lets any detector predict by path with the white of the data module it was trained on: its checkpoint has it."""
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Tell the data set of a prediction by path; Lightning tells a data module."""
+        states = [checkpoint.get(kind.__qualname__) for kind in (CrossDataset, OneClass)]
+        state = next((state for state in states if state), None)
+        if state is not None:
+            _read_paths(pl_module, trainer.predict_loop._data_source.instance, state["max_value"])
 
 
 def predict_by_path() -> None:

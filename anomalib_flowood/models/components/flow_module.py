@@ -47,8 +47,11 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
     learning_rate: float
     bits_seconds = 0.0
     """Seconds of the last test that went into bits per dimension, and not into scores."""
-    max_value: int | None = None
-    """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints."""
+    max_value: int | None
+    """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints.
+
+    There is no such attribute as long as the detector has seen neither data nor a checkpoint.
+    """
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -82,8 +85,7 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
     def _read_alike(self) -> None:
         """Let images be read as those of the training were."""
         trainer: Any = self.trainer
-        by_loaders = trainer.state.fn == TrainerFn.PREDICTING and trainer.datamodule is None
-        read_as_trained(self, trainer.datamodule, trainer.predict_loop._data_source.instance if by_loaders else None)
+        read_as_trained(self, trainer.datamodule, trainer.predict_loop._data_source.instance)
 
     def inputs_of(self, batch: Any) -> Inputs:
         """What the density of a pre-processed batch is computed from."""
@@ -320,7 +322,7 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
                     self._diverged(f"the weights of {name} are NaN or infinite")
         checkpoint["anomalib_flowood_class"] = type(self).__name__
         checkpoint["anomalib_flowood_score"] = self.model.scorer.name
-        checkpoint["anomalib_flowood_max_value"] = self.max_value
+        checkpoint["anomalib_flowood_max_value"] = getattr(self, "max_value", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another class; leave behind what belongs to another score.
