@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import ColorJitter
 
 from anomalib_flowood.explain import explain
 from anomalib_flowood.models.components import backbone_pre_processor
-from anomalib_flowood.scores import SCORES, LocalIntrinsicDimension
+from anomalib_flowood.scores import SCORES, Ensemble, LocalIntrinsicDimension
 from benchmarks.contest.baselines import MODELS, Baseline
 
 TINY = {"max_epochs": 1}
@@ -85,6 +85,7 @@ def says_the_same_everywhere(detector, away, images):
 @pytest.mark.parametrize(("kind", "score"), [*WITH_SCORES, ("feature_map_flow", None)])
 def test_fit_test_and_predict_run_there_with_every_score(kind, score, away, images, tmp_path, monkeypatch):
     monkeypatch.setattr(LocalIntrinsicDimension, "fit_images", 8)
+    monkeypatch.setattr(Ensemble, "size", 2)
     detector, module = BUILD[kind](**({"score": score} if score else {})), images
     run = engine(tmp_path, **away.trainer())
     run.fit(detector, datamodule=module)
