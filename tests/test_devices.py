@@ -256,6 +256,9 @@ def test_scores_do_not_depend_on_the_precision_of_the_trainer(kind, precision, p
     run.fit(detector, datamodule=images)
     assert run.test(detector, datamodule=images)[0]["image_AUROC"] > 0.8
     scores = raw_scores(run, detector, images)
+    if precision == "64-true":
+        with pytest.raises(ValueError, match=r"64 bits.*float\(\)"):
+            run.export(detector, export_type="onnx", export_root=tmp_path)
     full = raw_scores(engine(tmp_path, accelerator="gpu" if place == "cuda" else "cpu"), detector.float(), images)
     torch.testing.assert_close(full, scores.float(), rtol=1e-3 if precision == "64-true" else 1e-5, atol=1e-5)
 

@@ -412,6 +412,12 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
             raise NotFittedError(msg)
 
     def _check_exportable(self) -> None:
+        if self.dtype == torch.float64:
+            msg = (
+                "ONNX Runtime and OpenVINO do not convolve in 64 bits, which these weights have (precision 64-true): "
+                "call detector.float() first, or export the checkpoint (`--ckpt_path`), which is loaded in 32 bits."
+            )
+            raise ValueError(msg)
         model = self.model
         if not model.scorer.exportable(model):
             able = [name for name, score in SCORES.items() if score.suits(model) and score.exportable(model)]
