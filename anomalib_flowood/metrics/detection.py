@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,16 +203,6 @@ class F1Score(AnomalibF1Score):
         return torch.full_like(value, not_defined(self.name, outside=bool(outside), stacklevel=3))
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.mean())
-
-
-def _median(values: Tensor) -> float:
-    return float(
-        np.median(values.cpu().numpy())
-    )  # torch's is the lower of the two in the middle, its quantile NaN at ∞
-
-
 def _of_label(middle: Callable[[Tensor], float], values: Tensor, labels: Tensor, label: int) -> float:
     chosen = values.double()[labels == label]
     if len(chosen) == 0:
@@ -246,10 +236,13 @@ class BitsPerDim(SetMetric):
         super().__init__(fields, prefix, strict, **kwargs)
         self.name = f"{self.title}/{INSIDE}"
 
-    middle: ClassVar[Callable[[Tensor], float]] = staticmethod(_mean)
+    @staticmethod
+    def middle(bits: Tensor) -> float:
+        """The mean of bits, ``(N,)``."""
+        return float(bits.mean())
 
     @classmethod
-    def measure(cls, scores: Tensor, labels: Tensor) -> float:  # type: ignore[override]
+    def measure(cls, scores: Tensor, labels: Tensor) -> float:
         """Return the value of in-distribution images."""
         return _of_label(cls.middle, scores, labels, 0)
 
@@ -268,4 +261,7 @@ class BitsPerDimMedian(BitsPerDim):
         **kwargs: Arguments of :class:`torchmetrics.Metric`.
     """
 
-    middle = staticmethod(_median)
+    @staticmethod
+    def middle(bits: Tensor) -> float:
+        """The median of bits, ``(N,)``; of an even number the mean of the two in the middle, infinite ones too."""
+        return float(np.median(bits.cpu().numpy()))

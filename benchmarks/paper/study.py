@@ -424,7 +424,7 @@ def _metrics(detector: PixelFlow | EmbeddingFlow, scores: pd.DataFrame) -> dict[
 @torch.no_grad()
 def _bits(detector: PixelFlow, datamodule: Any) -> dict[str, float]:
     """Mean and median bits per dimension of all test images, inside and outside."""
-    found = {}
+    found: dict[str, float] = {}
     for name, label in (("bits_per_dim", 0), ("bits_per_dim_outside", 1)):
         images = _test_images(detector, datamodule, label)
         bits = [detector.model.bits_per_dim(chunk.to(detector.device)).double().cpu() for chunk in images.split(_CHUNK)]

@@ -157,7 +157,7 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
         metric wants them, and ``bits_seconds`` says how long it took.
         """
         outputs: Any = super().test_step(batch, batch_idx, *args, **kwargs)
-        metrics = self.evaluator.test_metrics if isinstance(self.evaluator, Evaluator) else []
+        metrics: list[Any] = [*self.evaluator.test_metrics] if isinstance(self.evaluator, Evaluator) else []
         if not self.model.scores_are_likelihoods or not any(isinstance(metric, BitsPerDim) for metric in metrics):
             return outputs
         start = self._clock()
