@@ -119,6 +119,7 @@ class FlowoodCLI(AnomalibCLI):
             if checkpoint is not None:
                 arguments |= {"model": _load(type(self.model), Path(checkpoint)), "ckpt_path": None}
             arguments["model"].check_exports = self.config["export"]["check"]
+            arguments["model"]._checkpoint_path = None  # the place is chosen here
         if checkpoint is not None and arguments["export_root"] is None:
             arguments["export_root"] = root_beside(checkpoint)
             if arguments["model_file_name"] == "model":  # there may be several checkpoints in a folder

@@ -78,8 +78,8 @@ def test_train_test_predict_and_export(here, capsys):
 
     model = ["--model", "PixelFlow", *(f"--model.{key}={value}" for key, value in PIXELS.items())]
     export = ["export", *model, "--ckpt_path", checkpoint, "--export_type", "torch"]
-    main([*export, "--export_root", "exported", "--no-check"])
-    assert (here / "exported" / "weights" / "torch" / "model.pt").is_file()
+    main([*export, "--export_root", "results", "--no-check"])  # the folder of all runs, if that is what one wants
+    assert (here / "results" / "weights" / "torch" / "model.pt").is_file()
     assert "Check of" not in capsys.readouterr().out
     main(export)
     beside = Path(checkpoint).parents[1] / "torch" / "model.pt"

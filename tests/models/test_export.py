@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import PixelFlow, exported
-from anomalib_flowood.models.components import ExportCheckError, export
+from anomalib_flowood.models.components import ExportCheckError, export, export_check
 from anomalib_flowood.models.components.export_check import BOUND, agree, compare
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -191,6 +191,19 @@ def test_what_cannot_be_checked_is_exported_and_says_so(pixels, maps, tmp_path, 
         monkeypatch.setitem(sys.modules, runtime, None)
         assert maps.detector._check(tmp_path / "model", export_type, None) == {"images": 0}
         assert f"nothing could be checked, for {runtime} is not installed" in capsys.readouterr().out
+
+
+def test_the_check_says_what_openvino_does_by_itself(maps, monkeypatch, capsys, caplog):
+    pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+    path = maps.export("openvino")
+    capsys.readouterr()
+    monkeypatch.setattr(export_check, "openvino_default_precision", lambda: "bf16")
+    found = maps.detector._check(path, ExportType.OPENVINO, None)
+    assert found["passed"]  # which single precision decides
+    assert found["default_precision"]["name"] == "bf16"
+    said = capsys.readouterr().out + caplog.text
+    assert "OpenVINO computes in bf16 on this machine, and differs by raw score" in said
+    assert 'Compile with {"INFERENCE_PRECISION_HINT": "f32"}' in said
 
 
 def test_differences():

@@ -318,12 +318,12 @@ class CheckedExport(_Base):
         if export_type == ExportType.OPENVINO and (default := export_check.openvino_default_precision()) != "f32":
             found, images, _ = self._compare(export_check.openvino_runtime(path, raw=raw, precision=None))
             text = (
-                f"OpenVINO computes in {default} on this machine unless it is told otherwise; the differences are then "
-                f"{export_check.readable(found, images)}. Compiled with "
-                '{"INFERENCE_PRECISION_HINT": "f32"} the model has those of the line above.'
+                f"Unless it is told otherwise, OpenVINO computes in {default} on this machine, and differs by "
+                f"{export_check.readable(found, images)}. Compile with "
+                '{"INFERENCE_PRECISION_HINT": "f32"} for those of the line above.'
             )
             if found.get("labels"):
-                logger.warning("%s Without it, expect wrong labels here.", text)
+                logger.warning("%s Without it, labels are wrong.", text)
             else:
                 print(text)
             result["default_precision"] = {"name": default, "largest_differences": found}
