@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 from model_helpers import BACKBONE, data, embedding_flow, engine, randomise_flow
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
@@ -83,6 +85,21 @@ def test_few_images_have_few_modes_and_the_same_density():
     assert len(few.centres.unique(dim=0)) == 3
     three, _ = fitted(n=35, modes=3, clusterings=1)
     torch.testing.assert_close(few.density(few.project(x)).log_prob, three.density(three.project(x)).log_prob)
+
+
+def test_clusters_are_found_by_one_thread(monkeypatch):
+    """More than two make scikit-learn's sums differ from run to run in their last bits."""
+    threads, fit = [], KMeans.fit
+
+    def watched(self, points):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp")
+        return fit(self, points)
+
+    monkeypatch.setattr(KMeans, "fit", watched)
+    with threadpool_limits(4, user_api="openmp"):
+        fitted(modes=4)
+    assert threads
+    assert set(threads) == {1}
 
 
 def test_clusterings_count_alike_and_where_they_start_matters_less():

@@ -12,6 +12,7 @@ import torch
 from FrEIA.modules import InvertibleModule
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
@@ -372,7 +373,9 @@ def _cluster(points: Tensor, modes: int, runs: int) -> tuple[Tensor, Tensor, Ten
     scatter, freedom = points.new_zeros(k, k), 0
     for run in range(runs):
         # Random starts and few steps: the mean over runs makes up for what each of them lacks.
-        clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(single)
+        # By one thread: from three on, scikit-learn adds up their sums in the order in which they are done.
+        with threadpool_limits(1, user_api="openmp"):
+            clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(single)
         # Where points are the same, clusters may be without any: these are left out.
         kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
         size = kind.bincount().to(points)
