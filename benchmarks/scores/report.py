@@ -70,7 +70,10 @@ def _auroc_table(rows: pd.DataFrame, inside: str) -> str:
     names = [pair.partition(" -> ")[2] + (" †" if pair in NAMED_BEFORE else "") for pair in pairs]
     some = rows[rows["task"].isin(pairs) & (rows["detector"] == "nll")]
     seconds, bits = short_number(some["training_s"]), mean_sd(some.groupby("seed")["bits_per_dim"].first())
-    heading = f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension.\n\n"
+    heading = (
+        f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension at the centres "
+        "of the grey levels, where scores are taken.\n\n"
+    )
     return heading + _table(["score", *names, "mean"], lines)
 
 
