@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import PixelFlow, exported
 from anomalib_flowood.models.components import ExportCheckError, export, export_check
-from anomalib_flowood.models.components.export_check import BOUND, agree, compare
+from anomalib_flowood.models.components.export_check import BOUND, Runtime, agree, compare
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -193,17 +193,32 @@ def test_what_cannot_be_checked_is_exported_and_says_so(pixels, maps, tmp_path, 
         assert f"nothing could be checked, for {runtime} is not installed" in capsys.readouterr().out
 
 
-def test_the_check_says_what_openvino_does_by_itself(maps, monkeypatch, capsys, caplog):
+def test_the_check_says_where_openvinos_default_precision_differs(maps, monkeypatch, capsys, caplog):
     pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
-    path = maps.export("openvino")
+    path, runtime = maps.export("openvino"), export_check.openvino_runtime
     capsys.readouterr()
+
+    def coarse(path, *, raw, precision="f32"):
+        exact = runtime(path, raw=raw)
+        if precision is not None:
+            return exact
+        return Runtime(lambda images: {**exact.run(images), "raw_score": exact.run(images)["raw_score"] * 1.01})
+
     monkeypatch.setattr(export_check, "openvino_default_precision", lambda: "bf16")
+    monkeypatch.setattr(export_check, "openvino_runtime", coarse)
     found = maps.detector._check(path, ExportType.OPENVINO, None)
     assert found["passed"]  # which single precision decides
     assert found["default_precision"]["name"] == "bf16"
-    said = capsys.readouterr().out + caplog.text
-    assert "OpenVINO computes in bf16 on this machine, and differs by raw score" in said
-    assert 'Compile with {"INFERENCE_PRECISION_HINT": "f32"}' in said
+    assert found["default_precision"]["largest_differences"]["raw_score"] == pytest.approx(0.01, rel=0.01)
+    said = " ".join((capsys.readouterr().out + caplog.text).split())
+    assert "OpenVINO computes in bf16 on this machine" in said
+    assert '{"INFERENCE_PRECISION_HINT": "f32"}' in said
+
+
+def test_weights_of_64_bits_are_checked_too(pixels, tmp_path):
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint).double()
+    known = strict_json(detector.to_torch(tmp_path).with_name("model.json"))
+    assert known["check"]["largest_differences"]["raw_score"] == 0
 
 
 def test_differences():

@@ -114,6 +114,7 @@ def reference(detector: AnomalibModule, images: Tensor) -> Outputs:
     Returns:
         The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
     """
+    images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
     raw: InferenceBatch = detector.model(images if transform is None else transform(images))
     done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
