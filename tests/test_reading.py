@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, PredictDataset
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
@@ -166,12 +166,12 @@ def test_a_detector_that_was_just_trained_predicts_as_it_was_trained(tmp_path: P
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_a_size_is_read_once_for_all(tmp_path: Path, trained: dict[str, Path]) -> None:
-    write(tmp_path / "a", "8.png", 6)
-    data = PathDataset(tmp_path / "a")
-    detector = PixelFlow.load_from_checkpoint(trained["8.png"])
-    engine(tmp_path).predict(detector, dataset=data)
-    assert data[0].image.shape == data[1].image.shape == (3, 12, 12)
+def test_data_sets_to_predict_on_read_at_the_detectors_size_and_white(tmp_path: Path, trained: dict[str, Path]) -> None:
+    write(tmp_path / "b", "12.png", 6)
+    for data in (PathDataset(tmp_path / "b"), PredictDataset(tmp_path / "b")):
+        engine(tmp_path).predict(pixel_flow(), dataset=data, ckpt_path=trained["12.png"])
+        assert data[0].image.shape == data[1].image.shape == (3, 12, 12)
+        assert data[0].image.max() > 0.5
 
 
 def test_predict_goes_on_where_a_file_cannot_be_read(

@@ -79,7 +79,7 @@ class _ReadsSources:
     def _begin_reading(self, training: Images, stage: str | None) -> None:
         """Find out what white is in files of 16 bits: as given, as the detector has it, as the training files show."""
         self._memory_left = 0 if stage == TrainerFn.PREDICTING else self.memory_limit_mib  # each is read just once
-        detector = None if stage == TrainerFn.FITTING else getattr(self.trainer, "lightning_module", None)
+        detector: Any = None if stage == TrainerFn.FITTING else getattr(self.trainer, "lightning_module", None)
         if self._given_max_value is not None:
             return
         if hasattr(detector, "max_value"):

@@ -197,8 +197,8 @@ def read_as_trained(
     Args:
         detector: One of this package that knows what white is in files of 16 bits; with others nothing happens.
         datamodule: A data module that is set up; one of anomalib's is left alone.
-        loaders: A data loader to predict on, or several; those of a :class:`PathDataset` read at the detector's size
-            from now on.
+        loaders: A data loader to predict on, or several; those of a :class:`PathDataset`, or of anomalib's
+            ``PredictDataset``, read at the detector's size from now on.
     """
     if not hasattr(detector, "max_value"):
         return
@@ -213,6 +213,8 @@ def _read_paths(detector: nn.Module, loaders: Any, max_value: int | None) -> Non
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         dataset = getattr(loader, "dataset", None)
         dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
+        if type(dataset) is PredictDataset:  # anomalib's, whose __getitem__ knows neither of both
+            dataset.__class__ = PathDataset
         if isinstance(dataset, PathDataset):
             dataset.read_for(resize_of(detector), max_value)
 

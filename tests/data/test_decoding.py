@@ -13,6 +13,7 @@ import tifffile
 import torch
 from anomalib.data import Folder, PredictDataset
 from anomalib.data import utils as anomalib_utils
+from anomalib.deploy.inferencers import openvino_inferencer, torch_inferencer
 from anomalib.engine import engine
 from data_helpers import write_images
 from PIL import Image, ImageOps
@@ -248,6 +249,7 @@ def test_anomalib_reads_by_our_reader(tmp_path: Path) -> None:
     folder._setup()
     eight_bits = to_dtype(to_image(Image.open(shallow)), torch.float32, scale=True)  # as anomalib reads it
     assert torch.equal(folder.train_data[0].image, eight_bits)
+    assert torch_inferencer.read_image is openvino_inferencer.read_image is anomalib_utils.read_image
     assert engine.PredictDataset is PathDataset
     data = PathDataset(tmp_path)
     assert isinstance(data, PredictDataset)

@@ -76,7 +76,7 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
 
     def setup(self, stage: str) -> None:
         """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
-        super().setup(stage)  # type: ignore[misc]
+        super().setup(stage)
         if stage == TrainerFn.FITTING:
             self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
         else:
