@@ -246,6 +246,22 @@ def test_predict_on_a_data_module_goes_on_too_and_a_test_does_not(
     assert f"Cannot read the image {folder / 'test' / 'bad' / '000.png'}" in capsys.readouterr().err
 
 
+def test_score_takes_files_of_two_sizes(
+    tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, output = parts(tmp_path / "parts", "12.png"), tmp_path / "scored.ckpt"
+    data = ["--data", "OneClass", "--data.dataset", str(folder), "--data.normal_class", "good"]
+    data += ["--data.val_split_ratio", "0.4", "--trainer.accelerator", "cpu"]
+    given = ["--model", "PixelFlow", "--ckpt_path", str(trained["12.png"]), "--score", "typicality"]
+    main(["score", *given, *data, "--output", str(output)])
+    before, after = (PixelFlow.load_from_checkpoint(path) for path in (trained["12.png"], output))
+    # By the same images, read alike: how far their -log p is from its mean over the training images.
+    expected = (before.post_processor.calibration - after.model.scorer.mean).abs().sort().values
+    torch.testing.assert_close(after.post_processor.calibration, expected, rtol=1e-4, atol=1e-5)
+    assert after.max_value == 4095
+
+
 def test_hidden_folders_are_no_class(tmp_path: Path) -> None:
     folder = parts(tmp_path / "parts", "8.png")
     write(folder / "test" / ".ipynb_checkpoints", "8.png", 2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import ImageItem, PredictDataset
+from anomalib.data import AnomalibDataModule, ImageItem, PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.engine import engine
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -195,17 +195,23 @@ def read_as_trained(
     """Let images be read as those that a detector was trained on.
 
     Args:
-        detector: One of this package that knows what white is in files of 16 bits; with others nothing happens.
-        datamodule: A data module that is set up; one of anomalib's is left alone.
+        detector: The detector. Those of this package know what white is in files of 16 bits.
+        datamodule: A data module that is set up. Where no trainer has it, its images are resized as they are read.
         loaders: A data loader to predict on, or several; those of a :class:`PathDataset`, or of anomalib's
             ``PredictDataset``, read at the detector's size from now on.
     """
-    if not hasattr(detector, "max_value"):
-        return
-    max_value: Any = detector.max_value
-    if isinstance(datamodule, CrossDataset | OneClass):
-        datamodule.read_for(max_value)
-    _read_paths(detector, loaders, max_value)
+    transform = getattr(getattr(detector, "pre_processor", None), "transform", None)
+    if isinstance(datamodule, AnomalibDataModule) and datamodule.trainer is None and transform is not None:
+        # What anomalib does where there is a trainer. Else a batch would be held full-size, and of one size only.
+        for part in ("train", "val", "test"):
+            if hasattr(datamodule, f"{part}_data"):
+                augmentations = getattr(datamodule, f"{part}_augmentations")
+                datamodule._update_subset_augmentations(getattr(datamodule, f"{part}_data"), augmentations, transform)
+    if hasattr(detector, "max_value"):
+        max_value: Any = detector.max_value
+        if isinstance(datamodule, CrossDataset | OneClass):
+            datamodule.read_for(max_value)
+        _read_paths(detector, loaders, max_value)
 
 
 def _read_paths(detector: nn.Module, loaders: Any, max_value: int | None) -> None:
