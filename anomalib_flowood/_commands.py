@@ -19,13 +19,13 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from lightning import seed_everything
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
+from lightning.fabric.utilities.seed import max_seed_value
 from rich.console import Console
 
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, find_class, measure
+from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, find_class, measure
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained, skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
@@ -305,9 +305,7 @@ def _seed(given: bool | int) -> int:
         if "LOCAL_RANK" in os.environ and "PL_GLOBAL_SEED" in os.environ:  # a rank that Lightning started: rank 0's
             return int(os.environ["PL_GLOBAL_SEED"])
         return secrets.randbelow(max_seed_value + 1)
-    if not min_seed_value <= given <= max_seed_value:
-        msg = f"seed_everything has to be between {min_seed_value} and {max_seed_value} (32 bits), got {given}."
-        raise ValueError(msg)
+    check_seed("seed_everything", given)
     return given
 
 

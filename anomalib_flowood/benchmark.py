@@ -53,6 +53,7 @@ from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from jsonargparse import ArgumentParser, Namespace
 from lightning import seed_everything
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
@@ -470,6 +471,8 @@ class BenchmarkJobGenerator(JobGenerator):
         trainer = args.pop("trainer", None) or {}
         _check_trainer(trainer)
         configs = [copy.deepcopy(config) for config in get_iterator_from_grid_dict({"seed": 42} | args)]
+        for config in configs:
+            check_seed("benchmark.seed", config["seed"])
         for kind in _BASES:
             for entry in {_key(config[kind]): config[kind] for config in configs}.values():
                 _check_entry(kind, entry)
@@ -478,6 +481,21 @@ class BenchmarkJobGenerator(JobGenerator):
             suffix = f" [{accelerator}]" if len(self.accelerators) > 1 else ""
             for config, detector, name in zip(configs, detectors, data, strict=True):
                 yield BenchmarkJob(accelerator, detector + suffix, name, config, trainer)
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Refuse what NumPy's generator cannot be seeded with.
+
+    Args:
+        name: The argument's name.
+        seed: Its value.
+
+    Raises:
+        ValueError: If it is no integer of 32 bits.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not min_seed_value <= seed <= max_seed_value:
+        msg = f"{name} has to be an integer from {min_seed_value} to {max_seed_value} (32 bits), got {seed!r}."
+        raise ValueError(msg)
 
 
 def _check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -237,6 +237,7 @@ def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatc
         ({"trainer": {"max_epochs": {"grid": [1, 2]}}}, "grid is possible in seed, model and data only"),
         ({"trianer": {}}, "'trianer'. Did you mean 'trainer'"),
         ({"data": None}, "lacks data"),
+        ({"seed": {"grid": [0, 2**32]}}, "benchmark.seed has to be an integer from 0 to 4294967295"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(

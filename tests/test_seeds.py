@@ -144,4 +144,6 @@ def test_a_seed_that_numpy_cannot_take(seed, folder_run, tmp_path, capsys, monke
     with pytest.raises(SystemExit) as caught:
         main(["train", *folder_run[0], "--seed_everything", seed])
     assert caught.value.code == 1
-    assert f"seed_everything has to be between 0 and 4294967295 (32 bits), got {seed}." in capsys.readouterr().err
+    assert (
+        f"seed_everything has to be an integer from 0 to 4294967295 (32 bits), got {seed}." in capsys.readouterr().err
+    )
