@@ -73,3 +73,22 @@ def randomise_flow(model: nn.Module, scale: float = 0.1) -> None:
         for parameter in model.flow.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def compile_model(path: Path, precision: str | None):
+    """Compile an OpenVINO model as a user does on a CPU that computes in this precision; `None` for this CPU's own."""
+    import openvino
+
+    hint = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    try:
+        return openvino.Core().compile_model(str(path), "CPU", hint)
+    except RuntimeError:
+        if precision != "bf16":
+            raise
+        return openvino.Core().compile_model(str(path), "CPU")  # this CPU has no bfloat16
+
+
+def lowered_layers(compiled) -> list[str]:
+    """Names of the layers that run in bfloat16."""
+    about = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    return [str(of["originalLayersNames"].astype(str)) for of in about if of["runtimePrecision"].astype(str) == "bf16"]

@@ -9,7 +9,7 @@ from anomalib.metrics import AUROC as AnomalibAUROC
 from anomalib.metrics import Evaluator
 from anomalib.models import Padim, get_model, list_models
 from lightning.pytorch import Callback
-from model_helpers import DETECTORS, data, embedding_flow, engine, pixel_flow
+from model_helpers import DETECTORS, compile_model, data, embedding_flow, engine, lowered_layers, pixel_flow
 from PIL import Image
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
@@ -215,13 +215,14 @@ def test_torch_export_agrees(name, fitted, tmp_path):
 @each_detector
 def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, fitted, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
-    openvino = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+    pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
     detector = fitted[name]
     onnx_path = engine(tmp_path).export(detector, "onnx", export_root=tmp_path)
     ir_path = engine(tmp_path).export(detector, "openvino", export_root=tmp_path)
     session = onnxruntime.InferenceSession(str(onnx_path))
     names = [output.name for output in session.get_outputs()]
-    compiled = openvino.Core().compile_model(str(ir_path), "CPU")
+    models = [compile_model(ir_path, precision) for precision in (None, "bf16", "f32")]
+    assert not any(lowered_layers(model) for model in models)
     for size in ((12, 12), (32, 32), (50, 41), (9, 10)):  # at, below and above the detector's own
         images = torch.rand(5, 3, *size)
         batch = ImageBatch(image=detector.pre_processor.transform(images))
@@ -230,7 +231,7 @@ def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, fitted, tm
         detector.post_processor.post_process_batch(batch)
         for outputs in (
             dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True)),
-            {output: compiled(images.numpy())[output] for output in names},
+            *(model(images.numpy()) for model in models),
         ):
             np.testing.assert_allclose(outputs["pred_score"], batch.pred_score, rtol=1e-4)
             assert np.array_equal(outputs["pred_label"], batch.pred_label)

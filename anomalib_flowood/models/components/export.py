@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from anomalib.deploy.export import ExportType
+from anomalib.deploy.export import CompressionType, ExportType
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
@@ -25,6 +25,7 @@ from anomalib_flowood.exported import description_path, read_description
 
 from . import export_check
 from .post_processor import ConformalPostProcessor
+from .single_precision import keep_single_precision
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,9 @@ class CheckedExport(_Base):
     def to_openvino(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:
         """Export as :meth:`AnomalibModule.to_openvino` does, described and checked.
 
+        The model keeps single precision on processors for which OpenVINO prefers bfloat16, unless it is compressed to
+        INT8: :mod:`anomalib_flowood.models.components.single_precision`.
+
         The graph computes a tensor ``raw_score``: ``model.add_outputs("raw_score")`` before compiling makes it an
         output.
 
@@ -183,6 +187,8 @@ class CheckedExport(_Base):
             path = super().to_openvino(export_root, model_file_name, *args, **kwargs)
         # anomalib's third argument behind these two is the compression.
         compression = kwargs.get("compression_type") or (args[1] if len(args) > 1 else None)
+        if compression in {None, CompressionType.FP16}:
+            keep_single_precision(path, half_weights=compression is not None)
         self._describe_and_check(path, ExportType.OPENVINO, compression and str(compression.value))
         return path
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO models that compute in single precision on every CPU.
+
+OpenVINO's CPU plugin computes in bfloat16 where the processor can, unless whoever compiles the model says otherwise. An
+anomaly score is a small difference of large numbers, and eight bits of mantissa do not hold it. A model file cannot ask
+for a precision, but each of its nodes can: the attribute ``precise``, with which OpenVINO keeps a node out of half
+precision, keeps it out of bfloat16 too. Nodes that the plugin replaces by others lose it. So those are replaced here
+first, by what the plugin leaves alone, to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+
+
+def keep_single_precision(path: Path, *, half_weights: bool = False) -> None:
+    """Rewrite an OpenVINO model so that its nodes keep single precision when it is compiled.
+
+    Args:
+        path: The model's ``.xml``, with its ``.bin`` beside it; both are replaced.
+        half_weights: Store weights in half precision, as the model did before.
+    """
+    import openvino as ov
+
+    model = ov.Core().read_model(path)
+    for node in model.get_ordered_ops():
+        replace = _REPLACEMENTS.get(node.get_type_name())
+        single = node.get_output_size() > 0 and node.get_output_element_type(0) == ov.Type.f32
+        new = replace(node) if replace and single else None
+        if new is not None:
+            new.set_friendly_name(node.get_friendly_name())
+            names = node.output(0).get_names()
+            node.output(0).replace(new.output(0))
+            new.output(0).add_names(names)
+    model.validate_nodes_and_infer_types()
+    # Read from a file whose weights stay mapped: not over itself.
+    written = path.with_name(f"{path.stem}-single.xml")
+    ov.save_model(model, written, compress_to_fp16=half_weights)
+    _mark(written)
+    del model
+    for suffix in (".xml", ".bin"):
+        written.with_suffix(suffix).replace(path.with_suffix(suffix))
+
+
+def _mark(path: Path) -> None:
+    """Give every node the attribute, which OpenVINO's Python cannot set."""
+    tree = ET.parse(path)  # noqa: S314  # written a moment ago, by OpenVINO
+    for layer in tree.getroot().findall("layers/layer"):
+        information = layer.find("rt_info")
+        if information is None:
+            information = ET.Element("rt_info")
+            layer.insert(0 if layer.find("data") is None else 1, information)
+        ET.SubElement(information, "attribute", name="precise", version="0")
+    tree.write(path, xml_declaration=True)
+
+
+def _unsqueeze(node: Any) -> Any:
+    """A reshape in the place of an unsqueeze."""
+    from openvino import opset13 as ops
+
+    axes = node.input_value(1).get_node()
+    if axes.get_type_name() != "Constant":
+        return None
+    rank = node.get_output_partial_shape(0).rank.get_length()
+    added = {int(axis) % rank for axis in np.atleast_1d(axes.data)}
+    lengths = ops.shape_of(node.input_value(0), output_type="i64")
+    kept = iter(range(rank - len(added)))
+    shape = [
+        np.array([1]) if axis in added else ops.gather(lengths, np.array([next(kept)]), np.int64(0))
+        for axis in range(rank)
+    ]
+    return ops.reshape(node.input_value(0), ops.concat(shape, 0), special_zero=False)
+
+
+def _matmul(node: Any) -> Any:
+    """A 1 x 1 convolution in the place of a product with a constant matrix."""
+    from openvino import opset13 as ops
+
+    matrix = node.input_value(1).get_node()
+    if matrix.get_type_name() == "Convert":  # weights stored in half precision
+        matrix = matrix.input_value(0).get_node()
+    attributes = node.get_attributes()
+    if matrix.get_type_name() != "Constant" or matrix.data.ndim != 2 or attributes["transpose_a"]:
+        return None
+    weights = matrix.data if attributes["transpose_b"] else matrix.data.T
+    outputs, inputs = weights.shape
+    source = node.input_value(0)
+    rank = source.get_partial_shape().rank.get_length()
+    leading = None
+    if rank > 2:
+        leading = ops.gather(ops.shape_of(source, output_type="i64"), np.arange(rank - 1), np.int64(0))
+    while source.get_node().get_type_name() == "Reshape":  # two reshapes in a row are replaced by one
+        source = source.get_node().input_value(0)
+    columns = ops.reshape(source, np.array([-1, inputs, 1, 1]), special_zero=False)
+    kernel = np.ascontiguousarray(weights, dtype=np.float32)[:, :, None, None]
+    product = ops.convolution(columns, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    shape = np.array([-1, outputs]) if leading is None else ops.concat([leading, np.array([outputs])], 0)
+    return ops.reshape(product, shape, special_zero=False)
+
+
+def _interpolate(node: Any) -> Any:
+    """The older form of an interpolation, to which the plugin brings the newer one."""
+    from openvino import opset10 as ops
+
+    options = node.get_attributes()
+    if options["shape_calculation_mode"] != "sizes" or "pillow" in options["mode"]:
+        return None
+    image, size, *axes = node.input_values()
+    scales = np.ones(size.get_partial_shape()[0].get_length(), dtype=np.float32)  # not read in this mode
+    return ops.interpolate(image, size, scales, axes=axes[0] if axes else None, **options)
+
+
+def _resize(node: Any) -> Any:
+    """OpenVINO's own antialiased resize in the place of `AntialiasedResize`: ``(columns @ (rows @ images).mT).mT``."""
+    from openvino import opset13 as ops
+
+    outer = node.input_value(0).get_node()
+    inner = outer.input_value(1).get_node() if outer.get_type_name() == "MatMul" else outer
+    if outer is inner or inner.get_type_name() != "MatMul":
+        return None
+    images = inner.input_value(1)
+    shape = node.get_output_partial_shape(0)
+    if shape.rank.get_length() != 4 or not (shape[2].is_static and shape[3].is_static):
+        return None
+    if not all(_depends_on_size(product.input_value(0), images) for product in (inner, outer)):
+        return None
+    size = np.array([shape[2].get_length(), shape[3].get_length()])
+    return ops.interpolate(images, size, "bilinear_pillow", "sizes", axes=np.array([2, 3]))
+
+
+def _depends_on_size(value: Any, images: Any) -> bool:
+    """Whether a value is made of the shape of the images and of constants alone."""
+    left, seen = [value], set()
+    while left:
+        node = left.pop().get_node()
+        if node.get_friendly_name() in seen or (node.get_type_name() == "ShapeOf" and node.input_value(0) == images):
+            continue
+        if not node.input_values() and node.get_type_name() != "Constant":
+            return False
+        seen.add(node.get_friendly_name())
+        left += node.input_values()
+    return True
+
+
+_REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
+    "Unsqueeze": _unsqueeze,
+    "MatMul": _matmul,
+    "Interpolate": _interpolate,
+    "Transpose": _resize,
+}

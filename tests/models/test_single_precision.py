@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO models that compute in single precision where their CPU would take bfloat16; detectors': test_engine.py."""
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import compile_model, lowered_layers
+from torch import nn
+
+from anomalib_flowood.models.components.pre_processor import AntialiasedResize
+from anomalib_flowood.models.components.single_precision import keep_single_precision
+
+ov = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+ops = pytest.importorskip("openvino.opset13", reason="OpenVINO export is the extra anomalib-flowood[export]")
+
+RNG = np.random.default_rng(0)
+
+
+def weights(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def linear(x, inputs, outputs, *, transposed=False):
+    matrix = weights(outputs, inputs) if transposed else weights(inputs, outputs)
+    return ops.relu(ops.add(ops.matmul(x, matrix, False, transposed), weights(outputs)))
+
+
+# Each ends in a convolution, before which OpenVINO lowers whatever it may.
+GRAPHS = {
+    "linear": ((-1, 24), lambda x: linear(linear(x, 24, 40), 40, 9, transposed=True)),
+    "linear_on_tokens": ((-1, -1, 24), lambda x: linear(x, 24, 40)),
+    "linear_on_positions": ((-1, 5, -1, 24), lambda x: linear(x, 24, 40, transposed=True)),
+    "linear_after_reshape": ((-1, 4, 6), lambda x: linear(ops.reshape(x, np.array([-1, 24]), False), 24, 40)),
+    "unsqueeze": ((-1, 8, -1), lambda x: ops.add(ops.unsqueeze(ops.exp(x), np.array([1, -1])), weights(8, 1, 1))),
+    "upsampling": (
+        (-1, 2, 7, 5),
+        lambda x: ops.interpolate(ops.relu(x), np.array([28, 30]), "cubic", "sizes", axes=np.array([2, 3])),
+    ),
+}
+
+
+def build(shape, graph):
+    images = ops.parameter(ov.PartialShape(list(shape)), np.float32, "input")
+    flat = ops.reshape(graph(images), np.array([1, 1, -1]), False)
+    return ov.Model([ops.convolution(flat, weights(1, 1, 1), [1], [0], [0], [1])], [images])
+
+
+@pytest.mark.parametrize("half_weights", [False, True])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_numbers_are_the_same_and_no_layer_is_lowered(name, half_weights, tmp_path):
+    shape, graph = GRAPHS[name]
+    path = tmp_path / "model.xml"
+    ov.save_model(build(shape, graph), path, compress_to_fp16=half_weights)
+    x = RNG.uniform(size=[{0: 3, 1: 11, 2: 19, 3: 33}[axis] if n == -1 else n for axis, n in enumerate(shape)])
+    x = x.astype(np.float32)
+    before = compile_model(path, "f32")(x)
+    keep_single_precision(path, half_weights=half_weights)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    for precision in (None, "bf16", "f32"):
+        compiled = compile_model(path, precision)
+        assert not lowered_layers(compiled)
+        np.testing.assert_allclose(compiled(x)[0], before[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_antialiased_resize_of_an_export_keeps_its_numbers(tmp_path):
+    resize = nn.Sequential(AntialiasedResize((24, 20)), nn.Conv2d(3, 2, 3)).eval()
+    path, size = tmp_path / "model.xml", torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        resize,
+        (torch.rand(2, 3, 40, 50),),
+        tmp_path / "model.onnx",
+        dynamo=True,
+        dynamic_shapes=({0: size, 2: size, 3: size},),
+        verbose=False,
+    )
+    ov.save_model(ov.convert_model(tmp_path / "model.onnx"), path, compress_to_fp16=False)
+    keep_single_precision(path)
+    for height, width in ((24, 20), (100, 31), (13, 640), (1200, 1600)):
+        images = torch.rand(2, 3, height, width)
+        with torch.no_grad():
+            expected = resize(images)
+        compiled = compile_model(path, "bf16")
+        assert not lowered_layers(compiled)
+        np.testing.assert_allclose(compiled(images.numpy())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_outputs_are_kept(tmp_path):
+    path = tmp_path / "model.xml"
+    x = ops.parameter(ov.PartialShape([-1, 6]), np.float32, "input")
+    product = ops.matmul(x, weights(6, 2), False, False)
+    product.output(0).set_names({"pred_score"})
+    ov.save_model(ov.Model([product], [x]), path)
+    keep_single_precision(path)
+    assert compile_model(path, "f32")(np.ones((2, 6), np.float32))["pred_score"].shape == (2, 2)
