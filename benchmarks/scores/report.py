@@ -71,8 +71,8 @@ def _auroc_table(rows: pd.DataFrame, inside: str) -> str:
     some = rows[rows["task"].isin(pairs) & (rows["detector"] == "nll")]
     seconds, bits = short_number(some["training_s"]), mean_sd(some.groupby("seed")["bits_per_dim"].first())
     heading = (
-        f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension at the centres "
-        "of the grey levels, where scores are taken.\n\n"
+        f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension at the "
+        "centres of the grey levels, where scores are taken.\n\n"
     )
     return heading + _table(["score", *names, "mean"], lines)
 
