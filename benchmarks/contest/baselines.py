@@ -113,7 +113,6 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         name: A key of :data:`MODELS`.
         backbone: A timm name or ``local-dir:FOLDER``.
         image_size: Height and width of the images.
-        model_arguments: Arguments of the torch model.
         **components: anomalib's ``pre_processor``, ``post_processor``, ``evaluator`` and ``visualizer``.
     """
 
@@ -124,11 +123,10 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         name: str,
         backbone: str,
         image_size: tuple[int, int],
-        model_arguments: dict[str, Any] | None = None,
         **components: Any,
     ) -> None:
         super().__init__(**components)
-        self.model = MODELS[name](backbone, image_size=image_size, **(model_arguments or {}))
+        self.model = MODELS[name](backbone, image_size=image_size)
         self._seen: list[tuple[Tensor, ...]] = []
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -90,8 +90,6 @@ def _feature_map_flow(
     backbone: str, size: int, kind: str, model: type[FeatureMapFlow] = FeatureMapFlow, **changes: Any
 ) -> AnomalibModule:
     del kind
-    if "layers" not in changes and "blocks.4" not in stages(backbone).values():
-        changes["layers"] = (stages(backbone)[16],)
     return model(backbone=backbone, image_size=(size, size), **changes, **components(backbone, size))
 
 
@@ -173,10 +171,7 @@ def _cflow(backbone: str, size: int, kind: str) -> AnomalibModule:
 def _baseline(name: str) -> Callable[[str, int, str], AnomalibModule]:
     def build(backbone: str, size: int, kind: str) -> AnomalibModule:
         del kind
-        layers = {}
-        if name == "GaussianMap" and "blocks.4" not in stages(backbone).values():
-            layers = {"layers": (stages(backbone)[16],)}
-        return Baseline(name, backbone, (size, size), layers, **components(backbone, size))
+        return Baseline(name, backbone, (size, size), **components(backbone, size))
 
     return build
 

@@ -28,7 +28,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
         layers: Layers whose layout counts beside the pooled features, by timm's module names or indices; ``None`` for
-            the last one of stride 16 or less, an empty list for none.
+            the last one of stride 16 or less (or of the finest stride there is), an empty list for none.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
         map_dims: Principal directions of each layer's feature vectors.

@@ -17,13 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import PooledAndMaps, feature_layers, run_backbone
+from anomalib_flowood.backbones import PooledAndMaps, run_backbone
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density
 from anomalib_flowood.scores.score import Inputs
-
-_STRIDE = 16
-"""Maps at this stride still say what is where, and no longer what every edge looks like."""
 
 _GRID = 7
 """Positions to a side to which larger maps are pooled, or just above."""
@@ -64,8 +61,8 @@ class EmbeddingFlowModel(FlowModel):
 
     Args:
         backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.backbones`.
-        layers: Layers whose layout counts, by timm's module names (``blocks.4``) or indices; by default the last one
-            of stride 16 or less. None for the pooled features alone.
+        layers: Layers whose layout counts, by timm's module names (``blocks.4``) or indices; by default the one of
+            :func:`anomalib_flowood.backbones.default_layers`. An empty list for the pooled features alone.
         image_size: Height and width of the images; by default the size that the backbone was trained at.
         pre_trained: Load the backbone's weights.
         map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.
@@ -129,9 +126,7 @@ class EmbeddingFlowModel(FlowModel):
             hidden_channels=hidden_channels,
             bottleneck_dim=bottleneck_dim,
         )
-        if layers is None:
-            layers = [layer for layer, stride in feature_layers(backbone).items() if stride <= _STRIDE][-1:]
-        network = PooledAndMaps(backbone, layers, pre_trained=pre_trained)
+        network = PooledAndMaps(backbone, layers, pre_trained=pre_trained, image_size=image_size)
         height, width = image_size or network.pretrained_cfg["input_size"][-2:]
         with torch.no_grad():
             pooled, *maps = network(torch.zeros(1, 3, height, width))

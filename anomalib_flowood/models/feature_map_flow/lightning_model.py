@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
-        layers: Layers whose maps are modelled, by timm's module names or indices; one flow for each.
+        layers: Layers whose maps are modelled, by timm's module names or indices, one flow for each; ``None`` for the
+            last one of stride 16 or less.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
@@ -62,7 +64,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
-        layers: tuple[str | int, ...] = ("blocks.4",),
+        layers: Sequence[str | int] | None = None,
         pre_trained: bool = True,
         image_size: tuple[int, int] = (224, 224),
         subspace_dim: int = 96,

@@ -115,7 +115,8 @@ class FeatureMapFlowModel(FlowModel):
 
     Args:
         backbone: A timm name or ``local-dir:FOLDER``.
-        layers: Layers by timm's module names (``blocks.4``) or indices.
+        layers: Layers by timm's module names (``blocks.4``) or indices; by default the one of
+            :func:`anomalib_flowood.backbones.default_layers`.
         image_size: Height and width of the images.
         pre_trained: Load the backbone's weights.
         subspace_dim: D, the principal directions of each layer's descriptors; all where a layer has fewer.
@@ -145,7 +146,7 @@ class FeatureMapFlowModel(FlowModel):
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
-        layers: Sequence[str | int] = ("blocks.4",),
+        layers: Sequence[str | int] | None = None,
         image_size: tuple[int, int] = (224, 224),
         *,
         pre_trained: bool = True,
@@ -167,9 +168,9 @@ class FeatureMapFlowModel(FlowModel):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        network = create_feature_maps(backbone, layers, pre_trained=pre_trained)
+        network = create_feature_maps(backbone, layers, pre_trained=pre_trained, image_size=image_size)
         with torch.no_grad():
-            maps = network(torch.zeros(1, 3, *image_size))
+            maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
         for layer, (_, height, width) in zip(network.feature_info.module_name(), shapes, strict=True):  # type: ignore[operator, union-attr]
             if min(height, width) < 2:
