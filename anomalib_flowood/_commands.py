@@ -241,8 +241,7 @@ class FlowoodCLI(AnomalibCLI):
         config = self.config[self.subcommand]
         output = config.get("output")
         if output is None:
-            checkpoint = None if config["ckpt_path"] is None else Path(str(config["ckpt_path"]))
-            run = run_folder(checkpoint, Path(str(config["default_root_dir"])), self.model.name)
+            run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
             return new_folder(run / self.subcommand)
         if output.is_file() or output.suffix == ".csv":
             msg = f"--output {output} has to be a folder: predictions.csv is written into it, and pictures if any."
@@ -256,8 +255,7 @@ class FlowoodCLI(AnomalibCLI):
             return
         data = self._data_label()
         record = self._write_record(folder, data)
-        checkpoint = self.config[self.subcommand]["ckpt_path"]
-        print(f"Data: {data}. Checkpoint: {checkpoint}. {record.name} beside them has all settings.")
+        print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has all settings.")
 
     def keep_results(self) -> None:
         """Keep the results of a test as a benchmark keeps its own, for ``report``."""
@@ -277,6 +275,11 @@ class FlowoodCLI(AnomalibCLI):
         Results(folder).add(row, self.recorder.scores.assign(**labels))
         print(f"As a page: flowood report {folder}")
 
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint by its own name, since ``latest`` may point to another one tomorrow."""
+        given = self.config[self.subcommand]["ckpt_path"]
+        return None if given is None else Path(str(given)).resolve()
+
     def _data_label(self) -> str:
         data = self.datamodule
         if isinstance(data, AnomalibDataModule):
@@ -290,7 +293,7 @@ class FlowoodCLI(AnomalibCLI):
             "predict" if self.subcommand == "predict" else "test",
             detectors={type(self.model).__name__: _plain(config["model"])},
             data={data: _plain(config["data"])},
-            settings={"checkpoint": config["ckpt_path"], "seed": config["seed_everything"]},
+            settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"]},
         )
 
 

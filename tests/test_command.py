@@ -59,7 +59,7 @@ def test_train_test_predict_and_export(here, capsys):
     page = (run / "report" / "index.html").read_text()
     assert "<h1>Test of PixelFlow on CrossDataset ramps-squares</h1>" in page
     assert page.count("data:image/png") == 16
-    assert checkpoint in page
+    assert str(Path(checkpoint).resolve()) in page
     capsys.readouterr()
 
     main(["predict", "--config", str(config), "--ckpt_path", checkpoint])

@@ -126,9 +126,12 @@ def test_predictions_say_which_run_they_belong_to(trained, capsys):
     assert record["detectors"]["PixelFlow"]["init_args"]["image_size"] == [12, 12]
 
     write_images(Path("new"), 3, 90)
-    main(["predict", *given, "--data", "new", "--ckpt_path", str(checkpoint), "--output", "here/there"])
+    latest = trained / "latest/weights/lightning/model.ckpt"
+    main(["predict", *given, "--data", "new", "--ckpt_path", str(latest), "--output", "here/there"])
     assert len(pd.read_csv("here/there/predictions.csv")) == 3
-    assert json.loads(Path("here/there/run.json").read_text())["data"] == {"new": "new"}
+    record = json.loads(Path("here/there/run.json").read_text())
+    assert record["data"] == {"new": "new"}
+    assert record["settings"]["checkpoint"] == str(trained / "v1/weights/lightning/model.ckpt")
     assert "All predictions: here/there/predictions.csv" in capsys.readouterr().out
     assert sorted(path.name for path in Path("results/PixelFlow").iterdir()) == ["CrossDataset"]
     with pytest.raises(SystemExit):
