@@ -20,7 +20,7 @@ from model_helpers import engine, pixel_flow
 from PIL import Image
 from torchvision.transforms.v2 import Resize
 
-from anomalib_flowood import OneClass, PixelFlow
+from anomalib_flowood import OneClass, PixelFlow, exported
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import PathDataset, SourcedDataset, read_image
 from anomalib_flowood.data.prediction import ReadAsTrained
@@ -106,6 +106,7 @@ def test_max_value_travels_with_the_checkpoint(
     assert PixelFlow.load_from_checkpoint(trained["8.png"]).max_value is None
     detector = PixelFlow.load_from_checkpoint(trained["12.png"])
     assert detector.max_value == 4095
+    assert exported.read_description(detector.to_torch(tmp_path / "export"))["max_value"] == 4095
     # Another folder would say 1023. The detector's word counts, before setup, after it, and without a trainer.
     dark = tmp_path / "dark"
     for path in parts(tmp_path / "parts", "12.png").rglob("*.png"):

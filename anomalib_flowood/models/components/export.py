@@ -265,6 +265,7 @@ class CheckedExport(_Base):
             "export_type": export_type.value,
             "compression": compression,
             **self._settings(),
+            "max_value": getattr(self, "max_value", None),
             "identity": self._identity(),
             "outputs": [name for name in outputs if name != "raw_score"],
             "raw_score": where,
