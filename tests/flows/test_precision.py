@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from anomalib_flowood.flows import full_precision
+from anomalib_flowood.flows.precision import _exactly
+
+
+class Product(nn.Linear):
+    @full_precision
+    def exact(self, x):
+        return self(x)
+
+    def within(self, x):
+        return self.exact(x), self(x)
+
+
+def multiplies_in():
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def test_autocast_leaves_a_decorated_method_alone_and_goes_on_behind_it():
+    product, x = Product(5, 3), torch.rand(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact, rounded = product.within(x)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(exact, product(x))
+    assert Product.exact.__name__ == "exact"
+
+
+def test_tf32_is_off_within_and_as_it_was_behind_it():
+    before = multiplies_in()
+    try:
+        torch.set_float32_matmul_precision("high")
+        asked = multiplies_in()
+        assert asked[1] == "tf32"
+        with _exactly("cuda"), _exactly("cuda"):
+            assert multiplies_in() == ("ieee", "ieee")
+        assert multiplies_in() == asked
+        with pytest.raises(KeyError), _exactly("cuda"):
+            raise KeyError
+        assert multiplies_in() == asked
+        with _exactly("cpu"):
+            assert multiplies_in() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert multiplies_in()[0] == before[0]
+
+
+def test_an_exported_graph_knows_nothing_of_it():
+    exported = torch.export.export(Exported(), (torch.rand(2, 5),))
+    assert not any("autocast" in str(node.target) for node in exported.graph.nodes)
+
+
+class Exported(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.product = Product(5, 3)
+
+    def forward(self, x):
+        return self.product.exact(x)
