@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +30,7 @@ import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, find_class, measure
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained, skipping_arguments
-from anomalib_flowood.engine import RunEngine, new_folder, run_folder
+from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import FlowModule, root_beside
@@ -215,9 +217,10 @@ class FlowoodCLI(AnomalibCLI):
         self.engine: RunEngine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
 
     def _run_subcommand(self) -> None:
-        if self.subcommand in {"test", "predict"}:
-            self.engine.folder = self._output_folder()
-        if self.subcommand == "predict":
+        if self.subcommand in {"test", "predict"} and self.engine.folder is None:
+            with self._output_folder() as self.engine.folder:
+                self._run_subcommand()
+        elif self.subcommand == "predict":
             # Of anomalib's detectors, some score an image by what else is in its batch.
             batch_size = _PREDICTED_AT_ONCE if isinstance(self.model, FlowModule) else 1
             arguments = self._prepare_subcommand_kwargs("predict")
@@ -236,17 +239,20 @@ class FlowoodCLI(AnomalibCLI):
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()
 
-    def _output_folder(self) -> Path:
+    @contextlib.contextmanager
+    def _output_folder(self) -> Iterator[Path]:
         """Where a test or a prediction writes: where the user says, or to a new folder of the checkpoint's run."""
         config = self.config[self.subcommand]
         output = config.get("output")
         if output is None:
             run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
-            return new_folder(run / self.subcommand)
-        if output.is_file() or output.suffix == ".csv":
+            with used_folder(new_folder(run / self.subcommand)) as folder:
+                yield folder
+        elif output.is_file() or output.suffix == ".csv":
             msg = f"--output {output} has to be a folder: predictions.csv is written into it, and pictures if any."
             raise ValueError(msg)
-        return output
+        else:
+            yield output
 
     def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
         """Keep what was predicted, and with which settings, by which checkpoint, of which data."""

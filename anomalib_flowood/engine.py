@@ -111,3 +111,18 @@ def new_folder(root: Path) -> Path:
             folder.mkdir(parents=True)
             return folder
         number += 1
+
+
+@contextlib.contextmanager
+def used_folder(folder: Path) -> Iterator[Path]:
+    """Take a new folder away again, and the one above it, if nothing was written into it: what was to write has failed.
+
+    Args:
+        folder: The folder.
+    """
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()

@@ -137,6 +137,9 @@ def test_predictions_say_which_run_they_belong_to(trained, capsys):
     with pytest.raises(SystemExit):
         main(["predict", *given, "--data", "new", "--ckpt_path", str(checkpoint), "--output", "scores.csv"])
     assert "--output scores.csv has to be a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", *given, "--data", "gone", "--ckpt_path", str(latest)])
+    assert not (trained / "v1/predict").exists()
 
 
 def test_tests_say_which_run_they_belong_to(trained, capsys):
