@@ -3,6 +3,7 @@
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,36 @@ def test_the_check_says_where_openvinos_default_precision_differs(maps, monkeypa
     said = " ".join((capsys.readouterr().out + caplog.text).split())
     assert "OpenVINO computes in bf16 on this machine" in said
     assert '{"INFERENCE_PRECISION_HINT": "f32"}' in said
+
+
+def test_what_rounding_does_is_not_held_against_an_export(pixels):
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint).eval()
+    (images,) = islice(export_check.batches(detector.check_images, (None, 3, None, None)), 1)
+    center = float(detector.raw_scores(images).median())
+    detector.post_processor.calibrate(center * (1 + torch.linspace(-1e-6, 1e-6, 40)))  # a few steps of float32
+
+    def scaled(factor):
+        return detector._compare(Runtime(lambda images: export_check.reference(detector, torch.tensor(images), factor)))
+
+    differences, count, kept = scaled(1 + 2e-7)
+    assert kept
+    assert differences["pred_score"] > BOUND
+    assert count == 10
+    assert not scaled(1 + 1e-3)[2]
+    fixed = list(export_check.batches(detector.check_images, (3, 3, 8, 8)))
+    assert [tuple(batch.shape) for batch in fixed] == [(3, 3, 8, 8)] * 2
+
+
+def test_a_pixel_between_two_levels_may_go_either_way(pixels):
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint).eval()
+    images = torch.full((1, 3, 12, 12), 0.4)
+    images[..., 3:9, 3:9] = (100.5 + 3e-5) / 255
+    expected = export_check.reference(detector, images)
+    got = export_check.reference(detector, images - 6e-5 / 255)
+    slack = {pixels: export_check.rounding(detector, images, expected, pixels=pixels) for pixels in (True, False)}
+    assert compare(got, expected)["raw_score"] > BOUND
+    assert agree(compare(got, expected, slack[True]))
+    assert not agree(compare(got, expected, slack[False]))
 
 
 def test_weights_of_64_bits_are_checked_too(pixels, tmp_path):

@@ -343,9 +343,8 @@ class CheckedExport(_Base):
             got, expected = runtime.run(batch.numpy()), export_check.reference(self, batch)
             found.append(export_check.compare(got, expected))
             images += len(batch)
-            slack = None
-            if self.model.reads_pixels and batch.shape[-2:] != own:
-                slack = export_check.rounding(self, batch, expected)
+            pixels = self.model.reads_pixels and batch.shape[-2:] != own
+            slack = export_check.rounding(self, batch, expected, pixels=pixels)
             kept &= export_check.agree(export_check.compare(got, expected, slack))
         return export_check.worst(found), images, kept
 

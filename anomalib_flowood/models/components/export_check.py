@@ -104,12 +104,13 @@ def raw_onnx_path(path: Path) -> Path:
 
 
 @torch.no_grad()
-def reference(detector: AnomalibModule, images: Tensor) -> Outputs:
+def reference(detector: AnomalibModule, images: Tensor, factor: float = 1.0) -> Outputs:
     """What the detector gives in PyTorch, pre-processing the images as it does when it is tested.
 
     Args:
         detector: In evaluation mode.
         images: In [0, 1], ``(N, 3, H, W)``.
+        factor: Number to multiply raw scores and maps by before they are post-processed.
 
     Returns:
         The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
@@ -117,6 +118,7 @@ def reference(detector: AnomalibModule, images: Tensor) -> Outputs:
     images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
     raw: InferenceBatch = detector.model(images if transform is None else transform(images))
+    raw = InferenceBatch(*(value if value is None else value * factor for value in raw))
     done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
     outputs = {name: value.numpy() for name, value in done._asdict().items() if value is not None}
     if done.pred_score is not raw.pred_score:
@@ -137,24 +139,35 @@ def batches(images: Tensor, shape: Sequence[int | None]) -> Iterator[Tensor]:
     """
     images = images.float() / 255
     count, _, height, width = shape
-    if count is not None:
-        images = torch.stack(list(islice(cycle(images), count)))
+    count = count or len(images)
+    images = torch.stack(list(islice(cycle(images), math.ceil(len(images) / count) * count)))
     own = images.shape[-2:]
     larger = (own[0] + own[0] // 2, own[1] + own[1] // 4)  # the graph has to resize them
     for rows, columns in dict.fromkeys((height or size[0], width or size[1]) for size in (own, larger)):
-        yield functional.resize(images, [rows, columns], antialias=True)
+        yield from functional.resize(images, [rows, columns], antialias=True).split(count)
 
 
-def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs) -> Outputs:
-    """How far PyTorch's own outputs move where pixels move by 1e-6, less than a hundredth of the rounding to 8 bits.
+def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs, *, pixels: bool) -> Outputs:
+    """How far PyTorch's own outputs move with the last digits of numbers in single precision.
 
-    A flow on pixels rounds them to 256 levels after they were resized. A pixel that lies between two levels but for the
-    last bit, as one in some 10,000 does, goes either way, and takes the score with it.
+    Normal scores that lie close together, in comparison to their size, have normalised scores that move with the last
+    digits of the raw ones, which are moved by a millionth.
+
+    Args:
+        detector: In evaluation mode.
+        images: In [0, 1], ``(N, 3, H, W)``.
+        expected: Their outputs.
+        pixels: Move pixels, too, by a 4,000th of a grey level. A flow on pixels rounds them to 256 levels after they
+            were resized: one that lies between two levels but for the last digit goes either way, and takes the score
+            along.
     """
-    moved = [reference(detector, (images + step).clamp(0, 1)) for step in (-1e-6, 1e-6)]
+    small = 1e-6
+    moved = [reference(detector, images, 1 - small), reference(detector, images, 1 + small)]
+    if pixels:
+        moved += [reference(detector, (images + step).clamp(0, 1)) for step in (-small, small)]
     with np.errstate(invalid="ignore"):
         return {
-            name: 2 * np.nan_to_num(np.maximum(*(np.abs(one[name] - expected[name]) for one in moved)), posinf=0.0)
+            name: 2 * np.nan_to_num(np.max([np.abs(one[name] - expected[name]) for one in moved], axis=0), posinf=0.0)
             for name in _RAW
             if name in expected
         }
