@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results go: beside the run that they are of, and over nothing."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +94,11 @@ def write_images(folder: Path, count: int, mean: float) -> None:
         Image.fromarray(pixels).save(folder / f"{number:03}.png")
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """A configuration file and two runs, in an empty folder."""
-    data(tmp_path)
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A folder with a configuration file and two runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    data(folder)
     model = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_channels": 8, "max_epochs": 1}
     sets = {"in_distribution": "ramps", "out_of_distribution": ["squares"], "val_split_ratio": 0.2}
     content = {
@@ -104,10 +106,22 @@ def trained(tmp_path, monkeypatch):
         "data": {"class_path": "CrossDataset", "init_args": sets},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
-    Path("detector.yaml").write_text(yaml.safe_dump(content))
-    for _ in range(2):
-        main(["fit", "--config", "detector.yaml", "--seed_everything", "0"])
-    return tmp_path / "results/PixelFlow/CrossDataset/ramps-squares"
+    (folder / "detector.yaml").write_text(yaml.safe_dump(content))
+    with contextlib.chdir(folder):
+        for _ in range(2):
+            main(["fit", "--config", "detector.yaml", "--seed_everything", "0"])
+    return folder
+
+
+@pytest.fixture
+def trained(two_runs, tmp_path, monkeypatch):
+    """The folder of two runs, in a copy of the folder that they are in, which is the current one."""
+    shutil.copytree(two_runs, tmp_path / "copy", symlinks=True)
+    runs = tmp_path / "copy/results/PixelFlow/CrossDataset/ramps-squares"
+    (runs / "latest").unlink()
+    (runs / "latest").symlink_to(runs / "v1")
+    monkeypatch.chdir(tmp_path / "copy")
+    return runs
 
 
 def test_predictions_say_which_run_they_belong_to(trained, capsys):
