@@ -8,11 +8,12 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
@@ -27,22 +28,39 @@ from rich.console import Console
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, find_class, measure
+from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, measure
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained, skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
-from anomalib_flowood.models.components import FlowModule, root_beside
+from anomalib_flowood.models.components import CheckpointError, FlowModule, read_checkpoint, root_beside
+from anomalib_flowood.models.components.checkpoints import CLASS, saved_arguments
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
+
+_ON_CHECKPOINTS = ("validate", "test", "predict", "export", "explain", "score")
+"""Subcommands that take the detector from a checkpoint, if one is named."""
 
 _PREDICTED_AT_ONCE = 32
 """Images that our detectors predict on at once."""
 
 
 class FlowoodCLI(AnomalibCLI):
-    """anomalib's command line with our benchmark, ``backbone``, and predictions that are kept."""
+    """anomalib's command line with our benchmark, ``backbone``, and predictions that are kept.
+
+    Where a subcommand works on a checkpoint of this package, that names the detector's class and settings: they are the
+    defaults of ``--model``, so that whatever else is given is known to differ, and is refused or applied by
+    :meth:`FlowModule.load_from_checkpoint`.
+
+    Args:
+        args: Arguments after the command's name; the process's own if not given.
+        run: Whether to run the subcommand.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        self._arguments = list(sys.argv[1:] if args is None else args)
+        super().__init__(self._arguments, run)
 
     @staticmethod
     def init_parser(**kwargs: Any) -> ArgumentParser:
@@ -67,13 +85,48 @@ class FlowoodCLI(AnomalibCLI):
         if PIPELINE_REGISTRY is not None:
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
+        for name in _ON_CHECKPOINTS:
+            parser = self.subcommand_parsers[name]
+            parser.required_args.discard("model")
+            parser.add_instantiator(self._build_detector, AnomalibModule)
+        self._take_settings()
+
+    def _take_settings(self) -> None:
+        """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""
+        subcommand, path = self._arguments[:1], _named_checkpoint(self._arguments)
+        if path is None or subcommand[0] not in {*_ON_CHECKPOINTS, "fit", "train"}:
+            return
+        checkpoint = read_checkpoint(path)
+        if subcommand[0] in _ON_CHECKPOINTS and CLASS in checkpoint:
+            self.subcommand_parsers[subcommand[0]].set_defaults({"model": saved_arguments(path, checkpoint)})
+
+    def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
+        """Open the checkpoint where one is named; else build a new detector."""
+        config = self.config[self.subcommand]
+        path = config.get("ckpt_path")
+        if self.subcommand == "explain":
+            from anomalib_flowood.explain.explanation import check_explainable
+
+            check_explainable(detector)
+        elif self.subcommand == "score":
+            if not issubclass(detector, FlowModule) or detector is FeatureMapFlow:
+                msg = f"{detector.__name__} takes no other score: PixelFlow and EmbeddingFlow do."
+                raise ValueError(msg)
+            kwargs["score"] = config["score"]
+        if path is None:
+            return detector(*args, **kwargs)
+        if issubclass(detector, FlowModule):
+            return detector.load_from_checkpoint(path, map_location="cpu", **kwargs)
+        writer = read_checkpoint(path).get(CLASS)
+        if writer is not None:
+            raise CheckpointError(path, f"was written by {writer}, so {detector.__name__} cannot load it.")
+        return detector(*args, **kwargs)
 
     def _add_checkpoint_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``test``, so that the same files serve, for what works on a checkpoint."""
         self._add_default_arguments_to_parser(parser)
         self._add_trainer_arguments_to_parser(parser, add_optimizer=True, add_scheduler=True)
-        # Its class is enough: the checkpoint holds its configuration, and building it might ask for weights.
-        parser.add_subclass_arguments(AnomalibModule, "model", fail_untyped=False, required=True, instantiate=False)
+        parser.add_subclass_arguments(AnomalibModule, "model", fail_untyped=False)
         parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
         self.add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=Path, required=True, help="Checkpoint of the trained detector.")
@@ -88,15 +141,12 @@ class FlowoodCLI(AnomalibCLI):
 
     def explain(self) -> None:
         """Load a detector, explain it and say where the page is."""
-        from anomalib_flowood.explain.explanation import check_explainable, explain
+        from anomalib_flowood.explain.explanation import explain
 
         arguments = self.config_init["explain"]
-        detector_class = find_class("model", arguments["model"]["class_path"])
-        check_explainable(detector_class)
-        detector = _load(detector_class, arguments["ckpt_path"])
         device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
         page = explain(
-            detector.to(device),
+            self.model.to(device),
             arguments["data"],
             arguments["output"],
             max_images=arguments["max_images"],
@@ -118,10 +168,9 @@ class FlowoodCLI(AnomalibCLI):
         arguments = self._prepare_subcommand_kwargs("export")
         checkpoint = arguments["ckpt_path"]
         if isinstance(self.model, FlowModule):
-            if checkpoint is not None:
-                arguments |= {"model": _load(type(self.model), Path(checkpoint)), "ckpt_path": None}
-            arguments["model"].check_exports = self.config["export"]["check"]
-            arguments["model"]._checkpoint_path = None  # the place is chosen here
+            arguments["ckpt_path"] = None  # it is open: the engine would load it anew, without what was changed
+            self.model.check_exports = self.config["export"]["check"]
+            self.model._checkpoint_path = None  # the place is chosen here
         if checkpoint is not None and arguments["export_root"] is None:
             arguments["export_root"] = root_beside(checkpoint)
             if arguments["model_file_name"] == "model":  # there may be several checkpoints in a folder
@@ -142,12 +191,7 @@ class FlowoodCLI(AnomalibCLI):
         arguments = self.config_init["score"]
         name, given = arguments["score"], arguments["ckpt_path"]
         output = arguments["output"] or given.with_name(f"{given.stem}-{name}.ckpt")
-        detector_class = find_class("model", arguments["model"]["class_path"])
-        if not issubclass(detector_class, FlowModule) or detector_class is FeatureMapFlow:
-            msg = f"{detector_class.__name__} takes no other score: PixelFlow and EmbeddingFlow do."
-            raise ValueError(msg)
-        detector = _load(detector_class, given, score=name)
-        data = arguments["data"]
+        detector, data = self.model, arguments["data"]
         data.prepare_data()
         data.setup("fit")
         read_as_trained(detector, data)
@@ -201,6 +245,8 @@ class FlowoodCLI(AnomalibCLI):
     def before_instantiate_classes(self) -> None:
         """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""
         config = self.config[self.subcommand]
+        if self.subcommand in _ON_CHECKPOINTS and config["model"] is None:  # which the parser lets pass
+            raise _no_detector(self.subcommand, config["ckpt_path"])
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
         super().before_instantiate_classes()
@@ -318,8 +364,24 @@ def _seed(given: bool | int) -> int:
     return given
 
 
-def _load(detector_class: Any, checkpoint: Path, **arguments: Any) -> Any:
-    if not checkpoint.is_file():
-        msg = f"There is no checkpoint {checkpoint}. `flowood train` writes one, below its results folder."
-        raise FileNotFoundError(msg)
-    return detector_class.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
+def _no_detector(subcommand: str, path: str | Path | None) -> ValueError:
+    if path is None:
+        return ValueError(f"There is no detector to {subcommand}: name its checkpoint (--ckpt_path).")
+    what = "was not written by a detector of anomalib_flowood: name the class that wrote it, too (--model)."
+    return CheckpointError(path, what)
+
+
+def _named_checkpoint(arguments: Sequence[str]) -> str | None:
+    """Return the checkpoint that a command line or a configuration file in it names; the last one counts."""
+    path = None
+    for number, argument in enumerate(arguments):
+        option, given, value = argument.partition("=")
+        if not given and number + 1 < len(arguments):
+            value = arguments[number + 1]
+        if option == "--ckpt_path":
+            path = value
+        elif option in {"-c", "--config"} and Path(value).is_file():
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            if isinstance(config, dict):
+                path = config.get("ckpt_path") or path
+    return path

@@ -59,7 +59,7 @@ from rich.console import Console
 
 from anomalib_flowood.engine import new_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set, rate_text
-from anomalib_flowood.names import unknown_name
+from anomalib_flowood.names import subclasses, unknown_name
 from anomalib_flowood.report import (
     JobProgress,
     benchmark_markdown,
@@ -106,13 +106,6 @@ def readable(error: BaseException) -> str:
     return message or type(error).__name__
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    cls: type
-    for cls in base.__subclasses__():
-        yield cls
-        yield from _subclasses(cls)
-
-
 def find_class(kind: str, name: str) -> type:
     """Find a detector or a data module, this package's or anomalib's or anybody's that was imported.
 
@@ -137,10 +130,10 @@ def find_class(kind: str, name: str) -> type:
         if isinstance(found, type) and issubclass(found, base):
             return found
     else:
-        for cls in _subclasses(base):
+        for cls in subclasses(base):
             if cls.__name__.lower() == name.replace("_", "").lower() and not inspect.isabstract(cls):
                 return cls
-    known = {cls.__name__.lower() for cls in _subclasses(base) if not inspect.isabstract(cls)}
+    known = {cls.__name__.lower() for cls in subclasses(base) if not inspect.isabstract(cls)}
     error = unknown_name(_KINDS[kind], name.rpartition(".")[2], known)
     raise ValueError(str(error).replace(repr(name.rpartition(".")[2]), repr(name), 1))
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to say that a name is unknown."""
+"""Names: of classes that exist, and one way to say that one is unknown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from typing import Any
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> ValueError:
@@ -27,3 +28,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
     if len(known) <= (8 if near else 30):
         message += f" Known: {', '.join(known)}."
     return ValueError(f"{message} {hint}".strip())
+
+
+def subclasses(base: type) -> Iterator[Any]:
+    """Go through all imported subclasses of a class, those of subclasses too."""
+    for cls in base.__subclasses__():
+        yield cls
+        yield from subclasses(cls)

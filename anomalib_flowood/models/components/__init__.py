@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that the detectors share."""
 
+from .checkpoints import CheckpointError, SettingsError, open_checkpoint, read_checkpoint
 from .export import root_beside
 from .export_check import ExportCheckError
 from .features import FeatureBatch, FrozenFeatures
@@ -10,6 +11,7 @@ from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
 
 __all__ = [
+    "CheckpointError",
     "ConformalPostProcessor",
     "ExactPreProcessor",
     "ExportCheckError",
@@ -17,8 +19,11 @@ __all__ = [
     "FlowModel",
     "FlowModule",
     "FrozenFeatures",
+    "SettingsError",
     "TrainingDivergedError",
     "backbone_pre_processor",
     "check_images",
+    "open_checkpoint",
+    "read_checkpoint",
     "root_beside",
 ]

@@ -3,28 +3,44 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from anomalib_flowood import __version__
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.scores import SCORES
 from anomalib_flowood.scores.score import Inputs
 
+from .checkpoints import (
+    CLASS,
+    SCORE,
+    VERSION,
+    CheckpointError,
+    check_finite,
+    check_settings,
+    plain,
+    read_checkpoint,
+    written_by,
+)
 from .export import CheckedExport
 from .flow_model import FlowModel, check_precision
 from .post_processor import ConformalPostProcessor
@@ -52,6 +68,12 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
 
     There is no such attribute as long as the detector has seen neither data nor a checkpoint.
     """
+
+    may_change: ClassVar[frozenset[str]] = frozenset({"score", "max_epochs", "learning_rate", "pre_trained"})
+    """Arguments that may differ from those of a checkpoint: the score, and what counts in training alone."""
+
+    _seen: tuple[tuple[int, int], ...] = ()
+    _left = ""
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -130,6 +152,14 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
                 self.model.scorer.name,
             )
 
+    def on_fit_end(self) -> None:
+        """Keep no calibration that is of other weights than the final ones."""
+        self.check_weights()
+
+    def on_predict_start(self) -> None:
+        """Decide by the calibration of these weights alone."""
+        self.check_weights()
+
     def on_validation_start(self) -> None:
         """Fit the score with the last weights, so that validation images are scored and calibrated by it."""
         trainer: Any = self.trainer
@@ -167,7 +197,8 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
         return outputs
 
     def on_test_start(self) -> None:
-        """Set the clock of the bits per dimension to zero."""
+        """Set the clock of the bits per dimension to zero, and decide by the calibration of these weights alone."""
+        self.check_weights()
         self.bits_seconds = 0.0
 
     def _clock(self) -> float:
@@ -311,29 +342,109 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
     def configure_visualizer(cls) -> Any:
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
 
+    # -- weights and their calibration ---------------------------------------------------------------------------
+
+    def fingerprint(self) -> Tensor:
+        """Return a hash of all that a score depends on, ``(32,)``, bytes: weights, fitted statistics, settings, score.
+
+        It is the same on every device, and in float64 what it is in float32.
+        """
+        scorer = self.model.scorer if self.model.scorer.ready else self.model.nll
+        defaults = inspect.signature(type(self).__init__).parameters
+        # Those alone that are not the default, so that a setting which a later version adds changes nothing.
+        settings = {
+            name: value
+            for name, value in plain(dict(self.hparams)).items()
+            if name not in {*self.may_change, "backbone"}
+            and (name not in defaults or value != plain(defaults[name].default))
+        }
+        digest = hashlib.sha256(json.dumps([scorer.name, settings], sort_keys=True).encode())
+        for name, value in self.model.state_dict().items():
+            if name == "fitted":  # says that training went on to the end of an epoch
+                continue
+            value = value.float() if value.is_floating_point() else value
+            # Nobody forges weights: a checksum of each tensor is enough, and three times as fast.
+            checksum = zlib.crc32(value.cpu().contiguous().numpy())
+            digest.update(f"{name} {tuple(value.shape)} {checksum}\n".encode())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+    def check_weights(self) -> None:
+        """Refuse weights that are NaN; drop a calibration that is not of the present weights, score and settings.
+
+        Tests, predictions, exports and loading do so by themselves, and so does a call of the detector where weights
+        have changed since.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite, or the calibration too small for its ``alpha``.
+        """
+        check_finite(None, {f"model.{name}": value for name, value in self.model.state_dict().items()})
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            self.post_processor.check(self.fingerprint())
+        self._seen = self._versions()
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Return what changes whenever a weight or the calibration does, at little cost."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            tensors.append(self.post_processor.calibration)
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Score images and decide, as :meth:`AnomalibModule.forward` does, by a calibration that is theirs."""
+        if not torch.compiler.is_compiling() and self._seen != self._versions():
+            self.check_weights()
+        return super().forward(batch, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights; a calibration among them that is of others is dropped.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite.
+        """
+        keys = super().load_state_dict(state_dict, *args, **kwargs)
+        self.check_weights()
+        return keys
+
     # -- checkpoints and export ----------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the names of class and score; refuse to replace a good checkpoint by one with NaN in it."""
+        """Add the names of class, score and version; refuse to replace a good checkpoint by one with NaN in it."""
         super().on_save_checkpoint(checkpoint)
         for flow in self.model.trained_flows:
             for name, value in flow.named_parameters():
                 if not bool(torch.isfinite(value).all()):
                     self._diverged(f"the weights of {name} are NaN or infinite")
-        checkpoint["anomalib_flowood_class"] = type(self).__name__
-        checkpoint["anomalib_flowood_score"] = self.model.scorer.name
+        checkpoint[CLASS] = type(self).__name__
+        checkpoint[SCORE] = self.model.scorer.name
+        checkpoint[VERSION] = __version__
         checkpoint["anomalib_flowood_max_value"] = getattr(self, "max_value", None)
+        self._leave_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another class; leave behind what belongs to another score.
+        """Refuse the checkpoint of another class or of other settings; leave behind what belongs to another score.
 
         Raises:
             ValueError: If it was written by another class, or lacks the flows that the score trains.
+            SettingsError: If it was trained with other settings than this detector has: neither can be applied to the
+                other, since which were meant nobody knows.
+            CheckpointError: If a weight is NaN or infinite.
         """
-        self._check_class(checkpoint)
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        self._check_class(checkpoint, path)
+        check_settings(
+            path,
+            checkpoint.get("hyper_parameters", {}),
+            self.hparams,
+            self.may_change,
+            f"{type(self).__name__}.load_from_checkpoint builds a detector with the checkpoint's settings, "
+            "`flowood … --ckpt_path` without --model does, too.",
+        )
+        state = checkpoint["state_dict"]
+        check_finite(path, state)
+        self._leave_callback_state(checkpoint)
         scorer = self.model.scorer
         # Not from the hyper-parameters, which by now are those that the checkpoint is loaded with.
-        trained = checkpoint.get("anomalib_flowood_score", "nll")
+        trained = checkpoint.get(SCORE, "nll")
         if trained != scorer.name:
             if scorer.flows:
                 msg = (
@@ -341,50 +452,90 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
                     f"with score {trained!r}. Train with score {scorer.name!r}."
                 )
                 raise ValueError(msg)
-            logger.warning(
-                "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former is "
-                "left behind, the calibration of labels and p-values too.",
-                trained,
-                scorer.name,
-            )
-            state = checkpoint["state_dict"]
+            if trained != self._left:  # the engine loads what a command has opened before
+                logger.warning(
+                    "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former "
+                    "is left behind, the calibration of labels and p-values too.",
+                    trained,
+                    scorer.name,
+                )
+            self._left = trained
             for key in [key for key in state if key.startswith("model.scorer.")]:
                 del state[key]
-            for key in ("post_processor.calibration", "post_processor.pixel_calibration"):
-                if key in state:
-                    state[key] = state[key][:0]
+            # The thresholds of any post-processor; anomalib's are NaN before a validation.
+            for key in [key for key in state if key.startswith("post_processor.")]:
+                value = state[key]
+                if "calibrat" in key:
+                    state[key] = value[:0]
+                elif value.is_floating_point():
+                    state[key] = torch.full_like(value, float("nan"))
         super().on_load_checkpoint(checkpoint)
         self.max_value = checkpoint.get("anomalib_flowood_max_value")
         if self._trainer is not None:
             self._read_alike()
 
+    def _leave_callback_state(self, checkpoint: dict[str, Any]) -> None:
+        """Take the post-processor out of the callbacks' states, which are restored after the weights.
+
+        It is a part of the detector, with whose weights its calibration comes.
+        """
+        if isinstance(self.post_processor, Callback):
+            checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
+
     @classmethod
     def _check_class(cls, checkpoint: dict[str, Any], path: object = None) -> None:
-        writer = checkpoint.get("anomalib_flowood_class")
+        writer = checkpoint.get(CLASS)
         if writer != cls.__name__:
-            which = "The checkpoint" if path is None else f"The checkpoint {path}"
             by = f"written by {writer}" if writer else "not written by a detector of anomalib_flowood"
             remedy = f"load it with anomalib_flowood.{writer}" if writer else "load it with the class that wrote it"
-            msg = f"{which} was {by}, so {cls.__name__} cannot load it; {remedy}."
-            raise ValueError(msg)
+            raise CheckpointError(path, f"was {by}, so {cls.__name__} cannot load it; {remedy}.")
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
         """Load a detector; the arguments are those of :meth:`AnomalibModule.load_from_checkpoint`.
 
+        Its settings are the checkpoint's. ``score``, what counts in training alone, and the post-processor's ``alpha``
+        may be given anew.
+
         Raises:
-            ValueError: If the checkpoint was written by another class.
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it is broken, was written by another class, or does not fit it.
+            SettingsError: If another setting is given that differs from the checkpoint's.
         """
         # Before anything is built: the other class's arguments may name a backbone that is not here.
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_checkpoint(checkpoint_path)
         cls._check_class(checkpoint, checkpoint_path)
-        pre_trained = checkpoint["hyper_parameters"].get("pre_trained")
-        if pre_trained is not None:
+        check_finite(checkpoint_path, checkpoint["state_dict"])
+        stored = checkpoint["hyper_parameters"]
+        allowed = ", ".join(sorted(cls.may_change & inspect.signature(cls.__init__).parameters.keys()))
+        check_settings(
+            checkpoint_path,
+            stored,
+            kwargs,
+            cls.may_change,
+            f"Leave them out, or train with them. What may change: {allowed}, and the post-processor's alpha.",
+        )
+        unknown = sorted(stored.keys() - inspect.signature(cls.__init__).parameters.keys())
+        if unknown:
+            logger.warning(
+                "The checkpoint %s (%s) has settings that this version does not know, which are left out: %s.",
+                checkpoint_path,
+                written_by(checkpoint),
+                ", ".join(unknown),
+            )
+        if "pre_trained" in stored:
             # The checkpoint holds the backbone's weights: nothing needs to be fetched.
-            kwargs.setdefault("pre_trained", False)
-        detector: Any = super().load_from_checkpoint(checkpoint_path, **kwargs)
-        if pre_trained is not None:
-            detector.hparams["pre_trained"] = pre_trained
+            kwargs["pre_trained"] = False
+        try:
+            detector: Any = super().load_from_checkpoint(checkpoint_path, **kwargs)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            first = " ".join(str(error).split())[:300]
+            what = f"({written_by(checkpoint)}) does not fit {cls.__name__} with its settings: {first} …"
+            raise CheckpointError(checkpoint_path, what) from error
+        if "pre_trained" in stored:
+            detector.hparams["pre_trained"] = stored["pre_trained"]
         detector._checkpoint_path = Path(checkpoint_path)
         return detector
 
@@ -410,6 +561,7 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
                 "a checkpoint (`--ckpt_path`)."
             )
             raise NotFittedError(msg)
+        self.check_weights()
 
     def _check_exportable(self) -> None:
         if self.dtype == torch.float64:

@@ -17,6 +17,8 @@ from anomalib_flowood import conformal
 
 logger = logging.getLogger(__name__)
 
+_DEFAULT_ALPHA = 0.05
+
 _JUST_ABOVE_HALF = 0.5 + 2**-24
 """The next float32 after 0.5."""
 
@@ -39,8 +41,12 @@ class ConformalPostProcessor(PostProcessor):
     the calibration images' maps: of fresh normal images, at most ``alpha`` have any marked pixel, in expectation.
     ``anomaly_map`` is in [0, 1] as scores are, with 0.5 at that threshold, in units of the range of normal maps.
 
+    A calibration holds for the weights, score and settings that gave its scores, whose fingerprint is kept beside it:
+    see :meth:`check`.
+
     Args:
-        alpha: The level, in (0, 1).
+        alpha: The level, in (0, 1); ``None`` for that of the checkpoint which the detector is loaded from, and 0.05
+            without one.
 
     Raises:
         ValueError: If the level is not in (0, 1).
@@ -50,20 +56,48 @@ class ConformalPostProcessor(PostProcessor):
     """Scores of the calibration images, ascending, ``(n,)``; empty before a validation."""
     pixel_calibration: Tensor
     """Maxima of the calibration images' anomaly maps, ascending, ``(n,)``; empty where there are no maps."""
+    calibrated_for: Tensor
+    """Fingerprint of the detector that gave them, ``(32,)``, bytes; empty where nobody knows."""
 
-    def __init__(self, alpha: float = 0.05) -> None:
+    def __init__(self, alpha: float | None = None) -> None:
         super().__init__()
-        conformal.images_needed(alpha)  # refuses what is no level
-        self.alpha = alpha
+        self._chosen = alpha is not None
+        self._overruled: float | None = None
+        self._alpha = _DEFAULT_ALPHA if alpha is None else alpha
+        conformal.images_needed(self._alpha)  # refuses what is no level
         self.register_buffer("calibration", torch.empty(0))
         self.register_buffer("pixel_calibration", torch.empty(0))
+        self.register_buffer("calibrated_for", torch.empty(0, dtype=torch.uint8))
         self._validated = CatMetric(nan_strategy="disable")
         self._validated_maxima = CatMetric(nan_strategy="disable")
-        self._calibrated_step = 0
+        self._scored_by = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def alpha(self) -> float:
+        """The level. One that was set stays when a checkpoint with another one is loaded."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        conformal.images_needed(alpha)
+        self._alpha, self._chosen = alpha, True
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return ("alpha",)
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take a checkpoint's level, unless another one was chosen."""
+        stored = config.get("alpha")
+        if stored is None or stored == self._alpha or stored == self._overruled:
+            return
+        if self._chosen:
+            self._overruled = stored  # which is said once
+            logger.warning(
+                "Labels are at alpha = %g, as asked for, and not at the checkpoint's %g.", self.alpha, stored
+            )
+        else:
+            self._alpha = stored
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
@@ -74,7 +108,7 @@ class ConformalPostProcessor(PostProcessor):
                 "The checkpoint is from before thresholds of pixels were calibrated on maps: validate once, or maps "
                 "stay raw and no pixel is marked."
             )
-        for name in ("calibration", "pixel_calibration"):
+        for name in ("calibration", "pixel_calibration", "calibrated_for"):
             buffer = getattr(self, name)
             stored = state_dict.setdefault(f"{prefix}{name}", buffer.new_empty(0))
             setattr(self, name, buffer.new_empty(stored.shape))
@@ -109,11 +143,39 @@ class ConformalPostProcessor(PostProcessor):
         conformal.threshold_rank(len(scores), self.alpha)
         self.calibration = scores.detach().to(self.calibration).sort().values
         self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
+        self.calibrated_for = self.calibrated_for.new_empty(0)
 
     def forget(self) -> None:
         """Drop the calibration, which belongs to other scores."""
         self.calibration = self.calibration.new_empty(0)
         self.pixel_calibration = self.pixel_calibration.new_empty(0)
+        self.calibrated_for = self.calibrated_for.new_empty(0)
+
+    def check(self, fingerprint: Tensor) -> None:
+        """Drop the calibration if it is of other weights, another score or other settings.
+
+        Args:
+            fingerprint: That of the detector as it is now: see :meth:`FlowModule.fingerprint`. A calibration of which
+                nobody knows whose it is (from before there were fingerprints, or set by :meth:`calibrate`) is taken for
+                its own.
+
+        Raises:
+            ValueError: If the calibration is too small for ``alpha``.
+        """
+        if not self.calibrated:
+            return
+        if not len(self.calibrated_for):
+            self.calibrated_for = fingerprint.to(self.calibrated_for.device)
+        elif not torch.equal(self.calibrated_for.cpu(), fingerprint.cpu()):
+            logger.warning(
+                "The calibration of labels and p-values belongs to other weights, another score or other settings than "
+                "the detector has now (training went on after the last validation, or weights were averaged or loaded):"
+                " it is dropped, so that there are raw scores alone. Engine.validate calibrates anew; `flowood score` "
+                "does so for a checkpoint."
+            )
+            self.forget()
+            return
+        conformal.threshold_rank(len(self.calibration), self.alpha)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a validation set that is too small before anything is trained."""
@@ -122,16 +184,12 @@ class ConformalPostProcessor(PostProcessor):
         if images is not None:
             conformal.threshold_rank(images, self.alpha)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the weights that a checkpoint's calibration belongs to."""
-        del pl_module
-        self._calibrated_step = trainer.global_step
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: only the last validation counts."""
         del trainer, pl_module
         self._validated.reset()
         self._validated_maxima.reset()
+        self._scored_by = self._scored_by.new_empty(0)
         self._pixel_min_max_metric.reset()
 
     def on_validation_batch_end(
@@ -143,9 +201,12 @@ class ConformalPostProcessor(PostProcessor):
         **kwargs: Any,
     ) -> None:
         """Collect the scores of normal images, and the maxima and the range of their maps."""
-        del trainer, pl_module, args, kwargs
+        del trainer, args, kwargs
         if outputs.gt_label is None:
             return
+        if not self._validated.update_called and hasattr(pl_module, "fingerprint"):
+            # Now, since a callback may exchange the weights for the time of a validation.
+            self._scored_by = pl_module.fingerprint().to(self.calibrated_for.device)
         normal = ~outputs.gt_label.bool()
         self._validated.update(outputs.pred_score[normal].detach())
         if outputs.anomaly_map is not None and bool(normal.any()):
@@ -165,22 +226,11 @@ class ConformalPostProcessor(PostProcessor):
         scores: Any = self._validated.compute() if self._validated.update_called else []
         maxima: Any = self._validated_maxima.compute() if self._validated_maxima.update_called else None
         self.calibrate(torch.as_tensor(scores), maxima)
+        self.calibrated_for = self._scored_by
         if self._pixel_min_max_metric.update_called:
             low, high = self._pixel_min_max_metric.compute()
             self.pixel_min.copy_(low)
             self.pixel_max.copy_(high)
-        self._calibrated_step = trainer.global_step
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the calibration is not that of the final weights."""
-        del pl_module
-        steps = trainer.global_step - self._calibrated_step
-        if self.calibrated and steps:
-            logger.warning(
-                "Training went on for %d steps after the last validation: thresholds and p-values belong to the "
-                "weights of that time. Validate once more with Engine.validate, or let training end with an epoch.",
-                steps,
-            )
 
     # -- decisions -----------------------------------------------------------------------------------------------
 

@@ -61,6 +61,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     model: FeatureMapFlowModel
 
+    may_change = FlowModule.may_change | {"feature_noise", "cache_gib"}
+
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
@@ -114,6 +116,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             score_fraction=score_fraction,
         )
         self._reference: tuple[Tensor, ...] = ()
+        self._scaled_step = -1
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -136,6 +139,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.model.fit_subspaces(features)
         some = tuple(layer[:_SCALE_IMAGES] for layer in features)  # the loader shuffled them
         self._reference = tuple(layer.cpu() for layer in self.prepare_features(some))
+        self._scaled_step = -1
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the reduced maps, ``(N, D, h, w)`` for each layer, in half precision."""
@@ -161,7 +165,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     @torch.no_grad()
     def _fit_map_scale(self) -> None:
-        if self._reference:
+        # Once for the same weights: what a validation has calibrated stays to the last bit.
+        if self._reference and self._scaled_step != self.trainer.global_step:
+            self._scaled_step = self.trainer.global_step
             self.model.fit_map_scale(tuple(layer.to(self.model.map_mean) for layer in self._reference))
 
     def _noise_like(self, layer: Tensor) -> Tensor:

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: read with one clear error where one is broken, and opened with the settings that they hold."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.models.components import AnomalibModule
+from anomalib.utils.serialization import anomalib_safe_globals
+from torch import Tensor
+
+from anomalib_flowood import __version__
+from anomalib_flowood.names import subclasses
+
+CLASS = "anomalib_flowood_class"
+"""Where a checkpoint names its detector's class."""
+SCORE = "anomalib_flowood_score"
+VERSION = "anomalib_flowood_version"
+
+_CONFORMAL = "anomalib_flowood.models.components.ConformalPostProcessor"
+_LOCAL_DIR = "local-dir:"
+_LIGHTNING = "pytorch-lightning_version"
+_ZIP = b"PK"
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint that can be loaded."""
+
+    def __init__(self, path: object, what: str) -> None:
+        super().__init__(f"{_named(path)} {what}")
+
+
+class SettingsError(ValueError):
+    """Settings were given that differ from a checkpoint's, and may not."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint, its tensors mapped to the file where the format allows that.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was saved, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is empty, truncated, damaged, or something other than a checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        msg = f"There is no checkpoint {path}. `flowood train` writes one, below its results folder."
+        raise FileNotFoundError(msg)
+    if not path.is_file():
+        raise CheckpointError(path, "is a folder: name the file in it that ends in .ckpt.")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(path, "is empty. Was the disk full when it was written or copied?")
+    archive = head.startswith(_ZIP)
+    if archive:
+        _check_archive(path)
+    plain_types = [kind for cls in subclasses(AnomalibModule) for kind in cls.checkpoint_safe_globals()]
+    try:
+        with anomalib_safe_globals(extra=plain_types):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # torch raises whatever its readers meet
+        raise CheckpointError(path, _unreadable(error, head)) from error
+    _check_content(path, checkpoint)
+    return checkpoint
+
+
+def open_checkpoint(path: str | Path, **changes: Any) -> Any:
+    """Open a trained detector: its class, settings and weights are the checkpoint's.
+
+    Args:
+        path: A checkpoint that a detector of this package wrote.
+        **changes: Arguments of the class that may differ from the checkpoint's: ``score``,
+            ``post_processor=ConformalPostProcessor(alpha=…)``, what only training needs, and other components.
+
+    Returns:
+        The detector, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is broken, or no detector of this package wrote it.
+        SettingsError: If another setting is to change.
+    """
+    detector = detector_class(path, read_checkpoint(path))
+    return detector.load_from_checkpoint(path, map_location="cpu", **changes)
+
+
+def detector_class(path: object, checkpoint: Mapping[str, Any]) -> Any:
+    """Find the class that wrote a checkpoint.
+
+    Args:
+        path: Its file, to be named in errors.
+        checkpoint: What was read from it.
+
+    Returns:
+        A subclass of ``AnomalibModule``.
+
+    Raises:
+        CheckpointError: If no detector of this package wrote it, or one that nobody imported.
+    """
+    writer = checkpoint.get(CLASS)
+    if writer is None:
+        raise CheckpointError(path, "was not written by a detector of anomalib_flowood: load it with its own class.")
+    for cls in subclasses(AnomalibModule):
+        if cls.__name__ == writer:
+            return cls
+    raise CheckpointError(path, f"was written by {writer}, a class that is not imported here: import its module.")
+
+
+def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint's detector was built from, as a configuration file has it.
+
+    Args:
+        path: Its file, to be named in errors.
+        checkpoint: What was read from it.
+
+    Returns:
+        ``class_path`` and ``init_args``.
+
+    Raises:
+        CheckpointError: As for :func:`detector_class`.
+    """
+    cls = detector_class(path, checkpoint)
+    known = inspect.signature(cls.__init__).parameters.keys()
+    arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+    level = checkpoint.get("anomalib_post_processor_config") or {}
+    if level.keys() == {"alpha"}:
+        arguments["post_processor"] = {"class_path": _CONFORMAL, "init_args": level}
+    for component, enabled in checkpoint.get("anomalib_components_enabled", {}).items():
+        if not enabled:
+            arguments[component] = False
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
+
+
+def differing_settings(
+    stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Compare settings with those of a checkpoint.
+
+    Args:
+        stored: The checkpoint's ``hyper_parameters``. What it lacks is of a later version, and not compared.
+        given: Settings of a detector.
+        may_change: Names of settings that are not compared.
+
+    Returns:
+        Of each setting that differs, the checkpoint's value and the one given. Where a ``local-dir:`` backbone lies
+        is no difference: its weights come from the checkpoint.
+    """
+    differing = {}
+    for name in stored.keys() & given.keys() - set(may_change):
+        theirs, ours = stored[name], given[name]
+        moved = name == "backbone" and any(str(value).startswith(_LOCAL_DIR) for value in (theirs, ours))
+        if not moved and plain(theirs) != plain(ours):
+            differing[name] = (theirs, ours)
+    return dict(sorted(differing.items()))
+
+
+def check_settings(
+    path: object, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str], remedy: str
+) -> None:
+    """Refuse settings that differ from a checkpoint's, by name.
+
+    Raises:
+        SettingsError: If there are any; see :func:`differing_settings`.
+    """
+    differing = differing_settings(stored, given, may_change)
+    if differing:
+        listed = "; ".join(
+            f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
+        )
+        msg = f"{_named(path)} was trained with other settings: {listed}. {remedy}"
+        raise SettingsError(msg)
+
+
+def check_finite(path: object, state_dict: Mapping[str, Any]) -> None:
+    """Refuse weights with which there is no score.
+
+    Args:
+        path: The checkpoint that they are from, to be named in the error; ``None`` for those of a detector in memory.
+        state_dict: A detector's.
+
+    Raises:
+        ValueError: If a weight or a fitted statistic is NaN, or one that is not a score's infinite; of a checkpoint, a
+            :class:`CheckpointError`.
+    """
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not name.startswith("model."):
+            continue
+        # Statistics of scores may be infinite on purpose.
+        broken = value.isnan() if name.startswith("model.scorer.") else ~value.isfinite()
+        if bool(broken.any()):
+            what = (
+                f"is broken: {int(broken.sum())} of {value.numel()} values of {name} are NaN or infinite, and so would "
+                "all scores be. Train again, with a lower learning rate, or take an earlier checkpoint."
+            )
+            raise CheckpointError(path, what) if path else ValueError(f"This detector {what}")
+
+
+def plain(value: Any) -> Any:
+    """Bring a setting to what JSON knows, so that a tuple equals a list and a path its text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def written_by(checkpoint: Mapping[str, Any]) -> str:
+    """Say which version wrote a checkpoint, and which one this is."""
+    return f"written by version {checkpoint.get(VERSION, '0.1.0 or before')}, this is {__version__}"
+
+
+def _named(path: object) -> str:
+    return f"The checkpoint {path}" if path else "The checkpoint"
+
+
+def _check_archive(path: Path) -> None:
+    """Look for a zip archive's index, which is at its end, and for damage: its checksums are torch's own."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = archive.namelist()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        what = f"is truncated or damaged ({error}; {path.stat().st_size:,} bytes). Copy it again, or train again."
+        raise CheckpointError(path, what) from error
+    if damaged is not None:
+        raise CheckpointError(path, f"is damaged: {damaged} fails its checksum. Copy it again, or train again.")
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(path, f"is a zip archive of something else ({', '.join(names[:3])}, …).")
+
+
+def _unreadable(error: Exception, head: bytes) -> str:
+    """Say what a file is that torch does not read."""
+    if not head.startswith(_ZIP):
+        try:
+            text = head[:400].decode()
+        except UnicodeDecodeError:
+            text = "\0"
+        if text.isprintable() or text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable():
+            return f"is a text file that begins with {text.strip()[:40]!r}."
+        return "is not in torch's format: it is a file of another kind, or damaged. Copy it again, or train again."
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        objects = f" ({found[1]})" if found else ""
+        return (
+            f"holds Python objects{objects} and not tensors and settings alone: it is an exported model, or was "
+            "written by another version of anomalib or Lightning. Name the .ckpt file that training wrote, or train "
+            "again."
+        )
+    return f"cannot be read: {str(error).splitlines()[0]}"
+
+
+def _check_content(path: Path, checkpoint: Any) -> None:
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(path, f"holds a {type(checkpoint).__name__} and no detector.")
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, Mapping) or _LIGHTNING not in checkpoint:
+        if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+            what = "holds weights alone, without the settings of a detector. Name the .ckpt file that training wrote."
+        else:
+            missing = _LIGHTNING if isinstance(weights, Mapping) else "state_dict"
+            has = ", ".join(map(str, list(checkpoint)[:8])) or "nothing"
+            what = f"is none of Lightning's: it has no {missing}. It has {has}."
+        raise CheckpointError(path, what)
+    if CLASS in checkpoint and not isinstance(checkpoint.get("hyper_parameters"), Mapping):
+        raise CheckpointError(path, "has no hyper_parameters, so that nothing says how to build its detector.")
