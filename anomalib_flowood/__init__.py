@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from .data import CrossDataset, OneClass
     from .models import EmbeddingFlow, FeatureMapFlow, PixelFlow
+    from .models.components import open_checkpoint
 
 __version__ = version("anomalib-flowood")
 
-__all__ = ["CrossDataset", "EmbeddingFlow", "FeatureMapFlow", "OneClass", "PixelFlow"]
+__all__ = ["CrossDataset", "EmbeddingFlow", "FeatureMapFlow", "OneClass", "PixelFlow", "open_checkpoint"]
 
 _MODULES = {
     "EmbeddingFlow": "models",
@@ -32,6 +33,7 @@ _MODULES = {
     "PixelFlow": "models",
     "CrossDataset": "data",
     "OneClass": "data",
+    "open_checkpoint": "models.components",
 }
 
 

@@ -184,7 +184,7 @@ def test_explain_writes_a_page(
     [
         (["--ckpt_path", "gone.ckpt"], 1, "There is no checkpoint gone.ckpt."),
         ([], 2, "ckpt_path"),
-        (["--model", "Padim", "--ckpt_path", "gone.ckpt"], 1, "Padim cannot be explained: it is no flow."),
+        (["--model", "Padim", "--ckpt_path", "CHECKPOINT"], 1, "Padim cannot be explained: it is no flow."),
         (["--model", "EmbeddingFlow", "--ckpt_path", "CHECKPOINT"], 1, "written by PixelFlow, so EmbeddingFlow cannot"),
     ],
 )
@@ -250,11 +250,11 @@ def test_score_gives_a_checkpoint_another_score(
         (["--score", "typical", "--ckpt_path", "CHECKPOINT"], 1, "Unknown score 'typical'. Did you mean 'typicality'"),
         (["--score", "ensemble", "--ckpt_path", "CHECKPOINT"], 1, "flows that train together"),
         (
-            ["--model", "FeatureMapFlow", "--score", "nll", "--ckpt_path", "gone.ckpt"],
+            ["--model", "FeatureMapFlow", "--score", "nll", "--ckpt_path", "CHECKPOINT"],
             1,
             "FeatureMapFlow takes no other score: PixelFlow and EmbeddingFlow do.",
         ),
-        (["--model", "Padim", "--score", "nll", "--ckpt_path", "gone.ckpt"], 1, "Padim takes no other score"),
+        (["--model", "Padim", "--score", "nll", "--ckpt_path", "CHECKPOINT"], 1, "Padim takes no other score"),
         (
             ["--model", "EmbeddingFlow", "--score", "typicality", "--ckpt_path", "CHECKPOINT"],
             1,

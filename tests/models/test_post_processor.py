@@ -363,10 +363,12 @@ def test_a_trial_run_asks_for_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("trainer", "warned"), [({"max_steps": 5}, True), ({}, False)])
-def test_training_on_after_the_last_validation_is_said(trainer, warned, tmp_path, caplog):
+def test_training_on_after_the_last_validation_drops_the_calibration(trainer, warned, tmp_path, caplog):
+    detector = pixel_flow()
     with caplog.at_level(logging.WARNING):
-        engine(tmp_path, **trainer).fit(pixel_flow(), datamodule=data(tmp_path))  # three steps in an epoch
-    assert ("Training went on for 2 steps after the last validation" in caplog.text) is warned
+        engine(tmp_path, **trainer).fit(detector, datamodule=data(tmp_path))  # three steps in an epoch
+    assert ("training went on after the last validation" in caplog.text) is warned
+    assert detector.post_processor.calibrated is not warned
 
 
 # -- what comes back ---------------------------------------------------------------------------------------------------
