@@ -170,8 +170,7 @@ class ConformalPostProcessor(PostProcessor):
             logger.warning(
                 "The calibration of labels and p-values belongs to other weights, another score or other settings than "
                 "the detector has now (training went on after the last validation, or weights were averaged or loaded):"
-                " it is dropped, so that there are raw scores alone. Engine.validate calibrates anew; `flowood score` "
-                "does so for a checkpoint."
+                " it is dropped, so that there are raw scores alone. Engine.validate calibrates anew."
             )
             self.forget()
             return
