@@ -9,7 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
+from anomalib.models.components import AnomalibModule
 
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""
@@ -32,10 +34,19 @@ class RunEngine(Engine):
         with self._latest_has_weights():
             super().fit(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Fit and test as anomalib's engine does."""
+    def train(
+        self,
+        model: AnomalibModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        test_dataloaders: Any = None,
+        datamodule: AnomalibDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+    ) -> Any:
+        """Fit and test as anomalib's engine does, which after a resumed fit would test what that began with."""
         with self._latest_has_weights():
-            return super().train(*args, **kwargs)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+            return self.trainer.test(model, test_dataloaders, datamodule=datamodule)
 
     def _setup_workspace(self, *args: Any, **kwargs: Any) -> None:
         versioned = kwargs.pop("versioned_dir", False)

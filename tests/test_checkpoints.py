@@ -18,6 +18,7 @@ from model_helpers import BACKBONE, data, embedding_flow, engine, feature_map_fl
 import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, PixelFlow
 from anomalib_flowood.cli import main
+from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import (
     CheckpointError,
     ConformalPostProcessor,
@@ -466,6 +467,21 @@ def test_a_resumed_fit_has_its_own_calibration(build, tmp_path):
     run.fit(resumed, datamodule=module, ckpt_path=tmp_path / "midst.ckpt")
     assert len(resumed.post_processor.calibration) == 24
     assert open_checkpoint(run.trainer.checkpoint_callback.best_model_path).post_processor.calibrated
+
+
+def test_a_resumed_training_tests_what_it_gave(tmp_path):
+    module = data(tmp_path)
+    run = RunEngine(default_root_dir=tmp_path / "results", accelerator="cpu", enable_progress_bar=False)
+    run.train(pixel_flow(max_epochs=1), datamodule=module)
+    path = run.trainer.checkpoint_callback.best_model_path
+    detector = pixel_flow(max_epochs=4)
+    run = RunEngine(default_root_dir=tmp_path / "results", accelerator="cpu", enable_progress_bar=False)
+    (tested,) = run.train(detector, datamodule=module, ckpt_path=path)
+    newest = run.trainer.checkpoint_callback.best_model_path
+    first, last = (
+        engine(tmp_path).test(open_checkpoint(each), datamodule=module, verbose=False)[0] for each in (path, newest)
+    )
+    assert tested == last != first
 
 
 def test_weights_loaded_by_hand_lose_the_calibration(pixels):
