@@ -88,7 +88,8 @@ class FlowoodCLI(AnomalibCLI):
         for name in _ON_CHECKPOINTS:
             parser = self.subcommand_parsers[name]
             parser.required_args.discard("model")
-            parser.add_instantiator(self._build_detector, AnomalibModule)
+            builder: Any = self._build_detector
+            parser.add_instantiator(builder, AnomalibModule)  # type: ignore[type-abstract]
         self._take_settings()
 
     def _take_settings(self) -> None:

@@ -32,6 +32,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
 
 def subclasses(base: type) -> Iterator[Any]:
     """Go through all imported subclasses of a class, those of subclasses too."""
+    cls: Any
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)

@@ -203,9 +203,10 @@ class ConformalPostProcessor(PostProcessor):
         del trainer, args, kwargs
         if outputs.gt_label is None:
             return
-        if not self._validated.update_called and hasattr(pl_module, "fingerprint"):
+        fingerprint: Any = getattr(pl_module, "fingerprint", None)
+        if not self._validated.update_called and fingerprint is not None:
             # Now, since a callback may exchange the weights for the time of a validation.
-            self._scored_by = pl_module.fingerprint().to(self.calibrated_for.device)
+            self._scored_by = fingerprint().to(self.calibrated_for.device)
         normal = ~outputs.gt_label.bool()
         self._validated.update(outputs.pred_score[normal].detach())
         if outputs.anomaly_map is not None and bool(normal.any()):
