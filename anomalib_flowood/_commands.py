@@ -94,12 +94,13 @@ class FlowoodCLI(AnomalibCLI):
 
     def _take_settings(self) -> None:
         """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""
-        subcommand, path = self._arguments[:1], _named_checkpoint(self._arguments)
-        if path is None or subcommand[0] not in {*_ON_CHECKPOINTS, "fit", "train"}:
+        subcommand = next((argument for argument in self._arguments if argument in self.subcommand_parsers), "")
+        path = _named_checkpoint(self._arguments)
+        if path is None or subcommand not in {*_ON_CHECKPOINTS, "fit", "train"}:
             return
         checkpoint = read_checkpoint(path)
-        if subcommand[0] in _ON_CHECKPOINTS and CLASS in checkpoint:
-            self.subcommand_parsers[subcommand[0]].set_defaults({"model": saved_arguments(path, checkpoint)})
+        if subcommand in _ON_CHECKPOINTS and CLASS in checkpoint:
+            self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
 
     def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
         """Open the checkpoint where one is named; else build a new detector."""
@@ -382,7 +383,10 @@ def _named_checkpoint(arguments: Sequence[str]) -> str | None:
         if option == "--ckpt_path":
             path = value
         elif option in {"-c", "--config"} and Path(value).is_file():
-            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            try:
+                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong
+                continue
             if isinstance(config, dict):
                 path = config.get("ckpt_path") or path
     return path

@@ -224,7 +224,6 @@ def test_an_unchosen_level_is_the_checkpoints(tmp_path):
 
 def test_no_hub_is_asked_and_a_moved_backbone_may_be_named(tmp_path, monkeypatch):
     folder = tmp_path / "first"
-    anomalib_flowood.backbones.save_local  # noqa: B018
     save_random(folder)
     run = engine(tmp_path)
     run.fit(embedding_flow(backbone=f"local-dir:{folder}", pre_trained=True), datamodule=data(tmp_path))
@@ -248,8 +247,7 @@ def save_random(folder):
 def test_a_setting_that_an_old_checkpoint_lacks_is_not_compared(trained, tmp_path):
     checkpoint = torch.load(trained / "model.ckpt", weights_only=True)
     del checkpoint["hyper_parameters"]["tail"], checkpoint["anomalib_flowood_version"]
-    for name in ("calibrated_for",):
-        del checkpoint["state_dict"][f"post_processor.{name}"]
+    del checkpoint["state_dict"]["post_processor.calibrated_for"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     old = open_checkpoint(tmp_path / "old.ckpt")
     assert old.post_processor.calibrated
@@ -383,12 +381,18 @@ def assert_own(detector, module):
     torch.testing.assert_close(detector.post_processor.calibration, scores.sort().values, rtol=1e-3, atol=1e-4)
 
 
-def test_the_calibration_of_another_score_does_not_come_back(pixels, tmp_path, capsys):
+def test_the_calibration_of_another_score_does_not_come_back(pixels, tmp_path):
     module = data(pixels.parent)
-    # From Python, where Lightning restores the states of callbacks, too.
-    detector = pixel_flow()
-    assert p_values(engine(tmp_path), detector, module, pixels) == [None] * 5
-    assert not detector.post_processor.calibrated
+    # From Python, where Lightning restores the states of callbacks, too; the old way they held the calibration.
+    old = read_checkpoint(pixels)
+    old["callbacks"]["ConformalPostProcessor"] = open_checkpoint(pixels).post_processor.state_dict()
+    for state, prefix in ((old["state_dict"], "post_processor."), (old["callbacks"]["ConformalPostProcessor"], "")):
+        del state[f"{prefix}calibrated_for"]
+    torch.save(old, tmp_path / "old.ckpt")
+    for path in (pixels, tmp_path / "old.ckpt"):
+        detector = pixel_flow()
+        assert p_values(engine(tmp_path), detector, module, path) == [None] * 5
+        assert not detector.post_processor.calibrated
     # The same by the command.
     config = {"data": {"class_path": "CrossDataset", "init_args": {"in_distribution": str(pixels.parent / "ramps")}}}
     config["data"]["init_args"] |= {"out_of_distribution": [str(pixels.parent / "squares")]}
@@ -400,7 +404,6 @@ def test_the_calibration_of_another_score_does_not_come_back(pixels, tmp_path, c
     assert table.pred_label.isna().all()
     # With its own score it has p-values.
     assert predictions(tmp_path, *root).p_value.notna().all()
-    del capsys
 
 
 def test_a_good_checkpoint_keeps_its_calibration(trained):

@@ -73,7 +73,9 @@ class FlowModule(CheckedExport):  # no subclass of `AnomalibModule`, of which an
     """Arguments that may differ from those of a checkpoint: the score, and what counts in training alone."""
 
     _seen: tuple[tuple[int, int], ...] = ()
+    """Versions of the weights that were checked last."""
     _left = ""
+    """Score of a checkpoint that was left behind, as has been said."""
 
     # -- training ------------------------------------------------------------------------------------------------
 
