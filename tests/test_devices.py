@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors on a device that is not the CPU: a pretended one everywhere, and the GPU where there is one. Precisions."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -167,12 +168,13 @@ def test_flows_of_pixels_train_and_draw_there(arguments, away):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_baselines_of_the_contest_run_there(name, away, images, tmp_path):
+def test_baselines_of_the_contest_run_there(name, away, images, tmp_path, monkeypatch):
     size = (48, 48)
     of_maps = {"layers": (1, 2), "subspace_dim": 4, "bottleneck_dim": 3}
     arguments = {"pre_trained": False, **(of_maps if name == "GaussianMap" else {"subspace_dim": 8})}
+    monkeypatch.setitem(MODELS, name, partial(MODELS[name], **arguments))
     around = {"pre_processor": backbone_pre_processor(BACKBONE, size), "post_processor": False, "evaluator": False}
-    detector = Baseline(name, BACKBONE, size, arguments, visualizer=False, **around)
+    detector = Baseline(name, BACKBONE, size, visualizer=False, **around)
     run = engine(tmp_path, **away.trainer())
     run.fit(detector, datamodule=images)
     predictions = run.predict(detector, dataloaders=images.test_dataloader())
