@@ -137,7 +137,10 @@ class FlowoodCLI(AnomalibCLI):
         """Describe the arguments of ``explain``."""
         self._add_checkpoint_arguments(parser)
         parser.add_argument(
-            "--output", type=Path, default=Path("results/explain"), help="Folder to write to; made if missing."
+            "--output",
+            type=Path,
+            default=None,
+            help="Folder to write to; made if missing. By default a new one in the run's folder.",
         )
         parser.add_argument("--max_images", type=int, default=64, help="The most images of each set.")
 
@@ -147,12 +150,8 @@ class FlowoodCLI(AnomalibCLI):
 
         arguments = self.config_init["explain"]
         device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
-        page = explain(
-            self.model.to(device),
-            arguments["data"],
-            arguments["output"],
-            max_images=arguments["max_images"],
-        )
+        with self._output_folder() as folder:
+            page = explain(self.model.to(device), arguments["data"], folder, max_images=arguments["max_images"])
         Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
 
     def add_export_arguments(self, parser: ArgumentParser) -> None:
@@ -289,15 +288,15 @@ class FlowoodCLI(AnomalibCLI):
 
     @contextlib.contextmanager
     def _output_folder(self) -> Iterator[Path]:
-        """Where a test or a prediction writes: where the user says, or to a new folder of the checkpoint's run."""
+        """Where results go: where the user says, or into a new folder of the run that the checkpoint is from."""
         config = self.config[self.subcommand]
         output = config.get("output")
         if output is None:
             run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
             with used_folder(new_folder(run / self.subcommand)) as folder:
                 yield folder
-        elif output.is_file() or output.suffix == ".csv":
-            msg = f"--output {output} has to be a folder: predictions.csv is written into it, and pictures if any."
+        elif output.is_file() or output.suffix in {".csv", ".html"}:
+            msg = f"--output {output} has to be a folder: several files are written into it."
             raise ValueError(msg)
         else:
             yield output

@@ -156,6 +156,13 @@ def test_predictions_say_which_run_they_belong_to(trained, capsys):
     assert not (trained / "v1/predict").exists()
 
 
+def test_an_explanation_says_which_run_it_belongs_to(trained, capsys):
+    checkpoint = ["--ckpt_path", str(trained / "v0/weights/lightning/model.ckpt")]
+    main(["explain", "--config", "detector.yaml", *checkpoint, "--max_images", "2"])
+    (folder,) = (trained / "v0/explain").iterdir()
+    assert f"Page: {folder / 'index.html'}" in capsys.readouterr().out
+
+
 def test_tests_say_which_run_they_belong_to(trained, capsys):
     main(["test", "--config", "detector.yaml", "--ckpt_path", str(trained / "v0/weights/lightning/model.ckpt")])
     (folder,) = (trained / "v0/test").iterdir()
