@@ -192,7 +192,7 @@ def read_image(path: str | Path, max_value: int | None = None) -> torch.Tensor:
             f"{remedy}"
         )
         raise UnreadableImageError(msg, path)
-    scaled = np.rint(values * (255.0 / white)).astype(np.uint8)
+    scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)  # half the memory of doubles
     return torch.from_numpy(255 - scaled if inverted else scaled)
 
 
@@ -217,7 +217,7 @@ def plain_max_value(paths: Iterable[str | Path]) -> int | None:
         White, or ``None`` if no file has 16 bits by container, so that there is nothing to ask.
 
     Raises:
-        UnreadableImageError: As for :func:`read_image`; also if a value is negative or above 65535.
+        UnreadableImageError: As for :func:`read_image`; also if a value is above 65535.
     """
     # Of these alone, so that a folder of photographs need not be opened to know it.
     deep = [path for path in map(str, paths) if path.lower().endswith((".png", ".tif", ".tiff", ".pgm", ".ppm"))]
