@@ -25,7 +25,9 @@ NAN, INF = float("nan"), float("inf")
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
-def calibrated(images: int = 200, alpha: float = 0.05, mean: float = 3.0, std: float = 0.3) -> ConformalPostProcessor:
+def calibrated(
+    images: int = 200, alpha: float | None = None, mean: float = 3.0, std: float = 0.3
+) -> ConformalPostProcessor:
     post_processor = ConformalPostProcessor(alpha)
     post_processor.calibrate(mean + std * torch.randn(images, generator=torch.Generator().manual_seed(0)))
     return post_processor
@@ -420,6 +422,10 @@ def test_checkpoints_hold_calibrations_of_any_size(caplog):
     assert all(torch.equal(*pair) for pair in zip(decide(fresh, scores), decide(saved, scores), strict=True))
     assert torch.equal(copy.deepcopy(fresh).p_values(scores), saved.p_values(scores))
     assert not caplog.text
+    chosen = calibrated(images=400, alpha=0.1)
+    chosen.load_checkpoint_config(saved.checkpoint_config())
+    assert chosen.alpha == 0.1
+    assert "Labels are at alpha = 0.1, as asked for, and not at the checkpoint's 0.03." in caplog.text
     fresh.load_state_dict(PostProcessor().state_dict())
     assert not fresh.calibrated
     assert "The checkpoint has no calibration scores" in caplog.text
