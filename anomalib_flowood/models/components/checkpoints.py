@@ -230,7 +230,8 @@ def _check_archive(path: Path) -> None:
             damaged = archive.testzip()
             names = archive.namelist()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        what = f"is truncated or damaged ({error}; {path.stat().st_size:,} bytes). Copy it again, or train again."
+        size = path.stat().st_size
+        what = f"is truncated or damaged: its {size:,} bytes are no whole archive. Copy it again, or train again."
         raise CheckpointError(path, what) from error
     if damaged is not None:
         raise CheckpointError(path, f"is damaged: {damaged} fails its checksum. Copy it again, or train again.")
