@@ -110,8 +110,10 @@ def create_backbone(
         )
         raise ValueError(msg) from error
     backbone.requires_grad_(requires_grad=False)
-    # On the CPU, convolutions are twice as fast in this layout.
-    return backbone.to(memory_format=torch.channels_last).eval()
+    for parameter in backbone.parameters():  # one by one: a network may have convolutions of three dimensions, too
+        if parameter.ndim == 4:  # On the CPU, convolutions are twice as fast in this layout.
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return backbone.eval()
 
 
 def check_backbone(name: str) -> None:

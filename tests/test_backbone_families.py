@@ -45,6 +45,7 @@ FAMILIES = {
     "fasternet_t0": (WIDE, {}),
     "ghostnet_050": (WIDE, {}),
     "hiera_tiny_224": (NARROW, {"embed_dim": 16, "stages": [1, 1, 2, 1]}),  # tokens in an order of their own
+    "lambda_resnet26t": (NARROW, {}),  # a convolution of three dimensions
     "levit_128s": (WIDE, {}),
     "mobilenetv3_small_050": (WIDE, {}),
     "mobilevit_xxs": (WIDE, {}),
