@@ -223,6 +223,7 @@ def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, fitted, tm
     names = [output.name for output in session.get_outputs()]
     models = [compile_model(ir_path, precision) for precision in (None, "bf16", "f32")]
     assert not any(lowered_layers(model) for model in models)
+    torch.manual_seed(0)  # of pixels that are resized, one in some thousands lies between two grey levels of PixelFlow
     for size in ((12, 12), (32, 32), (50, 41), (9, 10)):  # at, below and above the detector's own
         images = torch.rand(5, 3, *size)
         batch = ImageBatch(image=detector.pre_processor.transform(images))

@@ -103,7 +103,9 @@ class ConformalPostProcessor(PostProcessor):
         """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
         if f"{prefix}calibration" not in state_dict:
             logger.warning("The checkpoint has no calibration scores: validate once, or there are no labels.")
-        elif f"{prefix}pixel_calibration" not in state_dict and bool(state_dict[f"{prefix}pixel_max"].isfinite()):
+        elif f"{prefix}pixel_calibration" not in state_dict and bool(
+            state_dict.get(f"{prefix}pixel_max", self.pixel_max).isfinite()
+        ):
             logger.warning(
                 "The checkpoint is from before thresholds of pixels were calibrated on maps: validate once, or maps "
                 "stay raw and no pixel is marked."
