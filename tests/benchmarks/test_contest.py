@@ -369,8 +369,9 @@ def small_contest(monkeypatch):
 
     def knn(backbone, size, kind):
         calls.append("knn")
-        return baselines.Baseline("KNN", BACKBONE, (size, size), SMALL, **detectors.components(BACKBONE, size))
+        return baselines.Baseline("KNN", BACKBONE, (size, size), **detectors.components(BACKBONE, size))
 
+    monkeypatch.setitem(baselines.MODELS, "KNN", partial(baselines.KNNModel, **SMALL))
     monkeypatch.setattr(contest, "MAP_SIZE", 48)
     chosen = {
         "FeatureMapFlow": detectors.Detector("FeatureMapFlow", flow, ours=True),

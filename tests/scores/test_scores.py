@@ -19,7 +19,7 @@ from sklearn.neighbors import KernelDensity
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from anomalib_flowood.flows import dequantize, standard_normal_log_prob
+from anomalib_flowood.flows import bits_per_dim, dequantize, standard_normal_log_prob
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 from anomalib_flowood.scores import (
@@ -637,7 +637,8 @@ def test_density_of_states_agrees_with_scikit_learn():
 
     def rows(images):
         robust, wrong_way = ways_up(model, model.inputs(images)[0])
-        beyond = model.bits_per_dim(images) - compressed_bits((images * 255).round().byte()) / 20
+        at_centres = bits_per_dim(model.log_prob(images), model.dims)
+        beyond = at_centres - compressed_bits((images * 255).round().byte()) / 20
         return torch.stack([robust, beyond, wrong_way], dim=1).numpy()
 
     with torch.no_grad():
