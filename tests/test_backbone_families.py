@@ -254,7 +254,7 @@ def test_networks_without_maps_say_so(monkeypatch):
     monkeypatch.setattr(timm, "create_model", without_maps)
     name = "test_vit2"  # which no other test asks for, so that nothing is remembered of it
     for kind in ("maps", "embedding"):
-        with pytest.raises(ValueError, match="no feature maps out of .*'test_vit2'.*not implemented.*empty list of lay"):
+        with pytest.raises(ValueError, match="no feature maps out of .*'test_vit2'.*not implemented.*empty list of"):
             model(kind, name, (64, 64))
     pooled = EmbeddingFlowModel(name, [], (64, 64), modes=1, clusterings=1, **SMALL)
     assert [part.shape for part in pooled.extract(torch.rand(2, 3, 64, 64))] == [(2, 64)]
