@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from model_helpers import compile_model, lowered_layers
+from model_helpers import compile_model, feature_map_flow, lowered_layers, pixel_flow
 from torch import nn
 
 from anomalib_flowood.models.components.pre_processor import AntialiasedResize
@@ -31,6 +31,11 @@ GRAPHS = {
     "linear_on_tokens": ((-1, -1, 24), lambda x: linear(x, 24, 40)),
     "linear_on_positions": ((-1, 5, -1, 24), lambda x: linear(x, 24, 40, transposed=True)),
     "linear_after_reshape": ((-1, 4, 6), lambda x: linear(ops.reshape(x, np.array([-1, 24]), False), 24, 40)),
+    "difference": ((-1, 6, 7), lambda x: ops.subtract(ops.exp(x), ops.abs(ops.sin(x)))),
+    "max_pool": (
+        (-1, 2, 12, 10),
+        lambda x: ops.max_pool(ops.exp(x), [2, 2], [1, 1], [1, 1], [1, 1], [3, 3], axis=2).output(0),
+    ),
     "unsqueeze": ((-1, 8, -1), lambda x: ops.add(ops.unsqueeze(ops.exp(x), np.array([1, -1])), weights(8, 1, 1))),
     "upsampling": (
         (-1, 2, 7, 5),
@@ -92,3 +97,19 @@ def test_names_of_outputs_are_kept(tmp_path):
     ov.save_model(ov.Model([product], [x]), path)
     keep_single_precision(path)
     assert compile_model(path, "f32")(np.ones((2, 6), np.float32))["pred_score"].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: pixel_flow(mask="horizontal", subnet="highway"),
+        lambda: pixel_flow(architecture="glow", coupling_layers=1, bottleneck_dim=5),
+        lambda: feature_map_flow(backbone="resnet18", layers=None),
+    ],
+    ids=["highway", "glow", "resnet18"],
+)
+def test_no_layer_of_other_networks_is_lowered(build, tmp_path):
+    detector = build()
+    detector.model.fitted.fill_(True)
+    detector.check_exports = False
+    assert not lowered_layers(compile_model(detector.to_openvino(tmp_path), "bf16"))

@@ -59,6 +59,27 @@ def _mark(path: Path) -> None:
     tree.write(path, xml_declaration=True)
 
 
+def _subtract(node: Any) -> Any:
+    """Two sums in the place of a difference, which the plugin would turn into a sum and a change of sign."""
+    from openvino import opset13 as ops
+
+    value, subtracted = node.input_values()
+    half = ops.multiply(subtracted, np.float32(-0.5))
+    return ops.add(ops.add(value, half), half)
+
+
+def _max_pool(node: Any) -> Any:
+    """The older form of a pooling, to which the plugin brings the newer one; that also says where the maxima are."""
+    from openvino import opset1 as ops
+
+    options = node.get_attributes()
+    dilated = any(step != 1 for step in options.pop("dilations", ()))
+    if dilated or (node.get_output_size() > 1 and node.output(1).get_target_inputs()):
+        return None
+    kept = ("strides", "pads_begin", "pads_end", "rounding_type", "auto_pad")
+    return ops.max_pool(node.input_value(0), kernel_shape=options["kernel"], **{name: options[name] for name in kept})
+
+
 def _unsqueeze(node: Any) -> Any:
     """A reshape in the place of an unsqueeze."""
     from openvino import opset13 as ops
@@ -148,6 +169,8 @@ def _depends_on_size(value: Any, images: Any) -> bool:
 
 
 _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
+    "Subtract": _subtract,
+    "MaxPool": _max_pool,
     "Unsqueeze": _unsqueeze,
     "MatMul": _matmul,
     "Interpolate": _interpolate,
