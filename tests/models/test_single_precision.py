@@ -36,6 +36,10 @@ GRAPHS = {
         (-1, 2, 12, 10),
         lambda x: ops.max_pool(ops.exp(x), [2, 2], [1, 1], [1, 1], [1, 1], [3, 3], axis=2).output(0),
     ),
+    "pad": (
+        (-1, 2, 5, 5),
+        lambda x: ops.pad(ops.exp(x), np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), "constant", np.float32(0)),
+    ),
     "unsqueeze": ((-1, 8, -1), lambda x: ops.add(ops.unsqueeze(ops.exp(x), np.array([1, -1])), weights(8, 1, 1))),
     "upsampling": (
         (-1, 2, 7, 5),

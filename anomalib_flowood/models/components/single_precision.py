@@ -80,6 +80,17 @@ def _max_pool(node: Any) -> Any:
     return ops.max_pool(node.input_value(0), kernel_shape=options["kernel"], **{name: options[name] for name in kept})
 
 
+def _pad(node: Any) -> Any:
+    """The older form of a padding, to which the plugin brings the newer one; that may also cut off."""
+    from openvino import opset1 as ops
+
+    value, begin, end, *fill = node.input_values()
+    widths = [width.get_node() for width in (begin, end)]
+    if any(width.get_type_name() != "Constant" or (width.data < 0).any() for width in widths):
+        return None
+    return ops.pad(value, begin, end, node.get_attributes()["pad_mode"], *fill)
+
+
 def _unsqueeze(node: Any) -> Any:
     """A reshape in the place of an unsqueeze."""
     from openvino import opset13 as ops
@@ -171,6 +182,7 @@ def _depends_on_size(value: Any, images: Any) -> bool:
 _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "Subtract": _subtract,
     "MaxPool": _max_pool,
+    "Pad": _pad,
     "Unsqueeze": _unsqueeze,
     "MatMul": _matmul,
     "Interpolate": _interpolate,
