@@ -55,7 +55,8 @@ def _mark(path: Path) -> None:
         if information is None:
             information = ET.Element("rt_info")
             layer.insert(0 if layer.find("data") is None else 1, information)
-        ET.SubElement(information, "attribute", name="precise", version="0")
+        if information.find("attribute[@name='precise']") is None:  # half-precision weights have brought it
+            ET.SubElement(information, "attribute", name="precise", version="0")
     tree.write(path, xml_declaration=True)
 
 
