@@ -27,7 +27,9 @@ def keep_single_precision(path: Path, *, half_weights: bool = False) -> None:
     """
     import openvino as ov
 
-    model = ov.Core().read_model(path)
+    core = ov.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file is written anew below
+    model = core.read_model(path)
     for node in model.get_ordered_ops():
         replace = _REPLACEMENTS.get(node.get_type_name())
         single = node.get_output_size() > 0 and node.get_output_element_type(0) == ov.Type.f32
@@ -38,13 +40,8 @@ def keep_single_precision(path: Path, *, half_weights: bool = False) -> None:
             node.output(0).replace(new.output(0))
             new.output(0).add_names(names)
     model.validate_nodes_and_infer_types()
-    # Read from a file whose weights stay mapped: not over itself.
-    written = path.with_name(f"{path.stem}-single.xml")
-    ov.save_model(model, written, compress_to_fp16=half_weights)
-    _mark(written)
-    del model
-    for suffix in (".xml", ".bin"):
-        written.with_suffix(suffix).replace(path.with_suffix(suffix))
+    ov.save_model(model, path, compress_to_fp16=half_weights)
+    _mark(path)
 
 
 def _mark(path: Path) -> None:
