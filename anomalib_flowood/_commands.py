@@ -237,7 +237,7 @@ class FlowoodCLI(AnomalibCLI):
 
     def backbone(self) -> None:
         """Save a backbone and say how to use it."""
-        from anomalib_flowood.backbones import save_local
+        from anomalib_flowood.features import save_local
 
         arguments = self.config["backbone"]
         folder = save_local(arguments["name"], Path(str(arguments["folder"])))

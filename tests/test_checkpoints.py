@@ -19,6 +19,7 @@ import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, PixelFlow
 from anomalib_flowood.cli import main
 from anomalib_flowood.engine import RunEngine
+from anomalib_flowood.features import weights
 from anomalib_flowood.models.components import (
     CheckpointError,
     ConformalPostProcessor,
@@ -236,12 +237,12 @@ def test_no_hub_is_asked_and_a_moved_backbone_may_be_named(tmp_path, monkeypatch
 
 def save_random(folder):
     """What ``flowood backbone`` writes, with random weights."""
-    original = anomalib_flowood.backbones.create_backbone
-    anomalib_flowood.backbones.create_backbone = partial(original, pre_trained=False)
+    original = weights.create_backbone
+    weights.create_backbone = partial(original, pre_trained=False)
     try:
-        anomalib_flowood.backbones.save_local(BACKBONE, folder)
+        weights.save_local(BACKBONE, folder)
     finally:
-        anomalib_flowood.backbones.create_backbone = original
+        weights.create_backbone = original
 
 
 def test_a_setting_that_an_old_checkpoint_lacks_is_not_compared(trained, tmp_path):

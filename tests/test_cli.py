@@ -52,11 +52,11 @@ def test_the_benchmark_is_ours() -> None:
 
 
 def test_backbone_says_how_to_use_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import anomalib_flowood.backbones
+    import anomalib_flowood.features
 
     calls = []
     monkeypatch.setattr(
-        anomalib_flowood.backbones,
+        anomalib_flowood.features,
         "save_local",
         lambda name, folder: calls.append((name, folder)) or folder,
     )

@@ -23,7 +23,7 @@ from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
 from torch import Tensor, nn
 
 from anomalib_flowood import EmbeddingFlow, FeatureMapFlow
-from anomalib_flowood.backbones import feature_layers
+from anomalib_flowood.features import feature_layers
 from anomalib_flowood.models.components import backbone_pre_processor
 
 from .baselines import MODELS, Baseline

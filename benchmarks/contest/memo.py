@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 16
-"""Images that go through a backbone at once, as in ``anomalib_flowood.backbones.run_backbone``."""
+"""Images that go through a backbone at once, as in ``anomalib_flowood.features.run_backbone``."""
 
 CAPACITY = 40_000
 """Images kept for each kind of output. The files are sparse: only what is written takes space on the disk."""

@@ -19,7 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from anomalib_flowood import FeatureMapFlow
-from anomalib_flowood.backbones import PooledAndMaps, create_backbone, create_feature_maps
+from anomalib_flowood.features import PooledAndMaps, create_backbone, create_feature_maps
 from anomalib_flowood.metrics import auroc
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from benchmarks.contest import baselines, contest, detectors, report

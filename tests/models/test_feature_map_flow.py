@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.flows import MASKS
-from anomalib_flowood.models.components.features import FeatureStore
+from anomalib_flowood.models.components.frozen_features import FeatureStore
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
 SMALL = {

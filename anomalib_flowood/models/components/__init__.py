@@ -4,9 +4,9 @@
 from .checkpoints import CheckpointError, SettingsError, open_checkpoint, read_checkpoint
 from .export import root_beside
 from .export_check import ExportCheckError
-from .features import FeatureBatch, FrozenFeatures
 from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, TrainingDivergedError
+from .frozen_features import FeatureBatch, FrozenFeatures
 from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
 

