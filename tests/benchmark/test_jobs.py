@@ -364,7 +364,7 @@ def test_the_error_is_anomalibs_too() -> None:
 
 
 def test_our_configurations_are_valid() -> None:
-    paths = sorted((Path(__file__).parents[1] / "configs" / "benchmark").glob("*.yaml"))
+    paths = sorted((Path(__file__).parents[2] / "configs" / "benchmark").glob("*.yaml"))
     assert {path.stem for path in paths} >= {"cross_dataset", "one_class", "quickstart"}
     for path in paths:
         section = yaml.safe_load(path.read_text(encoding="utf-8"))["benchmark"]

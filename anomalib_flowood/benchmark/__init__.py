@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train and test many detectors on many data sets, and compare them on their raw scores.
+
+The configuration file is anomalib's, with an optional ``benchmark.trainer`` and an optional ``name`` in each entry::
+
+    accelerator: cpu
+    benchmark:
+      seed: 42
+      trainer: {max_epochs: 5}
+      model:
+        grid:
+          - {class_path: PixelFlow, name: cycle, init_args: {mask: cycle}}
+          - {class_path: anomalib.models.Dfm}
+      data:
+        class_path: CrossDataset
+        init_args: {in_distribution: fashion_mnist, out_of_distribution: [mnist]}
+
+Detectors post-process their scores each in its own way (anomalib's clamps them to [0, 1], which makes ties), so every
+detector's scores are taken before that happens, and all metrics are computed from them alike. Where the data name
+several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
+"""
+
+from .jobs import (
+    Benchmark,
+    BenchmarkError,
+    BenchmarkJob,
+    BenchmarkJobGenerator,
+    BenchmarkRunner,
+    Results,
+    ScoreRecorder,
+    build,
+    check_seed,
+    find_class,
+    measure,
+    readable,
+)
+
+__all__ = [
+    "Benchmark",
+    "BenchmarkError",
+    "BenchmarkJob",
+    "BenchmarkJobGenerator",
+    "BenchmarkRunner",
+    "Results",
+    "ScoreRecorder",
+    "build",
+    "check_seed",
+    "find_class",
+    "measure",
+    "readable",
+]
