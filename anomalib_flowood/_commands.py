@@ -30,7 +30,8 @@ import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, measure
 from anomalib_flowood.cli import UNREADABLE
-from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained, skipping_arguments
+from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
+from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow

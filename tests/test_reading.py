@@ -23,8 +23,8 @@ from torchvision.transforms.v2 import Resize
 from anomalib_flowood import OneClass, PixelFlow, exported
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import PathDataset, SourcedDataset, read_image
+from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.prediction import ReadAsTrained
-from anomalib_flowood.data.sources import Images
 from anomalib_flowood.explain.images import image_sets
 from benchmarks.memory import Peak
 

@@ -9,22 +9,24 @@ import anomalib.models  # noqa: F401  (first: our detectors register after it, a
 from anomalib import data as anomalib_data
 
 from anomalib_flowood.data.datamodules import CrossDataset, OneClass
-from anomalib_flowood.data.datasets import (
-    SourcedDataset,
+from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.decoding import UnreadableImageError, read_image
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.items import (
     SourcedImageBatch,
     SourcedImageItem,
     SourcedNumpyImageBatch,
     SourcedNumpyImageItem,
-    show_images,
 )
-from anomalib_flowood.data.decoding import UnreadableImageError, image_files, read_for_anomalib, read_image
-from anomalib_flowood.data.pictures import keep_pictures_apart
-from anomalib_flowood.data.prediction import PathDataset, predict_by_path
+from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.path_dataset import PathDataset
+from anomalib_flowood.data.replacements import keep_pictures_apart, predict_by_path, read_for_anomalib, show_images
 from anomalib_flowood.data.sources import DATA_SETS
 
 __all__ = [
     "DATA_SETS",
     "CrossDataset",
+    "Images",
     "OneClass",
     "PathDataset",
     "SourcedDataset",

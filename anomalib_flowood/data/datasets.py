@@ -1,84 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items and batches that know their source, and the data set that fetches them a batch at a time."""
+"""The data set that fetches items and batches that know their source, a batch at a time."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from anomalib import TaskType
-from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
-from anomalib.visualization.image import visualizer
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Image
 
-from anomalib_flowood.data.decoding import read_picture
-from anomalib_flowood.data.sources import Images
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem
 
 _CHUNK = 2**22
 """The most numbers that are resized at once, 16 MiB of them."""
 
 _COLUMNS = ("image_path", "split", "label_index", "source", "store", "row")
-
-
-@dataclass
-class SourcedNumpyImageItem(NumpyImageItem):
-    """A NumPy item with the name of the data set or class it comes from."""
-
-    source: str | None = None
-
-
-@dataclass
-class SourcedNumpyImageBatch(NumpyImageBatch):
-    """A NumPy batch with the name of the data set or class that each image comes from."""
-
-    source: list[str] | None = None
-    item_class: ClassVar[type[SourcedNumpyImageItem]] = SourcedNumpyImageItem
-
-
-@dataclass
-class SourcedImageItem(ImageItem):
-    """An item with the name of the data set or class it comes from."""
-
-    source: str | None = None
-    numpy_class: ClassVar[type[SourcedNumpyImageItem]] = SourcedNumpyImageItem
-
-
-@dataclass
-class SourcedImageBatch(ImageBatch):
-    """A batch with the name of the data set or class that each image comes from."""
-
-    source: list[str] | None = None
-    item_class: ClassVar[type[SourcedImageItem]] = SourcedImageItem
-    numpy_class: ClassVar[type[SourcedNumpyImageBatch]] = SourcedNumpyImageBatch
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SourcedImageBatch:
-        """Move the batch to a device.
-
-        Lightning calls this where it exists. Else it walks through the fields, string by string, which takes longer
-        than fetching the batch.
-
-        Args:
-            device: The device.
-            non_blocking: Whether copies from pinned memory may run in the background.
-
-        Returns:
-            A batch with its tensors on the device.
-        """
-        moved = copy.copy(self)
-        # Whatever the batch holds: its fields, and what a post-processor has put beside them.
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device, non_blocking=non_blocking))
-        return moved
 
 
 class SourcedDataset(AnomalibDataset):
@@ -350,27 +294,3 @@ def _check_sizes(images: list[Any], paths: list[str]) -> None:
                 "width, or the data module augmentations with one."
             )
             raise ValueError(msg)
-
-
-def show_images() -> None:
-    """Let anomalib's visualiser draw images as our reader reads them, and images that have no file.
-
-    It opens ``image_path`` again: by a reader of its own, so that 16 bits were drawn white and photographs lay on their
-    side; and which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although it can draw the item's own
-    image.
-    """
-    draw = visualizer.visualize_image_item
-
-    @functools.wraps(draw)
-    def draw_item(item: ImageItem, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(item, ImageItem | NumpyImageItem):
-            if Path(item.image_path or "").is_file():
-                picture = read_picture(str(item.image_path))
-                rgb = picture.expand(3, *picture.shape[1:])
-                image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
-                item = item.update(in_place=False, image_path=None, image=image)
-            elif isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
-                item = item.update(in_place=False, image_path=None)
-        return draw(item, *args, **kwargs)
-
-    visualizer.visualize_image_item = draw_item  # type: ignore[assignment]

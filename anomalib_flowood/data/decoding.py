@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one reader of images: which files of a folder are images, and how one becomes 8 bits a channel.
+"""The one reader of images: how a file becomes 8 bits a channel.
 
 Training, test, prediction, explanations and reports read through it, anomalib's data modules too: see docs/images.md.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,15 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anomalib.data.utils
 import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from anomalib.data.utils import image as anomalib_images
 from PIL import ExifTags, Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2.functional import to_dtype, to_image
 
 logger = logging.getLogger(__name__)
 
@@ -49,85 +44,6 @@ class UnreadableImageError(ValueError):
     def __init__(self, message: str, path: str | Path = "") -> None:
         super().__init__(message)
         self.path = str(path)
-
-
-# -- which files are images ----------------------------------------------------------------------------------------
-
-
-def image_files(folder: str | Path) -> list[Path]:
-    """Find the images below a folder, by the rule that all commands follow.
-
-    An image is a regular file whose name has one of torchvision's ``IMG_EXTENSIONS``, in upper or lower case. What is
-    hidden, a file or a folder whose name starts with a dot, is left out, and so are pipes, devices and links that lead
-    nowhere. Links to folders are followed; a file that is reached in several ways counts once, where its path has the
-    fewest links.
-
-    Args:
-        folder: Folder to search.
-
-    Returns:
-        Paths of the images, which start with ``folder``, sorted; empty if there are none.
-
-    Raises:
-        NotADirectoryError: If there is no such folder.
-    """
-    top = Path(folder)
-    if not top.is_dir():
-        msg = f"There is no folder {top} (looked for it from {Path.cwd()})."
-        raise NotADirectoryError(msg)
-    found: dict[str, Path] = {}
-    odd: list[Path] = []
-    again = 0
-    for _, path in sorted(_walk(top)):
-        try:
-            regular = stat.S_ISREG(path.stat().st_mode)
-        except OSError:  # a link that leads nowhere, or to itself
-            regular = False
-        if regular:
-            again += found.setdefault(os.path.realpath(path), path) is not path
-        else:
-            odd.append(path)
-    if odd:
-        logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
-    if again:
-        logger.info("Left out below %s: %d links to images that are there already.", top, again)
-    return sorted(found.values())
-
-
-def _walk(top: Path) -> Iterator[tuple[int, Path]]:
-    """Names of images below a folder, with the number of links on the way to each; no folder is entered twice."""
-    seen: set[tuple[int, int]] = set()
-    links, folders = 0, [top]
-    while folders:
-        linked: list[Path] = []
-        while folders:
-            folder = folders.pop()
-            try:
-                status = folder.stat()
-                if (status.st_dev, status.st_ino) in seen:
-                    continue
-                seen.add((status.st_dev, status.st_ino))
-                with os.scandir(folder) as entries:
-                    visible = [entry for entry in entries if not entry.name.startswith(".")]
-            except OSError as error:
-                logger.warning("Left out: the folder %s (%s).", folder, error.strerror)
-                continue
-            for entry in visible:
-                path = folder / entry.name
-                if entry.is_dir():
-                    (linked if entry.is_symlink() else folders).append(path)
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                    yield links + entry.is_symlink(), path
-        # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
-        links, folders = links + 1, sorted(linked, reverse=True)
-
-
-def _some(paths: list[Path], one: str, many: str) -> str:
-    shown = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
-    return f"{shown}, {one}" if len(paths) == 1 else f"{len(paths)} entries {many} ({shown})"
-
-
-# -- what is in a file ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,42 +263,3 @@ def _opened(path: str | Path) -> Iterator[Any]:
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
         msg = f"Cannot read the image {path}: {error}"
         raise UnreadableImageError(msg, path) from error
-
-
-# -- anomalib ------------------------------------------------------------------------------------------------------
-
-
-def _read_for_anomalib(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
-    """Read an RGB image, as anomalib's function of this name does, but by our reader.
-
-    Args:
-        path: Path of the file.
-        as_tensor: Whether to return a tensor of shape ``(3, H, W)``, ``float32``, and not an array ``(H, W, 3)``.
-
-    Returns:
-        The image in [0, 1].
-
-    Raises:
-        UnreadableImageError: As for :func:`read_image`.
-    """
-    image = read_image(path)
-    image = image.expand(3, *image.shape[1:])
-    if as_tensor:
-        return to_dtype(to_image(image), torch.float32, scale=True)
-    return image.permute(1, 2, 0).numpy() / 255.0
-
-
-def read_for_anomalib() -> None:
-    """Let anomalib's data modules and inferencers read images by our reader.
-
-    Theirs clips 16 bits and floats, ignores how the camera was held, and hangs on a pipe. 8-bit images are read as
-    before, number by number.
-    """
-    original = anomalib_images.read_image
-    if original is _read_for_anomalib:
-        return
-    # Many of its modules have imported the function by its name.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("anomalib.") and getattr(module, "read_image", None) is original:
-            module.read_image = _read_for_anomalib  # type: ignore[attr-defined]
-    anomalib.data.utils.read_image = _read_for_anomalib

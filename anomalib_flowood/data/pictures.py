@@ -18,15 +18,6 @@ from torch.utils.data import Dataset
 _FOLDERS: WeakKeyDictionary[Dataset, Path] = WeakKeyDictionary()
 
 
-def keep_pictures_apart() -> None:
-    """Let anomalib's visualiser save pictures in the folders that their images are in, below the data set's own.
-
-    It names a picture after the image's file and its last folder, so that ``lot2/good/000.png`` overwrites
-    ``lot1/good/000.png``.
-    """
-    ImageVisualizer.on_test_batch_end = _save_pictures  # type: ignore[method-assign]
-
-
 def _save_pictures(
     self: ImageVisualizer,
     trainer: Trainer,

@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.benchmark import ScoreRecorder
-from anomalib_flowood.data.sources import Images, Source
+from anomalib_flowood.data import Images
+from anomalib_flowood.data.sources import Source
 from anomalib_flowood.features import LOCAL_DIR, save_local
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.results import (

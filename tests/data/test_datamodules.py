@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_flowood.data import CrossDataset, OneClass
-from anomalib_flowood.data.sources import FASHION_MNIST_PACKAGE
+from anomalib_flowood.data.sources.named import FASHION_MNIST_PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 

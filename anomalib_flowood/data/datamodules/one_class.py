@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data module of one-class anomaly detection."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import LabelName, Split, ValSplitMode
+from torchvision.transforms.v2 import Transform
+
+from anomalib_flowood.data.datamodules.base import _check_ranges, _ReadsSources, _train_and_val
+from anomalib_flowood.data.datamodules.splits import _limited, _mixed, _slug
+from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.sources import find_sources
+from anomalib_flowood.names import unknown_name
+
+logger = logging.getLogger(__name__)
+
+
+class OneClass(_ReadsSources, AnomalibDataModule):
+    """Train on one class of a data set and tell its test images from those of the other classes.
+
+    * training and validation: the normal class in the training split;
+    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly.
+
+    Each image's ``source`` is the name of its class.
+
+    Args:
+        dataset: A data set with classes: a name, a folder with a sub-folder per class (below ``train/`` and ``test/``
+            or directly), or a folder of idx files with labels. See :class:`CrossDataset`.
+        normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names).
+        root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
+            is looked for in it.
+        train_limit: The most images to take from the normal class, validation included. For one seed, the images of a
+            smaller limit are among those of a larger one.
+        test_limit: The most test images to take from each class, likewise.
+        test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split, class by
+            class.
+        val_split_ratio: Share of the training images that is held out for validation.
+        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
+            this, in MiB; all others are read from the disk when they are needed.
+        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
+            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
+            it in their checkpoints, and test and predict by it. See docs/images.md.
+        train_batch_size: Images in a training batch.
+        eval_batch_size: Images in a validation or test batch.
+        num_workers: Worker processes. Images in memory need none.
+        train_augmentations: Augmentations of the training images.
+        val_augmentations: Augmentations of the validation images.
+        test_augmentations: Augmentations of the test images.
+        augmentations: Augmentations of all images for which none are given above.
+        seed: Seed of all splits and limits.
+
+    Raises:
+        ValueError: If a limit or ratio is out of range or the data set's name is unknown.
+
+    Example:
+        >>> from anomalib_flowood.data import OneClass
+        >>> datamodule = OneClass("fashion_mnist", normal_class=3)
+        >>> datamodule.category
+        'fashion_mnist-3'
+    """
+
+    def __init__(
+        self,
+        dataset: str | Path,
+        normal_class: int | str,
+        root: str | Path = "./datasets",
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        test_split_ratio: float = 0.2,
+        val_split_ratio: float = 0.1,
+        memory_limit_mib: int = 512,
+        max_value: int | None = None,
+        train_batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        train_augmentations: Transform | None = None,
+        val_augmentations: Transform | None = None,
+        test_augmentations: Transform | None = None,
+        augmentations: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            train_augmentations=train_augmentations,
+            val_augmentations=val_augmentations,
+            test_augmentations=test_augmentations,
+            augmentations=augmentations,
+            val_split_mode=ValSplitMode.FROM_DIR,  # anomalib's word for "there is one already"
+            val_split_ratio=val_split_ratio,
+            test_split_ratio=test_split_ratio,
+            seed=seed,
+        )
+        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
+        self.dataset = dataset
+        self.normal_class = normal_class
+        self.root = root
+        self.train_limit = train_limit
+        self.test_limit = test_limit
+        self.memory_limit_mib = memory_limit_mib
+        self.max_value = self._given_max_value = max_value
+        self._sources = find_sources([dataset], root, [test_split_ratio], seed)
+        self._category = f"{_slug(self._sources[0].name)}-{_slug(str(normal_class))}"
+
+    def _setup(self, _stage: str | None = None) -> None:
+        if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
+            self.prepare_data()
+        (source,) = self._sources
+        train, test = source.read("train"), source.read("test")
+        if train.classes is None or test.classes is None:
+            msg = f"The data set {source.name!r} has no classes: OneClass needs labels or a sub-folder per class."
+            raise ValueError(msg)
+        normal = _class_name(self.normal_class, train, test)
+        rows = np.flatnonzero(train.classes == normal)
+        if len(rows) == 0:
+            classes = ", ".join(sorted(set(train.classes)))
+            msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {classes}."
+            raise ValueError(msg)
+        what = f"class {normal!r} of {source.name}"
+        self.train_data, self.val_data = _train_and_val(self, _stage, train, rows, normal, what)
+
+        labels = np.where(test.classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
+        if len(set(labels)) == 1:
+            lacking = "normal" if labels[0] == LabelName.ABNORMAL else "anomalous"
+            logger.warning("The test split of %s has no %s images: AUROC is undefined.", source.name, lacking)
+        rows = np.sort(
+            np.concatenate(
+                [
+                    _limited(np.flatnonzero(test.classes == name), self.test_limit, self.seed)
+                    for name in set(test.classes)
+                ]
+            )
+        )
+        data = SourcedDataset(
+            self._in_memory(test.select(rows)),
+            label_index=labels[rows],
+            split=Split.TEST.value,
+            source=list(test.classes[rows]),
+            name=self.name,
+            category=self.category,
+        )
+        self.test_data = data.subsample(_mixed(test.classes[rows]).tolist(), inplace=True)
+        self._is_setup = True
+
+
+def _class_name(normal_class: int | str, train: Images, test: Images) -> str:
+    """The class that the user means by a name or a label."""
+    known = train.class_names or tuple(sorted({*train.classes, *test.classes}, key=_natural))  # type: ignore[misc]
+    text = str(normal_class)
+    if text in known:
+        return text
+    if text.isdecimal() and int(text) < len(known):
+        return known[int(text)]
+    kind, hint = f"class of {train.name!r}", f"Labels from 0 to {len(known) - 1} work too."
+    raise unknown_name(kind, normal_class, known, hint)
+
+
+def _natural(text: str) -> tuple[int, str]:
+    """Sort key under which 2 comes before 10."""
+    return len(text) if text.isdecimal() else 0, text

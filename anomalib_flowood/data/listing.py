@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which files of a folder are images."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+logger = logging.getLogger(__name__)
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Find the images below a folder, by the rule that all commands follow.
+
+    An image is a regular file whose name has one of torchvision's ``IMG_EXTENSIONS``, in upper or lower case. What is
+    hidden, a file or a folder whose name starts with a dot, is left out, and so are pipes, devices and links that lead
+    nowhere. Links to folders are followed; a file that is reached in several ways counts once, where its path has the
+    fewest links.
+
+    Args:
+        folder: Folder to search.
+
+    Returns:
+        Paths of the images, which start with ``folder``, sorted; empty if there are none.
+
+    Raises:
+        NotADirectoryError: If there is no such folder.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        msg = f"There is no folder {top} (looked for it from {Path.cwd()})."
+        raise NotADirectoryError(msg)
+    found: dict[str, Path] = {}
+    odd: list[Path] = []
+    again = 0
+    for _, path in sorted(_walk(top)):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError:  # a link that leads nowhere, or to itself
+            regular = False
+        if regular:
+            again += found.setdefault(os.path.realpath(path), path) is not path
+        else:
+            odd.append(path)
+    if odd:
+        logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
+    if again:
+        logger.info("Left out below %s: %d links to images that are there already.", top, again)
+    return sorted(found.values())
+
+
+def _walk(top: Path) -> Iterator[tuple[int, Path]]:
+    """Names of images below a folder, with the number of links on the way to each; no folder is entered twice."""
+    seen: set[tuple[int, int]] = set()
+    links, folders = 0, [top]
+    while folders:
+        linked: list[Path] = []
+        while folders:
+            folder = folders.pop()
+            try:
+                status = folder.stat()
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    visible = [entry for entry in entries if not entry.name.startswith(".")]
+            except OSError as error:
+                logger.warning("Left out: the folder %s (%s).", folder, error.strerror)
+                continue
+            for entry in visible:
+                path = folder / entry.name
+                if entry.is_dir():
+                    (linked if entry.is_symlink() else folders).append(path)
+                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                    yield links + entry.is_symlink(), path
+        # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
+        links, folders = links + 1, sorted(linked, reverse=True)
+
+
+def _some(paths: list[Path], one: str, many: str) -> str:
+    shown = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
+    return f"{shown}, {one}" if len(paths) == 1 else f"{len(paths)} entries {many} ({shown})"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images below a path, read as our data modules read theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomalib.data import ImageItem, PredictDataset
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from torch import nn
+from torchvision.transforms.v2 import Resize, Transform
+
+from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.listing import image_files
+
+
+class PathDataset(PredictDataset):
+    """The images of a folder, or one image, read as our data modules read theirs.
+
+    anomalib's engine takes it in the place of its own data set wherever this package is imported, so that
+    ``Engine.predict(data_path=…)`` reads so too.
+
+    Args:
+        path: A folder, searched by the rule of :func:`~anomalib_flowood.data.listing.image_files`, or a file.
+        transform: Applied to each image after it is read.
+        image_size: Not used, as anomalib does not.
+        resize: The detector's, to be applied as images are read.
+        max_value: What white is in files of 16 bits.
+
+    Raises:
+        FileNotFoundError: If there is neither a file nor a folder, or no image in it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        transform: Transform | None = None,
+        image_size: int | tuple[int, int] = (256, 256),
+        resize: Resize | None = None,
+        max_value: int | None = None,
+    ) -> None:
+        path = Path(path)
+        if not path.exists():
+            msg = f"There is no file or folder {path} (looked for it from {Path.cwd()})."
+            raise FileNotFoundError(msg)
+        # Not by anomalib's constructor, which would search the folder by another rule.
+        self.image_filenames = image_files(path) if path.is_dir() else [path]
+        if not self.image_filenames:
+            msg = f"There are no images in {path}."
+            raise FileNotFoundError(msg)
+        self.transform = transform
+        self.image_size = image_size
+        self.read_for(resize, max_value)
+
+    def read_for(self, resize: Resize | None, max_value: int | None) -> None:
+        """Read images from now on at another size, with another white; see the class."""
+        images = Images("", [str(path) for path in self.image_filenames], max_value=max_value)
+        self._data = SourcedDataset(images, 0, "predict", augmentations=resize)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """Get one item: image of shape ``(3, H, W)``, ``float32`` in [0, 1].
+
+        Raises:
+            UnreadableImageError: If the file cannot be read, with its path.
+        """
+        item = self._data[index]
+        image = item.image if self.transform is None else self.transform(item.image)
+        return ImageItem(image=image, image_path=item.image_path)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[ImageItem]:
+        """Get items; errors as for one of them."""
+        return [self[index] for index in indices]
+
+
+def resize_of(detector: nn.Module) -> Resize | None:
+    """The resize that a detector's pre-processing begins with, or nothing."""
+    transform = getattr(getattr(detector, "pre_processor", None), "transform", None)
+    resizes = extract_transforms_by_type(transform, Resize) if transform is not None else []
+    return resizes[0] if resizes else None
