@@ -27,7 +27,7 @@ from torch.nn import functional
 from anomalib_flowood import FeatureMapFlow
 from anomalib_flowood.conformal import false_alarm_rates
 from anomalib_flowood.models.components import ConformalPostProcessor
-from benchmarks.contest.contest import HELD_OUT, IndustrialFolder
+from benchmarks.contest.data import HELD_OUT, IndustrialFolder
 from benchmarks.results import quiet
 
 

@@ -17,6 +17,7 @@ from benchmarks.results import announce
 
 from . import contest, report
 from .detectors import DETECTORS
+from .tasks import PARTS, Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mvtec", type=Path, metavar="ROOT", help="MVTec AD, with a folder per category")
     run.add_argument("--visa", type=Path, metavar="ROOT", help="VisA")
     run.add_argument("--categories", nargs="+", default=(), help="of --mvtec and --visa; all by default")
-    run.add_argument("--parts", nargs="+", choices=contest.PARTS, default=contest.PARTS)
+    run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     run.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=(), metavar="NAME", help="some only")
     run.add_argument("--tasks", nargs="+", default=(), metavar="TEXT", help="tasks with such words in their name")
     run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
@@ -55,7 +56,7 @@ def main() -> int:
     output = arguments["output"]
     try:
         if command == "run":
-            contest.run(contest.Options(**arguments), console)
+            contest.run(Options(**arguments), console)
         written = report.write(output, into)
     except (ValueError, FileNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")

@@ -16,7 +16,6 @@ from PIL import Image
 from benchmarks.results import Column, publish, rows_to_report, short_number
 
 from .baselines import MODELS
-from .contest import PARTS, TRAIN_LONG
 from .detectors import (
     DETECTORS,
     PRODUCT_LAYERS,
@@ -26,6 +25,8 @@ from .detectors import (
     one_change,
     product_variant,
 )
+from .plan import TRAIN_LONG
+from .tasks import PARTS
 
 HERE = Path(__file__).parent
 OURS = {name for name, detector in DETECTORS.items() if detector.ours}
