@@ -30,6 +30,24 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
     return ValueError(f"{message} {hint}".strip())
 
 
+def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that are not among the known ones.
+
+    Args:
+        kind: What is named, see :func:`unknown_name`.
+        names: What the user typed.
+        known: The names that would have worked.
+
+    Raises:
+        ValueError: If a name is unknown; the message offers the nearest ones.
+    """
+    known = set(known)
+    for name in names:
+        if name not in known:
+            unknown = unknown_name(kind, name, known)
+            raise unknown
+
+
 def subclasses(base: type) -> Iterator[Any]:
     """Go through all imported subclasses of a class, those of subclasses too."""
     cls: Any

@@ -20,20 +20,11 @@ detector's scores are taken before that happens, and all metrics are computed fr
 several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
-from .jobs import (
-    Benchmark,
-    BenchmarkError,
-    BenchmarkJob,
-    BenchmarkJobGenerator,
-    BenchmarkRunner,
-    Results,
-    ScoreRecorder,
-    build,
-    check_seed,
-    find_class,
-    measure,
-    readable,
-)
+from .building import build, find_class, readable
+from .jobs import BenchmarkJob, BenchmarkJobGenerator, check_seed
+from .recording import ScoreRecorder, measure
+from .results import Results
+from .runner import Benchmark, BenchmarkError, BenchmarkRunner
 
 __all__ = [
     "Benchmark",

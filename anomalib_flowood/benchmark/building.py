@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the names and arguments of a configuration to detectors and data modules."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+from argparse import ArgumentError
+from importlib import import_module
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule
+from jsonargparse import ArgumentParser, Namespace
+
+from anomalib_flowood.names import check_known, subclasses, unknown_name
+
+KINDS: dict[str, type] = {"model": AnomalibModule, "data": AnomalibDataModule}
+"""What a configuration names, and what it has to be."""
+
+_NAMES = {"model": "detector", "data": "data module"}
+
+
+def find_class(kind: str, name: str) -> type:
+    """Find a detector or a data module, this package's or anomalib's or anybody's that was imported.
+
+    Args:
+        kind: ``"model"`` or ``"data"``.
+        name: A class name (``PixelFlow``), the same in snake case (``pixel_flow``) or a dotted path
+            (``anomalib_flowood.PixelFlow``).
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: If there is no such class; the message offers the nearest names.
+    """
+    base = KINDS[kind]
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError):
+            found = None
+        if isinstance(found, type) and issubclass(found, base):
+            return found
+    else:
+        for cls in subclasses(base):
+            if cls.__name__.lower() == name.replace("_", "").lower() and not inspect.isabstract(cls):
+                return cls
+    known = {cls.__name__.lower() for cls in subclasses(base) if not inspect.isabstract(cls)}
+    error = unknown_name(_NAMES[kind], name.rpartition(".")[2], known)
+    raise ValueError(str(error).replace(repr(name.rpartition(".")[2]), repr(name), 1))
+
+
+def _parse(kind: str, entry: dict) -> tuple[ArgumentParser, Namespace]:
+    """Check an entry's name and arguments without building anything."""
+    cls = find_class(kind, entry["class_path"])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(KINDS[kind], kind, fail_untyped=False, required=True)
+    config = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": entry.get("init_args") or {}}
+    try:
+        return parser, parser.parse_object({kind: copy.deepcopy(config)})
+    except ArgumentError as error:
+        message = readable(error)
+        option = re.search(r"Option '(\w+)' is not accepted", message)
+        if option and option[1] in config["init_args"]:
+            inits = [vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)]
+            names = {name for init in inits for name in inspect.signature(init).parameters} - {"self", "args", "kwargs"}
+            better = unknown_name(f"argument of {cls.__name__}", option[1], names)
+            raise better from None
+        msg = f"{cls.__name__}: {message}"
+        raise ValueError(msg) from None
+
+
+def build(kind: str, entry: dict) -> Any:
+    """Build a detector or a data module from an entry of a benchmark's configuration.
+
+    Args:
+        kind: ``"model"`` or ``"data"``.
+        entry: ``class_path`` and ``init_args``, nested objects included.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If the class or an argument is unknown or an argument's value is refused.
+    """
+    parser, config = _parse(kind, entry)
+    try:
+        return parser.instantiate_classes(config)[kind]
+    except ValueError as error:
+        msg = readable(error)
+        raise ValueError(msg) from error
+
+
+def check_entry(kind: str, entry: object) -> None:
+    """Check an entry of a benchmark's configuration without building anything.
+
+    Args:
+        kind: ``"model"`` or ``"data"``.
+        entry: What the configuration holds there.
+
+    Raises:
+        ValueError: If it is no entry, or its class, an argument or an argument's value is refused.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+        msg = f"A benchmark's {kind} entry needs a class_path, got {entry!r}."
+        raise ValueError(msg)
+    check_known(f"key in the {kind} entry {entry['class_path']}", entry, ("class_path", "init_args", "name"))
+    _parse(kind, entry)
+
+
+def config_key(config: object) -> str:
+    """Tell equal pieces of configuration from different ones."""
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def readable(error: BaseException) -> str:
+    """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        Its message, or its type's name where it has none.
+    """
+    outer = ('Parser key "model"', 'Parser key "data"')
+    noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    message = str(error).strip()
+    if "Does not validate" in message:
+        lines = [line.strip() for line in message.splitlines()]
+        message = "\n".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+    return message or type(error).__name__

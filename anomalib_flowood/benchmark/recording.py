@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The raw scores of a test, as they come, and what is measured on them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+
+
+class ScoreRecorder(Callback):
+    """Keeps every test image's raw score and times the test loop, data loading included.
+
+    Lightning calls the callbacks given to the engine before the model's own, of which the post-processor is one: the
+    scores are seen here before they are normalised and clamped.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[pd.DataFrame] = []
+        self._start = 0.0
+        self.seconds = 0.0
+        self.sourced = False
+        """Whether the data say which set each image belongs to; else its folder is taken for its source."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        self._parts = []
+        self._start = time.perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's scores.
+
+        Raises:
+            ValueError: If the detector gives neither a score nor a map, or the images have no labels.
+        """
+        del trainer, batch_idx, dataloader_idx
+        score: Any = getattr(outputs, "pred_score", None)
+        anomaly_map: Any = getattr(outputs, "anomaly_map", None)
+        if score is None and anomaly_map is None:
+            msg = f"{type(pl_module).__name__} gave neither a score nor an anomaly map for the test images."
+            raise ValueError(msg)
+        if batch.gt_label is None:
+            msg = "The test images have no labels, so there is nothing to compare scores with."
+            raise ValueError(msg)
+        score = anomaly_map.flatten(1).amax(dim=1) if score is None else score
+        raw = score.detach().flatten().cpu().double()
+        paths = [str(path) for path in batch.image_path or [""] * len(raw)]
+        sources = getattr(batch, "source", None)
+        self.sourced = sources is not None
+        sources = [Path(path).parent.name or "test" for path in paths] if sources is None else sources
+        labels = batch.gt_label.detach().flatten().cpu().int()
+        columns = {"image_path": paths, "source": list(sources), "label": labels.numpy(), "score": raw.numpy()}
+        self._parts.append(pd.DataFrame(columns))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock before any metric is computed; bits per dimension, which no score needs, do not count."""
+        del trainer
+        self.seconds = time.perf_counter() - self._start - getattr(pl_module, "bits_seconds", 0.0)
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """One row per test image: ``image_path``, ``source``, ``label``, ``score``."""
+        if not self._parts:
+            return pd.DataFrame(columns=["image_path", "source", "label", "score"])
+        return pd.concat(self._parts, ignore_index=True)
+
+
+def measure(recorder: ScoreRecorder) -> dict[str, Any]:
+    """Compute all metrics of a test's raw scores, and its speed.
+
+    Args:
+        recorder: What it recorded.
+
+    Returns:
+        The metrics by name (of every out-of-distribution set too, where the data name several), ``images`` and
+        ``images_per_s``.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    scores = recorder.scores
+    score, label = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
+    result: dict[str, Any] = {
+        **{name: metric(score, label) for name, metric in DETECTION_METRICS.items()},
+        "images": len(score),
+        "images_per_s": len(score) / recorder.seconds,
+    }
+    if recorder.sourced:
+        sources = scores["source"].tolist()
+        for name, metric in DETECTION_METRICS.items():
+            result |= {f"{name}/{key}": value for key, value in per_set(metric, score, label, sources).items()}
+    return result

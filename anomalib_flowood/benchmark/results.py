@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark or a test leaves in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, set_markdown, set_table
+from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES
+
+
+class Results:
+    """The results of a benchmark or a test in a folder, complete after every job.
+
+    Args:
+        folder: Where to write; it exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = self.folder / "benchmark.log"
+        self._results: list[dict[str, Any]] = []
+        self._scores: list[pd.DataFrame] = []
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per job."""
+        return pd.DataFrame(self._results)  # what a job does not have is empty
+
+    def add(self, result: dict[str, Any], scores: pd.DataFrame) -> None:
+        """Take in a finished job and write everything, so that a lost session loses one job at most.
+
+        Args:
+            result: The job's row.
+            scores: One row per test image: ``detector``, ``data``, ``seed``, ``image_path``, ``source``, ``label``,
+                ``score``; empty if the job failed.
+        """
+        self._results.append(result)
+        self.table.to_csv(self.folder / RESULTS, index=False)
+        if not scores.empty:
+            first = not self._scores
+            path = self.folder / SCORES
+            scores[SCORE_COLUMNS].to_csv(path, mode="w" if first else "a", header=first, index=False)
+            self._scores.append(scores)
+
+    def finish(self, console: Console) -> None:
+        """Draw, and print the table and where everything is."""
+        if not self._results:
+            return
+        text = benchmark_markdown(self.table) + set_markdown(self.table)
+        (self.folder / "table.md").write_text(text, encoding="utf-8")
+        names = [RECORD, RESULTS, "table.md"]
+        if self._scores:
+            score_histograms(pd.concat(self._scores), self.folder / "scores.png")
+            names += [SCORES, "scores.png"]
+        console.print(benchmark_table(self.table))
+        sets = set_table(self.table)
+        if sets is not None:
+            console.print(sets)
+        for line in (f"In {self.folder}: {', '.join(names)}", f"As a page: flowood report {self.folder}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)

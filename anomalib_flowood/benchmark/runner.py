@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration file's benchmark, run: all jobs checked, then one after the other, each recorded at once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from anomalib.pipelines.benchmark import Benchmark as AnomalibBenchmark
+from anomalib.pipelines.components import Runner
+from anomalib.pipelines.components.runners import SerialRunner
+from anomalib.pipelines.components.runners.serial import SerialExecutionError
+from jsonargparse import Namespace
+from rich.console import Console
+
+from anomalib_flowood.engine import new_folder
+from anomalib_flowood.metrics import rate_text
+from anomalib_flowood.names import check_known
+from anomalib_flowood.report import JobProgress
+from anomalib_flowood.report.run import write_record
+
+from .building import config_key, readable
+from .jobs import BenchmarkJob, BenchmarkJobGenerator
+from .results import Results
+
+logger = logging.getLogger(__name__)
+
+_ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+
+
+class BenchmarkError(SerialExecutionError):
+    """Some jobs of a benchmark failed; the others' results are written all the same."""
+
+
+class Benchmark(AnomalibBenchmark):
+    """Compare detectors on data sets: fit, test, metrics of the raw scores, one table."""
+
+    def run(self, args: Namespace | None = None) -> None:
+        """Run the benchmark that a configuration file describes.
+
+        Args:
+            args: ``config`` is the file's path; without arguments the command line is parsed.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the configuration is wrong; nothing has been trained then.
+            BenchmarkError: If jobs failed; the results of all others have been written.
+        """
+        config = self._get_args(args)
+        for runner in self._setup_runners(config):
+            runner.run(config["benchmark"])
+
+    def _get_args(self, args: Namespace | None) -> dict:
+        if args is None:
+            args = self.get_parser().parse_args()
+        path = Path(str(args.config))
+        if not path.is_file():
+            msg = f"There is no configuration file {path}."
+            raise FileNotFoundError(msg)
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            msg = f"{path} is not valid YAML: {error}"
+            raise ValueError(msg) from error
+        if not isinstance(config, dict) or not isinstance(config.get("benchmark"), dict):
+            msg = f"{path} has no benchmark section."
+            raise ValueError(msg)
+        check_known(f"key in {path}", config, ("accelerator", "benchmark"))
+        return config
+
+    @staticmethod
+    def _setup_runners(args: dict) -> list[Runner]:
+        """One runner for all accelerators, so that everything is checked before anything is trained."""
+        given = args.get("accelerator", "auto")
+        accelerators = [str(name) for name in (given if isinstance(given, list) else [given])]
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        present["gpu"] = present["cuda"] or present["mps"]
+        check_known("accelerator", accelerators, _ACCELERATORS)
+        for name in accelerators:
+            if not present.get(name, True):
+                msg = f"This machine has no {name} accelerator that torch can use; accelerator: cpu always works."
+                raise ValueError(msg)
+        return [BenchmarkRunner(BenchmarkJobGenerator(accelerators))]
+
+
+class BenchmarkRunner(SerialRunner):
+    """Runs the jobs one after the other, and says all along which one and how far."""
+
+    def run(self, args: dict, prev_stage_results: Any = None) -> pd.DataFrame:
+        """Check all jobs, then run them.
+
+        Args:
+            args: The ``benchmark`` section of the configuration.
+            prev_stage_results: Unused; there is one stage.
+
+        Returns:
+            One row per job.
+
+        Raises:
+            ValueError: If any entry is wrong; nothing has been trained then.
+            BenchmarkError: If jobs failed; the results of all others have been written.
+        """
+        console = Console()
+        console.width = min(console.width, 100) if console.is_terminal else 100
+        with JobProgress(console) as progress:
+            with _logs_to(None):
+                jobs = [job for job in self.generator(args, prev_stage_results) if isinstance(job, BenchmarkJob)]
+                _check_jobs(jobs, progress)
+            record = Results(new_folder(Path("runs") / BenchmarkJob.name))
+            write_record(
+                record.folder,
+                BenchmarkJob.name,
+                detectors={job.detector: job.config["model"] for job in jobs},
+                data={job.data: job.config["data"] for job in jobs},
+                settings={
+                    "seeds": list(dict.fromkeys(job.seed for job in jobs)),
+                    "accelerators": list(dict.fromkeys(job.accelerator for job in jobs)),
+                    "trainer": args.get("trainer") or {},
+                },
+            )
+            failed: list[str] = []
+            try:
+                with _logs_to(record.log):
+                    for number, job in enumerate(jobs, start=1):
+                        progress.start_job(number, len(jobs), job.title)
+                        job.progress = progress
+                        error = _run_job(job, record, progress)
+                        if error:
+                            failed.append(f"{job.title}: {error}")
+            finally:  # an interrupted benchmark still shows what it has
+                progress.stage("writing")
+                progress.__exit__()
+                record.finish(console)
+        if failed:
+            listed = "\n".join(f"  {line}" for line in failed)
+            msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"
+            raise BenchmarkError(msg)
+        return record.table
+
+
+def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
+    """Build every distinct detector and data module once: a typo in the last entry shows before the first training."""
+    checked = set()
+    for number, job in enumerate(jobs, start=1):
+        key = config_key([job.config["model"], job.config["data"]])
+        if key in checked:
+            continue
+        checked.add(key)
+        progress.stage(f"checking {job.detector} on {job.data}")
+        try:
+            job.check()
+        except Exception as error:
+            msg = f"Job {number} of {len(jobs)} ({job.title}) cannot run: {readable(error)}"
+            raise ValueError(msg) from error
+    gc.collect()
+
+
+def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
+    """Run one job and record it; returns its error's first line, or nothing."""
+    message = ""
+    try:
+        result = job.run()
+    except Exception as error:  # one broken job must not cost the others
+        logger.exception("%s failed", job.title)
+        message = f"{type(error).__name__}: {readable(error).splitlines()[0]}"
+        result = {**job.row(), "error": message, **job.flat_cfg}
+        job.scores = pd.DataFrame()  # of a diverged training they are NaN
+        progress.say(f"  failed: {message}")
+    else:
+        progress.say(
+            f"  AUROC {rate_text(result['AUROC'])}, FPR95 {rate_text(result['FPR95'])}, "
+            f"fit {result['fit_duration']:.1f} s, {result['images_per_s']:,.1f} images/s",
+        )
+    record.add(result, job.scores)
+    job.scores = pd.DataFrame()
+    gc.collect()  # trainer and model refer to each other; without this two detectors are in memory
+    return message
+
+
+@contextlib.contextmanager
+def _logs_to(path: Path | None) -> Iterator[None]:
+    """Send all log lines and warnings to a file (or nowhere) for a while, and leave the logging as it was."""
+    handler: logging.Handler = logging.NullHandler() if path is None else logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+    root = logging.getLogger()
+    # Loggers that only swallow are left alone: with nothing to write to, they would write to stderr.
+    others = [
+        log
+        for log in root.manager.loggerDict.values()
+        if isinstance(log, logging.Logger) and any(not isinstance(own, logging.NullHandler) for own in log.handlers)
+    ]
+    saved = [(log, log.handlers, log.level) for log in (root, *others)]
+    for log, _, _ in saved:
+        log.handlers = [handler] if log is root or not log.propagate else []
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(capture=True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(capture=False)
+        for log, handlers, level in saved:
+            log.handlers = handlers
+            log.setLevel(level)
+        handler.close()

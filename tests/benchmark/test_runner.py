@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A benchmark from its configuration to its folder."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from anomalib.pipelines.components.runners.serial import SerialExecutionError
+from benchmark_helpers import DFM, PADIM, folder
+from model_helpers import idx_folder
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_flowood.benchmark import BenchmarkError, BenchmarkJob, BenchmarkJobGenerator, BenchmarkRunner
+from anomalib_flowood.cli import main
+
+
+def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 3,
+            "model": {"grid": [DFM, PADIM]},
+            "data": folder(images, normal_dir={"grid": ["train", "gone"]}),
+        },
+    }
+    Path("bench.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", "--config", "bench.yaml"])
+    assert exit_info.value.code == 1
+    out, err = capsys.readouterr()
+
+    (run,) = (here / "runs" / "benchmark").iterdir()
+    assert {file.name for file in run.iterdir()} == {
+        "benchmark.log",
+        "results.csv",
+        "run.json",
+        "scores.csv",
+        "scores.png",
+        "table.md",
+    }
+    results = pd.read_csv(run / "results.csv")
+    assert list(results["detector"]) == ["DFM tiny", "DFM tiny", "Padim", "Padim"]
+    assert list(results["error"].notna()) == [False, True, False, True]
+    assert results["error"][1].startswith("FileNotFoundError: Path does not exist")
+    assert {"image_AUROC", "fit_duration", "model.init_args.layer", "model.init_args.n_features"} <= {*results.columns}
+    assert not any("/" in column for column in results.columns)  # Folder names no sets
+
+    scores = pd.read_csv(run / "scores.csv")
+    assert list(scores.columns) == ["detector", "data", "seed", "image_path", "source", "label", "score"]
+    assert set(scores["source"]) == {"good", "bad", "worse"}
+    assert scores["score"].max() > 1  # raw: anomalib's post-processor would have clamped it
+    for detector, group in scores.groupby("detector"):
+        row = results[(results["detector"] == detector) & results["error"].isna()].iloc[0]
+        assert row["AUROC"] == pytest.approx(roc_auc_score(group["label"], group["score"]), abs=1e-9)
+        assert row["AUPROut"] == pytest.approx(average_precision_score(group["label"], group["score"]), abs=1e-9)
+        assert row["images"] == len(group) == 10
+        assert row["images_per_s"] > 0
+
+    assert "Each outside set" not in out
+    assert "[4/4] Padim on Folder (normal_dir=gone), seed 3" in out
+    assert "epoch 1/1" in out
+    assert f"In runs/benchmark/{run.name}: run.json, results.csv" in out
+    assert f"As a page: flowood report runs/benchmark/{run.name}" in out
+    assert max(map(len, out.splitlines())) <= 100 + len(str(images))
+    assert "2 of 4 jobs failed" in err
+    assert f"Full tracebacks: runs/benchmark/{run.name}/benchmark.log" in err
+    assert "Traceback" not in err
+    assert "Traceback" in (run / "benchmark.log").read_text()
+    assert Image.open(run / "scores.png").size[0] > 300
+    assert not list(here.rglob("images"))  # no picture for each test image
+
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"] == "benchmark"
+    assert record["versions"]["anomalib"] == version("anomalib")
+    assert record["settings"] == {"seeds": [3], "accelerators": ["cpu"], "trainer": {}}
+    assert record["detectors"] == {"DFM tiny": DFM, "Padim": PADIM}
+    assert record["data"]["Folder (normal_dir=train)"] == folder(images, normal_dir="train")
+
+    main(["report", str(run)])
+    page = (run / "report" / "index.html").read_text()
+    assert page.count("data:image/png") == 2 * 10  # every test image: each detector has fewer than it would show
+    assert page.count("failed: FileNotFoundError") == 2
+
+
+def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    idx_folder(here / "ramps", "plain", train=60, test=20)
+    idx_folder(here / "squares", "square", seed=1, train=2, test=12)
+    idx_folder(here / "others", "plain", seed=2, train=2, test=8)
+    small = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
+    runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
+    results = runner.run(
+        {
+            "trainer": {"max_epochs": 1},
+            "model": {"grid": [{"class_path": "PixelFlow", "name": "flow", "init_args": small}, DFM]},
+            "data": {
+                "class_path": "CrossDataset",
+                "name": "ramps → two",
+                "init_args": {
+                    "in_distribution": "ramps",
+                    "out_of_distribution": ["squares", "others"],
+                    "val_split_ratio": 0.4,
+                },
+            },
+        }
+    )
+    (run,) = (here / "runs" / "benchmark").iterdir()
+    pd.testing.assert_frame_equal(pd.read_csv(run / "results.csv")[["AUROC/mean"]], results[["AUROC/mean"]])
+    scores = pd.read_csv(run / "scores.csv")
+    for _, row in results.iterrows():
+        group = scores[scores["detector"] == row["detector"]]
+        inside = group["label"] == 0
+        for name in ("squares", "others"):
+            pair = group[inside | (group["source"] == name)]
+            assert row[f"AUROC/{name}"] == pytest.approx(roc_auc_score(pair["label"], pair["score"]), abs=1e-9)
+            precision = average_precision_score(1 - pair["label"], -pair["score"])
+            assert row[f"AUPRIn/{name}"] == pytest.approx(precision, abs=1e-9)
+        for metric in ("AUROC", "FPR95", "AUPROut", "AUPRIn", "DetectionError"):
+            assert row[f"{metric}/mean"] == pytest.approx((row[f"{metric}/squares"] + row[f"{metric}/others"]) / 2)
+            assert 0 <= row[metric] <= 1
+    assert list(results["BitsPerDim/inside"].notna()) == [True, False]  # DFM has no likelihood
+    assert list(results["BitsPerDim/others"].notna()) == [True, False]
+
+    out = capsys.readouterr().out
+    lines = out[out.index("Each outside set") :].splitlines()
+    shown = [line for line in lines if line.strip().startswith(("flow", "DFM tiny"))]
+    assert [line.split("two")[1].split()[0] for line in shown] == ["others"] * 2 + ["squares"] * 2 + ["mean"] * 2
+    assert max(map(len, lines)) <= 100
+    table = (run / "table.md").read_text()
+    assert table.index("| detector | data | AUROC") < table.index("| detector | data | outside | AUROC")
+
+
+def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
+        files = list(here.glob("runs/benchmark/*/results.csv"))
+        seen.append(len(pd.read_csv(files[0])) if files else 0)
+        if self.seed == 3:
+            raise KeyboardInterrupt
+        columns = {"image_path": ["a/b.png", "c/d.png"], "source": ["a", "c"], "label": [0, 1], "score": [1.0, 2.0]}
+        self.scores = pd.DataFrame(columns).assign(detector=self.detector, data=self.data, seed=self.seed)
+        return {**self.row(), "AUROC": 1.0, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0}
+
+    monkeypatch.setattr(BenchmarkJob, "run", run)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self: None)
+    runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run({"seed": {"grid": [1, 2, 3]}, "model": DFM, "data": folder(images)})
+    assert seen == [0, 1, 2]
+    (path,) = here.glob("runs/benchmark/*/scores.csv")
+    assert len(pd.read_csv(path)) == 4
+    assert (path.parent / "scores.png").exists()  # interrupted, and still drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {**DFM, "class_path": "Pixelflo"}}, "Unknown detector 'Pixelflo'. Did you mean 'pixelflow'"),
+        ({"model": {**DFM, "class_path": "anomalib.models.Padm"}}, "'anomalib.models.Padm'. Did you mean 'padim'"),
+        ({"model": {**DFM, "init_args": {"lyer": "layer1"}}}, "argument of Dfm 'lyer'. Did you mean 'layer'"),
+        ({"model": {**DFM, "init_args": {"pca_level": "high"}}}, r"(?s)Dfm: .*pca_level.*float.*Got value: high"),
+        ({"model": {**DFM, "init_arg": {"layer": "layer1"}}}, "'init_arg'. Did you mean 'init_args'"),
+        ({"model": {"grid": ["Padim"]}}, "needs a class_path, got 'Padim'"),
+        ({"data": {"class_path": "Foldr"}}, "Unknown data module 'Foldr'. Did you mean"),
+        ({"trainer": {"max_epoch": 1}}, "trainer argument 'max_epoch'. Did you mean 'max_epochs'"),
+        ({"trainer": {"callbacks": []}}, "callbacks is set by the benchmark itself"),
+        ({"trainer": {"max_epochs": {"grid": [1, 2]}}}, "grid is possible in seed, model and data only"),
+        ({"trianer": {}}, "'trianer'. Did you mean 'trainer'"),
+        ({"data": None}, "lacks data"),
+        ({"seed": {"grid": [0, 2**32]}}, "benchmark.seed has to be an integer from 0 to 4294967295"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    here: Path, images: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
+    with pytest.raises(ValueError, match=message):
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": DFM, "data": folder(images), **change})
+    assert not (here / "runs").exists()
+
+
+def test_a_wrong_value_in_the_last_entry_is_found_first(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
+    wrong = {"class_path": "PixelFlow", "init_args": {"mask": "cycel"}}
+    with pytest.raises(ValueError, match=r"Job 2 of 2 \(PixelFlow on Folder, seed 42\) cannot run: .*cycel"):
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": {"grid": [DFM, wrong]}, "data": folder(images)})
+
+
+def test_the_error_is_anomalibs_too() -> None:
+    assert issubclass(BenchmarkError, SerialExecutionError)
