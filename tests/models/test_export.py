@@ -16,8 +16,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import PixelFlow, exported
-from anomalib_flowood.models.components import ExportCheckError, export, export_check
-from anomalib_flowood.models.components.export_check import BOUND, Runtime, agree, compare
+from anomalib_flowood.models.components import ExportCheckError, export_check, export_images
+from anomalib_flowood.models.components.export_check import (
+    BOUND,
+    Runtime,
+    agree,
+    check_export,
+    compare,
+    compare_runtime,
+)
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -146,7 +153,7 @@ def test_a_fit_keeps_a_few_normal_validation_images(name, tmp_path, pixels, maps
 def test_only_normal_images_of_any_size_are_kept():
     sizes = [(9, 9), (12, 20), (7, 7), (16, 8), (10, 11)]
     items = [ImageItem(image=torch.full((3, *size), 0.1 * n), gt_label=n % 2) for n, size in enumerate(sizes)]
-    images = list(export._normal_images(DataLoader(items, batch_size=4, collate_fn=ImageBatch.collate), 2))
+    images = list(export_images._normal_images(DataLoader(items, batch_size=4, collate_fn=ImageBatch.collate), 2))
     assert [tuple(image.shape) for image in images] == [(3, 9, 9), (3, 7, 7)]
 
 
@@ -154,7 +161,7 @@ def test_keeping_images_changes_no_training(pixels, tmp_path, monkeypatch):
     weights = []
     for keeps in (True, False):
         if not keeps:
-            monkeypatch.setattr(export, "_image_loader", lambda trainer: None)
+            monkeypatch.setattr(export_images, "_image_loader", lambda trainer: None)
         torch.manual_seed(0)
         detector = pixel_flow(max_epochs=1)
         engine(tmp_path).fit(detector, datamodule=data(tmp_path))
@@ -191,7 +198,7 @@ def test_what_cannot_be_checked_is_exported_and_says_so(pixels, maps, tmp_path, 
 
     for export_type, runtime in {ExportType.ONNX: "onnxruntime", ExportType.OPENVINO: "openvino"}.items():
         monkeypatch.setitem(sys.modules, runtime, None)
-        assert maps.detector._check(tmp_path / "model", export_type, None) == {"images": 0}
+        assert check_export(maps.detector, tmp_path / "model", export_type, None) == {"images": 0}
         assert f"nothing could be checked, for {runtime} is not installed" in capsys.readouterr().out
 
 
@@ -208,7 +215,7 @@ def test_the_check_says_where_openvinos_default_precision_differs(maps, monkeypa
 
     monkeypatch.setattr(export_check, "openvino_default_precision", lambda: "bf16")
     monkeypatch.setattr(export_check, "openvino_runtime", coarse)
-    found = maps.detector._check(path, ExportType.OPENVINO, None)
+    found = check_export(maps.detector, path, ExportType.OPENVINO, None)
     assert found["passed"]  # which single precision decides
     assert found["default_precision"]["name"] == "bf16"
     assert found["default_precision"]["largest_differences"]["raw_score"] == pytest.approx(0.01, rel=0.01)
@@ -224,7 +231,9 @@ def test_what_rounding_does_is_not_held_against_an_export(pixels):
     detector.post_processor.calibrate(center * (1 + torch.linspace(-1e-6, 1e-6, 40)))  # a few steps of float32
 
     def scaled(factor):
-        return detector._compare(Runtime(lambda images: export_check.reference(detector, torch.tensor(images), factor)))
+        return compare_runtime(
+            detector, Runtime(lambda images: export_check.reference(detector, torch.tensor(images), factor))
+        )
 
     differences, count, kept = scaled(1 + 2e-7)
     assert kept

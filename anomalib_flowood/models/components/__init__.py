@@ -5,10 +5,11 @@ from .checkpoints import CheckpointError, SettingsError, open_checkpoint, read_c
 from .export import root_beside
 from .export_check import ExportCheckError
 from .flow_model import FlowModel, check_images
-from .flow_module import FlowModule, TrainingDivergedError
+from .flow_module import FlowModule
 from .frozen_features import FeatureBatch, FrozenFeatures
 from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
+from .training import TrainingDivergedError
 
 __all__ = [
     "CheckpointError",

@@ -3,45 +3,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.deploy.export import CompressionType, ExportType
+from sklearn.exceptions import NotFittedError
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional
 
 from anomalib_flowood.exported import description_path, read_description
+from anomalib_flowood.scores import SCORES
 
-from . import export_check
+from .export_check import ExportCheckError, check_export, raw_onnx_path
+from .export_description import describe, identity, write_description
+from .export_images import KeepsImages
 from .post_processor import ConformalPostProcessor
 from .single_precision import keep_single_precision
+from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
-    from lightning.pytorch import Trainer
-
-    from .flow_model import FlowModel
-
-    _Base = AnomalibModule
-else:
-    _Base = object
-
-_CHECK_IMAGES = 5
-_CHECK_KEY = "anomalib_flowood_check_images"
-_VERSIONED = ("anomalib-flowood", "anomalib", "torch", "timm", "onnx", "onnxruntime", "openvino")
 
 
 class RawInferenceBatch(NamedTuple):
@@ -54,7 +37,7 @@ class RawInferenceBatch(NamedTuple):
     raw_score: Tensor | None = None
 
 
-class CheckedExport(_Base):
+class CheckedExport(CheckedWeights, KeepsImages):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
     Each export gets a ``model.json`` beside it (:mod:`anomalib_flowood.exported`), is never written over that of
@@ -62,39 +45,11 @@ class CheckedExport(_Base):
     keep, go through the exported model and through PyTorch.
     """
 
-    model: FlowModel
-    check_images: Tensor | None = None
-    """Normal images at the detector's input size, ``(n, 3, H, W)``, uint8; ``None`` in checkpoints of old."""
     check_exports: bool = True
     """Whether an export ends with its check."""
     _checkpoint_path: Path | None = None
     _gives_raw_score: bool = False
     _within_openvino: bool = False
-
-    # -- images for the check --------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        """Keep a few normal images for checks of later exports."""
-        super().on_fit_start()
-        trainer: Trainer = self.trainer
-        images = list(_normal_images(_image_loader(trainer), _CHECK_IMAGES))
-        if images:
-            size = list(self.input_size or images[0].shape[-2:])
-            resized = [functional.resize(image, size, antialias=True) for image in images]
-            self.check_images = (torch.stack(resized).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the images for checks."""
-        super().on_save_checkpoint(checkpoint)
-        if self.check_images is not None:
-            checkpoint[_CHECK_KEY] = self.check_images
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the images for checks."""
-        super().on_load_checkpoint(checkpoint)
-        self.check_images = checkpoint.get(_CHECK_KEY)
-
-    # -- export ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Pre-process, score and post-process images, as :meth:`AnomalibModule.forward` does.
@@ -126,9 +81,11 @@ class CheckedExport(_Base):
         """Export as :meth:`AnomalibModule.to_torch` does, described and checked.
 
         Raises:
-            ValueError: If the export of another model is there.
+            NotFittedError: If the detector was never fitted.
+            ValueError: If the export of another model is there, or a weight is NaN.
             ExportCheckError: If the exported model gives other scores.
         """
+        self._check_fitted()
         export_root = self._export_root(export_root)
         self._refuse_to_replace(export_root, ExportType.TORCH, f"{model_file_name}.pt")
         path = super().to_torch(export_root, model_file_name)
@@ -148,11 +105,19 @@ class CheckedExport(_Base):
         all outputs to a batch with fixed fields, but of ``model_raw.onnx``, the same graph on the same file of weights.
 
         Raises:
-            ValueError: If the export of another model is there.
+            NotFittedError: If the detector was never fitted.
+            ValueError: If the export of another model is there, a weight is NaN or has 64 bits, or the score cannot be
+                exported.
             ExportCheckError: If the exported model gives other scores.
         """
         import onnx
 
+        self._check_fitted()
+        self._check_exportable()
+        kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
+        post_processor = self.post_processor
+        if isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated:
+            logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
         if not self._within_openvino:
             export_root = self._export_root(export_root)
             self._refuse_to_replace(export_root, ExportType.ONNX, f"{model_file_name}.onnx")
@@ -161,7 +126,7 @@ class CheckedExport(_Base):
         graph = onnx.load(path, load_external_data=False)
         raw = [output for output in graph.graph.output if output.name == "raw_score"]
         if raw:
-            path.replace(export_check.raw_onnx_path(path))
+            path.replace(raw_onnx_path(path))
             graph.graph.output.remove(raw[0])
             onnx.save(graph, path)
         if not self._within_openvino:
@@ -223,68 +188,20 @@ class CheckedExport(_Base):
             msg = f"{path} is there already, and without a {described.name} nobody can tell of what model. {remedy}"
             raise ValueError(msg)
         there = read_description(described)
-        if there["identity"] != self._identity():
+        if there["identity"] != identity(self):
             msg = f"{path} is the export of another model ({there.get('class')}, by its {described.name}). {remedy}"
             raise ValueError(msg)
-
-    def _identity(self) -> str:
-        """A digest of what makes raw scores: class, arguments, pre-processing, weights."""
-        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _settings(self) -> dict[str, Any]:
-        pre_processing: dict[str, Any] = getattr(self.pre_processor, "checkpoint_config", dict)()
-        return {
-            "class": f"anomalib_flowood.{type(self).__name__}",
-            "arguments": _plain(dict(self.hparams)),
-            "image_size": _plain(self.input_size),
-            "pre_processing": _plain(pre_processing.get("transform")),
-            "score": self.model.scorer.name,
-        }
-
-    def _description(self, path: Path, export_type: ExportType, compression: str | None) -> dict[str, Any]:
-        post_processor = self.post_processor
-        alpha, threshold, calibration = None, None, []
-        if isinstance(post_processor, ConformalPostProcessor):
-            alpha = post_processor.alpha
-            if post_processor.calibrated:
-                threshold, calibration = float(post_processor.image_threshold), post_processor.calibration.tolist()
-        outputs = export_check.reference(self, torch.zeros(1, 3, 32, 32))
-        raw = "raw_score" if "raw_score" in outputs else "pred_score"
-        where = {
-            ExportType.TORCH: {"method": "raw_scores"},
-            ExportType.ONNX: {"file": export_check.raw_onnx_path(path).name, "output": raw},
-            ExportType.OPENVINO: {"file": path.name, "tensor": raw},
-        }[export_type]
-        return {
-            "format": 1,
-            "file": path.name,
-            "export_type": export_type.value,
-            "compression": compression,
-            **self._settings(),
-            "max_value": getattr(self, "max_value", None),
-            "identity": self._identity(),
-            "outputs": [name for name in outputs if name != "raw_score"],
-            "raw_score": where,
-            "alpha": alpha,
-            "threshold": threshold,
-            "calibration_scores": calibration,
-            "versions": _versions(),
-        }
 
     def _describe_and_check(self, path: Path, export_type: ExportType, compression: str | None = None) -> None:
         """Write ``model.json``, then check, so that an export is described whatever the check finds."""
         device = self.device
         self.eval().to("cpu")  # graphics processors round differently
         try:
-            description = self._description(path, export_type, compression)
-            _write(path, description)
+            description = describe(self, path, export_type, compression)
+            write_description(path, description)
             if self.check_exports:
-                description["check"] = self._check(path, export_type, compression)
-                _write(path, description)
+                description["check"] = check_export(self, path, export_type, compression)
+                write_description(path, description)
         finally:
             self.to(device)
         if description.get("check", {}).get("passed") is False:
@@ -293,60 +210,33 @@ class CheckedExport(_Base):
                 f"{description_path(path).name}. Do not use it. Report it with the versions that this file lists; "
                 "`--no-check` exports without the check."
             )
-            raise export_check.ExportCheckError(msg)
+            raise ExportCheckError(msg)
 
-    def _check(self, path: Path, export_type: ExportType, compression: str | None) -> dict[str, Any]:
-        """Compare the export with PyTorch; print what was found, and return it for ``model.json``."""
-        if self.check_images is None:
-            print(
-                f"Check of {path}: nothing could be checked, for the detector keeps no normal images: it was fitted by "
-                "an earlier version."
+    def _check_fitted(self) -> None:
+        if not bool(self.model.fitted):
+            msg = (
+                f"This {type(self).__name__} was never fitted, so there is nothing to export. Train it first, or load "
+                "a checkpoint (`--ckpt_path`)."
             )
-            return {"images": 0}
-        raw = "raw_score" in export_check.reference(self, self.check_images[:1] / 255)
-        load: Any = {
-            ExportType.TORCH: export_check.torch_runtime,
-            ExportType.ONNX: export_check.onnx_runtime,
-            ExportType.OPENVINO: partial(export_check.openvino_runtime, raw=raw),
-        }[export_type]
-        try:
-            found, images, passed = self._compare(load(path))
-        except ModuleNotFoundError as error:
-            print(f"Check of {path}: nothing could be checked, for {error.name} is not installed.")
-            return {"images": 0}
-        print(
-            f"Check of {path}: largest differences from PyTorch on {images} normal images: "
-            f"{export_check.readable(found, images)}."
-        )
-        result: dict[str, Any] = {"images": images, "bound": export_check.BOUND, "largest_differences": found}
-        if compression is not None:
-            logger.warning("Compression (%s) changes scores: no bound is asked of it.", compression)
-            return result
-        if export_type == ExportType.OPENVINO and (default := export_check.openvino_default_precision()) != "f32":
-            found, images, kept = self._compare(export_check.openvino_runtime(path, raw=raw, precision=None))
-            if not kept:
-                logger.warning(
-                    "OpenVINO computes in %s on this machine unless it is told otherwise, and some layers of this "
-                    "model do not keep single precision: the differences are then %s. Compile it with "
-                    '{"INFERENCE_PRECISION_HINT": "f32"}.',
-                    default,
-                    export_check.readable(found, images),
-                )
-            result["default_precision"] = {"name": default, "largest_differences": found}
-        return {**result, "passed": passed}
+            raise NotFittedError(msg)
+        self.check_weights()
 
-    def _compare(self, runtime: export_check.Runtime) -> tuple[dict[str, float], int, bool]:
-        """Largest differences of an export from PyTorch, the number of images, and whether the bound is kept."""
-        assert self.check_images is not None
-        own, found, images, kept = self.check_images.shape[-2:], [], 0, True
-        for batch in export_check.batches(self.check_images, runtime.shape):
-            got, expected = runtime.run(batch.numpy()), export_check.reference(self, batch)
-            found.append(export_check.compare(got, expected))
-            images += len(batch)
-            pixels = self.model.reads_pixels and batch.shape[-2:] != own
-            slack = export_check.rounding(self, batch, expected, pixels=pixels)
-            kept &= export_check.agree(export_check.compare(got, expected, slack))
-        return export_check.worst(found), images, kept
+    def _check_exportable(self) -> None:
+        if self.dtype == torch.float64:
+            msg = (
+                "ONNX Runtime and OpenVINO do not convolve in 64 bits, which these weights have (precision 64-true): "
+                "call detector.float() first, or export the checkpoint (`--ckpt_path`), which is loaded in 32 bits."
+            )
+            raise ValueError(msg)
+        model = self.model
+        if not model.scorer.exportable(model):
+            able = [name for name, score in SCORES.items() if score.suits(model) and score.exportable(model)]
+            msg = (
+                f"The score {model.scorer.name!r} cannot be exported to ONNX or OpenVINO, which know neither "
+                f"compressors nor Jacobians. Scores that can: {', '.join(able)}. `flowood score` gives a trained "
+                "checkpoint another score; export type torch takes any."
+            )
+            raise ValueError(msg)
 
 
 def root_beside(checkpoint: Path | str) -> Path:
@@ -354,61 +244,3 @@ def root_beside(checkpoint: Path | str) -> Path:
     checkpoint = Path(checkpoint)
     parts = checkpoint.parts[-3:-1]
     return checkpoint.parents[2] if parts == ("weights", "lightning") else checkpoint.parent
-
-
-def _write(path: Path, description: dict[str, Any]) -> None:
-    text = json.dumps(_plain(description), indent=1, allow_nan=False)
-    description_path(path).write_text(f"{text}\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, which knows neither infinities nor tuples."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in _VERSIONED:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def _image_loader(trainer: Trainer) -> DataLoader | None:
-    """The loader of the validation images, or of the training images where there is no validation."""
-    loop = trainer.fit_loop
-    for source, limit in (
-        (loop.epoch_loop.val_loop._data_source, trainer.limit_val_batches),
-        (loop._data_source, trainer.limit_train_batches),
-    ):
-        loader = source.dataloader() if limit and source.is_defined() else None
-        if isinstance(loader, list | tuple):
-            loader = loader[0] if loader else None
-        if isinstance(loader, DataLoader):
-            return loader
-    return None
-
-
-def _normal_images(loader: DataLoader | None, count: int) -> Iterator[Tensor]:
-    """Yield so many normal images of a loader, ``(3, H, W)``, without a worker or a random number of the training's."""
-    if loader is None:
-        return
-    # One at a time, since images may differ in size. A loader that takes whole batches out of its data set goes as is.
-    single = loader
-    if loader.batch_size is not None:
-        single = DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)
-    with torch.random.fork_rng(devices=[]):
-        for batch in islice(single, 20 * count):
-            labels = batch.gt_label
-            normal = torch.ones(len(batch.image), dtype=torch.bool) if labels is None else ~labels.bool()
-            for image in batch.image[normal.cpu()][:count]:
-                yield image
-                count -= 1
-            if count <= 0:
-                return

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.deploy.export import ExportType
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
+
+    from .export_images import KeepsImages
+
+logger = logging.getLogger(__name__)
 
 BOUND = 1e-4
 """The largest difference between an export in single precision and PyTorch, relative; see :func:`compare`."""
@@ -43,6 +50,58 @@ class Runtime:
 
     run: Callable[[np.ndarray], Outputs]
     shape: Sequence[int | None] = (None, 3, None, None)
+
+
+def check_export(detector: KeepsImages, path: Path, export_type: ExportType, compression: str | None) -> dict[str, Any]:
+    """Compare the export with PyTorch; print what was found, and return it for ``model.json``."""
+    if detector.check_images is None:
+        print(
+            f"Check of {path}: nothing could be checked, for the detector keeps no normal images: it was fitted by "
+            "an earlier version."
+        )
+        return {"images": 0}
+    raw = "raw_score" in reference(detector, detector.check_images[:1] / 255)
+    load: Any = {
+        ExportType.TORCH: torch_runtime,
+        ExportType.ONNX: onnx_runtime,
+        ExportType.OPENVINO: partial(openvino_runtime, raw=raw),
+    }[export_type]
+    try:
+        found, images, passed = compare_runtime(detector, load(path))
+    except ModuleNotFoundError as error:
+        print(f"Check of {path}: nothing could be checked, for {error.name} is not installed.")
+        return {"images": 0}
+    print(f"Check of {path}: largest differences from PyTorch on {images} normal images: {readable(found, images)}.")
+    result: dict[str, Any] = {"images": images, "bound": BOUND, "largest_differences": found}
+    if compression is not None:
+        logger.warning("Compression (%s) changes scores: no bound is asked of it.", compression)
+        return result
+    if export_type == ExportType.OPENVINO and (default := openvino_default_precision()) != "f32":
+        found, images, kept = compare_runtime(detector, openvino_runtime(path, raw=raw, precision=None))
+        if not kept:
+            logger.warning(
+                "OpenVINO computes in %s on this machine unless it is told otherwise, and some layers of this "
+                "model do not keep single precision: the differences are then %s. Compile it with "
+                '{"INFERENCE_PRECISION_HINT": "f32"}.',
+                default,
+                readable(found, images),
+            )
+        result["default_precision"] = {"name": default, "largest_differences": found}
+    return {**result, "passed": passed}
+
+
+def compare_runtime(detector: KeepsImages, runtime: Runtime) -> tuple[dict[str, float], int, bool]:
+    """Largest differences of an export from PyTorch, the number of images, and whether the bound is kept."""
+    assert detector.check_images is not None
+    own, found, images, kept = detector.check_images.shape[-2:], [], 0, True
+    for batch in batches(detector.check_images, runtime.shape):
+        got, expected = runtime.run(batch.numpy()), reference(detector, batch)
+        found.append(compare(got, expected))
+        images += len(batch)
+        pixels = detector.model.reads_pixels and batch.shape[-2:] != own
+        slack = rounding(detector, batch, expected, pixels=pixels)
+        kept &= agree(compare(got, expected, slack))
+    return worst(found), images, kept
 
 
 def torch_runtime(path: Path) -> Runtime:

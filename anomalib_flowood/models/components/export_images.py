@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few normal images, kept for checks of later exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional
+
+from .flow_model import FlowModel
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+    from lightning.pytorch import Trainer
+
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+_CHECK_IMAGES = 5
+_CHECK_KEY = "anomalib_flowood_check_images"
+
+
+class KeepsImages(_Base):
+    """Takes a few normal images when a fit begins, from its validation set, and keeps them in checkpoints."""
+
+    model: FlowModel
+    check_images: Tensor | None = None
+    """Normal images at the detector's input size, ``(n, 3, H, W)``, uint8; ``None`` in checkpoints of old."""
+
+    def on_fit_start(self) -> None:
+        """Keep a few normal images for checks of later exports."""
+        super().on_fit_start()
+        trainer: Trainer = self.trainer
+        images = list(_normal_images(_image_loader(trainer), _CHECK_IMAGES))
+        if images:
+            size = list(self.input_size or images[0].shape[-2:])
+            resized = [functional.resize(image, size, antialias=True) for image in images]
+            self.check_images = (torch.stack(resized).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the images for checks."""
+        super().on_save_checkpoint(checkpoint)
+        if self.check_images is not None:
+            checkpoint[_CHECK_KEY] = self.check_images
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the images for checks."""
+        super().on_load_checkpoint(checkpoint)
+        self.check_images = checkpoint.get(_CHECK_KEY)
+
+
+def _image_loader(trainer: Trainer) -> DataLoader | None:
+    """The loader of the validation images, or of the training images where there is no validation."""
+    loop = trainer.fit_loop
+    for source, limit in (
+        (loop.epoch_loop.val_loop._data_source, trainer.limit_val_batches),
+        (loop._data_source, trainer.limit_train_batches),
+    ):
+        loader = source.dataloader() if limit and source.is_defined() else None
+        if isinstance(loader, list | tuple):
+            loader = loader[0] if loader else None
+        if isinstance(loader, DataLoader):
+            return loader
+    return None
+
+
+def _normal_images(loader: DataLoader | None, count: int) -> Iterator[Tensor]:
+    """Yield so many normal images of a loader, ``(3, H, W)``, without a worker or a random number of the training's."""
+    if loader is None:
+        return
+    # One at a time, since images may differ in size. A loader that takes whole batches out of its data set goes as is.
+    single = loader
+    if loader.batch_size is not None:
+        single = DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)
+    with torch.random.fork_rng(devices=[]):
+        for batch in islice(single, 20 * count):
+            labels = batch.gt_label
+            normal = torch.ones(len(batch.image), dtype=torch.bool) if labels is None else ~labels.bool()
+            for image in batch.image[normal.cpu()][:count]:
+                yield image
+                count -= 1
+            if count <= 0:
+                return

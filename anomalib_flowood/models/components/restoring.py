@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a detector leaves in a checkpoint, and how one is made of it again."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback
+
+from anomalib_flowood import __version__
+
+from .checkpoints import (
+    CLASS,
+    SCORE,
+    VERSION,
+    CheckpointError,
+    check_finite,
+    check_settings,
+    read_checkpoint,
+    written_by,
+)
+from .weights import CheckedWeights
+
+logger = logging.getLogger(__name__)
+
+
+class Restoring(CheckedWeights):
+    """Saves class, score and version; loads with the checkpoint's settings, and refuses what does not fit."""
+
+    _left = ""
+    """Score of a checkpoint that was left behind, as has been said."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the names of class, score and version."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CLASS] = type(self).__name__
+        checkpoint[SCORE] = self.model.scorer.name
+        checkpoint[VERSION] = __version__
+        self._leave_callback_state(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another class or of other settings; leave behind what belongs to another score.
+
+        Raises:
+            ValueError: If it was written by another class, or lacks the flows that the score trains.
+            SettingsError: If it was trained with other settings than this detector has: neither can be applied to the
+                other, since which were meant nobody knows.
+            CheckpointError: If a weight is NaN or infinite.
+        """
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        self._check_class(checkpoint, path)
+        check_settings(
+            path,
+            checkpoint.get("hyper_parameters", {}),
+            self.hparams,
+            self.may_change,
+            f"{type(self).__name__}.load_from_checkpoint builds a detector with the checkpoint's settings, "
+            "`flowood … --ckpt_path` without --model does, too.",
+        )
+        state = checkpoint["state_dict"]
+        check_finite(path, state)
+        self._leave_callback_state(checkpoint)
+        self._leave_score(checkpoint)
+        super().on_load_checkpoint(checkpoint)
+
+    def _leave_score(self, checkpoint: dict[str, Any]) -> None:
+        """Leave behind what belongs to another score than this detector's, and what was calibrated with it."""
+        scorer, state = self.model.scorer, checkpoint["state_dict"]
+        # Not from the hyper-parameters, which by now are those that the checkpoint is loaded with.
+        trained = checkpoint.get(SCORE, "nll")
+        if trained == scorer.name:
+            return
+        if scorer.flows:
+            msg = (
+                f"The score {scorer.name!r} compares flows that train together, and the checkpoint was trained "
+                f"with score {trained!r}. Train with score {scorer.name!r}."
+            )
+            raise ValueError(msg)
+        if trained != self._left:  # the engine loads what a command has opened before
+            logger.warning(
+                "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former "
+                "is left behind, the calibration of labels and p-values too.",
+                trained,
+                scorer.name,
+            )
+        self._left = trained
+        for key in [key for key in state if key.startswith("model.scorer.")]:
+            del state[key]
+        # The thresholds of any post-processor; anomalib's are NaN before a validation.
+        for key in [key for key in state if key.startswith("post_processor.")]:
+            value = state[key]
+            if "calibrat" in key:
+                state[key] = value[:0]
+            elif value.is_floating_point():
+                state[key] = torch.full_like(value, float("nan"))
+
+    def _leave_callback_state(self, checkpoint: dict[str, Any]) -> None:
+        """Take the post-processor out of the callbacks' states, which are restored after the weights.
+
+        It is a part of the detector, with whose weights its calibration comes.
+        """
+        if isinstance(self.post_processor, Callback):
+            checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
+
+    @classmethod
+    def _check_class(cls, checkpoint: dict[str, Any], path: object = None) -> None:
+        writer = checkpoint.get(CLASS)
+        if writer != cls.__name__:
+            by = f"written by {writer}" if writer else "not written by a detector of anomalib_flowood"
+            remedy = f"load it with anomalib_flowood.{writer}" if writer else "load it with the class that wrote it"
+            raise CheckpointError(path, f"was {by}, so {cls.__name__} cannot load it; {remedy}.")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
+        """Load a detector; the arguments are those of :meth:`AnomalibModule.load_from_checkpoint`.
+
+        Its settings are the checkpoint's. ``score``, what counts in training alone, and the post-processor's ``alpha``
+        may be given anew.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it is broken, was written by another class, or does not fit it.
+            SettingsError: If another setting is given that differs from the checkpoint's.
+        """
+        # Before anything is built: the other class's arguments may name a backbone that is not here.
+        checkpoint = read_checkpoint(checkpoint_path)
+        cls._check_class(checkpoint, checkpoint_path)
+        check_finite(checkpoint_path, checkpoint["state_dict"])
+        stored = checkpoint["hyper_parameters"]
+        allowed = ", ".join(sorted(cls.may_change & inspect.signature(cls.__init__).parameters.keys()))
+        check_settings(
+            checkpoint_path,
+            stored,
+            kwargs,
+            cls.may_change,
+            f"Leave them out, or train with them. What may change: {allowed}, and the post-processor's alpha.",
+        )
+        unknown = sorted(stored.keys() - inspect.signature(cls.__init__).parameters.keys())
+        if unknown:
+            logger.warning(
+                "The checkpoint %s (%s) has settings that this version does not know, which are left out: %s.",
+                checkpoint_path,
+                written_by(checkpoint),
+                ", ".join(unknown),
+            )
+        if "pre_trained" in stored:
+            # The checkpoint holds the backbone's weights: nothing needs to be fetched.
+            kwargs["pre_trained"] = False
+        try:
+            detector: Any = super().load_from_checkpoint(checkpoint_path, **kwargs)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            first = " ".join(str(error).split())[:300]
+            what = f"({written_by(checkpoint)}) does not fit {cls.__name__} with its settings: {first} …"
+            raise CheckpointError(checkpoint_path, what) from error
+        if "pre_trained" in stored:
+            detector.hparams["pre_trained"] = stored["pre_trained"]
+        detector._checkpoint_path = Path(checkpoint_path)
+        return detector

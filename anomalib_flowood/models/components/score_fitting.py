@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When and on what a detector's score is fitted: with the last weights of a training, before they are calibrated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import Progress
+
+from anomalib_flowood.scores.score import Inputs
+
+from .flow_model import FlowModel
+from .post_processor import ConformalPostProcessor
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+
+class ScoreFitting(_Base):
+    """Fits the score at the end of a training, or to a trained detector."""
+
+    model: FlowModel
+
+    def inputs_of(self, batch: Any) -> Inputs:
+        """What the density of a pre-processed batch is computed from."""
+        return self.model.inputs(batch.image)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget what the score has learnt of other weights."""
+        self.model.scorer.forget()
+
+    def on_train_epoch_end(self) -> None:
+        """Fit the score where no validation did."""
+        super().on_train_epoch_end()
+        trainer: Any = self.trainer  # whose loaders are not typed as iterables
+        if not self.model.scorer.ready and self._training_ends():
+            self.fit_score(trainer.train_dataloader)
+
+    def on_train_end(self) -> None:
+        """Say where the score could not be fitted."""
+        if not self.model.scorer.ready:
+            logger.warning(
+                "Training ended before its last epoch did, so the score %r is not fitted: `flowood score` fits it.",
+                self.model.scorer.name,
+            )
+
+    def on_validation_start(self) -> None:
+        """Fit the score with the last weights, so that validation images are scored and calibrated by it."""
+        trainer: Any = self.trainer
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
+            self.fit_score(trainer.train_dataloader)
+
+    def fit_score(self, loader: Iterable[Any]) -> None:
+        """Fit the score with the present weights; a trained detector needs no training for it.
+
+        The post-processor's calibration, which is of other scores, is dropped: calibrate it by ``Engine.validate``.
+
+        Args:
+            loader: Batches of in-distribution training images, not pre-processed. As many images are taken as the
+                score wants.
+
+        Raises:
+            ValueError: If there are no images, or one has a NaN or infinite statistic.
+        """
+        scorer = self.model.scorer
+        if not scorer.fit_images:
+            return
+        training = self.model.training
+        self.model.eval()
+        scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
+        self.model.train(training)
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            self.post_processor.forget()
+
+    @torch.no_grad()
+    def _score_inputs(self, loader: Iterable[Any], images: int) -> Iterator[Inputs]:
+        """Prepare so many images of a loader, as far as it has them."""
+        total = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
+        with Progress(transient=True, disable=not self._shows_progress) as progress:
+            bar = progress.add_task(f"Fitting the score {self.model.scorer.name}", total=total)
+            seen = 0
+            for batch in loader:
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
+                transform = getattr(self.pre_processor, "transform", None)
+                if transform is not None and hasattr(batch, "image"):  # stored features are of pre-processed images
+                    batch.image = transform(batch.image)
+                inputs = tuple(part[: images - seen] for part in self.inputs_of(batch))
+                yield inputs
+                seen += len(inputs[0])
+                progress.update(bar, completed=seen)
+                if seen >= images:
+                    return
+
+    @property
+    def _shows_progress(self) -> bool:
+        trainer = self._trainer
+        return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
+
+    def _training_ends(self) -> bool:
+        """Whether the weights may be the last ones: at the end of the last epoch, or of any that may be chosen."""
+        trainer = self.trainer
+        loop = trainer.fit_loop
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
+            return True
+        if not loop.epoch_loop.batch_progress.is_last_batch:
+            return False
+        if any(getattr(callback, "monitor", None) for callback in callbacks):  # early stopping, the best checkpoint
+            return True
+        return loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs

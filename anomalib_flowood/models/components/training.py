@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a flow is trained: its loss, its optimizer, and the end of a training that diverged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from anomalib_flowood.scores.score import Inputs
+
+from .flow_model import FlowModel, check_precision
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+
+class TrainingDivergedError(FloatingPointError):
+    """Training met a NaN or infinite loss."""
+
+
+class FlowTraining(_Base):
+    """Maximum likelihood with Adam, as long as the detector says where the trainer does not.
+
+    The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.
+    """
+
+    model: FlowModel
+    max_epochs: int
+    learning_rate: float
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that the detector is attached to."""
+        return LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        if trainer is not None:
+            check_precision(trainer.precision)
+        # Here, and not in `trainer_arguments`, which would override what the user asked for: when a fit begins, a
+        # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit.
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is None:
+            return
+        loop = trainer.fit_loop
+        timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
+            loop.max_epochs = self.max_epochs
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Nothing: what the user gives to the trainer is obeyed."""
+        return {}
+
+    def training_inputs(self, batch: Any) -> Inputs:
+        """The same for a training batch, with the noise that training adds."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the mean −log p per dimension; the losses of the flows that a score trains beside are added.
+
+        Raises:
+            TrainingDivergedError: If it is NaN or infinite.
+        """
+        inputs = self.training_inputs(batch)
+        loss = -self.model.density(inputs).log_prob.mean() / self.model.dims
+        self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        others = self.model.scorer.training_loss(self.model, inputs)
+        if others is not None:
+            loss = loss + others
+        if not bool(torch.isfinite(loss)):
+            self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Mark the torch model as fitted, so that it may be exported."""
+        self.model.fitted.fill_(True)
+        super().on_train_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to replace a good checkpoint by one with NaN in it."""
+        super().on_save_checkpoint(checkpoint)
+        for flow in self.model.trained_flows:
+            for name, value in flow.named_parameters():
+                if not bool(torch.isfinite(value).all()):
+                    self._diverged(f"the weights of {name} are NaN or infinite")
+
+    def configure_optimizers(self) -> Any:
+        """Adam on the flows, its learning rate following a cosine down to zero over the whole training."""
+        parameters = [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
+        # A fused optimizer divides the gradients by the loss scale of 16-mixed inside of its step, and so after they
+        # were clipped; Lightning refuses a gradient_clip_val then.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=not scaled)
+        steps = self.trainer.estimated_stepping_batches
+        if steps in {float("inf"), 0}:
+            return {"optimizer": optimizer}
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says; by default to a norm that only an outlier reaches."""
+        if gradient_clip_val is None:
+            for flow in self.model.trained_flows:
+                nn.utils.clip_grad_norm_(flow.parameters(), max_norm=50.0)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _diverged(self, what: str) -> None:
+        checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or getattr(
+            self.trainer.checkpoint_callback, "best_model_path", ""
+        )
+        kept = f"The last good checkpoint is kept: {checkpoint}" if checkpoint else "There is no checkpoint yet"
+        msg = (
+            f"Training of {type(self).__name__} stopped: {what}. {kept}. "
+            f"Try a learning_rate below {self.learning_rate}, and look for broken training images."
+        )
+        raise TrainingDivergedError(msg)

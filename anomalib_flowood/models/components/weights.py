@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are checked before they decide: none is NaN, and the calibration is theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .checkpoints import check_finite, plain
+from .flow_model import FlowModel
+from .post_processor import ConformalPostProcessor
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+
+class CheckedWeights(_Base):
+    """Checks weights and their calibration wherever they are about to be used."""
+
+    model: FlowModel
+    may_change: ClassVar[frozenset[str]] = frozenset({"score", "max_epochs", "learning_rate", "pre_trained"})
+    """Arguments that may differ from those of a checkpoint: the score, and what counts in training alone."""
+
+    _seen: tuple[tuple[int, int], ...] = ()
+    """Versions of the weights that were checked last."""
+
+    def fingerprint(self) -> Tensor:
+        """Return a hash of all that a score depends on, ``(32,)``, bytes: weights, fitted statistics, settings, score.
+
+        It is the same on every device, and in float64 what it is in float32.
+        """
+        scorer = self.model.scorer if self.model.scorer.ready else self.model.nll
+        defaults = inspect.signature(type(self).__init__).parameters
+        # Those alone that are not the default, so that a setting which a later version adds changes nothing.
+        settings = {
+            name: value
+            for name, value in plain(dict(self.hparams)).items()
+            if name not in {*self.may_change, "backbone"}
+            and (name not in defaults or value != plain(defaults[name].default))
+        }
+        digest = hashlib.sha256(json.dumps([scorer.name, settings], sort_keys=True).encode())
+        for name, value in self.model.state_dict().items():
+            if name == "fitted":  # says that training went on to the end of an epoch
+                continue
+            value = value.float() if value.is_floating_point() else value
+            # Nobody forges weights: a checksum of each tensor is enough, and three times as fast.
+            checksum = zlib.crc32(value.cpu().contiguous().numpy())
+            digest.update(f"{name} {tuple(value.shape)} {checksum}\n".encode())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+    def check_weights(self) -> None:
+        """Refuse weights that are NaN; drop a calibration that is not of the present weights, score and settings.
+
+        Tests, predictions, exports and loading do so by themselves, and so does a call of the detector where weights
+        have changed since.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite, or the calibration too small for its ``alpha``.
+        """
+        check_finite(None, {f"model.{name}": value for name, value in self.model.state_dict().items()})
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            self.post_processor.check(self.fingerprint())
+        self._seen = self._versions()
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Return what changes whenever a weight or the calibration does, at little cost."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if isinstance(self.post_processor, ConformalPostProcessor):
+            tensors.append(self.post_processor.calibration)
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Score images and decide, as :meth:`AnomalibModule.forward` does, by a calibration that is theirs."""
+        if not torch.compiler.is_compiling() and self._seen != self._versions():
+            self.check_weights()
+        return super().forward(batch, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights; a calibration among them that is of others is dropped.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite.
+        """
+        keys = super().load_state_dict(state_dict, *args, **kwargs)
+        self.check_weights()
+        return keys
+
+    def on_fit_end(self) -> None:
+        """Keep no calibration that is of other weights than the final ones."""
+        self.check_weights()
+
+    def on_test_start(self) -> None:
+        """Decide by the calibration of these weights alone."""
+        self.check_weights()
+
+    def on_predict_start(self) -> None:
+        """Decide by the calibration of these weights alone."""
+        self.check_weights()
