@@ -3,11 +3,15 @@
 
 from .backbones import PooledAndMaps, create_feature_maps, run_backbone
 from .catalogue import LOCAL_DIR, backbone_config, check_backbone, default_layers, feature_layers
+from .descriptors import Descriptors
+from .embedding import Embedding
 from .weights import BackboneUnavailableError, create_backbone, save_local
 
 __all__ = [
     "LOCAL_DIR",
     "BackboneUnavailableError",
+    "Descriptors",
+    "Embedding",
     "PooledAndMaps",
     "backbone_config",
     "check_backbone",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,8 @@ def full_precision(method: _Method) -> _Method:
     for matrix products what ``torch.set_float32_matmul_precision`` asks for) have enough digits.
 
     Args:
-        method: A method of a module, or a function whose first argument is one. Its parameters say on what device.
+        method: A method of a module, or a function whose first argument is one. Its parameters, or its buffers where it
+            has none, say on what device.
 
     Returns:
         The method, which autocast and TF32 leave alone. Nothing changes where it is traced for an export.
@@ -32,7 +34,7 @@ def full_precision(method: _Method) -> _Method:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
-        with _exactly(next(self.parameters()).device.type):
+        with _exactly(next(chain(self.parameters(), self.buffers())).device.type):
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]

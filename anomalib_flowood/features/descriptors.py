@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors of the positions of a feature map."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anomalib_flowood.flows import full_precision
+
+_FIT_POSITIONS = 60_000
+"""Positions whose descriptors a fit looks at; more change nothing but the time."""
+
+_CHUNK = 256
+"""Images whose maps are described at once."""
+
+
+class Descriptors(nn.Module):
+    """Describes every position of one layer's maps by 2 C numbers.
+
+    They are its feature vector, of C channels, and the mean of the L2-normalised vectors in the 3 × 3 positions around
+    it (Roth et al. 2022, "Towards total recall in industrial anomaly detection", section 3.1, pool likewise). The two
+    halves are scaled to a total variance of 1 each.
+
+    Args:
+        channels: C, the channels of the maps.
+        layer: The layer's name, for errors.
+    """
+
+    scale: Tensor
+    """By what each number is multiplied, ``(2 C,)``; 1 before a fit."""
+
+    def __init__(self, channels: int, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("scale", torch.ones(2 * channels))
+
+    @full_precision
+    def fit(self, maps: Tensor) -> Tensor:
+        """Scale both halves to a total variance of 1 over positions and images.
+
+        Args:
+            maps: The maps of all training images, ``(N, C, h, w)``; in main memory, if they are many.
+
+        Returns:
+            The scaled descriptors of the positions that were drawn for it, ``(n, 2 C)``, float64, in main memory.
+
+        Raises:
+            ValueError: If one of the halves does not vary.
+        """
+        drawn = self._draw(maps).double().cpu().numpy()
+        totals = drawn.var(axis=0).reshape(2, -1).sum(axis=1)
+        if totals.min() <= 1e-10:
+            what = "features" if totals[0] <= 1e-10 else "directions of the features"
+            msg = f"The {what} of layer {self.layer} do not vary: are the training images all the same, or constant?"
+            raise ValueError(msg)
+        scale = (1 / np.sqrt(totals)).repeat(len(self.scale) // 2)
+        self.scale.copy_(torch.from_numpy(scale))
+        return torch.from_numpy(drawn * scale)
+
+    @full_precision
+    def forward(self, maps: Tensor) -> Tensor:
+        """Describe maps.
+
+        Args:
+            maps: ``(N, C, h, w)``. They may lie on another device than the module, and have another precision.
+
+        Returns:
+            Scaled descriptors, ``(N, 2 C, h, w)``, of the module's device and precision.
+        """
+        return _describe(maps.to(self.scale)) * self.scale[:, None, None]
+
+    def _draw(self, maps: Tensor) -> Tensor:
+        """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``."""
+        n, _, height, width = maps.shape
+        positions = height * width
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randperm(n * positions, generator=generator)[:_FIT_POSITIONS].sort().values
+        parts = []
+        for start, chunk in zip(range(0, n, _CHUNK), maps.split(_CHUNK), strict=True):
+            inside = drawn[(drawn >= start * positions) & (drawn < (start + len(chunk)) * positions)]
+            described = _describe(chunk.to(self.scale)).permute(0, 2, 3, 1).flatten(0, 2)
+            parts.append(described[inside - start * positions])
+        return torch.cat(parts)
+
+
+def _describe(maps: Tensor) -> Tensor:
+    """Return every position's descriptor, before scaling: ``(N, C, h, w)`` to ``(N, 2 C, h, w)``."""
+    directions = functional.normalize(maps, dim=1)
+    return torch.cat([maps, functional.avg_pool2d(directions, 3, 1, 1, count_include_pad=False)], dim=1)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings of images: a frozen network's pooled features, and the layout of its maps, which pooling loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anomalib_flowood.flows import full_precision
+
+from .backbones import PooledAndMaps, run_backbone
+
+_GRID = 7
+"""Positions to a side to which larger maps are pooled, or just above."""
+
+_FIT_POSITIONS = 60_000
+"""Most positions from which the directions of feature vectors are fitted, for the time it takes."""
+
+_CHUNK = 512
+"""Images that are embedded at once where features are at hand."""
+
+
+class Embedding(nn.Module):
+    """Embeddings of length 1 from one pass of a frozen backbone.
+
+    An embedding has D numbers: the network's pooled features, and for each of ``layers`` the layout of its map. At
+    every position of the map the feature vector is projected onto the leading principal directions (``map_dims`` of
+    them, over all positions and training images) and divided by the fourth root of their variances, so that none of
+    them drowns the others. Each part is brought to the same length, and the whole to length 1.
+
+    Args:
+        backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.features.catalogue`.
+        layers: Layers by timm's module names (``blocks.4``) or indices; by default the one of
+            :func:`anomalib_flowood.features.default_layers`. An empty list for the pooled features alone.
+        image_size: Height and width of the images; by default the size that the backbone was trained at.
+        pre_trained: Load the backbone's weights.
+        map_dims: Principal directions of each layer's feature vectors; all where a layer has fewer channels.
+
+    Raises:
+        ValueError: If a name is unknown, ``map_dims`` is below 1, or the backbone takes no images of this size.
+        BackboneUnavailableError: If the backbone's weights cannot be had.
+    """
+
+    dims: int
+    """D, the numbers of an embedding."""
+    image_size: tuple[int, int]
+    """Height and width of the images."""
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[str | int] | None = None,
+        image_size: tuple[int, int] | None = None,
+        *,
+        pre_trained: bool = True,
+        map_dims: int = 32,
+    ) -> None:
+        super().__init__()
+        if map_dims < 1:
+            msg = f"map_dims must be at least 1, got {map_dims}."
+            raise ValueError(msg)
+        self.network = PooledAndMaps(backbone, layers, pre_trained=pre_trained, image_size=image_size)
+        height, width = image_size or self.network.pretrained_cfg["input_size"][-2:]
+        self.image_size = (height, width)
+        with torch.no_grad():
+            pooled, *maps = self.network(torch.zeros(1, 3, height, width))
+        grids = [_to_grid(layer) for layer in maps]
+        self.layouts = nn.ModuleList(Layout(layer.shape[1], map_dims) for layer in grids)
+        self.dims = pooled.shape[1] + sum(
+            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type]
+            for layout, grid in zip(self.layouts, grids, strict=True)
+        )
+
+    def train(self, mode: bool = True) -> Embedding:
+        """Set the mode; the backbone is frozen, its batch norms included."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what embeddings are made of.
+
+        Args:
+            images: Images as the backbone wants them, ``(N, 3, H, W)``, in the precision of its weights.
+
+        Returns:
+            The pooled features, ``(N, P)``, and for each layer its map, ``(N, C, h, w)``.
+        """
+        pooled, *maps = run_backbone(self.network, images)
+        return (pooled, *(_to_grid(layer) for layer in maps))
+
+    def fit(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the principal directions of each layer's feature vectors, over all positions and images.
+
+        Args:
+            features: What :meth:`extract` returns for the training images; in main memory, if they are many.
+        """
+        for layout, layer in zip(self.layouts, features[1:], strict=True):
+            layout.fit(layer)  # type: ignore[operator]
+
+    @full_precision
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Make embeddings of what :meth:`extract` returned.
+
+        Args:
+            features: They may lie on another device than the module, and have another precision.
+
+        Returns:
+            Embeddings of length 1, ``(N, D)``.
+        """
+        like = next(self.network.parameters())  # the one tensor that is there without any layer, too
+        pooled, *maps = (part.to(like) for part in features)
+        parts = [pooled, *(layout(layer).flatten(1) for layout, layer in zip(self.layouts, maps, strict=True))]
+        length = math.sqrt(len(parts))
+        return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
+
+    def embed_stored(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Embed the features of many images, some at a time: ``(N, D)``, on the module's device."""
+        chunks = zip(*(part.split(_CHUNK) for part in features), strict=True)
+        return torch.cat([self(chunk) for chunk in chunks])
+
+
+class Layout(nn.Module):
+    """Projects the feature vectors of a map onto their principal directions, which keep their places.
+
+    Args:
+        channels: C, the numbers of a feature vector.
+        dims: The most directions d to keep.
+    """
+
+    mean: Tensor
+    """Mean feature vector, ``(C,)``."""
+    directions: Tensor
+    """Directions over the fourth roots of their variances, ``(d, C)``; zero before a fit, and beyond the rank."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("directions", torch.zeros(min(dims, channels), channels))
+
+    def fit(self, layer: Tensor) -> None:
+        """Fit mean and directions.
+
+        Args:
+            layer: The map of all training images, ``(N, C, h, w)``, on any device.
+        """
+        vectors = layer.movedim(1, -1).flatten(0, -2)
+        drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:_FIT_POSITIONS]
+        pca = PCA(svd_solver="covariance_eigh").fit(vectors[drawn].double().cpu().numpy())
+        count = len(self.directions)
+        variances = torch.from_numpy(pca.explained_variance_[:count])
+        scale = variances.clamp(min=max(1e-6 * float(variances[0]), 1e-12)) ** -0.25
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+        self.directions.zero_()
+        self.directions[: len(variances)] = (torch.from_numpy(pca.components_[:count]) * scale[:, None]).to(
+            self.directions
+        )
+
+    def forward(self, layer: Tensor) -> Tensor:
+        """Project a map, ``(N, C, h, w)``, of this module's device and precision: ``(N, d, h, w)``."""
+        return functional.conv2d(layer - self.mean[:, None, None], self.directions[:, :, None, None])
+
+
+def _to_grid(layer: Tensor) -> Tensor:
+    """Pool a map, ``(N, C, h, w)``, to about seven positions to a side; smaller ones stay as they are."""
+    kernel = [max(1, round(length / _GRID)) for length in layer.shape[2:]]
+    return functional.avg_pool2d(layer, kernel) if max(kernel) > 1 else layer
