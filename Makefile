@@ -9,6 +9,7 @@
 # make test         install into .venv, run all tests
 # make gpu          run the tests of devices on this machine's GPU, with .venv or with PYTHON=…, which has what they import
 # make lint         ruff and mypy
+# make pre-commit   what a commit is checked for, on all files
 PYTHON ?= python3
 BIN := .venv/bin
 BACKBONE := backbones/tf_efficientnet_lite0
@@ -23,7 +24,7 @@ SEEDS ?= 0 1 2
 PROFILE ?= laptop
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest scores paper report test gpu lint fashion-mnist chromium
+.PHONY: quickstart seeds speed contest scores paper report test gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -70,6 +71,9 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+pre-commit: .venv/dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 .venv/bin/pip:
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \

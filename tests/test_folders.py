@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results go: beside the run that they are of, and over nothing."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -107,7 +106,8 @@ def two_runs(tmp_path_factory):
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }
     (folder / "detector.yaml").write_text(yaml.safe_dump(content))
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         for _ in range(2):
             main(["fit", "--config", "detector.yaml", "--seed_everything", "0"])
     return folder

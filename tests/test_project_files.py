@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files about the project that nothing imports: whether they parse, and agree with pyproject.toml and the Makefile."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def parsed(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_workflow_lints_and_tests_every_python_that_is_promised():
+    jobs = parsed(".github/workflows/ci.yml")["jobs"]
+    versions = jobs["test"]["strategy"]["matrix"]["python-version"]
+    assert versions == ["3.10", "3.11", "3.12", "3.13"]
+    assert f'requires-python = ">={versions[0]}"' in PYPROJECT
+    assert f'target-version = "py{versions[0].replace(".", "")}"' in PYPROJECT
+
+    commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
+    assert {"make lint", "make test"} <= set(commands["test"])
+    assert commands["pre-commit"] == ["make pre-commit"]
+    made = re.findall(r"make ([\w-]+)", str(commands))
+    assert set(made) <= targets()
+
+
+def test_the_hooks_are_make_lints_programs():
+    local = next(repo for repo in parsed(".pre-commit-config.yaml")["repos"] if repo["repo"] == "local")
+    programs = {hook["entry"].split()[0] for hook in local["hooks"]}
+    assert programs == {".venv/bin/ruff", ".venv/bin/mypy"}
+    for program in programs:  # none of a release of its own
+        assert re.search(rf'"{Path(program).name}[><=]', PYPROJECT)
+
+
+def test_the_citation_has_what_its_schema_requires():
+    citation = parsed("CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert f'version = "{citation["version"]}"' in PYPROJECT
+    assert f'license = "{citation["license"]}"' in PYPROJECT
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert "2006.08545" in paper["url"]
+
+
+def test_contributing_names_targets_that_there_are():
+    named = re.findall(r"`?make ([a-z][\w-]*)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {"lint", "test", "pre-commit"} <= set(named) <= targets()
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_to_files_lead_somewhere(name: str):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
