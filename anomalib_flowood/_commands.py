@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,7 @@ from rich.console import Console
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, check_seed, measure
+from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, build, check_seed, measure
 from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
@@ -228,7 +229,7 @@ class FlowoodCLI(AnomalibCLI):
         from anomalib_flowood.report.page import write_report
 
         arguments = self.config["report"]
-        page = write_report(arguments["folder"], arguments["output"])
+        page = write_report(arguments["folder"], partial(build, "data"), arguments["output"])
         Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
 
     def add_backbone_arguments(self, parser: ArgumentParser) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from anomalib.data import AnomalibDataModule
 
 from anomalib_flowood.metrics import MOST_SETS
 
@@ -63,13 +65,17 @@ class _Strip:
     images: list[tuple[str, str, str, str]]
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(
+    folder: Path, open_data: Callable[[dict[str, Any]], AnomalibDataModule], output: Path | None = None
+) -> Path:
     """Write the page of a run, and its pictures as files beside it.
 
     The page holds everything it needs: it fetches nothing, from the network or from the folder.
 
     Args:
         folder: The run's folder, see :mod:`.run`.
+        open_data: Builds a data module from what ``run.json`` holds of it (``class_path`` and ``init_args``), for test
+            images that are no files.
         output: Folder to write to, made if missing; ``report`` in the run's folder by default.
 
     Returns:
@@ -85,7 +91,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("data-*.svg"):  # of an earlier report, which may have had more of them
         old.unlink()
-    data = [_data_section(run, str(name), number) for number, name in enumerate(run.results["data"].unique(), start=1)]
+    names = [str(name) for name in run.results["data"].unique()]
+    data = [_data_section(run, name, number, open_data) for number, name in enumerate(names, start=1)]
     for section in data:
         for number, (title, panel) in enumerate(section.pop("pictures"), start=1):
             (pictures / f"{section['anchor']}-{number}{_slug(title)}.svg").write_text(panel, encoding="utf-8")
@@ -178,7 +185,9 @@ def _tables(run: Run) -> list[_Table]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _data_section(run: Run, name: str, number: int) -> dict[str, Any]:
+def _data_section(
+    run: Run, name: str, number: int, open_data: Callable[[dict[str, Any]], AnomalibDataModule]
+) -> dict[str, Any]:
     """Everything about one data set; ``pictures`` are all its panels."""
     scores = run.scores[run.scores["data"] == name]
     detectors = [str(detector) for detector in run.results["detector"].unique()]
@@ -191,7 +200,8 @@ def _data_section(run: Run, name: str, number: int) -> dict[str, Any]:
             speed[f"AUROC against {label}"] = panel
     views = list(_views(scores, detectors))
     panels = sum(len(view.panels) for view in views)
-    images, missing = _strips(scores, run.record.get("data", {}).get(name))
+    entry = run.record.get("data", {}).get(name)
+    images, missing = _strips(scores, None if entry is None else partial(open_data, entry))
     return {
         "title": name,
         "anchor": f"data-{number}{_slug(name)}",
@@ -235,7 +245,9 @@ def _views(scores: pd.DataFrame, detectors: list[str]) -> Iterator[_View]:
         yield _View(title, panels)
 
 
-def _strips(scores: pd.DataFrame, entry: dict[str, Any] | None) -> tuple[dict[str, list[_Strip]], str]:
+def _strips(
+    scores: pd.DataFrame, open_data: Callable[[], AnomalibDataModule] | None
+) -> tuple[dict[str, list[_Strip]], str]:
     """For each detector the images on which it is most wrong, of its first seed; and what is missing."""
     chosen: dict[str, dict[str, pd.DataFrame]] = {}
     for detector, group in scores.groupby("detector", sort=False):
@@ -247,7 +259,7 @@ def _strips(scores: pd.DataFrame, entry: dict[str, Any] | None) -> tuple[dict[st
     if not chosen:
         return {}, ""
     paths = pd.concat([rows["image_path"] for strips in chosen.values() for rows in strips.values()])
-    found = find_thumbnails(paths, entry)
+    found = find_thumbnails(paths, open_data)
     return {
         detector: [_strip(title, rows, found) for title, rows in strips.items() if not rows.empty]
         for detector, strips in chosen.items()

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from anomalib.data import AnomalibDataModule
 from torchvision.transforms.v2.functional import to_pil_image
 
-from anomalib_flowood.benchmark import build, readable
 from anomalib_flowood.data.decoding import read_picture
 
 SIDE = 96
@@ -33,7 +32,7 @@ class Thumbnails:
     missing: str
 
 
-def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumbnails:
+def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataModule] | None) -> Thumbnails:
     """Find images by the paths that a test recorded.
 
     Files are read. Images that never were files (MNIST's) have paths that only stand in for them: the data module is
@@ -41,7 +40,7 @@ def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumb
 
     Args:
         paths: Values of ``image_path``.
-        entry: ``class_path`` and ``init_args`` of the data module, ``None`` if nobody knows.
+        open_data: Builds the data module, ``None`` if nobody knows how.
 
     Returns:
         What was found.
@@ -56,13 +55,13 @@ def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumb
             except ValueError as error:
                 reason = str(error)
     others = [path for path in wanted if path not in uris and not Path(path).is_file()]
-    if others and entry is None:
+    if others and open_data is None:
         reason = f"there is no such file from {Path.cwd()}, and the run did not keep how its data were made"
-    elif others and entry is not None:
+    elif others and open_data is not None:
         try:
-            images = _from_data(entry, others)
+            images = _from_data(open_data(), others)
         except Exception as error:  # data that have gone since must not cost the page
-            reason = f"the data could not be read again ({readable(error)})"
+            reason = f"the data could not be read again ({str(error) or type(error).__name__})"
         else:
             uris |= images
             if len(images) < len(others):
@@ -72,9 +71,8 @@ def find_thumbnails(paths: Iterable[str], entry: dict[str, Any] | None) -> Thumb
     return Thumbnails(uris, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else "")
 
 
-def _from_data(entry: dict[str, Any], paths: list[str]) -> dict[str, str]:
+def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, str]:
     """Data URIs of the test images of a data module that have these paths."""
-    datamodule = build("data", entry)
     datamodule.prepare_data()
     datamodule.setup("test")
     places = {str(path): place for place, path in enumerate(datamodule.test_data.samples["image_path"])}

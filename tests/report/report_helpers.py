@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pandas as pd
 import torch
 from model_helpers import idx_folder
 
-from anomalib_flowood.benchmark import Results
+from anomalib_flowood.benchmark import Results, build
 from anomalib_flowood.data import CrossDataset
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+from anomalib_flowood.report.page import write_report
 from anomalib_flowood.report.run import write_record
 
 DETECTORS = {"good one": 3.0, "poor one": 0.5, "in between": 1.5}
@@ -32,6 +34,11 @@ def samples_of(entry: dict) -> pd.DataFrame:
     datamodule.setup("test")
     samples = datamodule.test_data.samples
     return samples[["image_path", "source"]].assign(label=samples["label_index"])
+
+
+def report(folder: Path, output: Path | None = None) -> Path:
+    """The page of a run, as ``flowood report`` writes it."""
+    return write_report(folder, partial(build, "data"), output)
 
 
 def write_run(

@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from report_helpers import DETECTORS, in_memory, samples_of, write_run
-
-from anomalib_flowood.report.page import write_report
+from report_helpers import DETECTORS, in_memory, report, samples_of, write_run
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -27,7 +25,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = write_run(root / "run", data, entries=dict.fromkeys(data, entry), failed=("poor one",))
     alone = root / "alone"
     alone.mkdir()
-    return shutil.copy(write_report(folder), alone / "index.html").as_uri()
+    return shutil.copy(report(folder), alone / "index.html").as_uri()
 
 
 @pytest.fixture(scope="module")

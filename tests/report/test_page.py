@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from report_helpers import DETECTORS, Page, in_memory, job, samples_of, write_run
+from report_helpers import DETECTORS, Page, in_memory, job, report, samples_of, write_run
 from sklearn.metrics import roc_auc_score
 
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import CrossDataset
-from anomalib_flowood.report.page import write_report
 from anomalib_flowood.report.panels import roc_panel
 from anomalib_flowood.report.thumbnails import SIDE
 
@@ -45,7 +44,7 @@ def labels_of(page: Page) -> list[str]:
 def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
     entry = in_memory(tmp_path)
     folder = write_run(tmp_path / "run", {"shapes": samples_of(entry)}, entries={"shapes": entry}, seeds=(0, 1))
-    path = write_report(folder)
+    path = report(folder)
     assert path == folder / "report" / "index.html"
     page = Page(path)
 
@@ -98,7 +97,7 @@ def test_the_page_fetches_nothing_and_is_well_formed(tmp_path: Path) -> None:
     entry = in_memory(tmp_path)
     data = {"a/b": samples_of(entry), "c": samples_of(entry)}
     folder = write_run(tmp_path / "run", data, detectors={"a": 1.0}, entries={"a/b": entry, "c": entry})
-    page = Page(write_report(folder))
+    page = Page(report(folder))
     for _, attributes in page.elements:
         for name in ("src", "href", "xlink:href", "data", "poster", "srcset", "action"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
@@ -118,7 +117,7 @@ def test_names_cannot_break_the_page(tmp_path: Path, samples: pd.DataFrame) -> N
     name = "<script>alert(1)</script> $x_1$ & \"q\" 'a' _"
     samples = samples.assign(source=samples["source"] + "<b>&$", image_path='"><img src=x>' + samples["image_path"])
     folder = write_run(tmp_path / "run", {name: samples}, detectors={name: 1.0, "_b": 1.0}, entries={name: None})
-    path = write_report(folder)
+    path = report(folder)
     page = Page(path)
     assert len(page.all("script")) == 1
     assert page.all("b")
@@ -146,7 +145,7 @@ def test_images_from_files(tmp_path: Path) -> None:
         elif number != 2:  # which is gone
             Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)).save(path)
         rows.append({"image_path": str(path), "source": "files", "label": number % 2})
-    page = Page(write_report(write_run(tmp_path / "run", {"d": pd.DataFrame(rows)}, detectors={"a": 1.0})))
+    page = Page(report(write_run(tmp_path / "run", {"d": pd.DataFrame(rows)}, detectors={"a": 1.0})))
     shown = {Path(image["alt"]).name: decoded(image["src"]) for image in thumbnails(page)}
     assert shown.keys() == {"1.png", "3.png", "4.png", "5.png"}
     assert shown["1.png"].size == (SIDE // 2, SIDE)
@@ -160,7 +159,7 @@ def test_data_that_are_gone_leave_a_sentence(tmp_path: Path, samples: pd.DataFra
     other = in_memory(tmp_path)
     data = {"gone": samples, "other": samples}
     entries = {"gone": gone, "other": other}
-    page = Page(write_report(write_run(tmp_path / "run", data, detectors={"a": 1.0}, entries=entries)))
+    page = Page(report(write_run(tmp_path / "run", data, detectors={"a": 1.0}, entries=entries)))
     assert "images are missing: the data could not be read again (There is no folder gone" in page.text
     assert "images are missing: neither a file nor the data as they are now hold nowhere/" in page.text
     assert not thumbnails(page)
@@ -168,7 +167,7 @@ def test_data_that_are_gone_leave_a_sentence(tmp_path: Path, samples: pd.DataFra
 
 
 def test_an_older_folder_without_a_record(tmp_path: Path, samples: pd.DataFrame) -> None:
-    page = Page(write_report(write_run(tmp_path / "run", {"d": samples}), tmp_path / "elsewhere" / "page"))
+    page = Page(report(write_run(tmp_path / "run", {"d": samples}), tmp_path / "elsewhere" / "page"))
     assert "no run.json" in page.text
     assert "the run did not keep how its data were made" in page.text
     assert (tmp_path / "elsewhere" / "page" / "index.html").is_file()
@@ -178,7 +177,7 @@ def test_an_older_folder_without_a_record(tmp_path: Path, samples: pd.DataFrame)
 @pytest.mark.parametrize("failed", [("poor one",), tuple(DETECTORS)])
 def test_failed_jobs_are_in_the_table(tmp_path: Path, samples: pd.DataFrame, failed: tuple[str, ...]) -> None:
     folder = write_run(tmp_path / "run", {"d": samples}, entries={"d": None}, failed=failed)
-    page = Page(write_report(folder))
+    page = Page(report(folder))
     assert page.text.count("failed: RuntimeError: <out of memory>") == len(failed)
     assert f"{len(failed)} of 3 jobs failed" in page.text
     assert ("every job failed" in page.text) == (len(failed) == 3)
@@ -188,11 +187,11 @@ def test_failed_jobs_are_in_the_table(tmp_path: Path, samples: pd.DataFrame, fai
 
 def test_many_sets_are_shown_together(tmp_path: Path, samples: pd.DataFrame) -> None:
     many = samples.assign(source=[f"class {number % 15}" for number in range(len(samples))])
-    page = Page(write_report(write_run(tmp_path / "run", {"d": many})))
+    page = Page(report(write_run(tmp_path / "run", {"d": many})))
     assert sum(label.startswith("ROC curves, All 15 outside sets") for label in labels_of(page)) == 1
     assert len(page.all("details")) == 1 + 3
     several = samples.assign(source=[f"class {number % 8}" for number in range(len(samples))])
-    page = Page(write_report(write_run(tmp_path / "several", {"d": several}, detectors={"a": 1.0})))
+    page = Page(report(write_run(tmp_path / "several", {"d": several}, detectors={"a": 1.0})))
     closed = [details for details in page.all("details") if "open" not in details]
     assert len(closed) == 8  # each set waits below all of them together
 
@@ -203,7 +202,7 @@ def test_one_class_alone_has_no_roc_curve(tmp_path: Path, samples: pd.DataFrame)
     row = {"detector": "a", "data": "d", "seed": 0}
     inside = samples[samples["label"] == 0].assign(score=np.arange(30.0))
     Results(folder).add({**row, "AUROC": np.nan, "FPR95": np.nan}, inside.assign(**row))
-    page = Page(write_report(folder))
+    page = Page(report(folder))
     assert "All test images are inside" in page.text
     assert page.text.count("not defined") == 2
     assert [label.partition(" ")[0] for label in labels_of(page)] == ["Score"]
@@ -217,7 +216,7 @@ def test_infinite_and_constant_scores(tmp_path: Path, samples: pd.DataFrame) -> 
     values[-3:] = np.inf
     for detector, score in (("infinite", values), ("constant", np.ones(len(samples)))):
         results.add(*job({"detector": detector, "data": "d", "seed": 0}, samples.assign(score=score)))
-    page = Page(write_report(folder))
+    page = Page(report(folder))
     assert "infinite 1.000; constant 0.500." in labels_of(page)[0]
     assert len(page.all("svg")) == 1 + 2 + 2
 
@@ -291,12 +290,12 @@ def test_a_broken_record_is_one_message(tmp_path: Path, samples: pd.DataFrame, r
     folder = write_run(tmp_path / "run", {"d": samples})
     (folder / "run.json").write_text(record, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        write_report(folder)
+        report(folder)
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone is no folder. Give the one that `flowood benchmark`"):
-        write_report(tmp_path / "gone")
+        report(tmp_path / "gone")
 
 
 def test_the_command_says_where_the_page_is(
