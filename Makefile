@@ -6,7 +6,8 @@
 #                   PROFILE=full: as published, on a GPU
 # make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
 # make scores     every anomaly score on one flow of pixels
-# make test         install into .venv, run all tests
+# make test         install into .venv, run all tests, in two processes; WORKERS=0: in one, for pdb
+# make test-fast    the tests of flows, scores and metrics alone
 # make gpu          run the tests of devices on this machine's GPU, with .venv or with PYTHON=…, which has what they import
 # make lint         ruff and mypy
 # make pre-commit   what a commit is checked for, on all files
@@ -22,9 +23,10 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 TILES ?=
 SEEDS ?= 0 1 2
 PROFILE ?= laptop
+WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest scores paper report test gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed contest scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -57,8 +59,13 @@ report: .venv/offline chromium
 		--user-data-dir="$$profile" --window-size=1280,1400 --screenshot="$(CURDIR)/docs/report.png" \
 		"file://$(CURDIR)/results/report/index.html" && rm -r "$$profile"
 
+# A worker that is through with its share takes over half of what the other one still has.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: .venv/test chromium
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: .venv/test
+	$(PYTEST) tests/flows tests/scores tests/metrics $(PYTEST_ARGS)
 
 # Installs nothing: a machine with a GPU has a PyTorch of its own. Without a GPU the device is a pretended one alone.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
