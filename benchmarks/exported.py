@@ -31,7 +31,7 @@ import anomalib_flowood
 from anomalib_flowood import OneClass
 from anomalib_flowood.data.decoding import read_image
 from anomalib_flowood.models.components.export_check import openvino_default_precision
-from benchmarks.results import quiet
+from benchmarks.fits import quiet
 
 DETECTORS = ("PixelFlow", "EmbeddingFlow", "FeatureMapFlow")
 

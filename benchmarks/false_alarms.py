@@ -21,7 +21,7 @@ from rich.table import Table
 from anomalib_flowood import CrossDataset, PixelFlow
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.conformal import false_alarm_rates
-from benchmarks.results import TimeLimit, quiet
+from benchmarks.fits import TimeLimit, quiet
 
 CALIBRATION_IMAGES = (100, 1000, 5000)
 

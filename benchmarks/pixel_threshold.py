@@ -28,7 +28,7 @@ from anomalib_flowood import FeatureMapFlow
 from anomalib_flowood.conformal import false_alarm_rates
 from anomalib_flowood.models.components import ConformalPostProcessor
 from benchmarks.contest.data import HELD_OUT, IndustrialFolder
-from benchmarks.results import quiet
+from benchmarks.fits import quiet
 
 
 def fit(folder: Path, seed: int, alpha: float) -> tuple[Any, IndustrialFolder]:

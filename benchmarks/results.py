@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: rows of results that outlive an interruption, tables of them, and where both are shown."""
+"""What the benchmarks share: rows of results that outlive an interruption, and where they are shown."""
 
 from __future__ import annotations
 
 import csv
-import logging
-import math
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 
 KEY = ("part", "task", "detector", "seed")
@@ -69,116 +63,22 @@ def check_columns(output: Path, columns: Sequence[str]) -> None:
         raise ValueError(msg)
 
 
+def failed(output: Path, keys: Iterable[tuple[str, str, str, int]], error: Exception) -> list[dict[str, Any]]:
+    """Write an error to ``errors.log``; return the rows that it leaves in the place of results, to be run again."""
+    keys = list(keys)
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "errors.log").open("a", encoding="utf-8") as file:
+        file.write(f"{keys[0]}\n{''.join(traceback.format_exception(error))}\n")
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return [{**dict(zip(KEY, key, strict=True)), "error": said} for key in keys]
+
+
 def finished(output: Path) -> set[tuple[str, str, str, int]]:
     """Return the keys of the rows that need not be run again."""
     rows = read_rows(output)
     done = rows[rows["error"].isna()]
     return set(zip(done["part"], done["task"], done["detector"], done["seed"].astype(int), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fits
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what anomalib and Lightning have to say about every fit."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.disable(level)
-
-
-class TimeLimit(Timer):
-    """Ends a training after a number of seconds, over which the learning rate follows a cosine down to zero.
-
-    The detectors' own cosine is over the trainer's steps, and how many fit into the time nobody knows beforehand.
-
-    Args:
-        seconds: Time from the first batch on; ``None`` to measure it only.
-    """
-
-    def __init__(self, seconds: float | None) -> None:
-        super().__init__(None if seconds is None else timedelta(seconds=seconds), verbose=False)
-        self.seconds = seconds
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate."""
-        del batch, batch_idx
-        if self.seconds is None:
-            return
-        detector: Any = pl_module
-        share = min(1.0, self.time_elapsed() / self.seconds)
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = detector.learning_rate * (1 + math.cos(math.pi * share)) / 2
-
-
-def trained_epochs(trainer: Trainer) -> float:
-    """Epochs trained, a broken-off one by its share."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-    return round(batches / max(1, trainer.num_training_batches), 2)
-
-
-def clock_time(seconds: float) -> str:
-    """Write a duration as hours, minutes and seconds."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def mean_sd(values: pd.Series) -> str:
-    """Mean, and standard deviation where there is more than one value."""
-    values = values.dropna()
-    if values.empty:
-        return "–"
-    text = f"{values.mean():.3f}"
-    return f"{text} ± {values.std():.3f}" if len(values) > 1 else text
-
-
-def short_number(values: pd.Series) -> str:
-    """A mean in three significant digits."""
-    values = values.dropna()
-    if values.empty:
-        return "–"
-    mean = float(values.mean())
-    digits = 0 if mean == 0 else max(0, 2 - math.floor(math.log10(abs(mean))))
-    return f"{mean:,.{min(digits, 3)}f}"
-
-
-class Column:
-    """A column of a table.
-
-    Args:
-        title: Its head.
-        name: The column of the rows.
-        show: Writes the values of a detector, one for each seed.
-        best: ``max`` or ``min``, for the best to be found; ``None`` where none is.
-        where: Which of a detector's rows count; all by default.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        name: str,
-        show: Callable[[pd.Series], str] = mean_sd,
-        best: Callable[[pd.Series], float] | None = None,
-        where: Callable[[pd.DataFrame], pd.Series] | None = None,
-    ) -> None:
-        self.title, self.name, self.show, self.best, self.where = title, name, show, best, where
-
-    def values(self, rows: pd.DataFrame) -> pd.Series:
-        """One value for each seed: the mean over the tasks."""
-        rows = rows if self.where is None else rows[self.where(rows)]
-        return rows.groupby("seed")[self.name].mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,10 +134,10 @@ def announce(output: Path, written: Sequence[Path], console: Console) -> int:
     """Print the tables, what was written and what failed; returns the exit status."""
     console.print((output / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
     console.print(f"Written: {', '.join(map(str, written))}", markup=False, highlight=False)
-    failed = read_rows(output)["error"].notna().sum()
-    if failed:
-        console.print(f"{failed} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
-    return 1 if failed else 0
+    count = read_rows(output)["error"].notna().sum()
+    if count:
+        console.print(f"{count} rows failed; see {output / 'errors.log'}. Run again to retry them.", highlight=False)
+    return 1 if count else 0
 
 
 def report_rows(write: Callable[[Path, Path], Sequence[Path]], output: Path, into: Path, console: Console) -> int:

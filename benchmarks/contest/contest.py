@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +23,9 @@ from torch import Tensor
 
 from anomalib_flowood.features import LOCAL_DIR, save_local
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
+from benchmarks.fits import clock_time, quiet, quiet_engine, trained_epochs
 from benchmarks.peak import PeakMemory
-from benchmarks.results import (
-    KEY,
-    append_rows,
-    check_columns,
-    clock_time,
-    finished,
-    quiet,
-    read_rows,
-    trained_epochs,
-)
+from benchmarks.results import KEY, append_rows, check_columns, failed, finished, read_rows
 
 from .callbacks import SPEED_BATCH, Recorder, UntilLevel
 from .data import with_others
@@ -80,14 +71,9 @@ def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[
         folder = Path(name)
         has_maps = task.kind == "industrial"
         recorder = Recorder(task.image_size, folder if has_maps else None, len(datamodule.test_data))
-        engine = Engine(
-            accelerator="cpu",
-            devices=1,
-            default_root_dir=folder,
-            callbacks=[recorder, *([rule] if rule else [])],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        engine = quiet_engine(
+            folder,
+            [recorder, *([rule] if rule else [])],
             # The held-out images are seen by the rule instead, once and not twice.
             **({"limit_val_batches": 0} if rule else {}),
         )
@@ -209,12 +195,8 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
                 said = ", ".join(f"AUROC {row['auroc']:.3f}" for row in rows)
                 said += f", fit {rows[0]['fit_s']:,.1f} s, {rows[0]['images_per_s']:,.0f} images/s"
             except Exception as error:  # one broken fit must not cost the others
-                said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                rows = [{**dict(zip(KEY, key, strict=True)), "error": said} for key in wanted]
-                options.output.mkdir(parents=True, exist_ok=True)
-                with (options.output / "errors.log").open("a", encoding="utf-8") as file:
-                    file.write(f"{wanted[0]}\n{traceback.format_exc()}\n")
-                said = f"[red]failed[/red] {said}"
+                rows = failed(options.output, wanted, error)
+                said = f"[red]failed[/red] {rows[0]['error']}"
             append_rows(options.output, rows, COLUMNS)
             clock.took(job, time.perf_counter() - start)
             console.print(

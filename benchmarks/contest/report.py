@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from benchmarks.results import Column, publish, rows_to_report, short_number
+from benchmarks.results import publish, rows_to_report
+from benchmarks.tables import Column, markdown, short_number
 
 from .baselines import MODELS
 from .detectors import (
@@ -58,23 +59,20 @@ def _table(rows: pd.DataFrame, columns: Sequence[Column], head: str = "detector"
     values = {
         (name, column.title): column.values(rows[rows["detector"] == name]) for name in names for column in columns
     }
-    lines = [
-        f"| {head} | {' | '.join(column.title for column in columns)} |",
-        f"| --- |{' ---: |' * len(columns)}",
-    ]
     best = {}
     for column in columns:
         means = pd.Series({name: values[name, column.title].mean() for name in names}).dropna()
         if column.best is not None and not means.empty:
             best[column.title] = round(column.best(means), 3)
+    lines = []
     for name in names:
-        cells = []
+        cells = [name]
         for column in columns:
             text = column.show(values[name, column.title])
             first = name in ours and best.get(column.title) == round(values[name, column.title].mean(), 3)
             cells.append(f"**{text}**" if first else text)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([head, *(column.title for column in columns)], lines)
 
 
 _AUROC = Column("AUROC ↑", "auroc", best=max)
@@ -198,18 +196,15 @@ def _product(rows: pd.DataFrame) -> list[str]:
     results = rows.groupby("detector")[["auroc", "aupro"]].mean()
     texts = []
     for layer in PRODUCT_LAYERS:
-        lines = [
-            f"| {layer} | {' | '.join(PRODUCT_NETWORKS)} |",
-            f"| --- |{' ---: |' * len(PRODUCT_NETWORKS)}",
-        ]
+        lines = []
         for mask in PRODUCT_MASKS:
-            cells = []
+            cells = [mask]
             for network in PRODUCT_NETWORKS:
                 name = product_variant(mask, network, layer).name
                 known = name in results.index
                 cells.append("{auroc:.3f} / {aupro:.3f}".format(**results.loc[name]) if known else "–")
-            lines.append(f"| {mask} | {' | '.join(cells)} |")
-        texts.append("\n".join(lines))
+            lines.append(cells)
+        texts.append(markdown([layer, *PRODUCT_NETWORKS], lines))
     return texts
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.results import report_rows
 
 from . import report, study
+from .profiles import PARTS, PROFILES, trial
 
 OUTPUTS = {"laptop": Path("runs/paper"), "full": Path("runs/paper_full")}
 
@@ -28,14 +29,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is not finished yet, then report")
-    run.add_argument("--parts", nargs="+", choices=study.PARTS, default=study.PARTS)
+    run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     run.add_argument("--accelerator", help="Lightning's; cpu for laptop and gpu for full by default")
     run.add_argument("--workers", type=int, help="fits at a time; 2 for laptop and 1 for full by default")
     run.add_argument("--root", default="./datasets", help="folder of the data sets")
     run.add_argument("--limit", type=int, help="a trial on so many training images, in OUTPUT/trial")
     reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
     for command in (run, reporting):
-        command.add_argument("--profile", choices=list(study.PROFILES), default="laptop")
+        command.add_argument("--profile", choices=list(PROFILES), default="laptop")
         command.add_argument("--output", type=Path, help="folder of the rows; runs/paper or runs/paper_full by default")
         command.add_argument("--into", type=Path, help="folder of the tables and pictures; beside README.md by default")
     return parser
@@ -48,10 +49,10 @@ def main() -> int:
     output, into = arguments.output or OUTPUTS[arguments.profile], arguments.into or report.HERE
     if arguments.profile == "full" and arguments.into is None:  # the README's generated part shows one profile
         into = output
-    profile = study.PROFILES[arguments.profile]
+    profile = PROFILES[arguments.profile]
     if arguments.command == "run":
         if arguments.limit:  # a trial's rows and pictures keep away from results
-            profile, output = study.trial(profile, arguments.limit), output / "trial"
+            profile, output = trial(profile, arguments.limit), output / "trial"
             into = arguments.into or output
         if arguments.accelerator:
             profile = replace(profile, accelerator=arguments.accelerator)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.results import mean_sd, publish, rows_to_report, short_number
+from benchmarks.results import publish, rows_to_report
+from benchmarks.tables import markdown, mean_sd, short_number
 
 from .study import BITS, NAMED_BEFORE, SCORES, SETS, outside_sets
 
@@ -36,7 +37,8 @@ def write(output: Path, into: Path) -> list[Path]:
     rows = rows[rows["error"].isna()]
     into.mkdir(parents=True, exist_ok=True)
     _draw(rows, into / "scores.png")
-    text = "\n".join([_bars(rows), *(_auroc_table(rows, inside) for inside in SETS), _cost_table(rows)])
+    sections = [_bars(rows), *(_auroc_table(rows, inside) for inside in SETS), _cost_table(rows)]
+    text = "\n\n".join(filter(None, sections)) + "\n"
     return publish(output, into, "scores", text, [("scores.png", "AUROC of every score on every pair")])
 
 
@@ -46,11 +48,6 @@ def _means(rows: pd.DataFrame) -> pd.DataFrame:
     scores = [name for name in _ORDER if name in means.index]
     pairs = [pair for inside in SETS for pair in outside_sets(inside) if pair in means.columns]
     return means.loc[scores, pairs]
-
-
-def _table(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
 
 
 def _auroc_table(rows: pd.DataFrame, inside: str) -> str:
@@ -74,7 +71,7 @@ def _auroc_table(rows: pd.DataFrame, inside: str) -> str:
         f"### {inside} inside\n\nAUROC; the flow trained for {seconds} s and has {bits} bits per dimension at the "
         "centres of the grey levels, where scores are taken.\n\n"
     )
-    return heading + _table(["score", *names, "mean"], lines)
+    return heading + markdown(["score", *names, "mean"], lines)
 
 
 def _cost_table(rows: pd.DataFrame) -> str:
@@ -88,7 +85,7 @@ def _cost_table(rows: pd.DataFrame) -> str:
         fit = [short_number(mine["fit_s"]), f"{ratio:.2f}"] if ratio == ratio else ["–", "–"]
         lines.append([name, f"{medians[name]:.2f}", f"{relative:,.1f}", *fit])
     header = ["score", "ms per image", "relative to nll", "fit s", "fit / one scoring pass"]
-    return "### What a score costs\n\n" + _table(header, lines)
+    return "### What a score costs\n\n" + markdown(header, lines)
 
 
 def _bars(rows: pd.DataFrame) -> str:
@@ -116,7 +113,7 @@ def _bars(rows: pd.DataFrame) -> str:
         gap = averages["density_of_states"] - averages[best]
         text = f"density_of_states within 0.01 of the best score ({best}), mean over all pairs"
         lines.append([text, f"{gap:+.3f}", _met(gap >= -0.01)])
-    return "### Bars\n\n" + _table(["bar", "measured", ""], lines) if lines else ""
+    return "### Bars\n\n" + markdown(["bar", "measured", ""], lines) if lines else ""
 
 
 def _met(held: bool) -> str:

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.engine import Engine
 from lightning import seed_everything
 from rich.console import Console
 from torch import Tensor
@@ -20,17 +18,8 @@ from anomalib_flowood import CrossDataset, PixelFlow, flows
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from anomalib_flowood.scores import SCORES, compressed_bits
 from anomalib_flowood.scores.complexity import pixels_of
-from benchmarks.results import (
-    KEY,
-    TimeLimit,
-    append_rows,
-    check_columns,
-    clock_time,
-    finished,
-    quiet,
-    read_rows,
-    trained_epochs,
-)
+from benchmarks.fits import TimeLimit, clock_time, quiet, quiet_engine, trained_epochs
+from benchmarks.results import KEY, append_rows, check_columns, failed, finished, read_rows
 
 SETS = ("fashion_mnist", "mnist")
 
@@ -140,13 +129,9 @@ def run(options: Options, console: Console) -> None:
                 try:
                     with quiet():
                         rows = _measure(options, data, pairs, name, seed)
-                except Exception as error:
-                    options.output.mkdir(parents=True, exist_ok=True)
-                    with (options.output / "errors.log").open("a", encoding="utf-8") as log:
-                        log.write(traceback.format_exc())
-                    message = f"{type(error).__name__}: {error}".splitlines()[0]
-                    console.print(f"  failed: {message}", markup=False)
-                    rows = [_row(pair, name, seed, {"error": message}) for pair in pairs]
+                except Exception as error:  # one broken score must not cost the others
+                    rows = failed(options.output, [("scores", pair, name, seed) for pair in pairs], error)
+                    console.print(f"  failed: {rows[0]['error']}", markup=False)
                 append_rows(options.output, rows, COLUMNS)
 
 
@@ -178,17 +163,7 @@ def _train(options: Options, data: CrossDataset, inside: str, score: str, seed: 
     seed_everything(seed, verbose=False)
     detector = PixelFlow(**FLOW, score=score, evaluator=False)
     limit = TimeLimit(options.seconds)
-    engine = Engine(
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=folder / "logs",
-        callbacks=[limit],
-        logger=False,
-        max_epochs=-1,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    engine = quiet_engine(folder / "logs", [limit], max_epochs=-1, limit_val_batches=0)
     engine.fit(detector, datamodule=data)
     engine.trainer.save_checkpoint(path, weights_only=True)
     return path, {"training_s": round(limit.time_elapsed(), 1), "epochs": trained_epochs(engine.trainer)}
