@@ -11,7 +11,6 @@ import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from .models import EmbeddingFlow, FeatureMapFlow, PixelFlow
     from .models.components import open_checkpoint
 
-__version__ = version("anomalib-flowood")
+__version__ = "0.2.0"
 
 __all__ = ["CrossDataset", "EmbeddingFlow", "FeatureMapFlow", "OneClass", "PixelFlow", "open_checkpoint"]
 

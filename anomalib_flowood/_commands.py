@@ -37,7 +37,7 @@ from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_fold
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models import FeatureMapFlow
 from anomalib_flowood.models.components import CheckpointError, FlowModule, read_checkpoint, root_beside
-from anomalib_flowood.models.components.checkpoints import CLASS, saved_arguments
+from anomalib_flowood.models.components.checkpoints import CLASS, check_version, imported_class, saved_arguments
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 
@@ -103,6 +103,8 @@ class FlowoodCLI(AnomalibCLI):
         checkpoint = read_checkpoint(path)
         if subcommand in _ON_CHECKPOINTS and CLASS in checkpoint:
             self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
+        else:  # a resumed training reads it only when everything is built
+            check_version(path, checkpoint, imported_class(checkpoint))
 
     def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
         """Open the checkpoint where one is named; else build a new detector."""

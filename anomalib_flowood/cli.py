@@ -12,6 +12,8 @@ import sys
 import warnings
 from importlib.metadata import version
 
+from anomalib_flowood import __version__
+
 SUBCOMMANDS = {
     "train": "Fit a detector, then test it.",
     "fit": "Fit a detector.",
@@ -69,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     if given[:1] == ["--version"]:
-        print(f"flowood {version('anomalib-flowood')} (anomalib {version('anomalib')}, torch {version('torch')})")
+        print(f"flowood {__version__} (anomalib {version('anomalib')}, torch {version('torch')})")
         return
     if given[:1] in (["-h"], ["--help"]):
         print(_help())

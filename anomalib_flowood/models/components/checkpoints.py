@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
+from packaging.version import Version
 from torch import Tensor
 
 from anomalib_flowood import __version__
@@ -25,6 +26,12 @@ CLASS = "anomalib_flowood_class"
 SCORE = "anomalib_flowood_score"
 VERSION = "anomalib_flowood_version"
 
+_REASONS = {
+    "0.2.0": "its fitted statistics have moved into modules of their own, and their names with them",
+}
+"""Why checkpoints from before a version cannot be read."""
+
+_UNNAMED = "0.1.0 or before"
 _CONFORMAL = "anomalib_flowood.models.components.ConformalPostProcessor"
 _LOCAL_DIR = "local-dir:"
 _LIGHTNING = "pytorch-lightning_version"
@@ -109,15 +116,44 @@ def detector_class(path: object, checkpoint: Mapping[str, Any]) -> Any:
         A subclass of ``AnomalibModule``.
 
     Raises:
-        CheckpointError: If no detector of this package wrote it, or one that nobody imported.
+        CheckpointError: If no detector of this package wrote it, or one that nobody imported, or a version that the
+            detector cannot read.
     """
     writer = checkpoint.get(CLASS)
     if writer is None:
         raise CheckpointError(path, "was not written by a detector of anomalib_flowood: load it with its own class.")
-    for cls in subclasses(AnomalibModule):
-        if cls.__name__ == writer:
-            return cls
-    raise CheckpointError(path, f"was written by {writer}, a class that is not imported here: import its module.")
+    cls = imported_class(checkpoint)
+    if cls is None:
+        raise CheckpointError(path, f"was written by {writer}, a class that is not imported here: import its module.")
+    check_version(path, checkpoint, cls)
+    return cls
+
+
+def imported_class(checkpoint: Mapping[str, Any]) -> Any:
+    """Find the class that wrote a checkpoint among those that are imported; ``None`` if it is not there."""
+    return next((cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)), None)
+
+
+def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) -> None:
+    """Refuse a checkpoint from before the version whose checkpoints a detector can read.
+
+    Args:
+        path: Its file, to be named in the error.
+        checkpoint: What was read from it.
+        detector: The class that wrote it; its ``readable_since`` is the earliest version, if there is one.
+
+    Raises:
+        CheckpointError: If an earlier version wrote it.
+    """
+    since = getattr(detector, "readable_since", None)
+    version = checkpoint.get(VERSION)
+    if since is None or (version is not None and Version(version) >= Version(since)):
+        return
+    raise CheckpointError(
+        path,
+        f"was written by version {version or _UNNAMED} of anomalib-flowood, and {detector.__name__} reads those from {since} on, for "
+        f"{_REASONS[since]}. Train again, which takes seconds to minutes, or read it with anomalib-flowood 0.1.0.",
+    )
 
 
 def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +252,7 @@ def plain(value: Any) -> Any:
 
 def written_by(checkpoint: Mapping[str, Any]) -> str:
     """Say which version wrote a checkpoint, and which one this is."""
-    return f"written by version {checkpoint.get(VERSION, '0.1.0 or before')}, this is {__version__}"
+    return f"written by version {checkpoint.get(VERSION, _UNNAMED)}, this is {__version__}"
 
 
 def _named(path: object) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from anomalib.models.components import AnomalibModule
@@ -21,6 +21,7 @@ from .checkpoints import (
     CheckpointError,
     check_finite,
     check_settings,
+    check_version,
     read_checkpoint,
     written_by,
 )
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 class Restoring(CheckedWeights):
     """Saves class, score and version; loads with the checkpoint's settings, and refuses what does not fit."""
 
+    readable_since: ClassVar[str | None] = None
+    """Version of this package whose checkpoints are the oldest that can be read; ``None`` if all can."""
     _left = ""
     """Score of a checkpoint that was left behind, as has been said."""
 
@@ -47,13 +50,14 @@ class Restoring(CheckedWeights):
         """Refuse the checkpoint of another class or of other settings; leave behind what belongs to another score.
 
         Raises:
-            ValueError: If it was written by another class, or lacks the flows that the score trains.
+            ValueError: If it was written by another class or by a version that is too old, or lacks the flows that the
+                score trains.
             SettingsError: If it was trained with other settings than this detector has: neither can be applied to the
                 other, since which were meant nobody knows.
             CheckpointError: If a weight is NaN or infinite.
         """
         path = None if self._trainer is None else self._trainer.ckpt_path
-        self._check_class(checkpoint, path)
+        self._check_writer(checkpoint, path)
         check_settings(
             path,
             checkpoint.get("hyper_parameters", {}),
@@ -108,12 +112,13 @@ class Restoring(CheckedWeights):
             checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
 
     @classmethod
-    def _check_class(cls, checkpoint: dict[str, Any], path: object = None) -> None:
+    def _check_writer(cls, checkpoint: dict[str, Any], path: object = None) -> None:
         writer = checkpoint.get(CLASS)
         if writer != cls.__name__:
             by = f"written by {writer}" if writer else "not written by a detector of anomalib_flowood"
             remedy = f"load it with anomalib_flowood.{writer}" if writer else "load it with the class that wrote it"
             raise CheckpointError(path, f"was {by}, so {cls.__name__} cannot load it; {remedy}.")
+        check_version(path, checkpoint, cls)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **kwargs: Any) -> AnomalibModule:  # type: ignore[override]
@@ -124,12 +129,13 @@ class Restoring(CheckedWeights):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If it is broken, was written by another class, or does not fit it.
+            CheckpointError: If it is broken, was written by another class or by a version that is too old, or does not
+                fit.
             SettingsError: If another setting is given that differs from the checkpoint's.
         """
         # Before anything is built: the other class's arguments may name a backbone that is not here.
         checkpoint = read_checkpoint(checkpoint_path)
-        cls._check_class(checkpoint, checkpoint_path)
+        cls._check_writer(checkpoint, checkpoint_path)
         check_finite(checkpoint_path, checkpoint["state_dict"])
         stored = checkpoint["hyper_parameters"]
         allowed = ", ".join(sorted(cls.may_change & inspect.signature(cls.__init__).parameters.keys()))

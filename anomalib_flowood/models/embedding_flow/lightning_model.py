@@ -58,6 +58,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     model: EmbeddingFlowModel
 
+    readable_since = "0.2.0"
+
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",

@@ -61,6 +61,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     model: FeatureMapFlowModel
 
+    readable_since = "0.2.0"
+
     may_change = FlowModule.may_change | {"feature_noise", "cache_gib"}
 
     def __init__(
