@@ -149,11 +149,12 @@ def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) ->
     version = checkpoint.get(VERSION)
     if since is None or (version is not None and Version(version) >= Version(since)):
         return
-    raise CheckpointError(
-        path,
-        f"was written by version {version or _UNNAMED} of anomalib-flowood, and {detector.__name__} reads those from {since} on, for "
-        f"{_REASONS[since]}. Train again, which takes seconds to minutes, or read it with anomalib-flowood 0.1.0.",
+    what = (
+        f"was written by version {version or _UNNAMED} of anomalib-flowood, and {detector.__name__} reads those from "
+        f"{since} on, for {_REASONS[since]}. Train again, which takes seconds to minutes, or read it with "
+        "anomalib-flowood 0.1.0."
     )
+    raise CheckpointError(path, what)
 
 
 def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
