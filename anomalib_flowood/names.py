@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names: of classes that exist, and one way to say that one is unknown."""
+"""Names: of classes that exist, of what is registered, and one way to say that one is unknown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+Entry = TypeVar("Entry")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> ValueError:
@@ -24,7 +26,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
     near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
     message = f"Unknown {kind} {name!r}."
     if near:
-        message += f" Did you mean {' or '.join(repr(match) for match in near)}?"
+        message += f" Did you mean {alternatives(near)}?"
     if len(known) <= (8 if near else 30):
         message += f" Known: {', '.join(known)}."
     return ValueError(f"{message} {hint}".strip())
@@ -48,9 +50,47 @@ def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise unknown
 
 
+def alternatives(names: Iterable[str]) -> str:
+    """Offer names as a sentence does: ``'a', 'b' or 'c'``."""
+    *others, last = [repr(name) for name in names]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def subclasses(base: type) -> Iterator[Any]:
     """Go through all imported subclasses of a class, those of subclasses too."""
     cls: Any
     for cls in base.__subclasses__():
         yield cls
         yield from subclasses(cls)
+
+
+class Registry(dict[str, Entry]):
+    """Things of one kind by the names that users type.
+
+    ``registry[name]`` raises the error of :func:`unknown_name` where nothing has the name.
+
+    Args:
+        kind: What is named, as a user would say it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise unknown_name(self.kind, name, self)
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Register something.
+
+        Args:
+            name: The name that users type.
+            entry: What it means.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self:
+            msg = f"There is a {self.kind} {name!r} already: choose another name."
+            raise ValueError(msg)
+        self[name] = entry

@@ -2,9 +2,9 @@
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
-from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, quadrant_size
+from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, native_form, quadrant_size
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
-from .masks import MASKS, CouplingMask, coupling_mask, quadrants
+from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
 from .pixels import (
     LEVELS,
     LOGIT_ALPHA,
@@ -24,6 +24,8 @@ from .subnets import (
     Mlp,
     ResNet,
     WeightNormConv2d,
+    register_subnet,
+    start_at_zero,
     subnet_constructor,
 )
 
@@ -56,11 +58,16 @@ __all__ = [
     "dequantization_noise",
     "dequantize",
     "full_precision",
+    "halves",
     "map_flow",
+    "native_form",
     "pixel_flow",
     "quadrant_size",
     "quadrants",
+    "register_mask",
+    "register_subnet",
     "standard_normal_log_prob",
+    "start_at_zero",
     "subnet_constructor",
     "vector_flow",
 ]

@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 from FrEIA.framework import SequenceINN
 
-from anomalib_flowood.names import unknown_name
+from anomalib_flowood.names import Registry
 
-from .couplings import ChannelCoupling, MaskedCoupling, QuadrantCoupling, SubnetConstructor, quadrant_size
+from .couplings import ChannelCoupling, MaskedCoupling, SubnetConstructor
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, coupling_mask
 from .pixels import LOGIT_ALPHA, Logit
-from .subnets import BOTTLENECKS, FULLY_CONNECTED, check_bottleneck, subnet_constructor
-
-ARCHITECTURES = ("single_scale", "realnvp", "glow")
+from .subnets import SUBNETS, check_bottleneck, subnet_constructor, subnets_with
 
 
-class _Subnet(NamedTuple):
+class _Net(NamedTuple):
     """An s,t-network, but for the size of what it sees."""
 
     name: str
@@ -32,19 +32,47 @@ class _Subnet(NamedTuple):
         return subnet_constructor(size=size, **self._asdict())
 
 
-class _Usual(NamedTuple):
-    """What an architecture takes where the user names nothing."""
+class _Stack(NamedTuple):
+    """What an architecture is told, its usual values filled in; see :func:`pixel_flow`."""
 
+    architecture: str
+    scales: int
+    mask: str | None
+    native: bool
+    net: _Net
+    coupling_layers: int
+
+
+_Append = Callable[[SequenceINN, _Stack], None]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A way to stack couplings, and what it takes where the user names nothing.
+
+    Attributes:
+        append: Appends the layers to a flow on images.
+        subnet: The usual s,t-network.
+        coupling_layers: The usual number.
+        hidden_channels: The usual width of the networks.
+    """
+
+    append: _Append
     subnet: str
     coupling_layers: int
     hidden_channels: int
 
 
-_USUAL = {
-    "single_scale": _Usual("bottleneck", 8, 256),
-    "realnvp": _Usual("resnet", 3, 64),
-    "glow": _Usual("highway", 8, 64),
-}
+ARCHITECTURES: Registry[Architecture] = Registry("architecture")
+"""Architectures of :func:`pixel_flow` by the names that users type."""
+
+
+def _register(name: str, *, subnet: str, coupling_layers: int, hidden_channels: int) -> Callable[[_Append], _Append]:
+    def register(append: _Append) -> _Append:
+        ARCHITECTURES.add(name, Architecture(append, subnet, coupling_layers, hidden_channels))
+        return append
+
+    return register
 
 
 def pixel_flow(
@@ -76,10 +104,10 @@ def pixel_flow(
         scales: Number of scales of ``realnvp`` and ``glow``. The first halves the height and width ``scales - 1``
             times, the other ``scales`` times; they must be multiples of 2 to that power.
         mask: Mask family of ``single_scale``, one of :data:`~anomalib_flowood.flows.MASKS`; ``cycle`` by default.
-            ``channel`` couplings see the image after a 2×2 squeeze where it has one channel only. The other
+            Couplings see the image after a 2×2 squeeze where it has fewer channels than the mask needs. The other
             architectures have masks of their own.
-        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone; the
-            other masks have the zero-masked form only.
+        native: Let the networks see what feeds the mask alone, where the mask has such a form
+            (:func:`~anomalib_flowood.flows.native_form`); the others have the zero-masked form only.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`; by default ``bottleneck`` for ``single_scale``,
             ``resnet`` for ``realnvp``, ``highway`` for ``glow``. The latter two take convolutional ones only.
         coupling_layers: Number of couplings (``single_scale``; 8 by default), of couplings in each of the groups
@@ -99,10 +127,8 @@ def pixel_flow(
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
-    if architecture not in ARCHITECTURES:
-        raise unknown_name("architecture", architecture, ARCHITECTURES)
-    usual = _USUAL[architecture]
-    net = _Subnet(
+    usual = ARCHITECTURES[architecture]
+    net = _Net(
         name=usual.subnet if subnet is None else subnet,
         hidden_channels=usual.hidden_channels if hidden_channels is None else hidden_channels,
         bottleneck_dim=bottleneck_dim,
@@ -111,50 +137,37 @@ def pixel_flow(
     )
     layers = usual.coupling_layers if coupling_layers is None else coupling_layers
     _at_least_one("scales", scales)
-
     flow = SequenceINN(*shape)
     flow.append(Logit, alpha=logit_alpha)
-    if architecture == "single_scale":
-        mask = "cycle" if mask is None else mask
-        squeeze = mask == "channel" and shape[0] == 1
-        if squeeze:
-            _check_divisible(shape, 2, "Mask 'channel' on one channel", "choose another mask")
-            flow.append(Squeeze)
-        _append_couplings(flow, mask, native, net, layers)
-        if squeeze:
-            flow.append(Unsqueeze)
-        return flow
-
-    if mask is not None:
-        if mask not in MASKS:
-            raise unknown_name("mask", mask, MASKS)
-        msg = (
-            f"Architecture {architecture!r} has its own masks: leave mask out, or choose architecture 'single_scale' "
-            f"for couplings with mask {mask!r}."
-        )
-        raise ValueError(msg)
-    if net.name in FULLY_CONNECTED:
-        msg = (
-            f"Subnet {net.name!r} is fully connected, and architecture {architecture!r} rests on convolutions: choose "
-            "subnet 'resnet', 'highway' or 'conv_bottleneck', or architecture 'single_scale'."
-        )
-        raise ValueError(msg)
-    squeezes = scales if architecture == "glow" else scales - 1
-    _check_divisible(shape, 2**squeezes, f"Architecture {architecture!r} with scales={scales}", "lower scales")
-    if architecture == "glow":
-        _append_glow(flow, scales, native, net, layers)
-    else:
-        if layers < 2:
-            msg = (
-                f"Architecture 'realnvp' needs coupling_layers of at least 2, got {layers}: each coupling changes only "
-                "half of the values."
-            )
-            raise ValueError(msg)
-        _append_realnvp(flow, scales, native, net, layers)
+    usual.append(flow, _Stack(architecture, scales, mask, native, net, layers))
     return flow
 
 
-def _append_realnvp(flow: SequenceINN, scales: int, native: bool, net: _Subnet, coupling_layers: int) -> None:
+@_register("single_scale", subnet="bottleneck", coupling_layers=8, hidden_channels=256)
+def _append_single_scale(flow: SequenceINN, stack: _Stack) -> None:
+    mask = "cycle" if stack.mask is None else stack.mask
+    squeeze = flow.shapes[-1][0] < MASKS[mask].channels
+    if squeeze:
+        _check_divisible(flow, 2, f"Mask {mask!r} on one channel", "choose another mask")
+        flow.append(Squeeze)
+    _append_couplings(flow, mask, stack.native, stack.net, stack.coupling_layers)
+    if squeeze:
+        flow.append(Unsqueeze)
+
+
+@_register("realnvp", subnet="resnet", coupling_layers=3, hidden_channels=64)
+def _append_realnvp(flow: SequenceINN, stack: _Stack) -> None:
+    _check_multi_scale(flow, stack, squeezes=stack.scales - 1)
+    if stack.coupling_layers < 2:
+        msg = (
+            f"Architecture 'realnvp' needs coupling_layers of at least 2, got {stack.coupling_layers}: each coupling "
+            "changes only half of the values."
+        )
+        raise ValueError(msg)
+    _append_realnvp_scale(flow, stack.scales, stack.native, stack.net, stack.coupling_layers)
+
+
+def _append_realnvp_scale(flow: SequenceINN, scales: int, native: bool, net: _Net, coupling_layers: int) -> None:
     if scales == 1:
         _append_couplings(flow, "checkerboard", native, net, coupling_layers + 1)
         return
@@ -162,13 +175,19 @@ def _append_realnvp(flow: SequenceINN, scales: int, native: bool, net: _Subnet, 
     _append_couplings(flow, "checkerboard", native, net, coupling_layers)
     flow.append(Squeeze)
     _append_couplings(flow, "channel", native, wider, coupling_layers)
-    rest = partial(_append_realnvp, scales=scales - 1, native=native, net=wider, coupling_layers=coupling_layers)
+    rest = partial(_append_realnvp_scale, scales=scales - 1, native=native, net=wider, coupling_layers=coupling_layers)
     flow.append(FactorOut, fill=rest)
     flow.append(Unsqueeze)
 
 
-def _append_glow(flow: SequenceINN, scales: int, native: bool, net: _Subnet, coupling_layers: int) -> None:
-    _at_least_one("coupling_layers", coupling_layers)
+@_register("glow", subnet="highway", coupling_layers=8, hidden_channels=64)
+def _append_glow(flow: SequenceINN, stack: _Stack) -> None:
+    _check_multi_scale(flow, stack, squeezes=stack.scales)
+    _at_least_one("coupling_layers", stack.coupling_layers)
+    _append_glow_scale(flow, stack.scales, stack.native, stack.net, stack.coupling_layers)
+
+
+def _append_glow_scale(flow: SequenceINN, scales: int, native: bool, net: _Net, coupling_layers: int) -> None:
     flow.append(Squeeze)
     for _ in range(coupling_layers):
         flow.append(ActNorm)
@@ -176,12 +195,32 @@ def _append_glow(flow: SequenceINN, scales: int, native: bool, net: _Subnet, cou
         # Always the same half: the convolution before it has mixed the channels.
         _append_couplings(flow, "channel", native, net, 1)
     if scales > 1:
-        rest = partial(_append_glow, scales=scales - 1, native=native, net=net, coupling_layers=coupling_layers)
+        rest = partial(_append_glow_scale, scales=scales - 1, native=native, net=net, coupling_layers=coupling_layers)
         flow.append(FactorOut, fill=rest)
     flow.append(Unsqueeze)
 
 
-def _check_divisible(shape: tuple[int, int, int], factor: int, who: str, remedy: str) -> None:
+def _check_multi_scale(flow: SequenceINN, stack: _Stack, squeezes: int) -> None:
+    who = f"Architecture {stack.architecture!r}"
+    if stack.mask is not None:
+        MASKS[stack.mask]  # an unknown one is a slip of the pen, whatever the architecture
+        msg = (
+            f"{who} has its own masks: leave mask out, or choose architecture 'single_scale' for couplings with mask "
+            f"{stack.mask!r}."
+        )
+        raise ValueError(msg)
+    if SUBNETS[stack.net.name].fully_connected:
+        others = subnets_with(lambda subnet: not subnet.fully_connected)
+        msg = (
+            f"Subnet {stack.net.name!r} is fully connected, and {who[0].lower()}{who[1:]} rests on convolutions: "
+            f"choose subnet {others}, or architecture 'single_scale'."
+        )
+        raise ValueError(msg)
+    _check_divisible(flow, 2**squeezes, f"{who} with scales={stack.scales}", "lower scales")
+
+
+def _check_divisible(flow: SequenceINN, factor: int, who: str, remedy: str) -> None:
+    shape = tuple(flow.shapes[-1])
     if shape[1] % factor or shape[2] % factor:
         height, width = (max(1, round(length / factor)) * factor for length in shape[1:])
         msg = (
@@ -217,24 +256,23 @@ def map_flow(
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
     flow = SequenceINN(*shape)
-    _append_couplings(flow, mask, True, _Subnet(subnet, hidden_channels, bottleneck_dim), coupling_layers)
+    _append_couplings(flow, mask, True, _Net(subnet, hidden_channels, bottleneck_dim), coupling_layers)
     return flow
 
 
-def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Subnet, coupling_layers: int) -> None:
-    if mask not in MASKS:
-        raise unknown_name("mask", mask, MASKS)
+def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Net, coupling_layers: int) -> None:
+    family = MASKS[mask]
     _at_least_one("coupling_layers", coupling_layers)
     shape = tuple(flow.shapes[-1])
-    coupling = {"cycle": QuadrantCoupling, "channel": ChannelCoupling}.get(mask) if native else None
-    constructor = net.constructor(quadrant_size(*shape[1:]) if coupling is QuadrantCoupling else shape[1:])
+    form = family.native if native else None
+    constructor = net.constructor((form or MaskedCoupling).subnet_size(shape))
     for layer in range(coupling_layers):
         sides = coupling_mask(mask, shape, layer)
-        if net.name in BOTTLENECKS:
+        if SUBNETS[net.name].squeezes:
             # The network sees zeros and padding, too, which tell it nothing.
             check_bottleneck(net.bottleneck_dim, int(sides.feed.sum()))
-        if coupling:
-            flow.append(coupling, layer=layer, subnet_constructor=constructor)
+        if form:
+            flow.append(form, layer=layer, subnet_constructor=constructor)
         else:
             flow.append(MaskedCoupling, mask=sides, subnet_constructor=constructor)
 
@@ -251,7 +289,7 @@ def vector_flow(
 
     Args:
         dims: Length of the vectors.
-        subnet: ``mlp`` or ``bottleneck``.
+        subnet: A fully connected one of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.

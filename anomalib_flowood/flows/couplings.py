@@ -12,13 +12,14 @@ All forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .masks import CouplingMask
+from .masks import MASKS, CouplingMask
 from .precision import full_precision
 
 _CLOCKWISE = (0, 1, 3, 2)
@@ -55,6 +56,18 @@ class AffineCoupling(InvertibleModule):
         fed, changed = channels or (self.shape[0], self.shape[0])
         self.subnet = subnet_constructor(fed, 2 * changed)
         self.scale = nn.Parameter(torch.ones(changed, *[1] * (len(self.shape) - 1)))
+
+    @classmethod
+    def subnet_size(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial size of what the network sees of an input.
+
+        Args:
+            shape: ``(C, H, W)`` or ``(D,)``.
+
+        Returns:
+            ``(height, width)``; empty for vectors.
+        """
+        return shape[1:]
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Return the shape of the output, which is that of the input."""
@@ -161,6 +174,28 @@ class MaskedCoupling(AffineCoupling):
         return _affine(x, s, t, rev), s
 
 
+Form = TypeVar("Form", bound=type[AffineCoupling])
+
+
+def native_form(mask: str) -> Callable[[Form], Form]:
+    """Make a coupling known as the native form of a mask: its network sees what feeds the mask, and no zeros.
+
+    Args:
+        mask: One of :data:`~anomalib_flowood.flows.MASKS`.
+
+    Returns:
+        Decorator of a class that is called with ``dims_in``, ``layer`` (index in the stack) and
+        ``subnet_constructor``, and changes what the mask of that layer changes.
+    """
+
+    def register(coupling: Form) -> Form:
+        MASKS[mask].native = coupling
+        return coupling
+
+    return register
+
+
+@native_form("channel")
 class ChannelCoupling(AffineCoupling):
     """Affine coupling of the channel mask in its native form: the network sees one half of the channels alone.
 
@@ -209,6 +244,7 @@ class ChannelCoupling(AffineCoupling):
         return torch.cat(parts, dim=1)
 
 
+@native_form("cycle")
 class QuadrantCoupling(AffineCoupling):
     """Affine coupling of the cycle mask in its native form: the network works on one quadrant alone.
 
@@ -239,7 +275,12 @@ class QuadrantCoupling(AffineCoupling):
             raise ValueError(msg)
         self.source, self.target = _CLOCKWISE[layer % 4], _CLOCKWISE[(layer + 1) % 4]
         self.heights, self.widths = ((length // 2, length - length // 2) for length in self.shape[1:])
-        self.size = quadrant_size(*self.shape[1:])
+        self.size = self.subnet_size(self.shape)
+
+    @classmethod
+    def subnet_size(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the size of a quadrant; see :meth:`AffineCoupling.subnet_size`."""
+        return quadrant_size(*shape[1:])
 
     def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Transform one quadrant; see :meth:`AffineCoupling.couple`."""

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coupling masks: which values feed the s,t-network of a coupling layer, and which ones the layer changes."""
+"""Coupling masks: which values feed the s,t-network of a coupling layer, and which ones the layer changes.
+
+A mask is one function, registered by :func:`register_mask` under the name that users type.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from anomalib_flowood.names import unknown_name
+from anomalib_flowood.names import Registry
 
-MASKS = ("checkerboard", "channel", "horizontal", "cycle")
+if TYPE_CHECKING:
+    from .couplings import AffineCoupling
 
 
 class CouplingMask(NamedTuple):
@@ -24,6 +30,117 @@ class CouplingMask(NamedTuple):
 
     feed: Tensor
     change: Tensor
+
+
+MaskFunction = Callable[[tuple[int, ...], int], CouplingMask]
+"""Shape of the input without the batch, index of the layer in its stack: the layer's mask."""
+
+
+@dataclass
+class MaskFamily:
+    """The masks of a stack of couplings.
+
+    Attributes:
+        mask: The mask of each layer.
+        needs: What a shape must have for neither side of a mask to be empty, for the message where one is.
+        channels: Fewest channels; a flow on images squeezes those with fewer.
+        vectors: Whether it is also defined on vectors ``(D,)``, and not on images ``(C, H, W)`` alone.
+        native: Coupling that sees what feeds the mask alone, where there is one; see
+            :func:`~anomalib_flowood.flows.native_form`.
+    """
+
+    mask: MaskFunction
+    needs: str
+    channels: int
+    vectors: bool
+    native: type[AffineCoupling] | None = None
+
+
+MASKS: Registry[MaskFamily] = Registry("mask")
+"""Mask families by the names that users type."""
+
+
+def register_mask(
+    name: str, *, needs: str, channels: int = 1, vectors: bool = False
+) -> Callable[[MaskFunction], MaskFunction]:
+    """Make a function known as a mask family.
+
+    Args:
+        name: The name that users type.
+        needs: What a shape must have for neither side of a mask to be empty.
+        channels: Fewest channels; a flow on images squeezes those with fewer.
+        vectors: Whether the function takes ``(D,)``, too.
+
+    Returns:
+        Decorator of a function that takes the shape and the index of the layer, and returns its
+        :class:`CouplingMask`.
+    """
+
+    def register(mask: MaskFunction) -> MaskFunction:
+        MASKS.add(name, MaskFamily(mask, needs, channels, vectors))
+        return mask
+
+    return register
+
+
+def coupling_mask(name: str, shape: tuple[int, ...], layer: int) -> CouplingMask:
+    """Build the mask of one coupling layer in a stack.
+
+    Args:
+        name: One of :data:`MASKS`.
+        shape: ``(C, H, W)`` of the image; where the mask is defined on vectors, ``(D,)`` also works.
+        layer: Index of the layer in its stack.
+
+    Returns:
+        The mask; boolean tensors of shape ``shape``.
+
+    Raises:
+        ValueError: If the name is unknown, or the shape leaves one side of the mask empty.
+    """
+    family = MASKS[name]
+    if len(shape) != 3 and not family.vectors:
+        msg = f"Mask {name!r} is defined on images (C, H, W), not on the shape {shape}."
+        raise ValueError(msg)
+    # The first layer, too: a shape that fits some layers of a stack only does not fit the stack.
+    for mask in (family.mask(shape, 0), family.mask(shape, layer)):
+        if not (mask.feed.any() and mask.change.any()):
+            msg = f"Mask {name!r} leaves nothing to change on the shape {shape}: it needs {family.needs}."
+            raise ValueError(msg)
+    return mask
+
+
+def halves(first: Tensor, layer: int) -> CouplingMask:
+    """Let two halves swap their roles from layer to layer.
+
+    Args:
+        first: Boolean tensor; ``True`` for what feeds the network in the first layer.
+        layer: Index of the layer in its stack.
+
+    Returns:
+        The layer's mask: what does not feed the network is changed.
+    """
+    feed = first.clone() if layer % 2 == 0 else ~first
+    return CouplingMask(feed, ~feed)
+
+
+@register_mask("checkerboard", needs="at least 2 pixels")
+def checkerboard(shape: tuple[int, ...], layer: int) -> CouplingMask:
+    """Every other pixel feeds the network, in all channels (Dinh et al. 2017, section 3.4)."""
+    rows, columns = torch.meshgrid(torch.arange(shape[1]), torch.arange(shape[2]), indexing="ij")
+    return halves(((rows + columns) % 2 == 0).expand(shape), layer)
+
+
+@register_mask("channel", needs="at least 2 channels; squeeze the image first", channels=2, vectors=True)
+def channel(shape: tuple[int, ...], layer: int) -> CouplingMask:
+    """The first half of the channels feeds the network (Dinh et al. 2017, section 3.4)."""
+    first = torch.arange(shape[0]) < shape[0] // 2
+    return halves(first.reshape(-1, *[1] * (len(shape) - 1)).expand(shape), layer)
+
+
+@register_mask("horizontal", needs="a height of at least 2")
+def horizontal(shape: tuple[int, ...], layer: int) -> CouplingMask:
+    """The upper half of the image feeds the network (Kirichenko et al. 2020, section 5)."""
+    return halves((torch.arange(shape[1]) < shape[1] // 2)[:, None].expand(shape), layer)
 
 
 class Quadrant(NamedTuple):
@@ -50,54 +167,14 @@ def quadrants(height: int, width: int) -> tuple[Quadrant, ...]:
     return Quadrant(top, left), Quadrant(top, right), Quadrant(bottom, right), Quadrant(bottom, left)
 
 
-def coupling_mask(name: str, shape: tuple[int, ...], layer: int) -> CouplingMask:
-    """Build the mask of one coupling layer in a stack.
+@register_mask("cycle", needs="a height and a width of at least 2")
+def cycle(shape: tuple[int, ...], layer: int) -> CouplingMask:
+    """Quadrant ``layer % 4`` feeds the network, and the next one clockwise is changed.
 
-    ``checkerboard``, ``channel`` and ``horizontal`` split the values in two halves that swap their roles from
-    layer to layer (Dinh et al. 2017, section 3.4; Kirichenko et al. 2020, section 5). ``cycle`` feeds quadrant
-    ``layer % 4`` to the network and changes the next one clockwise, so that four layers pass before a quadrant's
-    information returns to it (Kirichenko et al. 2020, section 6.1 and appendix).
-
-    Args:
-        name: One of :data:`MASKS`.
-        shape: ``(C, H, W)`` of the image; for ``channel``, ``(D,)`` of a vector also works.
-        layer: Index of the layer in its stack.
-
-    Returns:
-        The mask; boolean tensors of shape ``shape``.
-
-    Raises:
-        ValueError: If the name is unknown, or the shape leaves one side of the mask empty.
+    Four layers pass before a quadrant's information returns to it (Kirichenko et al. 2020, section 6.1 and appendix).
     """
-    if name not in MASKS:
-        raise unknown_name("mask", name, MASKS)
-    if name != "channel" and len(shape) != 3:
-        msg = f"Mask {name!r} is defined on images (C, H, W), not on the shape {shape}."
-        raise ValueError(msg)
-
-    if name == "cycle":
-        _refuse_empty(name, shape, min(shape[1:]) < 2, "a height and a width of at least 2")
-        parts = quadrants(shape[1], shape[2])
-        feed, change = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
-        for mask, quadrant in ((feed, parts[layer % 4]), (change, parts[(layer + 1) % 4])):
-            mask[:, quadrant.rows, quadrant.columns] = True
-        return CouplingMask(feed, change)
-
-    if name == "checkerboard":
-        _refuse_empty(name, shape, shape[1] * shape[2] < 2, "at least 2 pixels")
-        rows, columns = torch.meshgrid(torch.arange(shape[1]), torch.arange(shape[2]), indexing="ij")
-        half = ((rows + columns) % 2 == 0).expand(shape)
-    elif name == "channel":
-        _refuse_empty(name, shape, shape[0] < 2, "at least 2 channels; squeeze the image first")
-        half = (torch.arange(shape[0]) < shape[0] // 2).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    else:
-        _refuse_empty(name, shape, shape[1] < 2, "a height of at least 2")
-        half = (torch.arange(shape[1]) < shape[1] // 2)[:, None].expand(shape)
-    feed = half.clone() if layer % 2 == 0 else ~half
-    return CouplingMask(feed, ~feed)
-
-
-def _refuse_empty(name: str, shape: tuple[int, ...], empty: bool, need: str) -> None:
-    if empty:
-        msg = f"Mask {name!r} leaves nothing to change on the shape {shape}: it needs {need}."
-        raise ValueError(msg)
+    parts = quadrants(shape[1], shape[2])
+    feed, change = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    for side, quadrant in ((feed, parts[layer % 4]), (change, parts[(layer + 1) % 4])):
+        side[:, quadrant.rows, quadrant.columns] = True
+    return CouplingMask(feed, change)

@@ -2,30 +2,77 @@
 """s,t-networks of coupling layers.
 
 Each maps ``(N, channels_in, *size)`` to ``(N, channels_out, *size)`` and ends in a layer that starts at zero, so that
-a fresh coupling is the identity (Kingma and Dhariwal 2018, section 3.3).
+a fresh coupling is the identity (Kingma and Dhariwal 2018, section 3.3). A subnet is one class, registered by
+:func:`register_subnet` under the name that users type.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from anomalib_flowood.names import unknown_name
+from anomalib_flowood.names import Registry, alternatives
 
 if TYPE_CHECKING:
     from .couplings import SubnetConstructor
 
-SUBNETS = ("bottleneck", "conv_bottleneck", "highway", "mlp", "resnet")
 
-FULLY_CONNECTED = ("bottleneck", "mlp")
-"""Subnets with weights of their own for every position; the others are convolutional."""
+@dataclass(frozen=True)
+class Subnet:
+    """A registered s,t-network.
 
-BOTTLENECKS = ("bottleneck", "conv_bottleneck")
-"""Subnets that let only ``bottleneck_dim`` numbers pass."""
+    Attributes:
+        network: Its class.
+        fully_connected: Whether it has weights of its own for every position and so takes vectors, too; the others
+            are convolutional.
+        arguments: Which of the arguments of :func:`subnet_constructor` it takes.
+    """
+
+    network: type[nn.Module]
+    fully_connected: bool
+    arguments: frozenset[str]
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether only ``bottleneck_dim`` numbers pass."""
+        return "bottleneck_dim" in self.arguments
+
+
+SUBNETS: Registry[Subnet] = Registry("subnet")
+"""s,t-networks by the names that users type."""
+
+Network = TypeVar("Network", bound=type[nn.Module])
+
+
+def register_subnet(name: str, *, fully_connected: bool = False) -> Callable[[Network], Network]:
+    """Make a class known as an s,t-network.
+
+    Args:
+        name: The name that users type.
+        fully_connected: Whether it takes vectors, too, and has weights of its own for every position of an image.
+
+    Returns:
+        Decorator of a class that is called with ``channels_in``, ``channels_out`` and, by keyword, those of the
+        arguments of :func:`subnet_constructor` that its signature names.
+    """
+
+    def register(network: Network) -> Network:
+        SUBNETS.add(name, Subnet(network, fully_connected, frozenset(inspect.signature(network).parameters)))
+        return network
+
+    return register
+
+
+def subnets_with(suits: Callable[[Subnet], bool]) -> str:
+    """Name the subnets of which something holds, as a sentence does."""
+    return alternatives(name for name, subnet in SUBNETS.items() if suits(subnet))
 
 
 class FullyConnected(nn.Module):
@@ -46,7 +93,7 @@ class FullyConnected(nn.Module):
         for hidden in widths:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
-        layers.append(_start_at_zero(nn.Linear(width, channels_out * positions)))
+        layers.append(start_at_zero(nn.Linear(width, channels_out * positions)))
         self.layers = nn.Sequential(*layers)
         self.out_shape = (channels_out, *size)
 
@@ -55,6 +102,7 @@ class FullyConnected(nn.Module):
         return self.layers(x.flatten(1)).unflatten(1, self.out_shape)
 
 
+@register_subnet("mlp", fully_connected=True)
 class Mlp(FullyConnected):
     """Multi-layer perceptron with two hidden layers.
 
@@ -71,6 +119,7 @@ class Mlp(FullyConnected):
         super().__init__(channels_in, channels_out, widths=(hidden_channels, hidden_channels), size=size)
 
 
+@register_subnet("bottleneck", fully_connected=True)
 class Bottleneck(FullyConnected):
     """Fully connected network that squeezes its input to a few numbers (Kirichenko et al. 2020, section 6.2).
 
@@ -102,6 +151,7 @@ class Bottleneck(FullyConnected):
         )
 
 
+@register_subnet("conv_bottleneck")
 class ConvBottleneck(nn.Module):
     """Convolutional encoder and decoder around a few numbers (Kirichenko et al. 2020, section 6.2).
 
@@ -141,7 +191,7 @@ class ConvBottleneck(nn.Module):
             nn.Unflatten(1, (hidden_channels, *quarter)),
             _doubling(hidden_channels, hidden_channels, half),
             nn.ReLU(),
-            _start_at_zero(_doubling(hidden_channels, channels_out, size)),
+            start_at_zero(_doubling(hidden_channels, channels_out, size)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,6 +230,7 @@ class WeightNormConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight * (self.gain / self._length()), self.bias)
 
 
+@register_subnet("resnet")
 class ResNet(nn.Module):
     """Convolutional residual network of RealNVP (Dinh et al. 2017, section 3.6 and its code).
 
@@ -221,7 +272,7 @@ class ResNet(nn.Module):
         )
         self.skips = nn.ModuleList(WeightNormConv2d(hidden_channels, hidden_channels, 1) for _ in range(num_blocks + 1))
         self.head = nn.Sequential(
-            norm(hidden_channels), nn.ReLU(), _start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
+            norm(hidden_channels), nn.ReLU(), start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,6 +285,7 @@ class ResNet(nn.Module):
         return self.head(total)
 
 
+@register_subnet("highway")
 class Highway(nn.Module):
     """Convolutional highway network (Srivastava et al. 2015), with which Kirichenko et al. (2020) train Glow.
 
@@ -253,7 +305,7 @@ class Highway(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Conv2d(hidden_channels, 2 * hidden_channels, 3, padding=1) for _ in range(num_blocks)
         )
-        self.head = _start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
+        self.head = start_at_zero(nn.Conv2d(hidden_channels, channels_out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, channels_in, H, W)`` to ``(N, channels_out, H, W)``."""
@@ -278,39 +330,41 @@ def subnet_constructor(
     Args:
         name: One of :data:`SUBNETS`.
         hidden_channels: Width of the hidden layers.
-        bottleneck_dim: Numbers that pass the squeeze of :data:`BOTTLENECKS`; other networks have none.
+        bottleneck_dim: Numbers that pass the squeeze of a bottleneck; other networks have none.
         size: Spatial size of what the network sees; empty for flat vectors.
         num_blocks: Blocks of ``resnet`` and ``highway``; other networks have none.
-        batch_norm: Batch normalisation in ``resnet``.
+        batch_norm: Batch normalisation, in ``resnet`` alone.
 
     Returns:
         A constructor that pickles.
 
     Raises:
         ValueError: If the name is unknown, a number is not positive, a convolutional network is asked for flat
-            vectors, or batch normalisation for another network than ``resnet``.
+            vectors, or batch normalisation of a network that has none.
     """
-    if name not in SUBNETS:
-        raise unknown_name("subnet", name, SUBNETS)
-    numbers = {"hidden_channels": hidden_channels, "bottleneck_dim": bottleneck_dim, "num_blocks": num_blocks}
-    for argument, value in numbers.items():
+    subnet = SUBNETS[name]
+    arguments: dict[str, Any] = {
+        "hidden_channels": hidden_channels,
+        "bottleneck_dim": bottleneck_dim,
+        "num_blocks": num_blocks,
+    }
+    for argument, value in arguments.items():
         if value < 1:
             msg = f"{argument} must be at least 1, got {value}."
             raise ValueError(msg)
-    if batch_norm and name != "resnet":
-        msg = f"Only subnet 'resnet' has batch normalisation: leave batch_norm out, or choose it instead of {name!r}."
+    if batch_norm and "batch_norm" not in subnet.arguments:
+        normalised = subnets_with(lambda other: "batch_norm" in other.arguments)
+        msg = (
+            f"Only subnet {normalised} has batch normalisation: leave batch_norm out, or choose it instead of {name!r}."
+        )
         raise ValueError(msg)
-    if name not in FULLY_CONNECTED and len(size) != 2:
-        msg = f"Subnet {name!r} is convolutional and needs images; choose 'mlp' or 'bottleneck' for flat vectors."
+    if not subnet.fully_connected and len(size) != 2:
+        others = subnets_with(lambda other: other.fully_connected)
+        msg = f"Subnet {name!r} is convolutional and needs images; choose {others} for flat vectors."
         raise ValueError(msg)
-    if name == "resnet":
-        return partial(ResNet, hidden_channels=hidden_channels, num_blocks=num_blocks, batch_norm=batch_norm)
-    if name == "highway":
-        return partial(Highway, hidden_channels=hidden_channels, num_blocks=num_blocks)
-    if name == "mlp":
-        return partial(Mlp, hidden_channels=hidden_channels, size=size)
-    bottleneck = ConvBottleneck if name == "conv_bottleneck" else Bottleneck
-    return partial(bottleneck, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim, size=size)
+    arguments |= {"size": size, "batch_norm": batch_norm}
+    taken = {argument: value for argument, value in arguments.items() if argument in subnet.arguments}
+    return partial(subnet.network, **taken)
 
 
 def check_bottleneck(bottleneck_dim: int, values: int) -> None:
@@ -328,7 +382,15 @@ def check_bottleneck(bottleneck_dim: int, values: int) -> None:
         raise ValueError(msg)
 
 
-def _start_at_zero(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+def start_at_zero(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
+    """Set a layer to zero: the last one of an s,t-network, whose coupling then starts as the identity.
+
+    Args:
+        layer: The layer; it is changed in place.
+
+    Returns:
+        The layer.
+    """
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -97,7 +97,7 @@ def test_a_fresh_flow_is_the_logit():
         ({"architecture": "glow", "mask": "cycle"}, "'glow' has its own masks: leave mask out, or choose architecture"),
         ({"architecture": "realnvp", "mask": "horizontal"}, "'realnvp' has its own masks"),
         ({"architecture": "glow", "mask": "cylce"}, "Did you mean 'cycle'"),
-        ({"architecture": "glow", "subnet": "mlp"}, "'mlp' is fully connected.*choose subnet 'resnet', 'highway'"),
+        ({"architecture": "glow", "subnet": "mlp"}, "'mlp' is fully connected.*choose subnet .*'resnet' or 'highway'"),
         ({"architecture": "realnvp", "subnet": "bottleneck"}, "'bottleneck' is fully connected"),
         ({"architecture": "realnvp", "subnet": "resnets"}, "Did you mean 'resnet'"),
         ({"architecture": "glow", "shape": (1, 6, 8)}, r"scales=2 needs .* divisible by 4.*lower scales.* to 8 x 8"),

@@ -17,13 +17,13 @@ from anomalib_flowood.flows import (
     MaskedCoupling,
     QuadrantCoupling,
     coupling_mask,
-    quadrant_size,
     quadrants,
     subnet_constructor,
 )
 
 SHAPE = (2, 5, 4)
-NATIVE = {"native cycle": QuadrantCoupling, "native channel": ChannelCoupling}
+NATIVE = {f"native {name}": family.native for name, family in MASKS.items() if family.native}
+FORMS = [*MASKS, *NATIVE]
 
 
 def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
@@ -31,10 +31,11 @@ def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
 
 
 def fresh_coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
-    size = quadrant_size(*shape[1:]) if form == "native cycle" else shape[1:]
+    kind = NATIVE.get(form, MaskedCoupling)
+    size = kind.subnet_size(shape)
     constructor = subnet_constructor(subnet, hidden_channels=12, bottleneck_dim=3, size=size)
     if form in NATIVE:
-        return NATIVE[form]([shape], layer=layer, subnet_constructor=constructor)
+        return kind([shape], layer=layer, subnet_constructor=constructor)
     return MaskedCoupling([shape], mask=coupling_mask(form, shape, layer), subnet_constructor=constructor)
 
 
@@ -47,12 +48,16 @@ def call(module):
     return lambda x, rev=False: (lambda out: (out[0][0], out[1]))(module((x,), rev=rev))
 
 
-forms = pytest.mark.parametrize("form", [*MASKS, *NATIVE])
+forms = pytest.mark.parametrize("form", FORMS)
 shapes = st.tuples(st.integers(2, 3), st.integers(3, 6), st.integers(3, 6))
 
 
+def test_the_native_forms_that_there_are():
+    assert {"native channel": ChannelCoupling, "native cycle": QuadrantCoupling} == NATIVE
+
+
 @given(
-    form=st.sampled_from([*MASKS, *NATIVE]),
+    form=st.sampled_from(FORMS),
     shape=shapes,
     layer=st.integers(0, 7),
     subnet=st.sampled_from(["bottleneck", "mlp", "resnet"]),

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_flowood.flows import MASKS, coupling_mask, quadrants
+from anomalib_flowood.flows import MASKS, coupling_mask, halves, pixel_flow, quadrants, register_mask
 
 shapes = st.tuples(st.integers(2, 5), st.integers(2, 9), st.integers(2, 9))
 
 
-@given(name=st.sampled_from(MASKS), shape=shapes, layer=st.integers(0, 11))
+@given(name=st.sampled_from([*MASKS]), shape=shapes, layer=st.integers(0, 11))
 def test_the_two_sides_never_overlap_and_neither_is_empty(name, shape, layer):
     mask = coupling_mask(name, shape, layer)
     assert mask.feed.shape == mask.change.shape == shape
@@ -52,6 +52,26 @@ def test_masks_as_the_papers_draw_them():
     assert coupling_mask("checkerboard", (1, 2, 3), 0).feed.int().tolist() == [[[1, 0, 1], [0, 1, 0]]]
     assert coupling_mask("horizontal", (1, 3, 2), 0).feed.int().tolist() == [[[1, 1], [0, 0], [0, 0]]]
     assert coupling_mask("channel", (4,), 0).feed.int().tolist() == [1, 1, 0, 0]
+
+
+def test_a_registered_mask_is_known_everywhere(monkeypatch):
+    def vertical(shape, layer):
+        return halves((torch.arange(shape[2]) < shape[2] // 2).expand(shape), layer)
+
+    with pytest.raises(ValueError, match="Unknown mask 'vertical'"):
+        coupling_mask("vertical", (1, 4, 4), 0)
+    monkeypatch.setitem(MASKS, "vertical", None)  # so that it is taken out again
+    del MASKS["vertical"]
+    register_mask("vertical", needs="a width of at least 2")(vertical)
+
+    flow = pixel_flow((1, 4, 4), mask="vertical", coupling_layers=2, hidden_channels=4, bottleneck_dim=2)
+    assert torch.equal(flow[1].feed, coupling_mask("vertical", (1, 4, 4), 0).feed.float())
+    with pytest.raises(ValueError, match="'vertical' leaves nothing to change.*: it needs a width of at least 2"):
+        coupling_mask("vertical", (1, 4, 1), 0)
+    with pytest.raises(ValueError, match="Known: .*vertical"):
+        coupling_mask("x", (1, 4, 4), 0)
+    with pytest.raises(ValueError, match="There is a mask 'vertical' already"):
+        register_mask("vertical", needs="")(vertical)
 
 
 def test_unknown_mask_offers_the_nearest_name():

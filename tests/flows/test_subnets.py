@@ -17,7 +17,16 @@ def test_keeps_the_spatial_size_starts_at_zero_and_pickles(name):
     assert torch.equal(y, torch.zeros_like(y))
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "mlp"])
+FULLY_CONNECTED = [name for name, subnet in SUBNETS.items() if subnet.fully_connected]
+BOTTLENECKS = [name for name, subnet in SUBNETS.items() if subnet.squeezes]
+
+
+def test_kinds():
+    assert sorted(FULLY_CONNECTED) == ["bottleneck", "mlp"]
+    assert sorted(BOTTLENECKS) == ["bottleneck", "conv_bottleneck"]
+
+
+@pytest.mark.parametrize("name", FULLY_CONNECTED)
 def test_flat_vectors(name):
     assert subnet_constructor(name, hidden_channels=5, bottleneck_dim=2)(8, 16)(torch.randn(3, 8)).shape == (3, 16)
 
@@ -28,7 +37,7 @@ def test_the_convolutional_bottleneck_takes_any_size(size, channels):
     assert net(torch.randn(2, channels, *size)).shape == (2, 5, *size)
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "conv_bottleneck"])
+@pytest.mark.parametrize("name", BOTTLENECKS)
 def test_the_bottleneck_lets_only_its_numbers_pass(name):
     net = subnet_constructor(name, hidden_channels=9, bottleneck_dim=2, size=(4, 4))(1, 2).double()
     for parameter in net.parameters():
@@ -38,9 +47,7 @@ def test_the_bottleneck_lets_only_its_numbers_pass(name):
     assert int(torch.linalg.matrix_rank(jacobian)) <= 2
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"), [("resnet", {}), ("resnet", {"batch_norm": True}), ("highway", {}), ("conv_bottleneck", {})]
-)
+@pytest.mark.parametrize(("name", "kwargs"), [*((name, {}) for name in SUBNETS), ("resnet", {"batch_norm": True})])
 def test_every_weight_learns(name, kwargs):
     net = subnet_constructor(name, hidden_channels=4, bottleneck_dim=2, size=(6, 5), num_blocks=3, **kwargs)(2, 4)
     with torch.no_grad():
@@ -103,7 +110,7 @@ def test_bad_arguments(kwargs, message):
         subnet_constructor(**{"hidden_channels": 4, "bottleneck_dim": 2, **kwargs})
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "conv_bottleneck"])
+@pytest.mark.parametrize("name", BOTTLENECKS)
 def test_a_squeeze_that_squeezes_nothing_is_refused(name):
     with pytest.raises(ValueError, match="bottleneck_dim=16 squeezes nothing: the network's input has 16 values"):
         subnet_constructor(name, hidden_channels=4, bottleneck_dim=16, size=(4, 4))(1, 2)
