@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_flowood.flows import ActNorm, AffineCoupling, InvertibleConv1x1, Logit, MaskedCoupling
-from anomalib_flowood.models.pixel_flow import PixelFlowModel
+from anomalib_flowood.models.components.capabilities import PixelDensity
 
 _CHUNK = 64
 _CONSTANT = 1e-5
@@ -99,7 +99,7 @@ class Coadaptation(NamedTuple):
 
 
 @torch.no_grad()
-def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
+def coadaptation(model: PixelDensity, images: Tensor) -> Coadaptation:
     """Measure how far each coupling layer knows the values that it transforms, because layers before told it.
 
     A coupling layer's −t is its prediction of the values under its mask (Kirichenko et al. 2020, section 5). It may
@@ -120,7 +120,7 @@ def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
         convolution (Glow), which leaves no pixels that a layer transforms and others that it sees.
 
     Raises:
-        ValueError: As :meth:`~anomalib_flowood.models.pixel_flow.PixelFlowModel.log_prob`.
+        ValueError: As the model's ``log_prob``.
     """
     pixels = model.pixels(images)
     regions = _transformed_pixels(model, pixels[:1])
@@ -133,7 +133,7 @@ def coadaptation(model: PixelFlowModel, images: Tensor) -> Coadaptation:
     return Coadaptation(layers, _predictions(model, pixels, range(len(regions))))
 
 
-def _predictions(model: PixelFlowModel, pixels: Tensor, layers: Sequence[int]) -> list[float]:
+def _predictions(model: PixelDensity, pixels: Tensor, layers: Sequence[int]) -> list[float]:
     """Squared correlation of −t and x in some of the layers."""
     parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     for chunk in pixels.split(_CHUNK):
@@ -145,7 +145,7 @@ def _predictions(model: PixelFlowModel, pixels: Tensor, layers: Sequence[int]) -
     return [squared_correlation(*(torch.cat(side) for side in zip(*part, strict=True))) for part in parts]
 
 
-def _transformed_pixels(model: PixelFlowModel, pixels: Tensor) -> list[Tensor | None]:
+def _transformed_pixels(model: PixelDensity, pixels: Tensor) -> list[Tensor | None]:
     """Find the pixels that each layer transforms, boolean of the shape of an image; ``None`` where they are mixed.
 
     Numbered pixels are sent through the flow, past all layers but those that only reorder them.

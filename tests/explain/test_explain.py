@@ -14,7 +14,8 @@ from torch import nn
 
 from anomalib_flowood import OneClass
 from anomalib_flowood.explain import coadaptation, explain
-from anomalib_flowood.explain.explanation import DRAWS, TEMPERATURES
+from anomalib_flowood.explain.coupling_sections import DRAWS
+from anomalib_flowood.explain.sections import TEMPERATURES
 from anomalib_flowood.metrics import auroc
 
 PIXEL_PICTURES = ["histograms", "latents", "scales", "shifts", "coadaptation", "samples"]
@@ -132,11 +133,13 @@ class Normalised(nn.Module):
 
 
 def test_batch_norm_in_training_mode_leaves_the_detector_as_it_is(tmp_path, monkeypatch):
-    from anomalib_flowood.explain import explanation
+    from anomalib_flowood.explain import coupling_sections
 
     drawn = {}
-    draw = explanation.draw_latents
-    monkeypatch.setattr(explanation, "draw_latents", lambda blocks, path: (drawn.update(blocks), draw(blocks, path)))
+    draw = coupling_sections.draw_latents
+    monkeypatch.setattr(
+        coupling_sections, "draw_latents", lambda blocks, path: (drawn.update(blocks), draw(blocks, path))
+    )
     detector = pixel_flow(mask="checkerboard", subnet="resnet")
     sets = {"inside": images(6, brightness=0.5), "outside": images(seed=1)}
     explain(fitted(detector), sets, tmp_path)
@@ -175,12 +178,12 @@ def test_batch_norm_in_training_mode_leaves_the_detector_as_it_is(tmp_path, monk
 
 
 def test_samples_are_the_flows(tmp_path, monkeypatch):
-    from anomalib_flowood.explain import explanation
+    from anomalib_flowood.explain import sections
 
     drawn = {}
-    draw = explanation.draw_images
+    draw = sections.draw_images
     monkeypatch.setattr(
-        explanation, "draw_images", lambda rows, names, path: (drawn.update(rows), draw(rows, names, path))
+        sections, "draw_images", lambda rows, names, path: (drawn.update(rows), draw(rows, names, path))
     )
     detector = fitted(pixel_flow())
     explain(detector, {"inside": images(20), "outside": images(seed=1)}, tmp_path)
@@ -237,11 +240,11 @@ def test_many_outside_sets_are_in_the_numbers_and_some_in_the_pictures(tmp_path)
 
 
 def test_an_embedding_flow_shows_the_nearest_images_of_its_worst_mistakes(tmp_path, monkeypatch):
-    from anomalib_flowood.explain import explanation
+    from anomalib_flowood.explain import sections
 
     drawn = []
-    draw = explanation.draw_images
-    monkeypatch.setattr(explanation, "draw_images", lambda *args: (drawn.append(args), draw(*args)))
+    draw = sections.draw_images
+    monkeypatch.setattr(sections, "draw_images", lambda *args: (drawn.append(args), draw(*args)))
     detector = embedding_flow()
     generator = torch.Generator().manual_seed(0)
     inside = torch.rand(12, 3, 32, 32, generator=generator) * torch.rand(12, 3, 1, 1, generator=generator)
@@ -286,7 +289,7 @@ def test_errors_say_what_is_wrong(tmp_path):
     from anomalib.models import Padim
 
     sets = {"inside": images(), "outside": images(seed=1)}
-    with pytest.raises(ValueError, match=r"Padim cannot be explained.*PixelFlow.*EmbeddingFlow.*FeatureMapFlow"):
+    with pytest.raises(ValueError, match=r"Padim cannot be explained.*EmbeddingFlow, FeatureMapFlow, PixelFlow"):
         explain(Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8), sets, tmp_path)
     with pytest.raises(NotFittedError, match="PixelFlow was never fitted"):
         explain(pixel_flow(), sets, tmp_path)
