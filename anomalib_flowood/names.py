@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
 Entry = TypeVar("Entry")
+Documented = TypeVar("Documented", bound=type)
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") -> ValueError:
@@ -50,10 +51,29 @@ def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise unknown
 
 
-def alternatives(names: Iterable[str]) -> str:
+def alternatives(names: Iterable[str], quote: str = "'") -> str:
     """Offer names as a sentence does: ``'a', 'b' or 'c'``."""
-    *others, last = [repr(name) for name in names]
+    *others, last = [f"{quote}{name}{quote}" for name in names]
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def lists_names(**names: Iterable[str]) -> Callable[[Documented], Documented]:
+    """Put names into a docstring, from where help shows them.
+
+    Args:
+        names: By the word that stands for them in the docstring, in braces: ``{masks}``.
+
+    Returns:
+        Decorator of a class.
+    """
+
+    def fill(cls: Documented) -> Documented:
+        for word, known in names.items():
+            if cls.__doc__:  # there is none under python -OO
+                cls.__doc__ = cls.__doc__.replace(f"{{{word}}}", alternatives(known, "``"))
+        return cls
+
+    return fill
 
 
 def subclasses(base: type) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_helpers import data, engine, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood.flows import LOGIT_ALPHA, MASKS, QuadrantCoupling, dequantization_noise
+from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SUBNETS, QuadrantCoupling, dequantization_noise
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 from anomalib_flowood.scores import Density
 
@@ -274,3 +274,11 @@ def test_defaults():
     assert couplings[0].subnet.layers[2].out_features == 5
     assert detector.visualizer is None
     assert detector(torch.rand(2, 3, 40, 50)).pred_score.shape == (2,)
+
+
+def test_help_lists_what_is_registered():
+    text = PixelFlow.__doc__
+    assert "{" not in text
+    for name in (*MASKS, *SUBNETS, *ARCHITECTURES):
+        assert f"``{name}``" in text
+    assert "``channel`` or ``cycle``" in text  # native forms

@@ -13,11 +13,14 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
+from anomalib_flowood.flows import SUBNETS
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.names import lists_names
 
 from .torch_model import EmbeddingFlowModel
 
 
+@lists_names(subnets=[name for name, subnet in SUBNETS.items() if subnet.fully_connected])
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the embeddings of a frozen, pretrained network.
 
@@ -38,7 +41,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         clusterings: Runs of k-means, whose mixtures of Gaussians are averaged.
         feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
             directions.
-        subnet: s,t-network: ``mlp`` or ``bottleneck``.
+        subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.

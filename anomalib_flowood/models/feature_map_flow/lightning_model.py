@@ -14,8 +14,10 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from torch import Tensor
 
+from anomalib_flowood.flows import MASKS, SUBNETS
 from anomalib_flowood.metrics import AUROC
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.names import lists_names
 
 from .torch_model import FeatureMapFlowModel
 
@@ -23,6 +25,7 @@ _SCALE_IMAGES = 256
 """Training images from which the layers' scales are measured."""
 
 
+@lists_names(masks=MASKS, subnets=SUBNETS)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the feature maps of a frozen, pretrained network: says what does not belong, and where.
 
@@ -36,8 +39,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         layout_dims: Principal directions of whole maps that are whitened before the flow; at most one for five training
             images are used.
         tail: Add a Gaussian for the discarded directions of each position to density and anomaly map.
-        mask: Coupling mask: ``cycle``, ``checkerboard``, ``channel`` or ``horizontal``.
-        subnet: s,t-network: ``bottleneck``, ``mlp`` or ``resnet``.
+        mask: Coupling mask: {masks}.
+        subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.

@@ -13,12 +13,20 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
-from anomalib_flowood.flows import LOGIT_ALPHA
+from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SUBNETS
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
+from anomalib_flowood.names import lists_names
 
 from .torch_model import PixelFlowModel
 
 
+@lists_names(
+    architectures=ARCHITECTURES,
+    masks=MASKS,
+    native=[name for name, family in MASKS.items() if family.native],
+    subnets=SUBNETS,
+    fully_connected=[name for name, subnet in SUBNETS.items() if subnet.fully_connected],
+)
 class PixelFlow(FlowModule, AnomalibModule):
     """Normalizing flow on pixels, for small images.
 
@@ -29,17 +37,15 @@ class PixelFlow(FlowModule, AnomalibModule):
     Args:
         image_size: Height and width to which images are resized.
         channels: 3 for colour, 1 for grey.
-        architecture: ``single_scale`` (couplings of one mask), ``realnvp`` (checkerboard and channel couplings at
-            several scales) or ``glow`` (ActNorm, 1×1 convolutions and channel couplings at several scales).
+        architecture: {architectures}: couplings of one mask; checkerboard and channel couplings at several scales;
+            ActNorm, 1×1 convolutions and channel couplings at several scales.
         scales: Number of scales of ``realnvp`` and ``glow``, which halve the image ``scales - 1`` and ``scales``
             times.
-        mask: Coupling mask of ``single_scale``: ``cycle`` (its default), ``checkerboard``, ``channel`` or
-            ``horizontal``. The other architectures have their own.
-        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone (fast),
-            and not the zero-masked image.
-        subnet: s,t-network: ``bottleneck`` (default of ``single_scale``), ``mlp``, ``resnet`` (default of
-            ``realnvp``), ``highway`` (default of ``glow``) or ``conv_bottleneck``; the first two for
-            ``single_scale`` only.
+        mask: Coupling mask of ``single_scale``, ``cycle`` by default: {masks}. The other architectures have their own.
+        native: With mask {native}, let the networks see what feeds the mask alone (fast), and not the zero-masked
+            image.
+        subnet: s,t-network: {subnets}; by default ``bottleneck`` for ``single_scale``, ``resnet`` for ``realnvp``,
+            ``highway`` for ``glow``, neither of which takes {fully_connected}.
         bottleneck_dim: Numbers that pass the squeeze of ``bottleneck`` and ``conv_bottleneck``; the paper's K.
         coupling_layers: Number of couplings (``single_scale``; default 8), of couplings in each group of ``realnvp``
             (default 3, and one more at the last scale), or of steps at each scale of ``glow`` (default 8).
