@@ -20,11 +20,12 @@ from anomalib_flowood.data.items import (
 )
 from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.data.path_dataset import PathDataset
-from anomalib_flowood.data.replacements import keep_pictures_apart, predict_by_path, read_for_anomalib, show_images
-from anomalib_flowood.data.sources import DATA_SETS
+from anomalib_flowood.data.replacements import replace_in_anomalib
+from anomalib_flowood.data.sources import DATA_SETS, LAYOUTS, register_data_set
 
 __all__ = [
     "DATA_SETS",
+    "LAYOUTS",
     "CrossDataset",
     "Images",
     "OneClass",
@@ -37,11 +38,9 @@ __all__ = [
     "UnreadableImageError",
     "image_files",
     "read_image",
+    "register_data_set",
 ]
 
 for _datamodule in (CrossDataset, OneClass):
     setattr(anomalib_data, _datamodule.__name__, _datamodule)
-show_images()
-keep_pictures_apart()
-read_for_anomalib()
-predict_by_path()
+replace_in_anomalib()

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from anomalib_flowood.data.images import Images, _array_images, _class_of
+from anomalib_flowood.data.images import Images
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -43,8 +44,17 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(bytearray(content), dtype=np.uint8, offset=header).reshape(shape)
 
 
-def _find_idx(folder: Path, split: str, kind: str) -> Path | None:
-    """The idx file of a split, ``images`` or ``labels``, under the names that are in use for it."""
+def find_idx(folder: Path, split: str, kind: str) -> Path | None:
+    """Find an idx file under the names that are in use for it.
+
+    Args:
+        folder: Where to look.
+        split: ``"train"`` or ``"test"``.
+        kind: ``"images"`` or ``"labels"``.
+
+    Returns:
+        The file, if it is there.
+    """
     stem = f"{'train' if split == 'train' else 't10k'}-{kind}"
     dimensions = 3 if kind == "images" else 1
     for separator in "-.":
@@ -55,9 +65,23 @@ def _find_idx(folder: Path, split: str, kind: str) -> Path | None:
     return None
 
 
-def _read_idx_split(folder: Path, name: str, split: str, class_names: tuple[str, ...] = ()) -> Images:
-    """Read images and, where they are there, labels."""
-    path = _find_idx(folder, split, "images")
+def read_idx_split(folder: Path, name: str, split: str, class_names: Sequence[str] = ()) -> Images:
+    """Read images and, where they are there, labels.
+
+    Args:
+        folder: Where the files are.
+        name: Name of the data set.
+        split: ``"train"`` or ``"test"``.
+        class_names: Names of the classes in the order of their labels; the labels themselves by default.
+
+    Returns:
+        The images.
+
+    Raises:
+        FileNotFoundError: If the folder has no images of that split.
+        ValueError: If a file is damaged, or images and labels do not match, with its path.
+    """
+    path = find_idx(folder, split, "images")
     if path is None:
         msg = f"There are no {split} images among the idx files in {folder}."
         raise FileNotFoundError(msg)
@@ -65,11 +89,11 @@ def _read_idx_split(folder: Path, name: str, split: str, class_names: tuple[str,
     if pixels.ndim != 3 or 0 in pixels.shape:
         msg = f"{path} should hold images (count, height, width), its shape is {pixels.shape}."
         raise ValueError(msg)
-    label_path = _find_idx(folder, split, "labels")
+    label_path = find_idx(folder, split, "labels")
     if label_path is None:
-        return _array_images(name, split, pixels, None, ())
+        return Images.from_array(name, split, pixels)
     labels = read_idx(label_path)
     if labels.shape != pixels.shape[:1]:
         msg = f"{label_path} should hold {len(pixels):,} labels, one per image; its shape is {labels.shape}."
         raise ValueError(msg)
-    return _array_images(name, split, pixels, _class_of(labels, class_names), class_names)
+    return Images.from_array(name, split, pixels, labels, class_names)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,38 @@ class Images:
     pixels: torch.Tensor | None = None
     max_value: int | None = None
     _decoded: bool = False
+
+    @classmethod
+    def from_array(
+        cls,
+        name: str,
+        split: str,
+        pixels: torch.Tensor | np.ndarray,
+        labels: Any = None,
+        class_names: Sequence[str] = (),
+    ) -> Images:
+        """Take images that are one array.
+
+        Args:
+            name: Name of the data set.
+            split: ``"train"`` or ``"test"``.
+            pixels: The images, ``uint8``, of shape ``(N, H, W)``, ``(N, H, W, 3)`` or ``(N, 3, H, W)``.
+            labels: Class of each image, integers of shape ``(N,)``; nothing where there are no classes.
+            class_names: Names of the classes in the order of their labels; the labels themselves by default.
+
+        Returns:
+            The images.
+        """
+        tensor = torch.as_tensor(pixels)
+        if tensor.ndim == 3:
+            tensor = tensor.unsqueeze(1)
+        elif tensor.shape[1] != 3:
+            tensor = tensor.permute(0, 3, 1, 2)
+        # anomalib's visualiser names its pictures after the last folder and file: they need a suffix, and the data
+        # set's name, or the pictures of one data set would overwrite those of another.
+        paths = [f"{name}/{split}/{name}_{row:05d}.png" for row in range(len(tensor))]
+        classes = None if labels is None else class_of(labels, class_names)
+        return cls(name, paths, classes, tuple(class_names), tensor.contiguous())
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -123,27 +156,16 @@ class Images:
         return [self._read(self.paths[row]) for row in rows]
 
 
-def _class_of(labels: Any, class_names: tuple[str, ...]) -> np.ndarray:
-    """Names of shape ``(N,)`` for labels: the label itself where classes have no names."""
+def class_of(labels: Any, class_names: Sequence[str] = ()) -> np.ndarray:
+    """Name the class of each image.
+
+    Args:
+        labels: Integers of shape ``(N,)``.
+        class_names: Names of the classes in the order of their labels.
+
+    Returns:
+        Names, an object array of shape ``(N,)``: the labels themselves where classes have no names.
+    """
     numbers = np.asarray(labels).astype(np.int64)
-    names = class_names or tuple(str(number) for number in range(int(numbers.max(initial=0)) + 1))
+    names = tuple(class_names) or tuple(str(number) for number in range(int(numbers.max(initial=0)) + 1))
     return np.array(names, dtype=object)[numbers]
-
-
-def _array_images(
-    name: str,
-    split: str,
-    pixels: torch.Tensor | np.ndarray,
-    classes: np.ndarray | None,
-    class_names: tuple[str, ...],
-) -> Images:
-    """Images from an array of shape ``(N, H, W)``, ``(N, H, W, 3)`` or ``(N, 3, H, W)``."""
-    tensor = torch.as_tensor(pixels)
-    if tensor.ndim == 3:
-        tensor = tensor.unsqueeze(1)
-    elif tensor.shape[1] != 3:
-        tensor = tensor.permute(0, 3, 1, 2)
-    # anomalib's visualiser names its pictures after the last folder and file: they need a suffix, and the data set's
-    # name, or the pictures of one data set would overwrite those of another.
-    paths = [f"{name}/{split}/{name}_{row:05d}.png" for row in range(len(tensor))]
-    return Images(name, paths, classes, class_names, tensor.contiguous())

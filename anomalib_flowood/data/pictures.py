@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of its own for the picture of every image."""
+"""Pictures of detectors' results: of images as our reader reads them, and a file of its own for each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,44 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd
+from anomalib.data import ImageItem, NumpyImageItem
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualizer
 from lightning.pytorch import Trainer
 from torch.utils.data import Dataset
 
+from anomalib_flowood.data.decoding import read_picture
+from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
+
 _FOLDERS: WeakKeyDictionary[Dataset, Path] = WeakKeyDictionary()
 
 
-def _save_pictures(
+def as_read(item: Any) -> Any:
+    """Let an item be drawn as our reader read its image.
+
+    anomalib opens ``image_path`` again: by a reader of its own, so that 16 bits were drawn white and photographs lay on
+    their side; and which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although anomalib can draw the
+    item's own image.
+
+    Args:
+        item: An item of anomalib's; others are returned as they are.
+
+    Returns:
+        The item with the image to draw, and without its path.
+    """
+    if not isinstance(item, ImageItem | NumpyImageItem):
+        return item
+    if Path(item.image_path or "").is_file():
+        picture = read_picture(str(item.image_path))
+        rgb = picture.expand(3, *picture.shape[1:])
+        image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
+        return item.update(in_place=False, image_path=None, image=image)
+    if isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
+        return item.update(in_place=False, image_path=None)
+    return item
+
+
+def save_pictures(
     self: ImageVisualizer,
     trainer: Trainer,
     pl_module: Any,
@@ -27,7 +56,7 @@ def _save_pictures(
     batch_idx: int,
     dataloader_idx: int = 0,
 ) -> None:
-    """Draw and save the images of a batch."""
+    """Draw and save the images of a batch, in the folders that they are in, below the data set's own."""
     del pl_module, outputs
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders

@@ -9,9 +9,10 @@ from anomalib.data import AnomalibDataModule, PredictDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from anomalib_flowood.data.datamodules import CrossDataset, OneClass
+from anomalib_flowood.data.datamodules import SourcedDataModule
 from anomalib_flowood.data.path_dataset import PathDataset, resize_of
 from anomalib_flowood.data.skipping import SkippingDataset
+from anomalib_flowood.names import subclasses
 
 
 def read_as_trained(
@@ -36,7 +37,7 @@ def read_as_trained(
                 datamodule._update_subset_augmentations(getattr(datamodule, f"{part}_data"), augmentations, transform)
     if hasattr(detector, "max_value"):
         max_value: Any = detector.max_value
-        if isinstance(datamodule, CrossDataset | OneClass):
+        if isinstance(datamodule, SourcedDataModule):
             datamodule.read_for(max_value)
         _read_paths(detector, loaders, max_value)
 
@@ -57,7 +58,7 @@ class ReadAsTrained(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Tell the data set of a prediction by path; Lightning tells a data module."""
-        states = [checkpoint.get(kind.__qualname__) for kind in (CrossDataset, OneClass)]
+        states = [checkpoint.get(kind.__qualname__) for kind in subclasses(SourcedDataModule)]
         state = next((state for state in states if state), None)
         if state is not None:
             _read_paths(pl_module, trainer.predict_loop._data_source.instance, state["max_value"])

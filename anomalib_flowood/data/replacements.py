@@ -1,30 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is replaced in anomalib."""
+"""What is replaced in anomalib where it has no hook: what, why, and by what. There is no other place that does so.
+
+Importing :mod:`anomalib_flowood.data` replaces all of it; once more, under :func:`importlib.reload`, changes nothing.
+Written for anomalib 2.7, the only version that ``pyproject.toml`` allows; ``tests/data/test_replacements.py`` has tests
+for each that say which version broke it, or made it superfluous.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import anomalib.data.utils
 import numpy as np
 import torch
-from anomalib.data import ImageItem, NumpyImageItem
-from anomalib.data.utils import image as anomalib_images
+from anomalib.data import utils
 from anomalib.engine import engine
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualizer
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
-from anomalib_flowood.data.decoding import read_image, read_picture
-from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
+from anomalib_flowood.data.decoding import read_image
 from anomalib_flowood.data.path_dataset import PathDataset
-from anomalib_flowood.data.pictures import _save_pictures
+from anomalib_flowood.data.pictures import as_read, save_pictures
 
 
-def _read_for_anomalib(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
+@dataclass(frozen=True)
+class Replacement:
+    """Something that anomalib does and that we do otherwise.
+
+    Attributes:
+        owner: Module or class of anomalib.
+        name: What is replaced in it.
+        make: Makes what takes its place of what anomalib has there.
+        why: What anomalib does not do.
+        by_name: Whether modules of anomalib have imported it by its name, so that it has to be replaced there, too.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+    why: str
+    by_name: bool = False
+
+    @property
+    def original(self) -> Any:
+        """What anomalib has there.
+
+        Raises:
+            ImportError: If the installed version of anomalib has nothing of that name.
+        """
+        if not hasattr(self.owner, self.name):
+            msg = (
+                f"anomalib {version('anomalib')} has no {self.owner.__name__}.{self.name}, which is replaced since "
+                f"{self.why}. Install the version that pyproject.toml of anomalib-flowood names."
+            )
+            raise ImportError(msg)
+        return vars(self.owner).get(self._kept, getattr(self.owner, self.name))
+
+    @property
+    def _kept(self) -> str:
+        """Where the original is kept: not in this module, which may be imported again."""
+        return f"_{self.name}_of_anomalib"
+
+    def replace(self) -> None:
+        """Replace it, or what has replaced it before."""
+        original, current = self.original, getattr(self.owner, self.name)
+        new = self.make(original)
+        setattr(self.owner, self._kept, original)
+        setattr(self.owner, self.name, new)
+        if self.by_name:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("anomalib.") and getattr(module, self.name, None) is current:
+                    setattr(module, self.name, new)
+
+
+def _read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
     """Read an RGB image, as anomalib's function of this name does, but by our reader.
 
     Args:
@@ -32,10 +87,10 @@ def _read_for_anomalib(path: str | Path, as_tensor: bool = False) -> torch.Tenso
         as_tensor: Whether to return a tensor of shape ``(3, H, W)``, ``float32``, and not an array ``(H, W, 3)``.
 
     Returns:
-        The image in [0, 1].
+        The image in [0, 1]. One of 8 bits is what anomalib reads, number by number.
 
     Raises:
-        UnreadableImageError: As for :func:`read_image`.
+        UnreadableImageError: As for :func:`~anomalib_flowood.data.decoding.read_image`.
     """
     image = read_image(path)
     image = image.expand(3, *image.shape[1:])
@@ -44,55 +99,50 @@ def _read_for_anomalib(path: str | Path, as_tensor: bool = False) -> torch.Tenso
     return image.permute(1, 2, 0).numpy() / 255.0
 
 
-def read_for_anomalib() -> None:
-    """Let anomalib's data modules and inferencers read images by our reader.
-
-    Theirs clips 16 bits and floats, ignores how the camera was held, and hangs on a pipe. 8-bit images are read as
-    before, number by number.
-    """
-    original = anomalib_images.read_image
-    if original is _read_for_anomalib:
-        return
-    # Many of its modules have imported the function by its name.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("anomalib.") and getattr(module, "read_image", None) is original:
-            module.read_image = _read_for_anomalib  # type: ignore[attr-defined]
-    anomalib.data.utils.read_image = _read_for_anomalib
-
-
-def show_images() -> None:
-    """Let anomalib's visualiser draw images as our reader reads them, and images that have no file.
-
-    It opens ``image_path`` again: by a reader of its own, so that 16 bits were drawn white and photographs lay on their
-    side; and which fails for a stand-in such as ``mnist/test/mnist_00012.png``, although it can draw the item's own
-    image.
-    """
-    draw = visualizer.visualize_image_item
-
+def _drawing_what_was_read(draw: Callable) -> Callable:
     @functools.wraps(draw)
-    def draw_item(item: ImageItem, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(item, ImageItem | NumpyImageItem):
-            if Path(item.image_path or "").is_file():
-                picture = read_picture(str(item.image_path))
-                rgb = picture.expand(3, *picture.shape[1:])
-                image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
-                item = item.update(in_place=False, image_path=None, image=image)
-            elif isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
-                item = item.update(in_place=False, image_path=None)
-        return draw(item, *args, **kwargs)
+    def visualize_image_item(item: Any, *args: Any, **kwargs: Any) -> Any:
+        return draw(as_read(item), *args, **kwargs)
 
-    visualizer.visualize_image_item = draw_item  # type: ignore[assignment]
+    return visualize_image_item
 
 
-def predict_by_path() -> None:
-    """Let anomalib's ``Engine.predict(data_path=…)`` read as our data modules do."""
-    engine.PredictDataset = PathDataset  # type: ignore[misc]
+REPLACEMENTS = (
+    Replacement(
+        utils,
+        "read_image",
+        lambda _: _read_image,
+        "it clips 16 bits and floats, ignores how the camera was held, and hangs on a pipe",
+        by_name=True,
+    ),
+    Replacement(
+        engine,
+        "PredictDataset",
+        lambda _: PathDataset,
+        "it finds images by another rule than training, and knows neither the detector's size nor its white",
+    ),
+    Replacement(
+        visualizer,
+        "visualize_image_item",
+        _drawing_what_was_read,
+        "it opens files again by a reader of its own, and fails where an image has no file",
+    ),
+    Replacement(
+        ImageVisualizer,
+        "on_test_batch_end",
+        lambda _: save_pictures,
+        "it names a picture after the image's file and its last folder, so that lot2/good/000.png overwrites "
+        "lot1/good/000.png",
+    ),
+)
+"""All that is replaced."""
 
 
-def keep_pictures_apart() -> None:
-    """Let anomalib's visualiser save pictures in the folders that their images are in, below the data set's own.
+def replace_in_anomalib() -> None:
+    """Replace all of it.
 
-    It names a picture after the image's file and its last folder, so that ``lot2/good/000.png`` overwrites
-    ``lot1/good/000.png``.
+    Raises:
+        ImportError: If the installed version of anomalib lacks something of it.
     """
-    ImageVisualizer.on_test_batch_end = _save_pictures  # type: ignore[method-assign]
+    for replacement in REPLACEMENTS:
+        replacement.replace()

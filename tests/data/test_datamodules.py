@@ -18,9 +18,14 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_flowood.data import CrossDataset, OneClass
-from anomalib_flowood.data.sources.named import FASHION_MNIST_PACKAGE
+from anomalib_flowood.data.sources import DATA_SETS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+needs_fashion_mnist = pytest.mark.skipif(
+    not (DATA_SETS["fashion_mnist"].installed or Path("?")).is_dir(),
+    reason="needs the Debian package dataset-fashion-mnist",
+)
 
 
 @pytest.fixture
@@ -174,7 +179,7 @@ def test_memory_limit(tmp_path: Path) -> None:
     assert next(iter(data.train_dataloader())).image.shape == (5, 3, 8, 8)
 
 
-@pytest.mark.skipif(not FASHION_MNIST_PACKAGE.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@needs_fashion_mnist
 def test_fashion_mnist_class_by_name(tmp_path: Path) -> None:
     data = OneClass("fashion_mnist", "T-shirt/top", root=tmp_path, train_limit=100, test_limit=10)
     data.setup()

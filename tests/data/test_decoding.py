@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import logging
-import os
-import re
 from pathlib import Path
 
 import imagecodecs
@@ -11,16 +8,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import Folder
 from anomalib.data import utils as anomalib_utils
-from anomalib.deploy.inferencers import openvino_inferencer, torch_inferencer
-from anomalib.engine import engine
 from data_helpers import write_images
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import to_dtype, to_image
 
-from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, image_files, read_image
+from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, read_image
 from anomalib_flowood.data.decoding import plain_max_value, read_header, read_picture
+from anomalib_flowood.data.images import Images
 
 RAMP = np.arange(0, 4096, 30, dtype=np.uint16)[None].repeat(5, 0)  # 137 grey levels of 12 bits, 5 × 137
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP // 2], -1)
@@ -176,84 +171,40 @@ def test_first_page_with_one_warning(
     ]
 
 
-# --- which files
+# --- modes, depths and damage
 
 
-def names(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in image_files(folder)]
+def test_modes(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert np.array_equal(read_image(save(rgb, tmp_path / "rgb.png")), rgb.transpose(2, 0, 1))
+    assert np.array_equal(read_image(save(rgb[..., 0], tmp_path / "grey.png"))[0], rgb[..., 0])
+    rgba = np.dstack([rgb, rgb[..., :1]])
+    assert np.array_equal(read_image(save(rgba, tmp_path / "rgba.png")), rgb.transpose(2, 0, 1))
+    assert read_image(save(rgb, tmp_path / "la.png", "LA")).shape == (1, 5, 7)
+    assert read_image(save(rgb, tmp_path / "palette.png", "P")).shape == (3, 5, 7)
+    assert read_image(save(rgb, tmp_path / "cmyk.jpg", "CMYK")).shape == (3, 5, 7)
+    assert set(read_image(save(rgb[..., 0] > 99, tmp_path / "bit.png")).unique().tolist()) == {0, 255}
 
 
-def test_hidden_and_irregular_files_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_images(tmp_path / "b", 1)
-    write_images(tmp_path / "b" / "deep" / "er", 1, suffix=".JPG")
-    write_images(tmp_path / ".ipynb_checkpoints", 1)
-    write_images(tmp_path / "b" / ".cache" / "c", 1)
-    (tmp_path / "b" / "._000.png").write_bytes(b"")
-    (tmp_path / "b" / "notes.txt").write_text("")
-    (tmp_path / "b" / "folder.png").mkdir()
-    assert names(tmp_path) == ["b/000.png", "b/deep/er/000.JPG"]
-    assert not caplog.records
-    os.mkfifo(tmp_path / "b" / "pipe.png")
-    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nothing")
-    assert names(tmp_path) == ["b/000.png", "b/deep/er/000.JPG"]
-    assert "2 entries that are no regular files" in caplog.text
-    assert "pipe.png" in caplog.text
-    # Not opened where it is named, either.
-    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
-        read_image(tmp_path / "b" / "pipe.png")
-    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
-        read_header(tmp_path / "b" / "pipe.png")
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    image = read_image(save(values, tmp_path / f"deep{suffix}"))
+    assert image.tolist() == [[[0, 1, 128, 255]]]
 
 
-def test_links_are_followed_and_each_file_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    top = tmp_path / "top"
-    write_images(top / "real", 2)
-    write_images(tmp_path / "elsewhere" / "more", 2)
-    (top / "a_link").symlink_to(tmp_path / "elsewhere")
-    (top / "b_link").symlink_to(tmp_path / "elsewhere" / "more")
-    (top / "again").symlink_to(top / "real")
-    (top / "real" / "loop").symlink_to(top)
-    (top / "000.png").symlink_to(top / "real" / "000.png")
-    (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "elsewhere")
-    with caplog.at_level(logging.INFO):
-        assert names(top) == ["a_link/more/000.png", "a_link/more/001.png", "real/000.png", "real/001.png"]
-    assert "1 links to images that are there already" in caplog.text
-    (tmp_path / "linked").symlink_to(top)
-    assert names(tmp_path / "linked") == names(top)
+def test_float_images(tmp_path: Path) -> None:
+    assert read_image(save(np.array([[0, 0.5, 1]], np.float32), tmp_path / "a.tif")).tolist() == [[[0, 128, 255]]]
+    path = save(np.array([[0, 700]], np.float32), tmp_path / "b.tif")
+    with pytest.raises(ValueError, match=rf"{path}: its values run from 0.0 to 700.0, where 0 to 1 is expected"):
+        read_image(path)
 
 
-def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None:
-    for i in range(12):
-        write_images(tmp_path / str(i), 1)
-    for i in range(12):
-        for j in range(12):
-            (tmp_path / str(i) / f"to{j}").symlink_to(tmp_path / str(j))
-    assert len(image_files(tmp_path)) == 12
-
-
-def test_what_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match=re.escape(f"There is no folder {tmp_path / 'x'}")):
-        image_files(tmp_path / "x")
-
-
-# --- anomalib's reader is ours
-
-
-def test_anomalib_reads_by_our_reader(tmp_path: Path) -> None:
-    deep = save(np.array([[0, 257 * 20]], np.uint16), tmp_path / "deep.png")
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
-    shallow = save(pixels, tmp_path / "a.png")
-    assert torch.equal(anomalib_utils.read_image(deep, as_tensor=True)[:, 0, 1], torch.full((3,), 20.0) / 255)
-    assert np.array_equal(anomalib_utils.read_image(shallow), pixels / 255.0)
-    folder = Folder("a", tmp_path, val_split_mode="none", test_split_mode="none")
-    folder._setup()
-    eight_bits = to_dtype(to_image(Image.open(shallow)), torch.float32, scale=True)  # as anomalib reads it
-    assert torch.equal(folder.train_data[0].image, eight_bits)
-    assert torch_inferencer.read_image is openvino_inferencer.read_image is anomalib_utils.read_image
-    assert engine.PredictDataset is PathDataset
-    data = PathDataset(tmp_path)
-    assert isinstance(data, PredictDataset)
-    torch.testing.assert_close(data[0].image, eight_bits.as_subclass(torch.Tensor), atol=1e-7, rtol=0)
-    for item in (folder.train_data[1], data[1]):
-        assert item.image_path == deep
-        assert torch.equal(item.image[:, 0, 1], torch.full((3,), 20.0) / 255)
+def test_damaged_image_is_named(tmp_path: Path) -> None:
+    path = write_images(tmp_path, 1, (64, 64), suffix=".jpg") / "000.jpg"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
+        read_image(str(path))
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
+        Images("parts", [str(path)]).in_memory(1)

