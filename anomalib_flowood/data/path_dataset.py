@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib.data import ImageItem, PredictDataset
+from anomalib.data import ImageItem
+from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from torch import nn
 from torchvision.transforms.v2 import Resize, Transform
@@ -19,7 +20,7 @@ from anomalib_flowood.data.listing import image_files
 class PathDataset(PredictDataset):
     """The images of a folder, or one image, read as our data modules read theirs.
 
-    anomalib's engine takes it in the place of its own data set wherever this package is imported, so that
+    It takes the place of anomalib's ``PredictDataset`` wherever this package is imported, so that
     ``Engine.predict(data_path=…)`` reads so too.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anomalib.data import AnomalibDataModule, PredictDataset
+from anomalib.data import AnomalibDataModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -47,7 +47,7 @@ def _read_paths(detector: nn.Module, loaders: Any, max_value: int | None) -> Non
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         dataset = getattr(loader, "dataset", None)
         dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
-        if type(dataset) is PredictDataset:  # anomalib's, whose __getitem__ knows neither of both
+        if type(dataset) is PathDataset.__base__:  # anomalib's, whose __getitem__ knows neither of both
             dataset.__class__ = PathDataset
         if isinstance(dataset, PathDataset):
             dataset.read_for(resize_of(detector), max_value)

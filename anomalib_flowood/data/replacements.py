@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib import data
 from anomalib.data import utils
-from anomalib.engine import engine
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualizer
 from torchvision.transforms.v2.functional import to_dtype, to_image
@@ -38,14 +38,15 @@ class Replacement:
         name: What is replaced in it.
         make: Makes what takes its place of what anomalib has there.
         why: What anomalib does not do.
-        by_name: Whether modules of anomalib have imported it by its name, so that it has to be replaced there, too.
+        holders: What the names of those modules begin with that have imported it, where it has to be replaced, too.
+            Those that are not imported yet, or are just being imported, will find it in ``owner``.
     """
 
     owner: Any
     name: str
     make: Callable[[Any], Any]
     why: str
-    by_name: bool = False
+    holders: str | None = None
 
     @property
     def original(self) -> Any:
@@ -73,10 +74,9 @@ class Replacement:
         new = self.make(original)
         setattr(self.owner, self._kept, original)
         setattr(self.owner, self.name, new)
-        if self.by_name:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("anomalib.") and getattr(module, self.name, None) is current:
-                    setattr(module, self.name, new)
+        for name, module in list(sys.modules.items()):
+            if self.holders and name.startswith(self.holders) and getattr(module, self.name, None) is current:
+                setattr(module, self.name, new)
 
 
 def _read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
@@ -113,13 +113,14 @@ REPLACEMENTS = (
         "read_image",
         lambda _: _read_image,
         "it clips 16 bits and floats, ignores how the camera was held, and hangs on a pipe",
-        by_name=True,
+        holders="anomalib.",
     ),
     Replacement(
-        engine,
+        data,
         "PredictDataset",
         lambda _: PathDataset,
         "it finds images by another rule than training, and knows neither the detector's size nor its white",
+        holders="anomalib.engine.",
     ),
     Replacement(
         visualizer,

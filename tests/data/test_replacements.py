@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib import data as anomalib_data
-from anomalib.data import Folder, ImageBatch, NumpyImageItem, PredictDataset
+from anomalib.data import Folder, ImageBatch, NumpyImageItem
 from anomalib.data import utils as anomalib_utils
 from anomalib.deploy.inferencers import openvino_inferencer, torch_inferencer
 from anomalib.engine import engine
@@ -61,13 +62,24 @@ def test_all_places_are_known() -> None:
     for module in (torch_inferencer, openvino_inferencer, anomalib_utils, base):
         assert module.read_image is in_place(BY_NAME["read_image"]), f"{ANOMALIB} reads images elsewhere"
     assert "PredictDataset(" in inspect.getsource(engine.Engine.predict), f"{ANOMALIB} predicts by another class"
-    assert engine.PredictDataset is PathDataset
-    assert anomalib_data.PredictDataset is PredictDataset is not PathDataset  # users' own are left alone
-    assert issubclass(PathDataset, PredictDataset)
+    assert engine.PredictDataset is anomalib_data.PredictDataset is PathDataset
+    assert issubclass(PathDataset, BY_NAME["PredictDataset"].original)
     assert "self.on_test_batch_end(" in inspect.getsource(ImageVisualizer.on_predict_batch_end), (
         f"{ANOMALIB} saves the pictures of predictions elsewhere"
     )
     assert "visualize_image_item(" in inspect.getsource(ImageVisualizer.visualize), f"{ANOMALIB} draws elsewhere"
+
+
+def test_the_order_of_imports_does_not_matter() -> None:
+    """anomalib's engine imports its models, and so this package, before its own data set."""
+    code = (
+        "import anomalib_flowood; from anomalib.engine import engine\n"
+        "from anomalib_flowood.data.replacements import REPLACEMENTS\n"
+        "print([getattr(each.owner, each.name) is not each.original for each in REPLACEMENTS], engine.PredictDataset)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split(maxsplit=4)[:4] == ["[True,", "True,", "True,", "True]"], run.stdout
+    assert "PathDataset" in run.stdout
 
 
 def test_importing_again_changes_nothing() -> None:
