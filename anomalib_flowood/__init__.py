@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,32 +48,32 @@ def _register() -> None:
         import_module(f"{__name__}.{module}")
 
 
-class _AfterAnomalib(MetaPathFinder, Loader):
-    """Registers our classes right after `anomalib.models` has been imported."""
+class _AfterAnomalib(MetaPathFinder):
+    """Registers our classes whenever ``anomalib.models`` has been executed.
+
+    The module is found by whoever finds it without us; only then does its loader call us. So to look for it, or to fail
+    to import it, uses nothing up.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Step in for `anomalib.models` alone, once."""
-        del path, target
+        """Find ``anomalib.models`` and no other module."""
         if fullname != "anomalib.models":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module  # of a loader that was made for this spec
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module as anomalib's own loader would."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run anomalib's module, then register."""
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register()
 
 
 if "anomalib.models" in sys.modules:
