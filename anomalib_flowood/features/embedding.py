@@ -72,7 +72,7 @@ class Embedding(nn.Module):
         grids = [_to_grid(layer) for layer in maps]
         self.layouts = nn.ModuleList(Layout(layer.shape[1], map_dims) for layer in grids)
         self.dims = pooled.shape[1] + sum(
-            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type]
+            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type, misc]
             for layout, grid in zip(self.layouts, grids, strict=True)
         )
 
