@@ -13,6 +13,7 @@ from anomalib_flowood.data.datamodules import SourcedDataModule
 from anomalib_flowood.data.path_dataset import PathDataset, resize_of
 from anomalib_flowood.data.skipping import SkippingDataset
 from anomalib_flowood.names import subclasses
+from anomalib_flowood.trainers import prediction_loaders
 
 
 def read_as_trained(
@@ -61,4 +62,4 @@ class ReadAsTrained(Callback):
         states = [checkpoint.get(kind.__qualname__) for kind in subclasses(SourcedDataModule)]
         state = next((state for state in states if state), None)
         if state is not None:
-            _read_paths(pl_module, trainer.predict_loop._data_source.instance, state["max_value"])
+            _read_paths(pl_module, prediction_loaders(trainer), state["max_value"])

@@ -11,6 +11,8 @@ from anomalib.metrics import AnomalibMetric, Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from anomalib_flowood.trainers import name_results
+
 from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, F1Score, SetMetric
 from .functional import MEAN, NOT_DEFINED, OUTSIDE
 
@@ -77,14 +79,9 @@ class PerSetEvaluator(Evaluator):
 
 def _name_what_is_not_defined(trainer: Trainer) -> None:
     """Let the table that Lightning prints at the end of a test say what NaN means."""
-    loop: Any = trainer.test_loop
-    plain = type(loop)._print_results
-
-    def print_results(results: list[dict[str, Any]], stage: str) -> None:
-        named = [{name: NOT_DEFINED if math.isnan(value) else value for name, value in one.items()} for one in results]
-        plain(named, stage)
-
-    loop._print_results = print_results
+    name_results(
+        trainer, lambda values: {name: NOT_DEFINED if math.isnan(value) else value for name, value in values.items()}
+    )
 
 
 def _log(trainer: Trainer, pl_module: LightningModule, name: str, value: Any) -> None:

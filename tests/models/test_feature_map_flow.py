@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch.distributions import MultivariateNormal
 
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.flows import MASKS
-from anomalib_flowood.models.components.frozen_features import FeatureStore
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
 SMALL = {
@@ -165,28 +163,6 @@ def test_a_bright_spot_is_found_where_it_is(tmp_path):
         anomaly_map = detector.eval().model(image).anomaly_map[:, 0]
     # Squares lie in rows and columns 2 to 8 of 12; their lower right is far from them.
     assert anomaly_map[:, 8:32, 8:32].mean() > anomaly_map[:, 40:, 40:].mean() + 1
-
-
-@pytest.mark.parametrize("cache_gib", [1.0, 0.0])
-def test_stored_features_are_what_was_put_in(cache_gib, caplog):
-    store, parts = FeatureStore(10, cache_gib), [torch.randn(4, 2, 3).half(), torch.randn(5, 2, 3).half()]
-    with caplog.at_level(logging.WARNING):
-        for part in parts:
-            store.append((part, part.sum((1, 2))))
-    assert torch.equal(store.features[0], torch.cat(parts))
-    assert store.features[1].shape == (9,)
-    assert ("kept in a temporary file" in caplog.text) == (cache_gib == 0)
-
-
-def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):
-    fitted = []
-    for cache_gib in (1.0, 1e-6):
-        torch.manual_seed(0)
-        detector = feature_map_flow(cache_gib=cache_gib)
-        engine(tmp_path).fit(detector, datamodule=data(tmp_path))
-        fitted.append(detector)
-    for ours, theirs in zip(fitted[0].model.flow.parameters(), fitted[1].model.flow.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
+from anomalib_flowood.trainers import training_loaders, validation_loaders
+
 from .flow_model import FlowModel
 
 if TYPE_CHECKING:
@@ -57,16 +59,10 @@ class KeepsImages(_Base):
 
 def _image_loader(trainer: Trainer) -> DataLoader | None:
     """The loader of the validation images, or of the training images where there is no validation."""
-    loop = trainer.fit_loop
-    for source, limit in (
-        (loop.epoch_loop.val_loop._data_source, trainer.limit_val_batches),
-        (loop._data_source, trainer.limit_train_batches),
-    ):
-        loader = source.dataloader() if limit and source.is_defined() else None
-        if isinstance(loader, list | tuple):
-            loader = loader[0] if loader else None
-        if isinstance(loader, DataLoader):
-            return loader
+    for find in (validation_loaders, training_loaders):
+        loaders = find(trainer)
+        if loaders and isinstance(loaders[0], DataLoader):
+            return loaders[0]
     return None
 
 

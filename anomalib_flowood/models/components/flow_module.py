@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
+from anomalib_flowood.trainers import prediction_loaders, trainer_of
 
 from .export import CheckedExport
 from .flow_model import FlowModel
@@ -54,7 +55,7 @@ class FlowModule(FlowTraining, ScoreFitting, Restoring, CheckedExport):
     def _read_alike(self) -> None:
         """Let images be read as those of the training were."""
         trainer: Any = self.trainer
-        read_as_trained(self, trainer.datamodule, trainer.predict_loop._data_source.instance)
+        read_as_trained(self, trainer.datamodule, prediction_loaders(trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what white is in files of 16 bits."""
@@ -65,7 +66,7 @@ class FlowModule(FlowTraining, ScoreFitting, Restoring, CheckedExport):
         """Load as :class:`Restoring` does, and read images as those of the training were."""
         super().on_load_checkpoint(checkpoint)
         self.max_value = checkpoint.get(_MAX_VALUE)
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             self._read_alike()
 
     def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:

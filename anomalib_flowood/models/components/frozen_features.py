@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
 
+from anomalib_flowood.trainers import train_on, training_loaders, validate_on, validation_loaders
+
 from .flow_module import FlowModule
 
 logger = logging.getLogger(__name__)
@@ -152,8 +154,7 @@ class FrozenFeatures(_Base):
         """Extract, fit, and train on what was stored."""
         super().on_fit_start()
         trainer: Trainer = self.trainer
-        source = trainer.fit_loop._data_source
-        loader = source.dataloader()
+        loader = _single(training_loaders(trainer), "training")
         features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
         if trainer.ckpt_path is None:  # A resumed fit goes on with what its checkpoint brought.
             self.fit_features(features)
@@ -161,16 +162,13 @@ class FrozenFeatures(_Base):
             logger.warning("Training augmentations are on: the backbone extracts features anew in every epoch.")
         else:
             dataset = FeatureDataset(self._prepare_all(features), labels)
-            source.instance = feature_loader(dataset, loader.batch_size, shuffle=True)
-            # The scheduler has asked for the number of steps, for which the image loader was set up already.
-            trainer.fit_loop._combined_loader = None
+            train_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=True))
 
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        loader = source.dataloader() if source.is_defined() else None
-        if loader is not None and trainer.limit_val_batches:
+        if loaders := validation_loaders(trainer):
+            loader = _single(loaders, "validation")
             features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
             dataset = FeatureDataset(self._prepare_all(features), labels)
-            source.instance = feature_loader(dataset, loader.batch_size, shuffle=False)
+            validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the prepared features of a batch, stored or of images."""
@@ -262,6 +260,14 @@ class FeatureStore:
                 flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=feature.dtype)
             columns.append(flat.reshape(shape))
         return columns
+
+
+def _single(loaders: list[Any], what: str) -> Any:
+    if len(loaders) == 1 and hasattr(loaders[0], "dataset"):
+        return loaders[0]
+    found = ", ".join(type(loader).__name__ for loader in loaders) or "none"
+    msg = f"A detector on a frozen backbone takes one DataLoader of {what} images, got {found}."
+    raise ValueError(msg)
 
 
 def _is_random(transform: Any) -> bool:

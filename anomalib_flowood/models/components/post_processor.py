@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from anomalib_flowood import conformal
+from anomalib_flowood.trainers import validation_loaders
 
 logger = logging.getLogger(__name__)
 
@@ -319,13 +320,12 @@ def _trial_run(trainer: Any) -> bool:
 
 def _most_calibration_images(trainer: Trainer) -> int | None:
     """The most images that a validation can calibrate on; ``None`` if there is no validation, or nobody knows."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
     limit = trainer.limit_val_batches
-    if not limit or not source.is_defined():
+    loaders = validation_loaders(trainer)
+    if not loaders:
         return None
-    loaders = source.dataloader()
     total = 0
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+    for loader in loaders:
         dataset, batch_size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
         if not hasattr(dataset, "__len__") or batch_size is None:
             return None

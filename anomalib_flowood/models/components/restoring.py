@@ -13,6 +13,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
 
 from anomalib_flowood import __version__
+from anomalib_flowood.trainers import trainer_of
 
 from .checkpoints import (
     CLASS,
@@ -56,7 +57,8 @@ class Restoring(CheckedWeights):
                 other, since which were meant nobody knows.
             CheckpointError: If a weight is NaN or infinite.
         """
-        path = None if self._trainer is None else self._trainer.ckpt_path
+        trainer = trainer_of(self)
+        path = None if trainer is None else trainer.ckpt_path
         self._check_writer(checkpoint, path)
         check_settings(
             path,

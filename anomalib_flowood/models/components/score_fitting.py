@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import Progress
 
 from anomalib_flowood.scores.score import Inputs
+from anomalib_flowood.trainers import trainer_of
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -103,7 +104,7 @@ class ScoreFitting(_Base):
 
     @property
     def _shows_progress(self) -> bool:
-        trainer = self._trainer
+        trainer = trainer_of(self)
         return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
 
     def _training_ends(self) -> bool:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning's trainers: which loaders they have, before they are asked for a batch, and others in their place.
+
+What Lightning gives is reached by its public names. It has none for a loader of a fit that has begun, nor for the table
+of a test: both are reached here and nowhere else, and the versions that they are known of bound those that this package
+takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to, if it is."""
+    try:
+        return module.trainer
+    except RuntimeError:  # Lightning's, of a module without one
+        return None
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of a fit's training images, as a data module makes them or as they were given; possibly none."""
+    if datamodule := _datamodule(trainer):
+        return _listed(datamodule.train_dataloader())
+    trainer.fit_loop.setup_data()
+    return _listed(trainer.train_dataloader)
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of a fit's validation images, likewise; none where there is no validation."""
+    if not trainer.enable_validation:
+        return []
+    if datamodule := _datamodule(trainer):
+        return _listed(datamodule.val_dataloader())
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    return _listed(trainer.val_dataloaders)
+
+
+def prediction_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders that were given to a prediction; none of a data module, nor where nothing is predicted."""
+    if not trainer.predicting or _datamodule(trainer):
+        return []
+    trainer.predict_loop.setup_data()
+    return _listed(trainer.predict_dataloaders)
+
+
+def train_on(trainer: Trainer, loader: DataLoader) -> None:
+    """Let a fit that has begun train on another loader.
+
+    Raises:
+        RuntimeError: If this version of Lightning keeps its loaders elsewhere.
+    """
+    _replace_loader(trainer.fit_loop, loader)
+
+
+def validate_on(trainer: Trainer, loader: DataLoader) -> None:
+    """Let a fit that has begun validate on another loader; errors as for :func:`train_on`."""
+    _replace_loader(trainer.fit_loop.epoch_loop.val_loop, loader)
+
+
+def _replace_loader(loop: Any, loader: DataLoader) -> None:
+    source = _field(loop, "_data_source")
+    _field(source, "instance")
+    _field(loop, "_combined_loader")
+    source.instance = loader
+    loop._combined_loader = None  # what the scheduler, which asks for the number of steps, has set up already
+
+
+def name_results(trainer: Trainer, name: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change what the table shows that Lightning prints at the end of a test.
+
+    Args:
+        trainer: The trainer of the test.
+        name: Gets the results of one data loader, values by metric, and returns what is to be shown.
+
+    Raises:
+        RuntimeError: If this version of Lightning prints its table elsewhere.
+    """
+    loop: Any = trainer.test_loop
+    plain = _field(type(loop), "_print_results")
+    loop._print_results = lambda results, stage: plain([name(result) for result in results], stage)
+
+
+def _field(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
+        msg = (
+            f"Lightning {lightning.__version__} has no {kind}.{name}, which anomalib_flowood relies on: install "
+            "lightning>=2.6.1,<2.7."
+        )
+        raise RuntimeError(msg)
+    return getattr(owner, name)
+
+
+def _datamodule(trainer: Any) -> Any:  # Lightning does not declare the attribute
+    return trainer.datamodule
+
+
+def _listed(loaders: Any) -> list[Any]:
+    if loaders is None:
+        return []
+    return list(loaders) if isinstance(loaders, list | tuple) else [loaders]
