@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lightning's trainers: which loaders they have, before they are asked for a batch, and others in their place.
 
-What Lightning gives is reached by its public names. It has none for a loader of a fit that has begun, nor for the table
-of a test: both are reached here and nowhere else, and the versions that they are known of bound those that this package
-takes.
+What Lightning gives is reached by its public names. It has none for the loaders of a fit as they were made, before each
+device got its share of them, none for others in their place once the fit has begun, and none for the table of a test.
+(``trainer.datamodule`` does not do: it stays that of an earlier run where a later one gets loaders.) These are reached
+here and nowhere else, and the versions that have them bound those that this package takes.
 """
 
 from __future__ import annotations
@@ -25,47 +26,41 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a fit's training images, as a data module makes them or as they were given; possibly none."""
-    if datamodule := _datamodule(trainer):
-        return _listed(datamodule.train_dataloader())
-    trainer.fit_loop.setup_data()
-    return _listed(trainer.train_dataloader)
+    """The loaders of a fit's training images, as a data module makes them or as they were given.
+
+    Raises:
+        RuntimeError: If this version of Lightning keeps its loaders elsewhere.
+    """
+    return _listed(_source(trainer.fit_loop).dataloader())
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
     """The loaders of a fit's validation images, likewise; none where there is no validation."""
     if not trainer.enable_validation:
         return []
-    if datamodule := _datamodule(trainer):
-        return _listed(datamodule.val_dataloader())
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    return _listed(trainer.val_dataloaders)
+    return _listed(_source(trainer.fit_loop.epoch_loop.val_loop).dataloader())
 
 
 def prediction_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders that were given to a prediction; none of a data module, nor where nothing is predicted."""
-    if not trainer.predicting or _datamodule(trainer):
+    """The loaders of a prediction that is about to begin; none where nothing is predicted."""
+    if not trainer.predicting:
         return []
     trainer.predict_loop.setup_data()
     return _listed(trainer.predict_dataloaders)
 
 
 def train_on(trainer: Trainer, loader: DataLoader) -> None:
-    """Let a fit that has begun train on another loader.
-
-    Raises:
-        RuntimeError: If this version of Lightning keeps its loaders elsewhere.
-    """
+    """Let a fit that has begun train on another loader; errors as for :func:`training_loaders`."""
     _replace_loader(trainer.fit_loop, loader)
 
 
 def validate_on(trainer: Trainer, loader: DataLoader) -> None:
-    """Let a fit that has begun validate on another loader; errors as for :func:`train_on`."""
+    """Let a fit that has begun validate on another loader; errors as for :func:`training_loaders`."""
     _replace_loader(trainer.fit_loop.epoch_loop.val_loop, loader)
 
 
 def _replace_loader(loop: Any, loader: DataLoader) -> None:
-    source = _field(loop, "_data_source")
+    source = _source(loop)
     _field(source, "instance")
     _field(loop, "_combined_loader")
     source.instance = loader
@@ -87,6 +82,10 @@ def name_results(trainer: Trainer, name: Callable[[dict[str, Any]], dict[str, An
     loop._print_results = lambda results, stage: plain([name(result) for result in results], stage)
 
 
+def _source(loop: Any) -> Any:
+    return _field(loop, "_data_source")
+
+
 def _field(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
         kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
@@ -96,10 +95,6 @@ def _field(owner: Any, name: str) -> Any:
         )
         raise RuntimeError(msg)
     return getattr(owner, name)
-
-
-def _datamodule(trainer: Any) -> Any:  # Lightning does not declare the attribute
-    return trainer.datamodule
 
 
 def _listed(loaders: Any) -> list[Any]:

@@ -132,10 +132,28 @@ def test_loaders_that_are_given_to_a_prediction_are_known_before_it(tmp_path):
     trainer(tmp_path).predict(module, [one])
     assert [part.dataset for part in found[0]] == [one.dataset], MOVED
     assert module.seen["prediction"] == [7, 7]
-    trainer(tmp_path).predict(module, datamodule=Data())
     trainer(tmp_path).test(module, loader(3), verbose=False)
     trainer(tmp_path).fit(module, loader(1))
-    assert found[1:] == [[], [], []]
+    assert found[1:] == [[], []]
+
+
+def test_loaders_of_an_earlier_run_are_not_those_of_a_later_one(tmp_path):
+    found = {}
+
+    def look(trainer):
+        for stage in ("training", "validation", "prediction"):
+            found[stage] = [one.dataset for one in getattr(trainers, f"{stage}_loaders")(trainer)]
+
+    run, module = trainer(tmp_path), Seeing(look)
+    run.fit(module, datamodule=Data())
+    train, val, predict = loader(5), loader(6), loader(7)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, train, val)
+    assert found == {"training": [train.dataset], "validation": [val.dataset], "prediction": []}, MOVED
+    assert module.seen["training"] == [1, 1, 5, 5]
+    predicting = Seeing(on_setup=lambda trainer: found.update(prediction=trainers.prediction_loaders(trainer)))
+    run.predict(predicting, predict)
+    assert [one.dataset for one in found["prediction"]] == [predict.dataset], MOVED
 
 
 def test_the_table_of_a_test_shows_what_it_is_told_to(tmp_path, capsys):
