@@ -30,7 +30,6 @@ from rich.console import Console
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, build, check_seed, measure
-from anomalib_flowood.cli import UNREADABLE
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
@@ -40,9 +39,10 @@ from anomalib_flowood.models.components import CheckpointError, FlowModule, read
 from anomalib_flowood.models.components.checkpoints import CLASS, check_version, imported_class, saved_arguments
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
+from anomalib_flowood.subcommands import SUBCOMMANDS
 
-_ON_CHECKPOINTS = ("validate", "test", "predict", "export", "explain", "score")
-"""Subcommands that take the detector from a checkpoint, if one is named."""
+_UNREADABLE = 3
+"""Exit status of a prediction that left out files which it could not read."""
 
 _PREDICTED_AT_ONCE = 32
 """Images that our detectors predict on at once."""
@@ -73,13 +73,8 @@ class FlowoodCLI(AnomalibCLI):
     @staticmethod
     def anomalib_subcommands() -> dict[str, dict[str, str]]:
         """anomalib's subcommands and ours."""  # noqa: D403
-        return {
-            **AnomalibCLI.anomalib_subcommands(),
-            "explain": {"description": "Draw what a fitted flow does to images from inside and outside, on one page."},
-            "score": {"description": "Give a trained checkpoint another anomaly score, without training it again."},
-            "report": {"description": "Show the results of a benchmark or a test on one page."},
-            "backbone": {"description": "Save a timm backbone with its weights into a folder, for use offline."},
-        }
+        ours = {name: known.description for name, known in SUBCOMMANDS.items() if known.ours}
+        return AnomalibCLI.anomalib_subcommands() | {name: {"description": text} for name, text in ours.items()}
 
     def add_subcommands(self, **kwargs: Any) -> None:
         """Add all subcommands, ``benchmark`` being ours."""
@@ -87,8 +82,9 @@ class FlowoodCLI(AnomalibCLI):
         if PIPELINE_REGISTRY is not None:
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
-        for name in _ON_CHECKPOINTS:
-            parser = self.subcommand_parsers[name]
+        for name, parser in self.subcommand_parsers.items():
+            if not SUBCOMMANDS[name].on_checkpoint:
+                continue
             parser.required_args.discard("model")
             builder: Any = self._build_detector
             parser.add_instantiator(builder, AnomalibModule)  # type: ignore[type-abstract]
@@ -98,10 +94,11 @@ class FlowoodCLI(AnomalibCLI):
         """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""
         subcommand = next((argument for argument in self._arguments if argument in self.subcommand_parsers), "")
         path = _named_checkpoint(self._arguments)
-        if path is None or subcommand not in {*_ON_CHECKPOINTS, "fit", "train"}:
+        takes_it = subcommand in SUBCOMMANDS and SUBCOMMANDS[subcommand].on_checkpoint
+        if path is None or not (takes_it or subcommand in {"fit", "train"}):
             return
         checkpoint = read_checkpoint(path)
-        if subcommand in _ON_CHECKPOINTS and CLASS in checkpoint:
+        if takes_it and CLASS in checkpoint:
             self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
         else:  # a resumed training reads it only when everything is built
             check_version(path, checkpoint, imported_class(checkpoint))
@@ -250,7 +247,7 @@ class FlowoodCLI(AnomalibCLI):
     def before_instantiate_classes(self) -> None:
         """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""
         config = self.config[self.subcommand]
-        if self.subcommand in _ON_CHECKPOINTS and config["model"] is None:  # which the parser lets pass
+        if SUBCOMMANDS[self.subcommand].on_checkpoint and config["model"] is None:  # which the parser lets pass
             raise _no_detector(self.subcommand, config["ckpt_path"])
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
@@ -278,12 +275,12 @@ class FlowoodCLI(AnomalibCLI):
             arguments, errors = skipping_arguments(batch_size=batch_size, **arguments)
             self.keep_predictions(self.engine.predict(**arguments), errors)
             if errors:
-                sys.exit(UNREADABLE)
+                sys.exit(_UNREADABLE)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
         elif self.subcommand == "export":
             self.export_detector()
-        elif self.subcommand in {"explain", "score"}:  # anomalib would build the data module a second time
+        elif SUBCOMMANDS[self.subcommand].ours:  # anomalib would build the data module a second time
             getattr(self, self.subcommand)()
         else:
             super()._run_subcommand()

@@ -13,28 +13,11 @@ import warnings
 from importlib.metadata import version
 
 from anomalib_flowood import __version__
-
-SUBCOMMANDS = {
-    "train": "Fit a detector, then test it.",
-    "fit": "Fit a detector.",
-    "validate": "Run a fitted detector on the validation set.",
-    "test": "Run a fitted detector on the test set and print its metrics.",
-    "predict": "Score images, keep the scores as predictions.csv and show the most anomalous.",
-    "export": "Export a fitted detector (torch, ONNX, OpenVINO).",
-    "benchmark": "Compare detectors, ours and anomalib's, on data sets: a table, scores and histograms.",
-    "explain": "Draw what a fitted flow does to images from inside and outside, on one page.",
-    "score": "Give a trained checkpoint another anomaly score, without training it again.",
-    "report": "Show the results of a benchmark or a test on one page.",
-    "backbone": "Save a timm backbone with its weights into a folder, for use offline.",
-    "install": "Install anomalib's optional dependencies.",
-}
-
-UNREADABLE = 3
-"""Exit status of a prediction that left out files which it could not read."""
+from anomalib_flowood.subcommands import SUBCOMMANDS
 
 
 def _help() -> str:
-    lines = [f"  {name:<10} {description}" for name, description in SUBCOMMANDS.items()]
+    lines = [f"  {name:<10} {subcommand.description}" for name, subcommand in SUBCOMMANDS.items()]
     return "\n".join(
         [
             "usage: flowood SUBCOMMAND ...",

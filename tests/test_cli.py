@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from anomalib_flowood import PixelFlow
 from anomalib_flowood._commands import FlowoodCLI
 from anomalib_flowood.benchmark import Benchmark
-from anomalib_flowood.cli import SUBCOMMANDS, main
+from anomalib_flowood.cli import main
 from anomalib_flowood.predictions import keep_predictions
+from anomalib_flowood.subcommands import SUBCOMMANDS, Subcommand
 
 
 def test_version_and_help_do_not_import_anomalib() -> None:
@@ -41,6 +43,23 @@ def test_run_as_a_module() -> None:
 def test_the_help_lists_what_the_parser_has() -> None:
     cli = FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False)
     assert set(cli.subcommand_parsers) == set(SUBCOMMANDS)
+
+
+def test_a_subcommand_is_one_entry_and_its_methods(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dancer(FlowoodCLI):
+        def add_dance_arguments(self, parser: ArgumentParser) -> None:
+            parser.add_argument("--steps", type=int, default=3)
+
+        def dance(self) -> None:
+            print(f"{self.config['dance']['steps']} steps")
+
+    monkeypatch.setitem(SUBCOMMANDS, "dance", Subcommand("Show that one entry is enough.", ours=True))
+    main(["--help"])
+    assert "  dance      Show that one entry is enough." in capsys.readouterr().out
+    Dancer(["dance"])
+    assert capsys.readouterr().out == "3 steps\n"
 
 
 def test_the_benchmark_is_ours() -> None:
