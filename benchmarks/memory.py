@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What memory a fit on photographs takes, above that of the process at rest.
 
-    python benchmarks/memory.py [--images 240] [--size 1200 1600] [--grey] [--workers 0] [--detectors PixelFlow …]
+    python -m benchmarks.memory [--images 240] [--size 1200 1600] [--grey] [--workers 0] [--detectors PixelFlow …]
 
 JPEG photographs of noise on soft shapes are written to a temporary folder. Each detector is fitted for one epoch, with
 its defaults and the default batch sizes, in a process of its own. The peak is of that process and its workers, without
@@ -14,14 +14,12 @@ import argparse
 import logging
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import psutil
 from anomalib.engine import Engine
 from PIL import Image
 from rich.console import Console
@@ -30,43 +28,10 @@ from rich.table import Table
 import anomalib_flowood
 from anomalib_flowood import OneClass
 
+from .peak import Peak
+
 DETECTORS = ("PixelFlow", "EmbeddingFlow", "FeatureMapFlow")
 HELD_OUT = 0.2  # 240 images leave 192 to train on: a subspace of 128 dimensions takes more than 128
-
-
-class Peak:
-    """The most memory that this process and its children have taken, in bytes, while it is entered."""
-
-    def __enter__(self) -> Peak:
-        self._over = threading.Event()
-        self.rest = self.bytes = self._now()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def above_rest_mib(self) -> float:
-        return (self.bytes - self.rest) / 2**20
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.bytes = max(self.bytes, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        process = psutil.Process()
-        return sum(map(_unshared, [process, *process.children(recursive=True)]))
-
-
-def _unshared(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().uss
-    except psutil.NoSuchProcess:  # it has ended
-        return 0
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int], *, grey: bool = False) -> None:
@@ -92,7 +57,7 @@ def fit(detector: str, folder: Path, workers: int) -> None:
     start = time.perf_counter()
     with Peak() as peak:
         engine.fit(model, datamodule=data)
-    print(peak.rest / 2**20, peak.above_rest_mib, time.perf_counter() - start)
+    print((peak.rest or 0) / 2**20, (peak.above_rest or 0) / 2**20, time.perf_counter() - start)
 
 
 def main() -> None:
@@ -116,7 +81,7 @@ def main() -> None:
         for label in ("good", "bad"):
             write_photographs(photographs / "test" / label, 10, tuple(arguments.size), grey=arguments.grey)
         for detector in arguments.detectors:
-            command = [sys.executable, __file__, "--fit-in", folder, "--detectors", detector]
+            command = [sys.executable, "-m", "benchmarks.memory", "--fit-in", folder, "--detectors", detector]
             command += ["--workers", str(arguments.workers)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
             table.add_row(detector, *(f"{float(number):,.0f}" for number in output.split()[-3:]))

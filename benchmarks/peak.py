@@ -6,46 +6,74 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 
-class PeakMemory:
-    """The most memory that the process took beyond what it had at the start, sampled in a thread.
 
-    Counts anonymous pages alone (``RssAnon`` of ``/proc/self/status``): what is mapped to a file, such as the memo, is
-    the system's to drop. ``gib`` is ``None`` where there is no such file.
+def unshared() -> int:
+    """Bytes of this process and its children that they do not share with others."""
+    process = psutil.Process()
+    return sum(map(_unshared, [process, *process.children(recursive=True)]))
+
+
+def _unshared(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().uss
+    except psutil.NoSuchProcess:  # it has ended
+        return 0
+
+
+def anonymous() -> int | None:
+    """Bytes of this process that are mapped to no file; ``None`` where there is no ``/proc/self/status``."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
+
+
+class Peak:
+    """The most memory while it is entered, beyond what there was at the start, sampled in a thread.
+
+    Args:
+        measure: What there is at a moment, in bytes, or ``None`` where that cannot be told.
+        interval: Seconds between two looks.
     """
 
-    def __init__(self, interval: float = 0.02) -> None:
-        self.interval = interval
-        self.gib: float | None = None
-        self._stop = threading.Event()
+    def __init__(self, measure: Callable[[], int | None] = unshared, interval: float = 0.02) -> None:
+        self.measure, self.interval = measure, interval
+        self.rest: int | None = None
+        """Bytes at the start."""
+        self.most: int | None = None
+        """The most bytes, those at the start included."""
+        self._over = threading.Event()
 
-    @staticmethod
-    def now() -> int | None:
-        """Anonymous resident memory in KiB."""
-        try:
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
+    @property
+    def above_rest(self) -> int | None:
+        """The most bytes beyond those at the start."""
+        return None if self.rest is None or self.most is None else self.most - self.rest
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Peak:
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: else freed memory would count as present
         if trim is not None:
             trim(0)
-        self._first = self._most = self.now()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.rest = self.most = self.measure()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def _sample(self) -> None:
-        while self._most is not None and not self._stop.wait(self.interval):
-            self._most = max(self._most, self.now() or 0)
+    def _look(self) -> None:
+        if self.most is not None:
+            self.most = max(self.most, self.measure() or 0)
+
+    def _watch(self) -> None:
+        while self.most is not None and not self._over.wait(self.interval):
+            self._look()
 
     def __exit__(self, *args: object) -> None:
-        self._stop.set()
+        self._over.set()
         self._thread.join()
-        if self._first is not None and self._most is not None:
-            self.gib = (max(self._most, self.now() or 0) - self._first) / 2**20
+        self._look()

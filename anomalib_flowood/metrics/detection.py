@@ -61,7 +61,7 @@ class _Scores(Metric):
         """
         check_scores(preds, target)
         self.preds.append(preds.detach().flatten())
-        self.target.append(target.detach().flatten().long())
+        self.target.append(target.detach().flatten().to(torch.uint8))  # of pixels there are many
         if preds.ndim != 1 or len(preds) == 0:
             return
         names = [OUTSIDE] * len(preds) if source is None else source

@@ -3,7 +3,7 @@
 
 torchmetrics passes scores outside [0, 1] through a sigmoid, batch by batch. A negative log-likelihood in the thousands
 becomes 1.0 there, every image ties with every other, and the AUROC reads 0.5. It also forms the rates in float32. The
-metrics here rank the raw scores and leave the rest to scikit-learn, in float64.
+metrics here rank the raw scores, in whole numbers (AUROC) or with scikit-learn, in float64.
 
 A higher score means out-of-distribution, which counts as positive (label 1), as in OpenOOD
 (``openood/evaluators/metrics.py``, ``auc_and_fpr_recall``) and pytorch-ood. An older version of that file, and the
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
 MEAN = "mean"
@@ -83,11 +83,19 @@ def not_defined(name: str, *, outside: bool, stacklevel: int) -> float:
     return float("nan")
 
 
+_AT_ONCE = 2**16
+"""Anomalous values that are looked up at a time, for :func:`auroc` to take no more memory than it needs."""
+
+
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve; ties count one half.
 
+    It is taken as the share of pairs, one of either class, that are in order (Mann and Whitney 1947): two sorts in
+    place and whole numbers, so that it is exact to the last digit, and quick and small enough for the pixels of a test
+    set. Beside its arguments it takes about as much memory as the scores, if these are float32 or float64.
+
     Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
+        scores: Scores of any shape, scale and floating dtype, infinities included: of images, or of pixels.
         labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
 
     Returns:
@@ -96,7 +104,21 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    return _of_ranks(roc_auc_score, scores, labels, "AUROC")
+    check_scores(scores, labels)
+    values, outside = scores.detach().flatten().cpu(), (labels.detach().flatten() == 1).cpu().numpy()
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()  # NumPy has no bfloat16, and sorts float16 slowly
+    # NumPy takes by a mask without the indices, of 64 bits each, that PyTorch makes of one.
+    inner, outer = values.numpy()[~outside], values.numpy()[outside]
+    if not (len(inner) and len(outer)):
+        return not_defined("AUROC", outside=bool(len(outer)), stacklevel=3)
+    inner.sort()
+    outer.sort()
+    twice = 0
+    for start in range(0, len(outer), _AT_ONCE):
+        for side in ("left", "right"):  # how many inner values are below, and how many are not above
+            twice += int(np.searchsorted(inner, outer[start : start + _AT_ONCE], side=side).sum())  # type: ignore[call-overload]
+    return twice / (2 * len(inner) * len(outer))
 
 
 def _average_precision(truth: np.ndarray, ranks: np.ndarray) -> float:

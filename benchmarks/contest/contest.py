@@ -24,7 +24,7 @@ from torch import Tensor
 from anomalib_flowood.features import LOCAL_DIR, save_local
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
 from benchmarks.fits import clock_time, quiet, quiet_engine, trained_epochs
-from benchmarks.peak import PeakMemory
+from benchmarks.peak import Peak, anonymous
 from benchmarks.results import KEY, append_rows, check_columns, failed, finished, read_rows
 
 from .callbacks import SPEED_BATCH, Recorder, UntilLevel
@@ -96,7 +96,7 @@ def _fit_and_test(
     engine: Engine, model: AnomalibModule, datamodule: AnomalibDataModule, recorder: Recorder, memo: Memo
 ) -> dict[str, Any]:
     """Fit and test; what it took."""
-    with PeakMemory() as memory:
+    with Peak(anonymous) as peak:
         account = memo.account()
         start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
@@ -111,7 +111,7 @@ def _fit_and_test(
         "hits": hits,
         "backbone_s": round(saved / hits, 6) if hits else "",
         "epochs": trained_epochs(engine.trainer),
-        "peak_gib": "" if memory.gib is None else round(memory.gib, 3),
+        "peak_gib": "" if peak.above_rest is None else round(peak.above_rest / 2**30, 3),
         "train_images": len(datamodule.train_data),
         "images_per_s": round(speed, 2),
     }

@@ -12,6 +12,8 @@ from anomalib.metrics.pimo.functional import aupimo_scores
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_flowood.metrics import auroc
+
 from .callbacks import Recorder
 
 AUPIMO_THRESHOLDS = 30_000
@@ -26,29 +28,23 @@ def pixel_metrics(maps: Tensor, masks: Tensor) -> dict[str, Any]:
         masks: 1 where an image is anomalous, ``(N, H, W)``.
 
     Returns:
-        The three; ``""`` for what is not defined.
+        Those of the three that are defined.
+
+    Raises:
+        ValueError: If a value of a map is NaN.
     """
     if not bool(masks.any()) or bool(masks.all()):
         return {}
+    result: dict[str, Any] = {"pixel_auroc": auroc(maps, masks)}
     aupro = _AUPRO()
     aupro.update(maps, masks)
-    result: dict[str, Any] = {"pixel_auroc": pixel_auroc(maps, masks), "aupro": float(aupro.compute())}
+    result["aupro"] = float(aupro.compute())
     del aupro
     try:
         values = aupimo_scores(maps, masks.bool(), AUPIMO_THRESHOLDS, fpr_bounds=(1e-5, 1e-4))[4]
     except (RuntimeError, ValueError):  # no normal image, or a map too coarse for such rates
         return result
     return {**result, "aupimo": float(values[~values.isnan()].mean())}
-
-
-def pixel_auroc(maps: Tensor, masks: Tensor) -> float:
-    """Area under the ROC curve over all pixels, ties counting one half; one sort, since pixels are many."""
-    values, truth = maps.flatten().numpy(), masks.flatten().numpy().astype(bool)
-    normal = np.sort(values[~truth])
-    anomalous = values[truth]
-    below = np.searchsorted(normal, anomalous, side="left").astype(np.float64).mean()
-    up_to = np.searchsorted(normal, anomalous, side="right").astype(np.float64).mean()
-    return float((below + up_to) / 2 / len(normal))
 
 
 def save_maps(path: Path, recorder: Recorder) -> None:
