@@ -6,7 +6,7 @@ import FrEIA.framework as ff
 import pytest
 import torch
 from flow_helpers import check_inverse, check_log_det, randomise
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -56,8 +56,9 @@ def test_the_native_forms_that_there_are():
     assert {"native channel": ChannelCoupling, "native cycle": QuadrantCoupling} == NATIVE
 
 
+@forms
+@settings(max_examples=6)
 @given(
-    form=st.sampled_from(FORMS),
     shape=shapes,
     layer=st.integers(0, 7),
     subnet=st.sampled_from(["bottleneck", "mlp", "resnet"]),

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/architecture.md, followed: its blocks are written into a package, and what they add is used.
+
+Another process does it, since what is registered stays registered.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/architecture.md"
+
+
+def blocks() -> dict[str, str]:
+    """Python blocks by the file that their first line names."""
+    found = re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    return dict(found)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    for name, code in blocks().items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+    modules = sorted(Path(name).stem for name in blocks())
+    (tmp_path / "more/__init__.py").write_text("".join(f"from more import {module}\n" for module in modules))
+    return tmp_path
+
+
+def test_each_section_has_a_block():
+    sections = re.findall(r"^### (.*)$", PAGE.read_text(), re.MULTILINE)
+    assert len(blocks()) == len(sections) == PAGE.read_text().count("```python")
+
+
+def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
+    tests = [f"tests/flows/test_{kind}.py" for kind in ("masks", "couplings", "subnets", "architectures")]
+    # `more` is imported before tests are collected. No cache and no second process beside the suite's own.
+    options = ["-v", "-pmore", "-pno:xdist", "-pno:cacheprovider", "-oaddopts=", "-kpage or vertical or separable"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "tests/follow_architecture_page.py", *tests],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (
+        "test_the_two_sides_never_overlap_and_neither_is_empty[vertical]",
+        "test_only_the_masked_part_changes_and_only_the_fed_part_matters[3-vertical]",
+        "test_inverse_and_log_determinant[vertical]",
+        "test_pixel_flow_inverse_and_log_determinant[shape0-True-vertical]",
+        "test_keeps_the_spatial_size_starts_at_zero_and_pickles[separable]",
+        "test_every_weight_learns[separable",
+    ):
+        assert name in done.stdout, done.stdout
