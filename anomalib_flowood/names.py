@@ -96,21 +96,25 @@ class Registry(dict[str, Entry]):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
+        self._modules: dict[str, str] = {}
 
     def __missing__(self, name: str) -> NoReturn:
         raise unknown_name(self.kind, name, self)
 
-    def add(self, name: str, entry: Entry) -> None:
+    def add(self, name: str, entry: Entry, made_of: Any) -> None:
         """Register something.
 
         Args:
             name: The name that users type.
             entry: What it means.
+            made_of: The function or class that is registered.
 
         Raises:
-            ValueError: If the name is taken.
+            ValueError: If the name is taken by one of another module; one of the same is being imported again.
         """
-        if name in self:
-            msg = f"There is a {self.kind} {name!r} already: choose another name."
+        module = made_of.__module__
+        if name in self and self._modules.get(name, module) != module:
+            msg = f"There is a {self.kind} {name!r} already, of {self._modules[name]}: choose another name."
             raise ValueError(msg)
         self[name] = entry
+        self._modules[name] = module

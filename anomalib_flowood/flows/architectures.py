@@ -69,7 +69,7 @@ ARCHITECTURES: Registry[Architecture] = Registry("architecture")
 
 def _register(name: str, *, subnet: str, coupling_layers: int, hidden_channels: int) -> Callable[[_Append], _Append]:
     def register(append: _Append) -> _Append:
-        ARCHITECTURES.add(name, Architecture(append, subnet, coupling_layers, hidden_channels))
+        ARCHITECTURES.add(name, Architecture(append, subnet, coupling_layers, hidden_channels), append)
         return append
 
     return register

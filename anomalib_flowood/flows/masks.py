@@ -74,10 +74,13 @@ def register_mask(
     Returns:
         Decorator of a function that takes the shape and the index of the layer, and returns its
         :class:`CouplingMask`.
+
+    Raises:
+        ValueError: If another module has a mask of the name.
     """
 
     def register(mask: MaskFunction) -> MaskFunction:
-        MASKS.add(name, MaskFamily(mask, needs, channels, vectors))
+        MASKS.add(name, MaskFamily(mask, needs, channels, vectors), mask)
         return mask
 
     return register

@@ -61,10 +61,14 @@ def register_subnet(name: str, *, fully_connected: bool = False) -> Callable[[Ne
     Returns:
         Decorator of a class that is called with ``channels_in``, ``channels_out`` and, by keyword, those of the
         arguments of :func:`subnet_constructor` that its signature names.
+
+    Raises:
+        ValueError: If another module has a subnet of the name.
     """
 
     def register(network: Network) -> Network:
-        SUBNETS.add(name, Subnet(network, fully_connected, frozenset(inspect.signature(network).parameters)))
+        arguments = frozenset(inspect.signature(network).parameters)
+        SUBNETS.add(name, Subnet(network, fully_connected, arguments), network)
         return network
 
     return register
@@ -343,12 +347,8 @@ def subnet_constructor(
             vectors, or batch normalisation of a network that has none.
     """
     subnet = SUBNETS[name]
-    arguments: dict[str, Any] = {
-        "hidden_channels": hidden_channels,
-        "bottleneck_dim": bottleneck_dim,
-        "num_blocks": num_blocks,
-    }
-    for argument, value in arguments.items():
+    numbers = {"hidden_channels": hidden_channels, "bottleneck_dim": bottleneck_dim, "num_blocks": num_blocks}
+    for argument, value in numbers.items():
         if value < 1:
             msg = f"{argument} must be at least 1, got {value}."
             raise ValueError(msg)
@@ -362,7 +362,7 @@ def subnet_constructor(
         others = subnets_with(lambda other: other.fully_connected)
         msg = f"Subnet {name!r} is convolutional and needs images; choose {others} for flat vectors."
         raise ValueError(msg)
-    arguments |= {"size": size, "batch_norm": batch_norm}
+    arguments: dict[str, Any] = {**numbers, "size": size, "batch_norm": batch_norm}
     taken = {argument: value for argument, value in arguments.items() if argument in subnet.arguments}
     return partial(subnet.network, **taken)
 

@@ -62,7 +62,6 @@ def test_a_registered_mask_is_known_everywhere(monkeypatch):
     with pytest.raises(ValueError, match="Unknown mask 'vertical'"):
         coupling_mask("vertical", (1, 4, 4), 0)
     monkeypatch.setitem(MASKS, "vertical", None)  # so that it is taken out again
-    del MASKS["vertical"]
     register_mask("vertical", needs="a width of at least 2")(vertical)
 
     flow = pixel_flow((1, 4, 4), mask="vertical", coupling_layers=2, hidden_channels=4, bottleneck_dim=2)
@@ -71,7 +70,9 @@ def test_a_registered_mask_is_known_everywhere(monkeypatch):
         coupling_mask("vertical", (1, 4, 1), 0)
     with pytest.raises(ValueError, match="Known: .*vertical"):
         coupling_mask("x", (1, 4, 4), 0)
-    with pytest.raises(ValueError, match="There is a mask 'vertical' already"):
+    register_mask("vertical", needs="a width of at least 2")(vertical)  # imported again
+    vertical.__module__ = "another"
+    with pytest.raises(ValueError, match="There is a mask 'vertical' already, of test_masks: choose another name"):
         register_mask("vertical", needs="")(vertical)
 
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.sources.layouts import kinds_of_folders
+from anomalib_flowood.names import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class NamedDataSet:
     installed: Path | None = None
 
 
-DATA_SETS: dict[str, NamedDataSet] = {}
+DATA_SETS: Registry[NamedDataSet] = Registry("data set")
 """The data sets that are known by name."""
 
 _Reader = TypeVar("_Reader", bound=Callable[[Path, str], Images])
@@ -79,11 +80,7 @@ def register_data_set(name: str, **details: Any) -> Callable[[_Reader], _Reader]
         raise ValueError(msg)
 
     def register(read: _Reader) -> _Reader:
-        known = DATA_SETS.get(name)
-        if known is not None and known.read.__module__ != read.__module__:  # of the same: it is imported again
-            msg = f"There is a data set {name!r} already, of {known.read.__module__}."
-            raise ValueError(msg)
-        DATA_SETS[name] = NamedDataSet(read, **details)
+        DATA_SETS.add(name, NamedDataSet(read, **details), read)
         return read
 
     return register
