@@ -17,34 +17,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from . import models
     from .data import CrossDataset, OneClass
-    from .models import EmbeddingFlow, FeatureMapFlow, PixelFlow
+    from .models import *  # noqa: F403
     from .models.components import open_checkpoint
+
+    __all__ = ["CrossDataset", "OneClass", "open_checkpoint"]
+    __all__ += models.__all__  # type: ignore[has-type]  # which imports this module
 
 __version__ = "0.2.0"
 
-__all__ = ["CrossDataset", "EmbeddingFlow", "FeatureMapFlow", "OneClass", "PixelFlow", "open_checkpoint"]
-
-_MODULES = {
-    "EmbeddingFlow": "models",
-    "FeatureMapFlow": "models",
-    "PixelFlow": "models",
-    "CrossDataset": "data",
-    "OneClass": "data",
-    "open_checkpoint": "models.components",
-}
+_MODULES = {"CrossDataset": "data", "OneClass": "data", "open_checkpoint": "models.components"}
+"""Where to find what is offered here, but for the detectors, which ``models`` knows."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name == "__all__":
+        return sorted({*_MODULES, *import_module(f"{__name__}.models").__all__})
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    # A class. What else is looked for here begins with a small letter: modules, before they are imported.
+    if name[:1].isupper() and name in (detectors := import_module(f"{__name__}.models")).__all__:
+        return getattr(detectors, name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
 
 
 def _register() -> None:
     """Import what registers itself with anomalib."""
-    for module in sorted(set(_MODULES.values())):
+    for module in ("data", "models"):
         import_module(f"{__name__}.{module}")
 
 

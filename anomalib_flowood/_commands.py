@@ -34,8 +34,14 @@ from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
-from anomalib_flowood.models import FeatureMapFlow
-from anomalib_flowood.models.components import CheckpointError, FlowModule, read_checkpoint, root_beside
+from anomalib_flowood.models.components import (
+    CheckpointError,
+    FlowModule,
+    known_flows,
+    read_checkpoint,
+    root_beside,
+)
+from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoints import CLASS, check_version, imported_class, saved_arguments
 from anomalib_flowood.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
@@ -43,9 +49,6 @@ from anomalib_flowood.subcommands import SUBCOMMANDS
 
 _UNREADABLE = 3
 """Exit status of a prediction that left out files which it could not read."""
-
-_PREDICTED_AT_ONCE = 32
-"""Images that our detectors predict on at once."""
 
 
 class FlowoodCLI(AnomalibCLI):
@@ -112,8 +115,9 @@ class FlowoodCLI(AnomalibCLI):
 
             check_explainable(detector)
         elif self.subcommand == "score":
-            if not issubclass(detector, FlowModule) or detector is FeatureMapFlow:
-                msg = f"{detector.__name__} takes no other score: PixelFlow and EmbeddingFlow do."
+            if not issubclass(detector, FlowModule) or not takes_scores(detector):
+                able = ", ".join(known_flows(takes_scores))
+                msg = f"{detector.__name__} takes no other score. Detectors that do: {able}."
                 raise ValueError(msg)
             kwargs["score"] = config["score"]
         if path is None:
@@ -270,7 +274,7 @@ class FlowoodCLI(AnomalibCLI):
                 self._run_subcommand()
         elif self.subcommand == "predict":
             # Of anomalib's detectors, some score an image by what else is in its batch.
-            batch_size = _PREDICTED_AT_ONCE if isinstance(self.model, FlowModule) else 1
+            batch_size = getattr(self.model, "images_at_once", 1)
             arguments = self._prepare_subcommand_kwargs("predict")
             arguments, errors = skipping_arguments(batch_size=batch_size, **arguments)
             self.keep_predictions(self.engine.predict(**arguments), errors)

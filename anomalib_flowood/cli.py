@@ -22,8 +22,8 @@ def _help() -> str:
         [
             "usage: flowood SUBCOMMAND ...",
             "",
-            "anomalib's command line with normalizing-flow detectors (PixelFlow, EmbeddingFlow, FeatureMapFlow)",
-            "and data modules for out-of-distribution detection (CrossDataset, OneClass).",
+            "anomalib's command line with detectors that are normalizing flows, and with data modules for",
+            "out-of-distribution detection.",
             "",
             *lines,
             "",

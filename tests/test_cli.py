@@ -271,7 +271,7 @@ def test_score_gives_a_checkpoint_another_score(
         (
             ["--model", "FeatureMapFlow", "--score", "nll", "--ckpt_path", "CHECKPOINT"],
             1,
-            "FeatureMapFlow takes no other score: PixelFlow and EmbeddingFlow do.",
+            "FeatureMapFlow takes no other score. Detectors that do: EmbeddingFlow, PixelFlow.",
         ),
         (["--model", "Padim", "--score", "nll", "--ckpt_path", "CHECKPOINT"], 1, "Padim takes no other score"),
         (

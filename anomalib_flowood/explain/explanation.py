@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components import FlowModule, known_flows
 
 from .images import image_sets
 from .numbers import all_numbers, batches, finite, score, table
@@ -90,10 +89,8 @@ def check_explainable(detector: type) -> None:
         ValueError: If it is none of ours.
     """
     if not issubclass(detector, FlowModule):
-        flows = ", ".join(
-            sorted(cls.__name__ for cls in AnomalibModule.__subclasses__() if issubclass(cls, FlowModule))
-        )
-        msg = f"{detector.__name__} cannot be explained: it is no flow. What can: {flows}."
+        able = ", ".join(known_flows())
+        msg = f"{detector.__name__} cannot be explained: it is no flow. Detectors that can: {able}."
         raise ValueError(msg)
 
 

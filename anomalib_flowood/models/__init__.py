@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detectors, and their registration with anomalib.
+"""The detectors, and their registration: one that is imported here and named in ``__all__`` is known everywhere.
 
-``get_model`` finds classes by dotted path in allowed modules only, and by bare name in ``anomalib.models``.
+``anomalib_flowood`` offers it by name. anomalib's ``list_models`` and ``get_model`` find it as a direct subclass of
+``AnomalibModule``, by class path in modules that are allowed, and by the bare name of its class in ``anomalib.models``;
+commands, checkpoints, benchmarks and ``explain`` by the same.
 """
 
 from anomalib import models as anomalib_models

@@ -5,7 +5,7 @@ from .checkpoints import CheckpointError, SettingsError, open_checkpoint, read_c
 from .export import root_beside
 from .export_check import ExportCheckError
 from .flow_model import FlowModel, check_images
-from .flow_module import FlowModule
+from .flow_module import FlowModule, known_flows
 from .frozen_features import FeatureBatch, FrozenFeatures
 from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
@@ -24,6 +24,7 @@ __all__ = [
     "TrainingDivergedError",
     "backbone_pre_processor",
     "check_images",
+    "known_flows",
     "open_checkpoint",
     "read_checkpoint",
     "root_beside",

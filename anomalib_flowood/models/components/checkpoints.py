@@ -174,10 +174,10 @@ def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, An
     known = inspect.signature(cls.__init__).parameters.keys()
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     level = checkpoint.get("anomalib_post_processor_config") or {}
-    if level.keys() == {"alpha"}:
+    if level.keys() == {"alpha"} and "post_processor" in known:
         arguments["post_processor"] = {"class_path": _CONFORMAL, "init_args": level}
     for component, enabled in checkpoint.get("anomalib_components_enabled", {}).items():
-        if not enabled:
+        if not enabled and component in known:
             arguments[component] = False
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 

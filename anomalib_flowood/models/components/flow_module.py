@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from anomalib import LearningType
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -34,6 +36,8 @@ class FlowModule(FlowTraining, ScoreFitting, Restoring, CheckedExport):
     """
 
     model: FlowModel
+    images_at_once: int = 32
+    """Images that ``flowood predict`` scores at once; no score depends on what else is in its batch."""
     bits_seconds = 0.0
     """Seconds of the last test that went into bits per dimension, and not into scores."""
     max_value: int | None
@@ -141,3 +145,13 @@ class FlowModule(FlowTraining, ScoreFitting, Restoring, CheckedExport):
     @classmethod
     def configure_visualizer(cls) -> Any:
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
+
+
+def known_flows(suits: Callable[[type], bool] | None = None) -> list[str]:
+    """Return the names of the detectors of this kind that anomalib knows, for messages.
+
+    Args:
+        suits: Leaves out the classes for which it is false; all are named if it is not given.
+    """
+    flows = [cls for cls in AnomalibModule.__subclasses__() if issubclass(cls, FlowModule)]
+    return sorted(cls.__name__ for cls in flows if suits is None or suits(cls))
