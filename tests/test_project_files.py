@@ -59,7 +59,10 @@ def test_contributing_names_targets_that_there_are():
     assert {"lint", "test", "pre-commit"} <= set(named) <= targets()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
+)
 def test_links_to_files_lead_somewhere(name: str):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
