@@ -21,6 +21,7 @@ from lightning import seed_everything
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Callback, Trainer
 
+from anomalib_flowood.look import shorten
 from anomalib_flowood.names import check_known
 from anomalib_flowood.report import JobProgress
 
@@ -220,7 +221,7 @@ def _labels(kind: str, entries: list[dict]) -> list[str]:
         ]
         mine = flatten_dict(entry.get("init_args") or {})
         differing = [
-            f"{name.rpartition('.')[2]}={_short(value)}"
+            f"{name.rpartition('.')[2]}={_value(value)}"
             for name, value in mine.items()
             if any(name not in other or other[name] != value for other in alike)
         ]
@@ -230,6 +231,6 @@ def _labels(kind: str, entries: list[dict]) -> list[str]:
     return [labels[config_key(entry)] for entry in entries]
 
 
-def _short(value: object) -> str:
-    text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 24 else f"…{text[-23:]}"
+def _value(value: object) -> str:
+    """A setting's value in a label: of paths the end tells more."""
+    return shorten("+".join(map(str, value)) if isinstance(value, list | tuple) else value, 24, keep_end=True)

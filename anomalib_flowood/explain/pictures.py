@@ -19,25 +19,20 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_flowood.look import PALETTE, short_name
+
 from .coadaptation import Coadaptation
 
-# Okabe and Ito's colours, inside first; told apart by every common colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777")
-SHOWN_SETS = len(_COLOURS)
+SHOWN_SETS = len(PALETTE)
 """The most sets that a picture shows, the inside one included."""
 
 _DIVERGING = mpl.colormaps["RdBu_r"].with_extremes(bad="#c8c8c8")
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _BINS = 30
+_NAME = 28  # characters of a set's name
 _TILE = 0.8  # inches
 _GAP = 0.08  # of a tile
 _QUANTILE = 0.995
-
-
-def label(name: str, length: int = 28) -> str:
-    """Shorten a name for a picture, in which ``$`` would start a formula."""
-    short = name if len(name) <= length else name[: length - 1] + "…"
-    return short.replace("$", r"\$")
 
 
 def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float], path: Path) -> None:
@@ -59,11 +54,11 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
         height = 3.6 if len(outside) == 1 else 2.1 * len(outside) + 0.5
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.subplots(len(outside), 1, squeeze=False).flatten()
-        for axis, name, colour in zip(axes, outside, _COLOURS[1:], strict=False):
+        for axis, name, colour in zip(axes, outside, PALETTE[1:], strict=False):
             low, high = _range([values[inside], values[name]])
             for part, shade, title in (
-                (values[inside], _COLOURS[0], f"{label(inside)} (inside)"),
-                (values[name], colour, f"{label(name)} (AUROC {aurocs[name]:.3f})"),
+                (values[inside], PALETTE[0], f"{short_name(inside, _NAME)} (inside)"),
+                (values[name], colour, f"{short_name(name, _NAME)} (AUROC {aurocs[name]:.3f})"),
             ):
                 axis.hist(
                     np.clip(part, low, high),
@@ -95,9 +90,9 @@ def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
         figure = Figure(figsize=(9.2, 3.8), layout="constrained")
         axes = figure.subplots(1, 2, sharex=True, sharey=True)
         for axis, (part, title) in zip(axes, panels.items(), strict=True):
-            for (name, numbers), colour, marker in zip(by_set.items(), _COLOURS, "os^Dvx", strict=False):
+            for (name, numbers), colour, marker in zip(by_set.items(), PALETTE, "os^Dvx", strict=False):
                 values = getattr(numbers, part)
-                named = {"label": label(name)} if axis is axes[0] else {}
+                named = {"label": short_name(name, _NAME)} if axis is axes[0] else {}
                 axis.plot(range(1, len(values) + 1), values, color=colour, marker=marker, markersize=5, **named)
             axis.set_title(title, fontsize=10)
             axis.set_ylim(-0.03, 1.03)
@@ -128,7 +123,7 @@ def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path
             tiles = [_rgb(images, size), *(_coloured(values, limit, size) for values in latents.values())]
             names = ["image", *latents] if number % columns == 0 else [""] * len(tiles)
             _mosaic(axis, tiles, names, [""] * len(images))
-            axis.set_title(label(name), fontsize=10)
+            axis.set_title(short_name(name, _NAME), fontsize=10)
         for axis in axes[len(blocks) :]:
             axis.set_axis_off()
         _colourbar(figure, axes.tolist(), limit, "z")
@@ -169,7 +164,7 @@ def draw_layers(
                 for name, maps in layers.items()
             ]
             titles = ["image", *(f"{symbol}, layer {number + 1}" for number in numbers), *[""] * len(rest)]
-            _mosaic(axis, tiles, [label(name, 18) for name in images], titles)
+            _mosaic(axis, tiles, [short_name(name, 18) for name in images], titles)
         _colourbar(figure, axes.tolist(), limit, symbol)
         figure.savefig(path, dpi=130, bbox_inches="tight")
 
@@ -190,7 +185,7 @@ def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: P
             figsize=(len(column_names) * tile + 1.6, len(rows) * tile + (0.6 if headed else 0.2)), layout="constrained"
         )
         tiles = [_rgb(images, sizes[0]) for images in rows.values()]
-        _mosaic(figure.subplots(), tiles, [label(name, 22) for name in rows], column_names)
+        _mosaic(figure.subplots(), tiles, [short_name(name, 22) for name in rows], column_names)
         figure.savefig(path, dpi=130, bbox_inches="tight")
 
 

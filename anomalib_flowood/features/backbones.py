@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from timm.layers import Format, PatchEmbed, nhwc_to
 from torch import Tensor, nn
 
 from anomalib_flowood.flows import full_precision
+from anomalib_flowood.look import shorten
 
 from .catalogue import feature_layers, layer_indices, pixels, size_of
 from .weights import create_backbone
@@ -186,7 +186,7 @@ def _check_size(
                             return f"patches of {pixels(patch)} do not cover {pixels(lengths)}"
                 check(network, torch.zeros(1, 3, *size))
         except Exception as error:  # whatever a network's own code raises
-            said = shorten(str(error), 160, placeholder=" …").rstrip(".")
+            said = shorten(error, 160).rstrip(".")
             return said or f"timm's code raises {type(error).__name__}"
         return ""
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import jinja2
 
+from anomalib_flowood.look import BLUE, SKY
+
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates in ``templates/``; they extend ``base.html``, which holds the common style.
@@ -28,4 +30,5 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.globals.update(BLUE=BLUE, SKY=SKY)
     return environment.get_template(template).render(**values)

@@ -7,7 +7,6 @@ import io
 import itertools
 import math
 import re
-import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,16 +20,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from sklearn.metrics import auc, roc_curve
 
+from anomalib_flowood.look import BLUE, PALETTE, heading, short_name
+
 from .plots import draw_histogram
 
-# Okabe and Ito's colours, the ones that the histograms use; then again, dashed.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#777777")
-_STYLES = [(colour, dash) for dash, colour in itertools.product(("-", "--", ":", "-."), _COLOURS)]
+# Each colour, then all again, dashed.
+_STYLES = [(colour, dash) for dash, colour in itertools.product(("-", "--", ":", "-."), PALETTE)]
 _MARKERS = "os^DvPX*"
 # matplotlib has no word for the page's text colour: this one stands for it and is replaced.
 _TEXT = "#010203"
 # The blue is too dark for a dark page, which has a brighter one.
-_REPLACED = {_TEXT: "currentColor", "#0072b2": "var(--blue, #0072b2)"}
+_REPLACED = {_TEXT: "currentColor", BLUE.lower(): f"var(--blue, {BLUE.lower()})"}
 _RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -51,6 +51,7 @@ _RC: dict[Any, Any] = {
 }
 # Inches. Fixed, so that the axes of all panels have one size and stand in line.
 _WIDTH, _AXES_HEIGHT, _LEGEND_LINE = 4.0, 1.9, 0.17
+_TITLE = 48  # characters in a line
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.62, 0.15, 0.45, 0.55
 _RATES = np.unique(np.concatenate([[0.0], np.geomspace(1e-4, 1, 120), np.linspace(0, 1, 101)]))
 
@@ -85,10 +86,10 @@ def roc_panel(scores: pd.DataFrame, title: str, detectors: Sequence[str]) -> str
                 seeds.append(auc(false, true))
             area = f"{np.mean(seeds):.3f}" + (f" ± {np.std(seeds, ddof=1):.3f}" if len(seeds) > 1 else "")
             areas.append(f"{detector} {area}")
-            entry = f"{area}  {_short(str(detector), 46)}"
+            entry = f"{area}  {short_name(detector, 46)}"
             axis.plot([0, *_RATES], [0, *np.mean(curves, axis=0)], color=colour, linestyle=dash, label=entry)
         axis.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axis.set_title(_wrapped(f"ROC: {title}"))
+        axis.set_title(heading(f"ROC: {title}", _TITLE))
         figure.legend(loc="lower left")
         return _svg(figure, f"ROC curves, {title}. AUROC: {'; '.join(areas)}.")
 
@@ -110,8 +111,8 @@ def histogram_panel(scores: pd.DataFrame, title: str, colours: Mapping[str, str]
         figure, axis = _figure(math.ceil(min(1 + outside, len(colours)) / 2))
         handles = draw_histogram(axis, scores, dict(colours))
         axis.set(xlabel="raw score (higher: more anomalous)", ylabel="share of images")
-        axis.set_title(_wrapped(title))
-        figure.legend(list(handles.values()), [_short(name, 28) for name in handles], loc="lower left", ncols=2)
+        axis.set_title(heading(title, _TITLE))
+        figure.legend(list(handles.values()), [short_name(name, 28) for name in handles], loc="lower left", ncols=2)
         sides = {"inside": scores[scores["label"] == 0], "outside": scores[scores["label"] == 1]}
         spoken = ", ".join(
             f"median {side} {rows['score'].median():.4g}" for side, rows in sides.items() if not rows.empty
@@ -141,8 +142,8 @@ def speed_panel(summary: pd.DataFrame, column: str, label: str, detectors: Seque
             place = detectors.index(detector)
             number = f"{value:,.{1 if value < 10 else 0}f}"
             spoken.append(f"{detector} {number}")
-            entry = f"{number}  {_short(detector, 46)}"
-            colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+            entry = f"{number}  {short_name(detector, 46)}"
+            colour, marker = PALETTE[place % len(PALETTE)], _MARKERS[place % len(_MARKERS)]
             axis.plot(value, area, marker, color=colour, markersize=7, linestyle="none", label=entry)
         axis.set_xscale("log")
         low, high = known[column].min() / 1.7, known[column].max() * 1.7
@@ -166,20 +167,6 @@ def _figure(legend_lines: int) -> tuple[Figure, mpl.axes.Axes]:
     width = _WIDTH - _LEFT - _RIGHT
     axis = figure.add_axes((_LEFT / _WIDTH, below / height, width / _WIDTH, _AXES_HEIGHT / height))
     return figure, axis
-
-
-def _wrapped(text: str) -> str:
-    return _plain(textwrap.fill(text, 48, max_lines=2, placeholder="…"))
-
-
-def _short(text: str, length: int) -> str:
-    """Text for a legend, where an underscore at the start would hide it."""
-    return _plain(text if len(text) <= length else f"{text[: length - 1]}…").lstrip("_")
-
-
-def _plain(text: str) -> str:
-    """Text that is no formula, whatever dollars it holds."""
-    return text.replace("$", r"\$")
 
 
 def _svg(figure: Figure, spoken: str) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,12 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from anomalib_flowood.look import PALETTE, heading, short_name
 from anomalib_flowood.metrics import auroc, rate_text
 
 _INSIDE = "in-distribution"
-_INSIDE_COLOUR = "#0072B2"
-# Okabe and Ito's colours without the blues, grey last; told apart by every common colour vision.
-_OUTSIDE_COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777")
+_INSIDE_COLOUR, *_OUTSIDE_COLOURS = PALETTE
 _BINS = 40
 
 
@@ -71,7 +69,7 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
         ordered = [name for name in colours if name in handles]
         figure.legend(
             [handles[name] for name in ordered],
-            [textwrap.shorten(name, 40, placeholder="…") for name in ordered],
+            [short_name(name, 40) for name in ordered],
             loc="outside upper center",
             ncols=min(len(ordered), columns + 1),
             frameon=False,
@@ -98,8 +96,7 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
 
 def _title(detector: str, data: str, group: pd.DataFrame) -> str:
     value = auroc(torch.tensor(group["score"].to_numpy(float)), torch.tensor(group["label"].to_numpy(int)))
-    heading = textwrap.fill(detector, 40, max_lines=2, placeholder="…")
-    return f"{heading}\n{textwrap.fill(data, 40, max_lines=2, placeholder='…')}\nAUROC {rate_text(value)}"
+    return f"{heading(detector, 40)}\n{heading(data, 40)}\nAUROC {rate_text(value)}"
 
 
 def _range(group: pd.DataFrame) -> tuple[float, float]:

@@ -10,9 +10,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from anomalib_flowood.look import shorten
 from anomalib_flowood.metrics import MEAN, MOST_SETS, NOT_DEFINED
 
 METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
+_ERROR = 160
+"""The most characters of an error in a cell."""
 TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
 
 
@@ -103,7 +106,7 @@ def benchmark_table(results: pd.DataFrame) -> Table:
             cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
         detector = escape(str(row["detector"]))
         if row["error"]:
-            detector += f"\n[red]failed: {escape(_shorten(row['error']))}[/red]"
+            detector += f"\n[red]failed: {escape(shorten(row['error'], _ERROR))}[/red]"
         table.add_row(detector, escape(str(data)), *cells.values(), *([str(row["seeds"])] if seeds else []))
     return table
 
@@ -126,7 +129,7 @@ def benchmark_markdown(results: pd.DataFrame) -> str:
             cells["AUROC"] = f"**{cells['AUROC']}**"
         names = [str(row["detector"]), str(row["data"])]
         if row["error"]:
-            names[0] += f" (failed: {_shorten(row['error'])})"
+            names[0] += f" (failed: {shorten(row['error'], _ERROR)})"
         names = [_markdown_cell(name) for name in names]
         lines.append(" | ".join([*names, *cells.values(), *([str(row["seeds"])] if seeds else [])]))
     return "".join(f"| {line} |\n" for line in lines)
@@ -212,7 +215,3 @@ def _markdown_cell(text: str) -> str:
 def first_seen(column: pd.Series) -> pd.Series:
     """Sort key that keeps data sets in the order of the configuration."""
     return pd.Series(pd.factorize(column)[0], index=column.index)
-
-
-def _shorten(error: str, length: int = 160) -> str:
-    return error if len(error) <= length else error[: length - 1] + "…"

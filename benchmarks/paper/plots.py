@@ -13,16 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from anomalib_flowood.explain.pictures import draw_images
+from anomalib_flowood.look import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
 from .fits import TEMPERATURES, sample_path
 from .plan import PAIR
 from .profiles import CHANNEL, CHECKERBOARD, CYCLE, CYCLE_BOTTLENECK, EMBEDDING, FLOWS, GLOW
 from .selections import by_k, pixel_runs, values_of
 
-# Okabe and Ito's colours; told apart by every common colour vision.
-_COLOURS = dict(
-    zip((*FLOWS, EMBEDDING), ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#333333"), strict=True)
-)
+_COLOURS = dict(zip((*FLOWS, EMBEDDING), (VERMILION, ORANGE, PURPLE, SKY, BLUE, GREEN, GREY), strict=True))
 _MARKERS = dict(zip(FLOWS, "sDPv^o", strict=True))
 
 

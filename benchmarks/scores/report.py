@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from anomalib_flowood.look import PALETTE
 from benchmarks.results import publish, rows_to_report
 from benchmarks.tables import markdown, mean_sd, short_number
 
@@ -16,8 +17,7 @@ from .study import BITS, NAMED_BEFORE, SCORES, SETS, outside_sets
 HERE = Path(__file__).parent
 
 _ORDER = (BITS, *SCORES)
-# Okabe and Ito's colours; told apart by every common colour vision.
-_COLOURS, _MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
+_MARKERS = "osD^vP"
 
 
 def write(output: Path, into: Path) -> list[Path]:
@@ -127,7 +127,7 @@ def _draw(rows: pd.DataFrame, path: Path) -> None:
     axes = figure.subplots(1, len(SETS), sharey=True)
     for axis, inside in zip(axes, SETS, strict=True):
         pairs = [pair for pair in outside_sets(inside) if pair in means.columns]
-        for place, (pair, colour, marker) in enumerate(zip(pairs, _COLOURS, _MARKERS, strict=False)):
+        for place, (pair, colour, marker) in enumerate(zip(pairs, PALETTE, _MARKERS, strict=False)):
             heights = [position + 0.11 * (place - 2.5) for position in range(len(means))]
             axis.scatter(means[pair], heights, s=34, color=colour, marker=marker, label=pair.partition(" -> ")[2])
         axis.axvline(0.5, color="grey", linewidth=0.8, linestyle=":")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How things look to a person, in every table, picture and page: colours, and texts that fit."""
+
+from __future__ import annotations
+
+import textwrap
+
+BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
+"""Okabe and Ito's colours, told apart by every common colour vision (https://jfly.uni-koeln.de/color)."""
+GREY = "#777777"
+
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, GREY)
+"""Colours of sets or detectors, in this order; where there is an inside set, the first is its own."""
+
+
+def shorten(text: object, length: int, *, keep_end: bool = False) -> str:
+    """Put a text on one line and cut it, with an ellipsis, if it is too long.
+
+    Args:
+        text: Anything that has a text.
+        length: The most characters.
+        keep_end: Whether to cut the beginning, for texts that differ at their ends.
+
+    Returns:
+        At most ``length`` characters.
+    """
+    line = " ".join(str(text).split())
+    if len(line) <= length:
+        return line
+    return f"…{line[1 - length :]}" if keep_end else f"{line[: length - 1]}…"
+
+
+def short_name(text: object, length: int) -> str:
+    """Shorten a name for a picture's legend or axis.
+
+    Args:
+        text: The name.
+        length: The most characters of it that are shown.
+
+    Returns:
+        Text for matplotlib: no dollars that make a formula, no underscore at its start, which legends would leave out.
+    """
+    return _plain(shorten(text, length).lstrip("_"))
+
+
+def heading(text: object, width: int) -> str:
+    """Lay a name out as a picture's title: two lines, cut at a word if there are more.
+
+    Args:
+        text: The name.
+        width: The most characters in a line.
+
+    Returns:
+        Text for matplotlib.
+    """
+    return _plain(textwrap.fill(str(text), width, max_lines=2, placeholder="…"))
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")
