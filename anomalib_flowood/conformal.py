@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
+from anomalib_flowood.checks import refuse_nan
+
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """Share of the calibration images, and the image itself, that are at least as anomalous as the image.
@@ -130,9 +132,7 @@ def false_alarm_rates(
         ValueError: If a score is NaN, the level cannot be reached, or no image is left to decide on.
     """
     values = np.asarray(scores)
-    if np.isnan(values).any():
-        msg = f"{int(np.isnan(values).sum())} of {values.size} scores are NaN: they have no rank."
-        raise ValueError(msg)
+    refuse_nan(values)
     if calibration_images >= len(values):
         msg = f"calibration_images={calibration_images} leaves none of {len(values)} images to decide on."
         raise ValueError(msg)
@@ -151,11 +151,8 @@ def _exact(alpha: float) -> Fraction:
 
 
 def _check_scores(calibration: Tensor, scores: Tensor) -> None:
-    for name, values in (("calibration scores", calibration), ("scores", scores)):
-        nans = int(torch.isnan(values).sum())
-        if nans:
-            msg = f"{nans} of {values.numel()} {name} are NaN: they have no rank."
-            raise ValueError(msg)
+    refuse_nan(calibration, "calibration scores")
+    refuse_nan(scores)
     if calibration.numel() == 0:
         msg = "There are no calibration scores: validate on in-distribution images first."
         raise ValueError(msg)

@@ -22,6 +22,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
+from anomalib_flowood.checks import refuse_nan
+
 MEAN = "mean"
 """Name of the average over all out-of-distribution sets."""
 INSIDE, OUTSIDE = "inside", "outside"
@@ -43,10 +45,7 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     if scores.shape != labels.shape:
         msg = f"Scores and labels must have the same shape, got {tuple(scores.shape)} and {tuple(labels.shape)}."
         raise ValueError(msg)
-    nans = int(torch.isnan(scores).sum())
-    if nans:
-        msg = f"{nans} of {scores.numel()} scores are NaN: they cannot be ranked. Has the training diverged?"
-        raise ValueError(msg)
+    refuse_nan(scores)
     if not bool(((labels == 0) | (labels == 1)).all()):
         msg = "Labels must be 0 (in-distribution) or 1 (out-of-distribution)."
         raise ValueError(msg)

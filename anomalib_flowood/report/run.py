@@ -21,6 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from anomalib_flowood.checks import refuse_nan
+
 RESULTS, SCORES, RECORD = "results.csv", "scores.csv", "run.json"
 """Names of the files."""
 
@@ -142,14 +144,9 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
 
 def _check_scores(path: Path, scores: pd.DataFrame, done: pd.DataFrame) -> None:
     """Refuse scores that cannot be ranked or belong to no job."""
-    nans = scores[scores["score"].isna()]
-    if not nans.empty:
-        first = nans.iloc[0]
-        msg = (
-            f"{path}: {len(nans):,} of {len(scores):,} scores are NaN and cannot be ranked, the first of "
-            f"{first['detector']} on {first['data']}. Has its training diverged?"
-        )
-        raise ValueError(msg)
+    detectors, data = scores["detector"], scores["data"]
+    where = f"scores in {path}"
+    refuse_nan(scores["score"].to_numpy(), where, lambda row: f"{detectors.iloc[row]} on {data.iloc[row]}")
     if not np.isin(scores["label"], (0, 1)).all():
         msg = f"{path}: a label has to be 0 (in-distribution) or 1 (out-of-distribution)."
         raise ValueError(msg)

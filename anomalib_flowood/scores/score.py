@@ -11,6 +11,8 @@ from FrEIA.modules import InvertibleModule
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from anomalib_flowood.checks import refuse_infinite
+
 Inputs = tuple[Tensor, ...]
 """What a density is computed from: its own preparation of a batch of images, each tensor with one row per image."""
 
@@ -137,13 +139,7 @@ class Score(nn.Module):
             msg = f"The score {self.name!r} is fitted on at least {_FEWEST_IMAGES} training images, got {count}."
             raise ValueError(msg)
         statistics = torch.cat(rows).double()
-        broken = int((~torch.isfinite(statistics).all(1)).sum())
-        if broken:
-            msg = (
-                f"{broken} of {len(statistics)} training images have a NaN or infinite statistic, so the score "
-                f"{self.name!r} cannot be fitted. Lower the learning rate, or look for broken training images."
-            )
-            raise ValueError(msg)
+        refuse_infinite(statistics, "training", "statistic", f"the score {self.name!r} cannot be fitted")
         self.fit_statistics(statistics)
         self.fitted.fill_(True)
 

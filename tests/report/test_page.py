@@ -263,7 +263,10 @@ def broken(folder: Path, **changes: object) -> None:
         ({"results": lambda frame: frame[:0]}, "results.csv has no rows: no job has finished."),
         ({"results": lambda frame: frame.assign(AUROC="high")}, "the column AUROC has to hold numbers"),
         ({"scores": lambda frame: frame.drop(columns=["label", "source"])}, "lacks the columns source, label."),
-        ({"scores": lambda frame: frame.assign(score=[np.nan, *frame["score"][1:]])}, "1 of 180 scores are NaN"),
+        (
+            {"scores": lambda frame: frame.assign(score=[np.nan, *frame["score"][1:]])},
+            "the first of good one on d.",
+        ),
         ({"scores": lambda frame: frame.assign(label=2)}, "a label has to be 0 (in-distribution) or 1"),
         ({"scores": lambda frame: frame[frame["detector"] != "poor one"]}, "has no scores of poor one on d, seed 0."),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from anomalib_flowood import conformal
+from anomalib_flowood.checks import refuse_infinite, refuse_nan
 from anomalib_flowood.trainers import validation_loaders
 
 logger = logging.getLogger(__name__)
@@ -135,14 +136,8 @@ class ConformalPostProcessor(PostProcessor):
             ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
         """
         maxima = scores.new_empty(0) if map_maxima is None else map_maxima
-        both = torch.stack([scores, maxima.to(scores)]) if len(maxima) else scores[None]
-        broken = int((~torch.isfinite(both).all(0)).sum())
-        if broken:
-            msg = (
-                f"{broken} of {len(scores)} normal validation images have a NaN or infinite score or map, so no "
-                "threshold can be set. Lower the learning rate, or look for broken validation images."
-            )
-            raise ValueError(msg)
+        both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
+        refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
         conformal.threshold_rank(len(scores), self.alpha)
         self.calibration = scores.detach().to(self.calibration).sort().values
         self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
@@ -276,9 +271,8 @@ class ConformalPostProcessor(PostProcessor):
         if not self.calibrated:
             return predictions
         assert raw is not None  # every detector scores images
-        if not torch.compiler.is_compiling() and bool(torch.isnan(raw).any()):
-            msg = f"{int(torch.isnan(raw).sum())} of {len(raw)} scores are NaN: they have no rank and no label."
-            raise ValueError(msg)
+        if not torch.compiler.is_compiling():
+            refuse_nan(raw)
         threshold, unit = self.image_threshold, self._image_unit
         pred_score, pred_label = _squash(raw, threshold, unit)
         if anomaly_map is None or not len(self.pixel_calibration):

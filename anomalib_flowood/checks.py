@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused of scores, on every floor in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callable[[int], str] | None = None) -> None:
+    """Refuse scores that have no rank; infinite ones have.
+
+    Args:
+        scores: Scores of any shape.
+        what: What they are, as a user would say it, in the plural.
+        first: Says of what a score is, from its place among all; the first NaN is named so.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    nans = scores.isnan() if isinstance(scores, Tensor) else torch.from_numpy(np.isnan(scores))
+    count = int(nans.sum())
+    if count:
+        which = f", the first of {first(int(nans.flatten().nonzero()[0]))}" if first else ""
+        msg = f"{count} of {nans.numel()} {what} are NaN: they cannot be ranked{which}. Has the training diverged?"
+        raise ValueError(msg)
+
+
+def refuse_infinite(values: Tensor, images: str, what: str, so: str) -> None:
+    """Refuse values that nothing can be fitted on.
+
+    Args:
+        values: The values of each image, ``(N, …)``.
+        images: Which images these are.
+        what: What a value is, in the singular.
+        so: What cannot be done with them.
+
+    Raises:
+        ValueError: If a value is NaN or infinite; the message counts the images.
+    """
+    broken = int((~values.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        msg = (
+            f"{broken} of {len(values)} {images} images have a NaN or infinite {what}, so {so}. Lower the learning "
+            f"rate, or look for broken {images} images."
+        )
+        raise ValueError(msg)
