@@ -242,11 +242,11 @@ class FlowoodCLI(AnomalibCLI):
 
     def backbone(self) -> None:
         """Save a backbone and say how to use it."""
-        from anomalib_flowood.features import save_local
+        from anomalib_flowood.features import LOCAL_DIR, save_local
 
         arguments = self.config["backbone"]
         folder = save_local(arguments["name"], Path(str(arguments["folder"])))
-        print(f"Saved {arguments['name']}. Use it with\n  backbone: local-dir:{folder}")
+        print(f"Saved {arguments['name']}. Use it with\n  backbone: {LOCAL_DIR}{folder}")
 
     def before_instantiate_classes(self) -> None:
         """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""

@@ -7,7 +7,6 @@ from model_helpers import BACKBONE, data, embedding_flow, engine, randomise_flow
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
-from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import EmbeddingFlow
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
@@ -235,41 +234,6 @@ def test_the_subspace_must_be_smaller_than_the_embedding():
 def test_resnet_subnets_need_images():
     with pytest.raises(ValueError, match="'resnet' is convolutional"):
         embedding_flow(subnet="resnet")
-
-
-@pytest.fixture
-def count_backbone_images(monkeypatch):
-    """The number of images that went through the backbone, in training and validation."""
-    seen = []
-    extract = EmbeddingFlowModel.extract
-
-    def counting(self, images):
-        seen.append(len(images))
-        return extract(self, images)
-
-    monkeypatch.setattr(EmbeddingFlowModel, "extract", counting)
-    return seen
-
-
-def test_the_backbone_sees_every_image_once_per_fit(tmp_path, count_backbone_images):
-    detector, module = embedding_flow(max_epochs=4), data(tmp_path)
-    engine(tmp_path).fit(detector, datamodule=module)
-    assert sum(count_backbone_images) == len(module.train_data) + len(module.val_data) == 120
-
-
-def test_with_augmentations_it_says_so_and_extracts_per_epoch(tmp_path, count_backbone_images, caplog):
-    detector, module = embedding_flow(max_epochs=3), data(tmp_path, train_augmentations=RandomHorizontalFlip())
-    engine(tmp_path).fit(detector, datamodule=module)
-    train, val = len(module.train_data), len(module.val_data)
-    assert sum(count_backbone_images) == val + (1 + 3) * train
-    assert "Training augmentations are on" in caplog.text
-
-
-def test_limits_hold_for_the_extraction(tmp_path, count_backbone_images):
-    trainer = engine(tmp_path, limit_train_batches=2, limit_val_batches=2)
-    trainer.fit(embedding_flow(max_epochs=3), datamodule=data(tmp_path, val_split_ratio=0.3))
-    assert sum(count_backbone_images) == 2 * 32 + 2 * 16
-    assert trainer.trainer.global_step == 3 * 2
 
 
 def test_a_subspace_larger_than_the_training_set_stops_the_fit(tmp_path):

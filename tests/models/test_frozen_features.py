@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+import weakref
 
 import pytest
 import torch
 from model_helpers import data, embedding_flow, engine, feature_map_flow
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
-from anomalib_flowood.models.components.frozen_features import FeatureStore
+from anomalib_flowood import EmbeddingFlow
+from anomalib_flowood.models.components.stored_features import FeatureStore
 
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0])
@@ -55,3 +58,69 @@ def test_several_loaders_are_refused(tmp_path):
     loaders = [module.train_dataloader(), module.train_dataloader()]
     with pytest.raises(ValueError, match="takes one DataLoader of training images, got DataLoader, DataLoader"):
         engine(tmp_path).fit(embedding_flow(), train_dataloaders=loaders, val_dataloaders=module.val_dataloader())
+
+
+@pytest.fixture
+def count_backbone_images(monkeypatch):
+    """The number of images that went through the backbone, in training and validation."""
+    seen = []
+    extract = EmbeddingFlow.extract
+
+    def counting(self, images):
+        seen.append(len(images))
+        return extract(self, images)
+
+    monkeypatch.setattr(EmbeddingFlow, "extract", counting)
+    return seen
+
+
+def test_the_backbone_sees_every_image_once_per_fit(tmp_path, count_backbone_images):
+    detector, module = embedding_flow(max_epochs=4), data(tmp_path)
+    engine(tmp_path).fit(detector, datamodule=module)
+    assert sum(count_backbone_images) == len(module.train_data) + len(module.val_data) == 120
+
+
+def test_with_augmentations_it_says_so_and_extracts_per_epoch(tmp_path, count_backbone_images, caplog):
+    detector, module = embedding_flow(max_epochs=3), data(tmp_path, train_augmentations=RandomHorizontalFlip())
+    engine(tmp_path).fit(detector, datamodule=module)
+    train, val = len(module.train_data), len(module.val_data)
+    assert sum(count_backbone_images) == val + (1 + 3) * train
+    assert "Training augmentations are on" in caplog.text
+
+
+def test_limits_hold_for_the_extraction(tmp_path, count_backbone_images):
+    trainer = engine(tmp_path, limit_train_batches=2, limit_val_batches=2)
+    trainer.fit(embedding_flow(max_epochs=3), datamodule=data(tmp_path, val_split_ratio=0.3))
+    assert sum(count_backbone_images) == 2 * 32 + 2 * 16
+    assert trainer.trainer.global_step == 3 * 2
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_resumed_fit_fits_no_features_and_extracts_what_it_trains_on(augmented, tmp_path, count_backbone_images):
+    module = data(tmp_path, train_augmentations=RandomHorizontalFlip() if augmented else None)
+    run = engine(tmp_path)
+    run.fit(embedding_flow(max_epochs=1), datamodule=module)
+    path = run.trainer.checkpoint_callback.best_model_path
+    count_backbone_images.clear()
+    resumed = embedding_flow(max_epochs=3)
+    resumed.fit_features = lambda features: pytest.fail("what comes before the flow is in the checkpoint")
+    engine(tmp_path).fit(resumed, datamodule=module, ckpt_path=path)
+    train, val = len(module.train_data), len(module.val_data)
+    assert sum(count_backbone_images) == val + (2 * train if augmented else train)
+
+
+def test_features_that_are_prepared_are_let_go(tmp_path, monkeypatch):
+    alive, extract_all = [], EmbeddingFlow._extract_all
+
+    def watching(self, loader, limit, what):
+        if what == "validation":
+            alive.extend(reference() for reference in references if reference() is not None)
+        features, labels = extract_all(self, loader, limit, what)
+        references.extend(weakref.ref(part) for part in features)
+        return features, labels
+
+    references: list = []
+    monkeypatch.setattr(EmbeddingFlow, "_extract_all", watching)
+    engine(tmp_path).fit(embedding_flow(max_epochs=1), datamodule=data(tmp_path))
+    assert len(references) == 4
+    assert not alive

@@ -6,9 +6,10 @@ from .export import root_beside
 from .export_check import ExportCheckError
 from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, known_flows
-from .frozen_features import FeatureBatch, FrozenFeatures
+from .frozen_features import FrozenFeatures
 from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
+from .stored_features import FeatureBatch
 from .training import TrainingDivergedError
 
 __all__ = [

@@ -19,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from anomalib_flowood import __version__
+from anomalib_flowood.features import LOCAL_DIR
 from anomalib_flowood.names import subclasses
 
 CLASS = "anomalib_flowood_class"
@@ -33,7 +34,6 @@ _REASONS = {
 
 _UNNAMED = "0.1.0 or before"
 _CONFORMAL = "anomalib_flowood.models.components.ConformalPostProcessor"
-_LOCAL_DIR = "local-dir:"
 _LIGHTNING = "pytorch-lightning_version"
 _ZIP = b"PK"
 
@@ -199,7 +199,7 @@ def differing_settings(
     differing = {}
     for name in stored.keys() & given.keys() - set(may_change):
         theirs, ours = stored[name], given[name]
-        moved = name == "backbone" and any(str(value).startswith(_LOCAL_DIR) for value in (theirs, ours))
+        moved = name == "backbone" and any(str(value).startswith(LOCAL_DIR) for value in (theirs, ours))
         if not moved and plain(theirs) != plain(ours):
             differing[name] = (theirs, ours)
     return dict(sorted(differing.items()))

@@ -4,25 +4,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import islice
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import Batch
-from anomalib.data.dataclasses.generic import UpdateMixin
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from anomalib_flowood.trainers import train_on, training_loaders, validate_on, validation_loaders
 
 from .flow_module import FlowModule
+from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
 
 logger = logging.getLogger(__name__)
 
@@ -32,52 +29,6 @@ else:
     _Base = object
 
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.Grayscale, v2.ToDtype, v2.ToImage, v2.Identity)
-
-
-@dataclass
-class FeatureBatch(UpdateMixin):
-    """A batch of stored features in the place of images; same fields as anomalib's batches otherwise.
-
-    Attributes:
-        features: What the detector extracted, a tuple of tensors whose first dimension is the batch.
-        gt_label: 0 for normal and 1 for anomalous images, ``(N,)``.
-    """
-
-    features: tuple[Tensor, ...]
-    gt_label: Tensor | None = None
-    gt_mask: Tensor | None = None
-    pred_score: Tensor | None = None
-    pred_label: Tensor | None = None
-    anomaly_map: Tensor | None = None
-    pred_mask: Tensor | None = None
-
-
-class FeatureDataset(Dataset):
-    """Stored features, fetched a batch at a time.
-
-    Args:
-        features: Tensors with one row per image.
-        labels: Labels of the images, ``(N,)``, or ``None`` if they have none.
-    """
-
-    def __init__(self, features: tuple[Tensor, ...], labels: Tensor | None) -> None:
-        self.features, self.labels = features, labels
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.features[0])
-
-    def __getitem__(self, indices: Sequence[int]) -> FeatureBatch:
-        """Return the features of several images as one batch."""
-        index = torch.as_tensor(indices)
-        labels = None if self.labels is None else self.labels[index]
-        return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
-
-
-def feature_loader(dataset: FeatureDataset, batch_size: int, *, shuffle: bool) -> DataLoader:
-    """Return a loader that takes whole batches out of stored features."""
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 
 class ImagesOnly(Callback):
@@ -153,22 +104,34 @@ class FrozenFeatures(_Base):
     def on_fit_start(self) -> None:
         """Extract, fit, and train on what was stored."""
         super().on_fit_start()
+        self._train_on_stored()
+        self._validate_on_stored()
+
+    def _train_on_stored(self) -> None:
         trainer: Trainer = self.trainer
         loader = _single(training_loaders(trainer), "training")
-        features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
-        if trainer.ckpt_path is None:  # A resumed fit goes on with what its checkpoint brought.
-            self.fit_features(features)
-        if _is_random(getattr(loader.dataset, "augmentations", None)):
+        anew = trainer.ckpt_path is None  # A resumed fit goes on with what its checkpoint brought.
+        random = _is_random(getattr(loader.dataset, "augmentations", None))
+        if random:
             logger.warning("Training augmentations are on: the backbone extracts features anew in every epoch.")
-        else:
+            if not anew:
+                return
+        features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
+        if anew:
+            self.fit_features(features)
+        if not random:
             dataset = FeatureDataset(self._prepare_all(features), labels)
             train_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=True))
 
-        if loaders := validation_loaders(trainer):
-            loader = _single(loaders, "validation")
-            features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
-            dataset = FeatureDataset(self._prepare_all(features), labels)
-            validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
+    def _validate_on_stored(self) -> None:
+        trainer: Trainer = self.trainer
+        loaders = validation_loaders(trainer)
+        if not loaders:
+            return
+        loader = _single(loaders, "validation")
+        features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
+        dataset = FeatureDataset(self._prepare_all(features), labels)
+        validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the prepared features of a batch, stored or of images."""
@@ -213,53 +176,6 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store.features
-
-
-class FeatureStore:
-    """Features of many images, one row each: in memory, or mapped to a file where memory is short.
-
-    Args:
-        rows: The most rows that will come.
-        cache_gib: The most memory to take, in GiB; what needs more goes to a temporary file, which the system removes
-            when the features are no longer used.
-    """
-
-    def __init__(self, rows: int, cache_gib: float) -> None:
-        self.rows, self.cache_gib = rows, cache_gib
-        self._columns: list[Tensor] = []
-        self._filled = 0
-
-    def append(self, features: tuple[Tensor, ...]) -> None:
-        """Add the features of some images, tensors with one row per image."""
-        if not self._columns:
-            self._columns = self._allocate(features)
-        end = self._filled + len(features[0])
-        for column, feature in zip(self._columns, features, strict=True):
-            column[self._filled : end] = feature
-        self._filled = end
-
-    @property
-    def features(self) -> tuple[Tensor, ...]:
-        """What was added."""
-        return tuple(column[: self._filled] for column in self._columns)
-
-    def _allocate(self, features: tuple[Tensor, ...]) -> list[Tensor]:
-        shapes = [(self.rows, *feature.shape[1:]) for feature in features]
-        size = sum(math.prod(shape) * feature.element_size() for shape, feature in zip(shapes, features, strict=True))
-        if size <= self.cache_gib * 2**30:
-            return [torch.empty(shape, dtype=feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
-        logger.warning(
-            "The features of %d images take %.1f GiB, more than cache_gib=%g: they are kept in a temporary file.",
-            self.rows,
-            size / 2**30,
-            self.cache_gib,
-        )
-        columns = []
-        for shape, feature in zip(shapes, features, strict=True):
-            with NamedTemporaryFile(prefix="flowood-features-") as file:  # The mapping outlives the name.
-                flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=feature.dtype)
-            columns.append(flat.reshape(shape))
-        return columns
 
 
 def _single(loaders: list[Any], what: str) -> Any:
