@@ -16,11 +16,15 @@ from torch import Tensor
 from anomalib_flowood.flows import SUBNETS
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
+from anomalib_flowood.scores import SCORES
 
 from .torch_model import EmbeddingFlowModel
 
 
-@lists_names(subnets=[name for name, subnet in SUBNETS.items() if subnet.fully_connected])
+@lists_names(
+    subnets=[name for name, subnet in SUBNETS.items() if subnet.fully_connected],
+    scores=[name for name, score in SCORES.items() if not score.pixels_only],
+)
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the embeddings of a frozen, pretrained network.
 
@@ -45,8 +49,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings.
         hidden_channels: Width of the s,t-networks.
-        score: ``nll`` (−log p), ``typicality``, ``latent_norm``, ``density_of_states`` or ``ensemble``, which trains
-            four more flows: see docs/scores.md.
+        score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows. See docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.

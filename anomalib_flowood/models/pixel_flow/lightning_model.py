@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SUBNETS
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
 from anomalib_flowood.names import lists_names
+from anomalib_flowood.scores import SCORES
 
 from .torch_model import PixelFlowModel
 
@@ -26,6 +27,7 @@ from .torch_model import PixelFlowModel
     native=[name for name, family in MASKS.items() if family.native],
     subnets=SUBNETS,
     fully_connected=[name for name, subnet in SUBNETS.items() if subnet.fully_connected],
+    scores=SCORES,
 )
 class PixelFlow(FlowModule, AnomalibModule):
     """Normalizing flow on pixels, for small images.
@@ -55,9 +57,8 @@ class PixelFlow(FlowModule, AnomalibModule):
         batch_norm: Batch normalisation in ``resnet``.
         logit_alpha: What the logit keeps off black and white, above 0 and below 0.5. The literature has 0.05, which
             gives fewer bits per dimension; 0.25 detects better by −log p.
-        score: ``nll`` (−log p), ``typicality``, ``complexity``, ``orientation``, ``likelihood_ratio``,
-            ``latent_norm``, ``lid``, ``density_of_states`` or ``ensemble``: see docs/scores.md. ``likelihood_ratio``
-            and ``ensemble`` train one and four more flows.
+        score: {scores}; ``nll`` is −log p. ``likelihood_ratio`` and ``ensemble`` train one and four more flows. See
+            docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
