@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -75,8 +76,9 @@ def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, st
     """Data URIs of the test images of a data module that have these paths."""
     datamodule.prepare_data()
     datamodule.setup("test")
-    places = {str(path): place for place, path in enumerate(datamodule.test_data.samples["image_path"])}
-    return {path: _data_uri(datamodule.test_data[places[path]].image) for path in paths if path in places}
+    images: Any = datamodule.test_data
+    places = {str(path): place for place, path in enumerate(images.samples["image_path"])}
+    return {path: _data_uri(images[places[path]].image) for path in paths if path in places}
 
 
 def _data_uri(image: torch.Tensor) -> str:
