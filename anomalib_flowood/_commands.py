@@ -43,7 +43,7 @@ from anomalib_flowood.models.components import (
 )
 from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoints import CLASS, check_version, imported_class, saved_arguments
-from anomalib_flowood.predictions import keep_predictions
+from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 from anomalib_flowood.subcommands import SUBCOMMANDS
 

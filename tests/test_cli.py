@@ -17,7 +17,7 @@ from anomalib_flowood import PixelFlow
 from anomalib_flowood._commands import FlowoodCLI
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import main
-from anomalib_flowood.predictions import keep_predictions
+from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.subcommands import SUBCOMMANDS, Subcommand
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from anomalib.data import AnomalibDataModule
@@ -19,22 +19,9 @@ from anomalib_flowood.data.datamodules.splits import train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources import Source, ways_to_give
+from anomalib_flowood.data.sources import Source
 
 logger = logging.getLogger(__name__)
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def lists_data_sets(cls: _Class) -> _Class:
-    """Put what a data set can be given as into a docstring, where it says ``{data_set}``: help shows it from there.
-
-    Args:
-        cls: A data module.
-    """
-    if cls.__doc__:  # there is none under python -OO
-        cls.__doc__ = cls.__doc__.replace("{data_set}", ways_to_give())
-    return cls
 
 
 class SourcedDataModule(AnomalibDataModule):

@@ -10,12 +10,13 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import SourcedDataModule, lists_data_sets, slug
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
 from anomalib_flowood.data.datamodules.splits import limited, mixed
-from anomalib_flowood.data.sources import find_sources
+from anomalib_flowood.data.sources import DATA_SETS, find_sources, what_folders_hold
+from anomalib_flowood.names import lists_names
 
 
-@lists_data_sets
+@lists_names(data_sets=DATA_SETS, layouts=what_folders_hold())
 class CrossDataset(SourcedDataModule, AnomalibDataModule):
     """Train on one data set and tell its test images from those of others.
 
@@ -27,8 +28,8 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
     ``./mnist`` for a folder of that name.
 
     Args:
-        in_distribution: The normal data set: {data_set}. One without ``train/`` and ``test/`` is divided by
-            ``test_split_ratio``.
+        in_distribution: The normal data set: {data_sets}, or a folder of {layouts}. A folder without ``train/`` and
+            ``test/`` is divided by ``test_split_ratio``.
         out_of_distribution: One or more other data sets. Of a folder without ``train/`` and ``test/`` all images are
             used.
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here

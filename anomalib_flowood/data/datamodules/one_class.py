@@ -11,16 +11,16 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import SourcedDataModule, lists_data_sets, slug
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources import find_sources
-from anomalib_flowood.names import unknown_name
+from anomalib_flowood.data.sources import DATA_SETS, find_sources, what_folders_hold
+from anomalib_flowood.names import lists_names, unknown_name
 
 logger = logging.getLogger(__name__)
 
 
-@lists_data_sets
+@lists_names(data_sets=DATA_SETS, layouts=what_folders_hold())
 class OneClass(SourcedDataModule, AnomalibDataModule):
     """Train on one class of a data set and tell its test images from those of the other classes.
 
@@ -30,8 +30,8 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
     Each image's ``source`` is the name of its class.
 
     Args:
-        dataset: A data set with classes: {data_set}, with labels, or with a sub-folder per class, below ``train/`` and
-            ``test/`` or directly.
+        dataset: A data set with classes: {data_sets}, or a folder of {layouts}, with labels, or with a sub-folder per
+            class, below ``train/`` and ``test/`` or directly.
         normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names).
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.

@@ -6,9 +6,9 @@ in one of a few ways (:data:`LAYOUTS`).
 """
 
 from anomalib_flowood.data.sources import torchvision_sets  # noqa: F401  (registers them)
-from anomalib_flowood.data.sources.finding import Source, find_sources, ways_to_give
+from anomalib_flowood.data.sources.finding import Source, find_sources
 from anomalib_flowood.data.sources.folder import FolderSource
-from anomalib_flowood.data.sources.layouts import LAYOUTS, Layout
+from anomalib_flowood.data.sources.layouts import LAYOUTS, Layout, what_folders_hold
 from anomalib_flowood.data.sources.named import DATA_SETS, NamedDataSet, NamedSource, register_data_set
 
 __all__ = [
@@ -21,5 +21,5 @@ __all__ = [
     "Source",
     "find_sources",
     "register_data_set",
-    "ways_to_give",
+    "what_folders_hold",
 ]

@@ -86,11 +86,6 @@ def find_sources(
     ]
 
 
-def ways_to_give() -> str:
-    """Say what a data set can be given as: a name, or a folder, of which kind."""
-    return f"a name ({', '.join(f'``{name}``' for name in DATA_SETS)}) or a {kinds_of_folders()}"
-
-
 def _find_folder(item: str | Path, root: Path) -> Path:
     """The folder that a data set is given as; it need not exist if it is written as a path."""
     folder = Path(item).expanduser()

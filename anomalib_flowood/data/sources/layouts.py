@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from anomalib_flowood.data.idx import find_idx, read_idx_split
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.names import alternatives
 
 
 class Layout(Protocol):
@@ -117,6 +118,11 @@ def layout_of(folder: Path) -> tuple[Layout, list[str]]:
     raise ValueError(msg)
 
 
+def what_folders_hold() -> list[str]:
+    """List what a folder can be a folder of, as a user would say it, the plainest first."""
+    return [layout.what for layout in reversed(LAYOUTS)]
+
+
 def kinds_of_folders() -> str:
     """Say what folders can be read: ``folder of images or idx files``."""
-    return f"folder of {' or '.join(layout.what for layout in reversed(LAYOUTS))}"
+    return f"folder of {alternatives(what_folders_hold(), quote='')}"
