@@ -116,7 +116,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     twice = 0
     for start in range(0, len(outer), _AT_ONCE):
         for side in ("left", "right"):  # how many inner values are below, and how many are not above
-            twice += int(np.searchsorted(inner, outer[start : start + _AT_ONCE], side=side).sum())  # type: ignore[call-overload]
+            twice += int(np.searchsorted(inner, outer[start : start + _AT_ONCE], side=side).sum())
     return twice / (2 * len(inner) * len(outer))
 
 

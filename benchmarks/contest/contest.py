@@ -71,12 +71,9 @@ def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[
         folder = Path(name)
         has_maps = task.kind == "industrial"
         recorder = Recorder(task.image_size, folder if has_maps else None, len(datamodule.test_data))
-        engine = quiet_engine(
-            folder,
-            [recorder, *([rule] if rule else [])],
-            # The held-out images are seen by the rule instead, once and not twice.
-            **({"limit_val_batches": 0} if rule else {}),
-        )
+        # The rule sees the held-out images instead, once and not twice.
+        unseen: dict[str, Any] = {"limit_val_batches": 0} if rule else {}
+        engine = quiet_engine(folder, [recorder, *([rule] if rule else [])], **unseen)
         common = _fit_and_test(engine, model, datamodule, recorder, memo)
         common["stopped_by"] = (rule.stopped_by if rule else "") or "default epochs"
         for key in job.keys(options.parts):

@@ -226,6 +226,8 @@ _ALL = [
 DETECTORS = {detector.name: detector for detector in _ALL}
 """The contest's detectors, ours first."""
 
+OURS = {name for name, detector in DETECTORS.items() if detector.ours}
+
 _RESNET = {"subnet": "resnet", "hidden_channels": 64}
 
 _CHANGES: list[dict[str, Any]] = [

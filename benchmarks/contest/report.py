@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and pictures from the stored rows."""
+"""Tables in Markdown from the stored rows, and where they are shown with pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from PIL import Image
 
 from benchmarks.results import publish, rows_to_report
 from benchmarks.tables import Column, markdown, short_number
 
-from .baselines import MODELS
 from .detectors import (
     DETECTORS,
+    OURS,
     PRODUCT_LAYERS,
     PRODUCT_MASKS,
     PRODUCT_NETWORKS,
@@ -26,11 +21,12 @@ from .detectors import (
     one_change,
     product_variant,
 )
+from .pictures import draw_cost, draw_maps
 from .plan import TRAIN_LONG
+from .selections import complete
 from .tasks import PARTS
 
 HERE = Path(__file__).parent
-OURS = {name for name, detector in DETECTORS.items() if detector.ours}
 TRAINED = {name for name, detector in DETECTORS.items() if detector.held_out_loss}
 _ORDER = {name: place for place, name in enumerate([*DETECTORS, *ablation()])}
 
@@ -98,7 +94,7 @@ def _industrial(rows: pd.DataFrame) -> str:
     texts = []
     groups = rows["task"].str.partition("/")[0]
     for group in groups.unique():
-        some = _complete(rows[groups == group])
+        some = complete(rows[groups == group])
         count = some["task"].nunique()
         images = some.drop_duplicates("task")[["train_images", "test_images"]].sum().astype(int)
         of = f", mean over {count} categories" if count > 1 else ""
@@ -107,13 +103,6 @@ def _industrial(rows: pd.DataFrame) -> str:
             _table(some, [_AUROC, _FPR95, *_PIXELS, *_COST]),
         ]
     return "\n\n".join([*texts, *_training(rows)])
-
-
-def _complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of those seeds of a detector that have every task, for means to be over the same tasks."""
-    tasks = rows["task"].nunique()
-    kept = [some for _, some in rows.groupby(["detector", "seed"], sort=False) if some["task"].nunique() == tasks]
-    return pd.concat(kept) if kept else rows
 
 
 def _training(rows: pd.DataFrame) -> list[str]:
@@ -144,11 +133,11 @@ def _one_class(rows: pd.DataFrame) -> str:
             *_COST,
         ]
         if not every.empty:
-            done = _complete(every)
+            done = complete(every)
             texts += [f"{name}, mean over {done['task'].nunique()} classes:", _table(done, columns)]
         if not few.empty:
             tasks = few["task"].unique()
-            both = _complete(some[some["task"].isin(tasks) & (some["seed"] == some["seed"].min())])
+            both = complete(some[some["task"].isin(tasks) & (some["seed"] == some["seed"].min())])
             words = ", ".join(task.partition(" ")[2] for task in tasks)
             texts += [f"{name}, only {words}, one seed, with the detectors that train for long:"]
             texts += [_table(both, [_AUROC, _FPR95, *_COST]), *_training(both)]
@@ -159,7 +148,7 @@ def _left_out(rows: pd.DataFrame) -> str:
     texts = []
     sets = rows["task"].str.partition(" without ")[0]
     for name in sets.unique():
-        done = _complete(rows[sets == name])
+        done = complete(rows[sets == name])
         texts += [f"{name}, mean over {done['task'].nunique()} tasks:", _table(done, [_AUROC, _FPR95, *_COST])]
     return "\n\n".join(texts)
 
@@ -237,156 +226,6 @@ def tables(rows: pd.DataFrame) -> str:
         names = sorted({f"{row.detector} on {row.task}" for row in failed.itertuples()})
         texts.append(f"Failed: {'; '.join(names)}.")
     return "\n\n".join(texts) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _choose(maps: dict[str, np.ndarray], count: int = 2) -> list[tuple[str, int]]:
-    """Images to show, as (caption, row): of each defect typical ones and the hardest detected, then the failures.
-
-    Ranks are those of our detector's scores among all test images; detected is what lies above 95 % of normal ones.
-    """
-    kinds = np.array([Path(path).parent.name for path in maps["paths"]])
-    ranks = maps["scores"].argsort().argsort() / max(1, len(kinds) - 1)
-    anomalous = maps["labels"] == 1
-    chosen: list[tuple[str, int]] = []
-    for kind in sorted(set(kinds[anomalous])):
-        rows = np.flatnonzero((kinds == kind) & anomalous)
-        rows = rows[ranks[rows].argsort()]
-        typical = np.unique(np.linspace(len(rows) / 2, len(rows) * 0.9, count).astype(int))
-        chosen += [(f"{kind}\ntypical", int(row)) for row in rows[typical[typical < len(rows)]]]
-        if len(rows) > count:
-            caught = rows[ranks[rows] > np.quantile(ranks[~anomalous], 0.95)]
-            if len(caught):
-                chosen.append((f"{kind}\nhardest detected", int(caught[0])))
-    taken = {row for _, row in chosen}
-    missed = [row for row in np.flatnonzero(anomalous)[ranks[anomalous].argsort()] if row not in taken]
-    chosen += [(f"{kinds[row]}\nlowest score", int(row)) for row in missed[:count]]
-    normal = np.flatnonzero(~anomalous)
-    if len(normal):
-        chosen.append(("normal\nhighest score", int(normal[ranks[normal].argmax()])))
-    return chosen
-
-
-def draw_maps(folder: Path, rows: pd.DataFrame, task: str, path: Path) -> bool:
-    """Draw images, ground truth, our map and that of anomalib's best detector by AUPRO.
-
-    Args:
-        folder: Where the maps of a task's detectors are.
-        rows: The rows.
-        task: The task.
-        path: The picture.
-
-    Returns:
-        Whether there was enough to draw.
-    """
-    some = rows[(rows["part"] == "industrial") & (rows["task"] == task) & rows["error"].isna()]
-    aupro = some.groupby("detector")["aupro"].mean().dropna().sort_values(ascending=False)
-    aupro = aupro[[name for name in aupro.index if (folder / f"{name}.npz").is_file()]]
-    if "FeatureMapFlow" not in aupro.index:
-        return False
-    shown = ["FeatureMapFlow", *[name for name in aupro.index if name not in OURS and name not in MODELS][:1]]
-    stored = {name: dict(np.load(folder / f"{name}.npz")) for name in shown}
-    ours = stored["FeatureMapFlow"]
-    chosen = _choose(ours)
-    threshold = {name: _limits(maps) for name, maps in stored.items()}
-    height = 2 + len(shown)
-    figure = Figure(figsize=(1.25 * len(chosen) + 0.3, 1.25 * height + 0.5), layout="constrained")
-    axes = figure.subplots(height, len(chosen), squeeze=False)
-    labels = ["image", "ground truth", *(f"{name}\nAUPRO {aupro[name]:.3f}" for name in shown)]
-    for column, (caption, row) in enumerate(chosen):
-        with Image.open(str(ours["paths"][row])) as image:
-            pixels = np.asarray(image.convert("RGB").resize((224, 224)))
-        axes[0, column].imshow(pixels)
-        axes[0, column].set_title(caption, fontsize=7)
-        axes[1, column].imshow(ours["masks"][row], cmap="gray", vmin=0, vmax=1)
-        for line, name in enumerate(shown, start=2):
-            low, high = threshold[name]
-            same = {str(path): place for place, path in enumerate(stored[name]["paths"])}
-            values = stored[name]["maps"][same[str(ours["paths"][row])]].astype(np.float32)
-            axes[line, column].imshow(values, cmap="inferno", vmin=low, vmax=high)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for line, label in enumerate(labels):
-        axes[line, 0].set_ylabel(label, fontsize=7)
-    figure.savefig(path, dpi=110)
-    return True
-
-
-def _limits(maps: dict[str, np.ndarray]) -> tuple[float, float]:
-    """The colours' range: from the median of normal images to a value that few pixels of anomalous ones pass."""
-    values = maps["maps"].astype(np.float32)
-    normal = values[maps["labels"] == 0]
-    low = float(np.median(normal if len(normal) else values))
-    inside = values[maps["masks"]]
-    high = float(np.quantile(inside if len(inside) else values, 0.9))
-    return low, max(high, low + 1e-6)
-
-
-def _label_points(axis: Axes, means: pd.DataFrame) -> None:
-    """Write each point's name above it, and higher where another name is already."""
-    placed: list[tuple[float, float]] = []
-    for name, (score, seconds) in means.sort_values("auroc").iterrows():
-        x, y = axis.transData.transform((seconds, score))
-        label = y + 8
-        while any(abs(x - other) < 85 and abs(label - taken) < 11 for other, taken in placed):
-            label += 1
-        placed.append((x, label))
-        axis.annotate(
-            str(name),
-            (seconds, score),
-            (0, 72 * (label - y) / axis.figure.dpi),
-            textcoords="offset points",
-            fontsize=7,
-            ha="center",
-            weight="bold" if name in OURS else "normal",
-            arrowprops={"arrowstyle": "-", "lw": 0.4} if label - y > 12 else None,
-        )
-
-
-def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
-    """Draw image AUROC over the seconds of a fit, a panel for each part.
-
-    Returns:
-        Whether there was anything to draw.
-    """
-    good = rows[rows["error"].isna() & rows["part"].isin(("industrial", "one_class"))]
-    parts = [part for part in PARTS if part in set(good["part"])]
-    if not parts:
-        return False
-    figure = Figure(figsize=(5.2 * len(parts), 3.8), layout="constrained")
-    for axis, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        some = good[good["part"] == part]
-        if part == "one_class":  # these have seen few of the classes
-            some = some[~some["detector"].isin(TRAIN_LONG)]
-        means = _complete(some).groupby("detector")[["auroc", "fit_s"]].mean()
-        for name, (score, seconds) in means.iterrows():
-            ours = name in OURS
-            axis.scatter(seconds, score, s=46 if ours else 24, color="C3" if ours else "0.35", zorder=3)
-        axis.set_xscale("log")
-        axis.margins(x=0.18, y=0.1)
-        low, high = axis.get_ylim()
-        top = high + 0.45 * (high - low)  # labels of points that lie close are stacked above them
-        axis.set_yticks([tick for tick in axis.get_yticks() if low <= tick <= 1])
-        axis.set_ylim(low, top)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set(title=part.replace("_", " "), xlabel="seconds to fit", ylabel="image AUROC")
-        axis.grid(alpha=0.3)
-        figure.draw_without_rendering()
-        _label_points(axis, means)
-    figure.savefig(path, dpi=110)
-    return True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write(output: Path, into: Path = HERE) -> list[Path]:

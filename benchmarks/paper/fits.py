@@ -55,7 +55,8 @@ def run_fit(fit: Fit, root: str, output: Path) -> dict[str, Any]:
     start = time.perf_counter()
     with quiet(), TemporaryDirectory(prefix="flowood-paper-") as folder:
         seed_everything(fit.seed, verbose=False)
-        detector, datamodule = fit.build(), fit.data(root)
+        detector: Any = fit.build()
+        datamodule = fit.data(root)
         datamodule.prepare_data()
         datamodule.setup()
         limit, recorder = TimeLimit(fit.budget.seconds if fit.of_pixels else None), ScoreRecorder()

@@ -34,12 +34,20 @@ def write(output: Path, into: Path) -> list[Path]:
         FileNotFoundError: If there are no rows.
     """
     rows = rows_to_report(output)
-    rows = rows[rows["error"].isna()]
     into.mkdir(parents=True, exist_ok=True)
-    _draw(rows, into / "scores.png")
-    sections = [_bars(rows), *(_auroc_table(rows, inside) for inside in SETS), _cost_table(rows)]
-    text = "\n\n".join(filter(None, sections)) + "\n"
-    return publish(output, into, "scores", text, [("scores.png", "AUROC of every score on every pair")])
+    _draw(rows[rows["error"].isna()], into / "scores.png")
+    return publish(output, into, "scores", tables(rows), [("scores.png", "AUROC of every score on every pair")])
+
+
+def tables(rows: pd.DataFrame) -> str:
+    """Return everything in Markdown.
+
+    Args:
+        rows: As :func:`benchmarks.results.read_rows` gives them.
+    """
+    good = rows[rows["error"].isna()]
+    sections = [_bars(good), *(_auroc_table(good, inside) for inside in SETS), _cost_table(good)]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
