@@ -42,7 +42,8 @@ from anomalib_flowood.models.components import (
     root_beside,
 )
 from anomalib_flowood.models.components.capabilities import takes_scores
-from anomalib_flowood.models.components.checkpoints import CLASS, check_version, imported_class, saved_arguments
+from anomalib_flowood.models.components.checkpoint_files import CLASS
+from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 from anomalib_flowood.subcommands import SUBCOMMANDS

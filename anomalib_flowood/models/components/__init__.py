@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that the detectors share."""
 
-from .checkpoints import CheckpointError, SettingsError, open_checkpoint, read_checkpoint
+from .checkpoint_files import CheckpointError, read_checkpoint
+from .checkpoints import SettingsError, open_checkpoint
 from .export import root_beside
 from .export_check import ExportCheckError
 from .flow_model import FlowModel, check_images

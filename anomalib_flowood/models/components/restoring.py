@@ -15,17 +15,8 @@ from lightning.pytorch import Callback
 from anomalib_flowood import __version__
 from anomalib_flowood.trainers import trainer_of
 
-from .checkpoints import (
-    CLASS,
-    SCORE,
-    VERSION,
-    CheckpointError,
-    check_finite,
-    check_settings,
-    check_version,
-    read_checkpoint,
-    written_by,
-)
+from .checkpoint_files import CLASS, CheckpointError, read_checkpoint
+from .checkpoints import SCORE, VERSION, check_finite, check_settings, check_version, written_by
 from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
