@@ -48,9 +48,12 @@ class Descriptors(nn.Module):
             The scaled descriptors of the positions that were drawn for it, ``(n, 2 C)``, float64, in main memory.
 
         Raises:
-            ValueError: If one of the halves does not vary.
+            ValueError: If one of the halves does not vary, or a value is NaN or infinite.
         """
         drawn = self._draw(maps).double().cpu().numpy()
+        if not np.isfinite(drawn).all():
+            msg = f"The maps of layer {self.layer} hold NaN or infinite values: are the backbone's weights whole?"
+            raise ValueError(msg)
         totals = drawn.var(axis=0).reshape(2, -1).sum(axis=1)
         if totals.min() <= 1e-10:
             what = "features" if totals[0] <= 1e-10 else "directions of the features"

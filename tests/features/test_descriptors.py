@@ -101,3 +101,11 @@ def test_maps_that_do_not_vary_are_refused():
     longer = torch.ones(9, 6, 4, 5) * torch.rand(9, 1, 4, 5)
     with pytest.raises(ValueError, match="The directions of the features of layer blocks.2 do not vary"):
         Descriptors(6, "blocks.2").fit(longer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_not_finite_are_refused(value):
+    layer = maps()
+    layer[3, 2, 1, 1] = value
+    with pytest.raises(ValueError, match="The maps of layer blocks.2 hold NaN or infinite values"):
+        Descriptors(6, "blocks.2").double().fit(layer)

@@ -124,3 +124,23 @@ def test_features_that_are_prepared_are_let_go(tmp_path, monkeypatch):
     engine(tmp_path).fit(embedding_flow(max_epochs=1), datamodule=data(tmp_path))
     assert len(references) == 4
     assert not alive
+
+
+@pytest.mark.parametrize("what", ["training", "validation"])
+def test_features_that_are_not_finite_are_refused_with_the_images(what, tmp_path, monkeypatch):
+    module = data(tmp_path)
+    extract, seen = EmbeddingFlow.extract, []
+
+    def breaking(self, images):
+        pooled, *maps = extract(self, images)
+        if len(seen) == (2 if what == "training" else 3):  # 96 images in batches of 32, then validation
+            pooled = pooled.index_fill(0, torch.tensor([5]), float("nan"))
+        seen.append(len(images))
+        return (pooled, *maps)
+
+    monkeypatch.setattr(EmbeddingFlow, "extract", breaking)
+    of = "32 training" if what == "training" else "16 validation"
+    with pytest.raises(
+        ValueError, match=rf"NaN or infinite features for 1 of {of} images \(.*ramps.*\).*weights whole"
+    ):
+        engine(tmp_path).fit(embedding_flow(), datamodule=module)

@@ -161,7 +161,9 @@ class FrozenFeatures(_Base):
             transform = getattr(self.pre_processor, "transform", None)
             if transform is not None:
                 image = transform(image)
-            store.append(self.extract(image))
+            features = self.extract(image)
+            _check_finite(features, batch, what)
+            store.append(features)
             labels.append(batch.gt_label)
         self.train(training)
         if not labels:
@@ -176,6 +178,20 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store.features
+
+
+def _check_finite(features: tuple[Tensor, ...], batch: Any, what: str) -> None:
+    finite = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in features]).all(0)
+    if bool(finite.all()):
+        return
+    broken = (~finite).nonzero().flatten().tolist()
+    paths = batch.image_path
+    named = ", ".join(paths[place] for place in broken[:3]) if paths else f"numbers {broken[:3]} of a batch"
+    msg = (
+        f"The backbone gives NaN or infinite features for {len(broken)} of {len(finite)} {what} images ({named}): are "
+        "its weights whole? `flowood backbone` fetches them anew."
+    )
+    raise ValueError(msg)
 
 
 def _single(loaders: list[Any], what: str) -> Any:
