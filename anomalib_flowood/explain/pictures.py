@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood.look import PALETTE, short_name
+from anomalib_flowood.report.plots import draw_shares, whiskers
 
 from .coadaptation import Coadaptation
 
@@ -55,21 +56,12 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.subplots(len(outside), 1, squeeze=False).flatten()
         for axis, name, colour in zip(axes, outside, PALETTE[1:], strict=False):
-            low, high = _range([values[inside], values[name]])
+            edges = np.linspace(*whiskers([values[inside], values[name]]), _BINS + 1)
             for part, shade, title in (
                 (values[inside], PALETTE[0], f"{short_name(inside, _NAME)} (inside)"),
                 (values[name], colour, f"{short_name(name, _NAME)} (AUROC {aurocs[name]:.3f})"),
             ):
-                axis.hist(
-                    np.clip(part, low, high),
-                    bins=np.linspace(low, high, _BINS + 1).tolist(),
-                    weights=np.full(len(part), 1 / len(part)),
-                    histtype="stepfilled",
-                    facecolor=(shade, 0.35),
-                    edgecolor=shade,
-                    linewidth=1.2,
-                    label=title,
-                )
+                draw_shares(axis, part, edges, shade, title)
             axis.ticklabel_format(axis="x", style="plain", useOffset=False)
             axis.locator_params(axis="x", nbins=6)
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
@@ -187,19 +179,6 @@ def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: P
         tiles = [_rgb(images, sizes[0]) for images in rows.values()]
         _mosaic(figure.subplots(), tiles, [short_name(name, 22) for name in rows], column_names)
         figure.savefig(path, dpi=130, bbox_inches="tight")
-
-
-def _range(parts: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Span the whiskers of all parts."""
-    ends: list[float] = []
-    for part in parts:
-        finite = part[np.isfinite(part)]
-        if len(finite):
-            quarter, three_quarters = np.quantile(finite, [0.25, 0.75])
-            reach = 1.5 * (three_quarters - quarter)
-            ends += [max(finite.min(), quarter - reach), min(finite.max(), three_quarters + reach)]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
-    return (low, high) if low < high else (low - 0.5, high + 0.5)  # constant values still deserve a bar
 
 
 def _limit(maps: Sequence[Tensor]) -> float:

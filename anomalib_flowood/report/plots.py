@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -99,14 +100,46 @@ def _title(detector: str, data: str, group: pd.DataFrame) -> str:
     return f"{heading(detector, 40)}\n{heading(data, 40)}\nAUROC {rate_text(value)}"
 
 
-def _range(group: pd.DataFrame) -> tuple[float, float]:
-    """Span the whiskers of the in-distribution scores and of each other source's."""
-    ends = []
-    for _, part in group.groupby(["label", "source"])["score"]:
-        quarter, three_quarters = np.quantile(part, [0.25, 0.75])
-        reach = 1.5 * (three_quarters - quarter)
-        ends += [max(part.min(), quarter - reach), min(part.max(), three_quarters + reach)]
-    return min(ends), max(ends)
+def whiskers(parts: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Span the whiskers (Tukey's, 1.5 interquartile ranges) of all parts' finite values.
+
+    Args:
+        parts: Values.
+
+    Returns:
+        The lowest and the highest end, which always differ: constant values still deserve a bar.
+    """
+    ends: list[float] = []
+    for part in parts:
+        finite = part[np.isfinite(part)]
+        if len(finite):
+            quarter, three_quarters = np.quantile(finite, [0.25, 0.75])
+            reach = 1.5 * (three_quarters - quarter)
+            ends += [max(finite.min(), quarter - reach), min(finite.max(), three_quarters + reach)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def draw_shares(axis: mpl.axes.Axes, values: np.ndarray, edges: np.ndarray, colour: str, name: str) -> None:
+    """Draw which share of the values is in each bin.
+
+    Args:
+        axis: Where to draw.
+        values: The values; those beyond the outermost edges are counted in the outermost bins.
+        edges: The bins' edges.
+        colour: Of the outline; the area is lighter.
+        name: What a legend says.
+    """
+    axis.hist(
+        np.clip(values, edges[0], edges[-1]),
+        bins=edges.tolist(),
+        weights=np.full(len(values), 1 / len(values)),
+        histtype="stepfilled",
+        facecolor=(colour, 0.35),
+        edgecolor=colour,
+        linewidth=1.2,
+        label=name,
+    )
 
 
 def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
@@ -121,29 +154,16 @@ def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, 
         A legend handle for each name drawn.
     """
     values = group["score"].to_numpy(float)
-    low, high = _range(group[np.isfinite(values)])
-    if low == high:  # constant scores still deserve a bar
-        low, high = low - 0.5, high + 0.5
+    low, high = whiskers(part.to_numpy(float) for _, part in group.groupby(["label", "source"])["score"])
     edges = np.linspace(low, high, _BINS + 1)
     names = group["source"].astype(str).where(group["source"].astype(str).isin(list(colours)), "other anomalies")
     names = names.where(group["label"] == 1, _INSIDE)
     handles: dict[str, Artist] = {}
     for name, colour in colours.items():
-        chosen = np.clip(values[(names == name).to_numpy()], low, high)
-        if len(chosen) == 0:
-            continue
-        weights = np.full(len(chosen), 1 / len(chosen))
-        axis.hist(
-            chosen,
-            bins=edges.tolist(),
-            weights=weights,
-            histtype="stepfilled",
-            facecolor=(colour, 0.35),
-            edgecolor=colour,
-            linewidth=1.2,
-            label=name,
-        )
-        handles[name] = axis.patches[-1]
+        chosen = values[(names == name).to_numpy()]
+        if len(chosen):
+            draw_shares(axis, chosen, edges, colour, name)
+            handles[name] = axis.patches[-1]
     axis.margins(x=0.02)
     axis.locator_params(axis="x", nbins=5)
     axis.locator_params(axis="y", nbins=4)

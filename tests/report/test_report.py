@@ -110,6 +110,7 @@ def test_scores_that_are_constant_infinite_or_of_one_class(tmp_path: Path) -> No
     frame = scores(1, 1)
     frame.iloc[0, frame.columns.get_loc("score")] = np.inf  # type: ignore[index]
     score_histograms(frame, tmp_path / "infinite.png")
+    score_histograms(scores(1, 1, score=np.inf), tmp_path / "all_infinite.png")  # of a flow that overflows everywhere
     with pytest.warns(UserWarning, match="AUROC is not defined"):
         score_histograms(scores(1, 0), tmp_path / "single.png")
     with pytest.raises(ValueError, match="no scores"):
