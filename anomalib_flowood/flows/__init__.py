@@ -2,8 +2,10 @@
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
+from .bases import GaussianMixture, StandardNormal, StudentT
 from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, native_form, quadrant_size
-from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
+from .density import Density, SideBySide, density, independent, shares
+from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze, Whitening
 from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
 from .pixels import (
     LEVELS,
@@ -13,7 +15,6 @@ from .pixels import (
     bits_per_dim,
     dequantization_noise,
     dequantize,
-    standard_normal_log_prob,
 )
 from .precision import full_precision
 from .subnets import (
@@ -28,6 +29,7 @@ from .subnets import (
     start_at_zero,
     subnet_constructor,
 )
+from .subspace import PrincipalSubspace
 
 __all__ = [
     "ARCHITECTURES",
@@ -42,23 +44,32 @@ __all__ = [
     "ChannelCoupling",
     "ConvBottleneck",
     "CouplingMask",
+    "Density",
     "FactorOut",
+    "GaussianMixture",
     "Highway",
     "InvertibleConv1x1",
     "Logit",
     "MaskedCoupling",
     "Mlp",
+    "PrincipalSubspace",
     "QuadrantCoupling",
     "ResNet",
+    "SideBySide",
     "Squeeze",
+    "StandardNormal",
+    "StudentT",
     "Unsqueeze",
     "WeightNormConv2d",
+    "Whitening",
     "bits_per_dim",
     "coupling_mask",
+    "density",
     "dequantization_noise",
     "dequantize",
     "full_precision",
     "halves",
+    "independent",
     "map_flow",
     "native_form",
     "pixel_flow",
@@ -66,7 +77,7 @@ __all__ = [
     "quadrants",
     "register_mask",
     "register_subnet",
-    "standard_normal_log_prob",
+    "shares",
     "start_at_zero",
     "subnet_constructor",
     "vector_flow",

@@ -136,7 +136,7 @@ def pixel_flow(
         batch_norm=batch_norm,
     )
     layers = usual.coupling_layers if coupling_layers is None else coupling_layers
-    _at_least_one("scales", scales)
+    _at_least("scales", scales)
     flow = SequenceINN(*shape)
     flow.append(Logit, alpha=logit_alpha)
     usual.append(flow, _Stack(architecture, scales, mask, native, net, layers))
@@ -145,6 +145,7 @@ def pixel_flow(
 
 @_register("single_scale", subnet="bottleneck", coupling_layers=8, hidden_channels=256)
 def _append_single_scale(flow: SequenceINN, stack: _Stack) -> None:
+    _at_least("coupling_layers", stack.coupling_layers)
     mask = "cycle" if stack.mask is None else stack.mask
     squeeze = flow.shapes[-1][0] < MASKS[mask].channels
     if squeeze:
@@ -183,7 +184,7 @@ def _append_realnvp_scale(flow: SequenceINN, scales: int, native: bool, net: _Ne
 @_register("glow", subnet="highway", coupling_layers=8, hidden_channels=64)
 def _append_glow(flow: SequenceINN, stack: _Stack) -> None:
     _check_multi_scale(flow, stack, squeezes=stack.scales)
-    _at_least_one("coupling_layers", stack.coupling_layers)
+    _at_least("coupling_layers", stack.coupling_layers)
     _append_glow_scale(flow, stack.scales, stack.native, stack.net, stack.coupling_layers)
 
 
@@ -245,7 +246,7 @@ def map_flow(
         shape: ``(C, H, W)`` of the maps.
         mask: One of :data:`~anomalib_flowood.flows.MASKS`.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
-        coupling_layers: Number of couplings.
+        coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
 
@@ -255,6 +256,7 @@ def map_flow(
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
+    _at_least("coupling_layers", coupling_layers, 0)
     flow = SequenceINN(*shape)
     _append_couplings(flow, mask, True, _Net(subnet, hidden_channels, bottleneck_dim), coupling_layers)
     return flow
@@ -262,7 +264,6 @@ def map_flow(
 
 def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Net, coupling_layers: int) -> None:
     family = MASKS[mask]
-    _at_least_one("coupling_layers", coupling_layers)
     shape = tuple(flow.shapes[-1])
     form = family.native if native else None
     constructor = net.constructor((form or MaskedCoupling).subnet_size(shape))
@@ -290,7 +291,7 @@ def vector_flow(
     Args:
         dims: Length of the vectors.
         subnet: A fully connected one of :data:`~anomalib_flowood.flows.SUBNETS`.
-        coupling_layers: Number of couplings.
+        coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
 
@@ -300,7 +301,7 @@ def vector_flow(
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this length.
     """
-    _at_least_one("coupling_layers", coupling_layers)
+    _at_least("coupling_layers", coupling_layers, 0)
     constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
     flow = SequenceINN(dims)
     for layer in range(coupling_layers):
@@ -308,7 +309,7 @@ def vector_flow(
     return flow
 
 
-def _at_least_one(argument: str, value: int) -> None:
-    if value < 1:
-        msg = f"{argument} must be at least 1, got {value}."
+def _at_least(argument: str, value: int, least: int = 1) -> None:
+    if value < least:
+        msg = f"{argument} must be at least {least}, got {value}."
         raise ValueError(msg)

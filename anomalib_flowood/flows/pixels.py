@@ -143,16 +143,3 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = LEVELS) -> Tensor:
         ``-log2 p / dims + log2 levels``, ``(N,)``.
     """
     return -log_prob / (dims * math.log(2)) + math.log2(levels)
-
-
-def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Log-density of the standard normal, summed over all but the first dimension.
-
-    Args:
-        z: Latents, ``(N, ...)``.
-
-    Returns:
-        Nats, ``(N,)``.
-    """
-    z = z.flatten(1)
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))

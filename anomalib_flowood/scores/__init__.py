@@ -10,7 +10,7 @@ from .density_of_states import DensityOfStates
 from .intrinsic_dimension import LocalIntrinsicDimension
 from .likelihood import LatentNorm, NegativeLogLikelihood, Typicality
 from .orientation import Orientation
-from .score import Density, FlowDensity, Score
+from .score import FlowDensity, Score
 from .several_flows import Ensemble, LikelihoodRatio, perturb
 
 SCORES: Registry[type[Score]] = Registry("score")
@@ -49,7 +49,6 @@ for _score in (
 __all__ = [
     "SCORES",
     "Complexity",
-    "Density",
     "DensityOfStates",
     "Ensemble",
     "FlowDensity",

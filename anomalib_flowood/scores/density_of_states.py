@@ -51,11 +51,11 @@ class DensityOfStates(Score):
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Terms of −log p per dimension, nats; for pixels bits per dimension; ``(N, S)``."""
-        log_prob, _, parts = density.density(inputs)
+        found = density.density(inputs)
         if not density.reads_pixels:
-            return parts / density.dims
+            return found.parts / density.dims
         robust, wrong_way = ways_up(density, inputs[0])
-        beyond = bits_per_dim(log_prob, density.dims) - compressed_bits_per_dim(density, inputs)
+        beyond = bits_per_dim(found.log_prob, density.dims) - compressed_bits_per_dim(density, inputs)
         return torch.stack([robust, beyond, wrong_way], dim=1)
 
     def fit_statistics(self, statistics: Tensor) -> None:

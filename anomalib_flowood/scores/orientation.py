@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import StudentT
 
-from anomalib_flowood.flows import bits_per_dim
+from anomalib_flowood import flows
 
 from .complexity import compressed_bits_per_dim
 from .score import FlowDensity, Inputs, Score
 
-_DEGREES = 10.0
-"""Degrees of freedom of the base distribution under which images are compared."""
+_BASE = flows.StudentT(10.0)
+"""The base distribution under which images are compared."""
 
 _TAIL = 0.05
 """Share of the training images from which a test's tail is estimated."""
@@ -39,9 +38,8 @@ def symmetries(x: Tensor) -> Tensor:
 def robust_bits_per_dim(density: FlowDensity, x: Tensor) -> Tensor:
     """Bits per dimension of dequantised images with Student's t distribution as the base of the flow.
 
-    Under a Gaussian one, a few latents far out, as some image of every test set has, outweigh all others. Source:
-    Alexanderson and Henter 2020 (arXiv 2006.06599), who train with a multivariate one; here it is one for each latent,
-    and the flow is kept as it was trained.
+    Under a Gaussian one, a few latents far out, as some image of every test set has, outweigh all others. The flow is
+    kept as it was trained.
 
     Args:
         density: A density of pixels.
@@ -50,9 +48,7 @@ def robust_bits_per_dim(density: FlowDensity, x: Tensor) -> Tensor:
     Returns:
         ``(N,)``; infinite where the flow overflowed.
     """
-    z, log_det = density.flow(x)
-    log_prob = StudentT(_DEGREES).log_prob(z).flatten(1).sum(1) + log_det
-    bits = bits_per_dim(log_prob, density.dims)
+    bits = flows.bits_per_dim(flows.density(density.flow, _BASE, x).log_prob, density.dims)
     return torch.where(bits.isnan(), torch.inf, bits)
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from FrEIA.modules import InvertibleModule
@@ -12,28 +12,13 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood.checks import refuse_infinite
+from anomalib_flowood.flows import Density
 
 Inputs = tuple[Tensor, ...]
 """What a density is computed from: its own preparation of a batch of images, each tensor with one row per image."""
 
 _FEWEST_IMAGES = 2
 """One image has no standard deviation."""
-
-
-class Density(NamedTuple):
-    """What a flow says about a batch.
-
-    Attributes:
-        log_prob: Log-density, nats, ``(N,)``.
-        radius: Distance of the latents from the mean of the base distribution, or from the nearest mean where it is a
-            mixture, ``(N,)``.
-        parts: The terms whose sum is −log p: that of the base distribution first, then the log-determinants and
-            whatever else there is; nats, ``(N, P)``.
-    """
-
-    log_prob: Tensor
-    radius: Tensor
-    parts: Tensor
 
 
 class FlowDensity(Protocol):

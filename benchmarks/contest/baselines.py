@@ -14,38 +14,67 @@ from anomalib.data import InferenceBatch
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from sklearn.covariance import LedoitWolf
-from torch import Tensor
+from torch import Tensor, nn
 
-from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
-from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
+from anomalib_flowood.features import Embedding
+from anomalib_flowood.models.components import check_images
 
 NEIGHBOURS = 5
-_SCALE_IMAGES = 256  # as FeatureMapFlow measures its layers' scales
+
+EMBEDDING_BASELINES: dict[str, dict[str, Any]] = {"PPCA": {"modes": 1, "feature_noise": 0.0}, "GaussianMixture": {}}
+"""Arguments of `EmbeddingFlow` that make a baseline of it, once it has no couplings."""
 
 
-class KNNModel(EmbeddingFlowModel):
+class EmbeddingModel(nn.Module):
+    """Scores embeddings by what a subclass keeps of those of training images.
+
+    Args:
+        backbone: A timm name or ``local-dir:FOLDER``.
+        layers: As for :class:`Embedding`.
+        image_size: Height and width of the images.
+        **kwargs: More arguments of :class:`Embedding`.
+    """
+
+    def __init__(
+        self, backbone: str, layers: Any = None, image_size: tuple[int, int] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.embedding = Embedding(backbone, layers, image_size, **kwargs)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what the embeddings of pre-processed images are made of."""
+        check_images(images, size=self.embedding.image_size)
+        return self.embedding.extract(images)
+
+    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+        """Fit the embedding, then the baseline on training embeddings of length 1."""
+        self.embedding.fit(features)
+        self.fit(self.embedding.embed_stored(features))
+
+    def fit(self, embeddings: Tensor) -> None:
+        """Fit the baseline to training embeddings, ``(N, D)``."""
+        raise NotImplementedError
+
+    def distance(self, embeddings: Tensor) -> Tensor:
+        """Score embeddings ``(N, D)``."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score pre-processed images."""
+        return InferenceBatch(pred_score=self.distance(self.embedding(self.extract(images))))
+
+
+class KNNModel(EmbeddingModel):
     """Mean cosine distance of an embedding to its five nearest training embeddings."""
 
     bank: Tensor
-    location: Tensor
-    precision: Tensor
 
     def __init__(self, *args: Any, neighbours: int = NEIGHBOURS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.neighbours = neighbours
-        for name in ("bank", "location", "precision"):  # sized by what is fitted
-            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self.register_buffer("bank", torch.zeros(0), persistent=False)  # sized by what is fitted
 
-    def observe(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what the embeddings of training images are made of."""
-        return self.extract(images)
-
-    def fit(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the embedding, then the baseline on training embeddings of length 1."""
-        self.fit_maps(features[1:])
-        self.fit_embeddings(self.embed_stored(features))
-
-    def fit_embeddings(self, embeddings: Tensor) -> None:
+    def fit(self, embeddings: Tensor) -> None:
         """Keep the training embeddings, ``(N, D)``."""
         self.bank = embeddings
 
@@ -54,15 +83,19 @@ class KNNModel(EmbeddingFlowModel):
         nearest = (embeddings @ self.bank.T).topk(min(self.neighbours, len(self.bank)), dim=1).values
         return 1 - nearest.mean(1)
 
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Score pre-processed images."""
-        return InferenceBatch(pred_score=self.distance(self.embed(images)))
 
-
-class MahalanobisModel(KNNModel):
+class MahalanobisModel(EmbeddingModel):
     """Squared Mahalanobis distance from the mean of the training embeddings, covariance after Ledoit and Wolf."""
 
-    def fit_embeddings(self, embeddings: Tensor) -> None:
+    location: Tensor
+    precision: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("location", "precision"):  # sized by what is fitted
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+
+    def fit(self, embeddings: Tensor) -> None:
         """Fit mean and shrunk covariance to ``(N, D)``."""
         fitted = LedoitWolf().fit(embeddings.double().cpu().numpy())
         self.location = torch.from_numpy(fitted.location_).to(embeddings.device)
@@ -72,38 +105,6 @@ class MahalanobisModel(KNNModel):
         """Score embeddings ``(N, D)``."""
         centred = embeddings.double() - self.location
         return ((centred @ self.precision) * centred).sum(1)
-
-
-class GaussianMixtureModel(KNNModel):
-    """−log p of `EmbeddingFlow` with an untrained flow, which is the identity: a mixture of Gaussians, and the tail."""
-
-    def fit_embeddings(self, embeddings: Tensor) -> None:
-        """Fit subspace and base to ``(N, D)``."""
-        self.fit_subspace(embeddings)
-
-    def distance(self, embeddings: Tensor) -> Tensor:
-        """Score embeddings ``(N, D)``."""
-        return -self.density(self.project(embeddings)).log_prob / self.dims
-
-
-class PPCAModel(GaussianMixtureModel):
-    """−log p under probabilistic PCA: the same with one Gaussian and no noise."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, modes=1, feature_noise=0.0, **kwargs)
-
-
-class GaussianMapModel(FeatureMapFlowModel):
-    """`FeatureMapFlow` with an untrained flow, which is the identity: a whitened Gaussian."""
-
-    def observe(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps of training images in half precision, as `FeatureMapFlow` keeps them."""
-        return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.extract(images))
-
-    def fit(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the principal subspaces, and the layers' scales."""
-        self.fit_subspaces(features)
-        self.fit_map_scale(self.reduce(tuple(layer[:_SCALE_IMAGES] for layer in features)))
 
 
 class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
@@ -116,7 +117,7 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         **components: anomalib's ``pre_processor``, ``post_processor``, ``evaluator`` and ``visualizer``.
     """
 
-    model: KNNModel | GaussianMapModel
+    model: EmbeddingModel
 
     def __init__(
         self,
@@ -133,13 +134,13 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         """Keep a batch's features, in main memory."""
         del args, kwargs
         with torch.no_grad():
-            self._seen.append(tuple(part.cpu() for part in self.model.observe(batch.image)))
+            self._seen.append(tuple(part.cpu() for part in self.model.extract(batch.image)))
         return torch.zeros((), requires_grad=True, device=self.device)
 
     @torch.no_grad()
     def fit(self) -> None:
         """Fit what the batches brought."""
-        self.model.fit(tuple(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+        self.model.fit_features(tuple(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
         self._seen.clear()
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -161,10 +162,4 @@ class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         return LearningType.ONE_CLASS
 
 
-MODELS: dict[str, type[KNNModel] | type[GaussianMapModel]] = {
-    "KNN": KNNModel,
-    "Mahalanobis": MahalanobisModel,
-    "PPCA": PPCAModel,
-    "GaussianMixture": GaussianMixtureModel,
-    "GaussianMap": GaussianMapModel,
-}
+MODELS: dict[str, type[EmbeddingModel]] = {"KNN": KNNModel, "Mahalanobis": MahalanobisModel}

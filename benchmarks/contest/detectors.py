@@ -26,7 +26,7 @@ from anomalib_flowood import EmbeddingFlow, FeatureMapFlow
 from anomalib_flowood.features import feature_layers
 from anomalib_flowood.models.components import backbone_pre_processor
 
-from .baselines import MODELS, Baseline
+from .baselines import EMBEDDING_BASELINES, MODELS, Baseline
 
 CORESET = {"industrial": 0.01, "one_class": 0.002, "cross": 0.001}
 """PatchCore's share of patches to keep. The time grows with the square of it: its default is 0.1."""
@@ -93,9 +93,9 @@ def _feature_map_flow(
     return model(backbone=backbone, image_size=(size, size), **changes, **components(backbone, size))
 
 
-def _embedding_flow(backbone: str, size: int, kind: str) -> AnomalibModule:
+def _embedding_flow(backbone: str, size: int, kind: str, **changes: Any) -> AnomalibModule:
     del kind
-    return EmbeddingFlow(backbone=backbone, image_size=(size, size), **components(backbone, size))
+    return EmbeddingFlow(backbone=backbone, image_size=(size, size), **changes, **components(backbone, size))
 
 
 def _padim(backbone: str, size: int, kind: str) -> AnomalibModule:
@@ -220,13 +220,21 @@ _ALL = [
     Detector("Padim", _padim, random=True),
     Detector("Dfm", _dfm),
     Detector("Dfkde", _dfkde, maps=False),
-    *(Detector(name, _baseline(name), maps=name == "GaussianMap") for name in MODELS),
+    *(Detector(name, _baseline(name), maps=False) for name in MODELS),
+    *(
+        Detector(name, partial(_embedding_flow, coupling_layers=0, **arguments), maps=False)
+        for name, arguments in EMBEDDING_BASELINES.items()
+    ),
+    Detector("GaussianMap", partial(_feature_map_flow, coupling_layers=0)),
 ]
 
 DETECTORS = {detector.name: detector for detector in _ALL}
 """The contest's detectors, ours first."""
 
 OURS = {name for name, detector in DETECTORS.items() if detector.ours}
+
+BASELINES = (*MODELS, *EMBEDDING_BASELINES, "GaussianMap")
+"""Those that train no flow."""
 
 _RESNET = {"subnet": "resnet", "hidden_channels": 64}
 
@@ -238,7 +246,6 @@ _CHANGES: list[dict[str, Any]] = [
     {"coupling_layers": 8},
     {"feature_noise": 0.0},
     {"layout_dims": 0},
-    {"tail": False},
     *({"layers": layers} for layers in (("blocks.6",), ("blocks.4", "blocks.6"), ("blocks.2",))),
 ]
 

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
-from .baselines import MODELS
-from .detectors import OURS
+from .detectors import BASELINES, OURS
 from .plan import TRAIN_LONG
 from .selections import complete
 from .tasks import PARTS
@@ -63,7 +62,7 @@ def draw_maps(folder: Path, rows: pd.DataFrame, task: str, path: Path) -> bool:
     aupro = aupro[[name for name in aupro.index if (folder / f"{name}.npz").is_file()]]
     if "FeatureMapFlow" not in aupro.index:
         return False
-    shown = ["FeatureMapFlow", *[name for name in aupro.index if name not in OURS and name not in MODELS][:1]]
+    shown = ["FeatureMapFlow", *[name for name in aupro.index if name not in OURS and name not in BASELINES][:1]]
     stored = {name: dict(np.load(folder / f"{name}.npz")) for name in shown}
     ours = stored["FeatureMapFlow"]
     chosen = _choose(ours)

@@ -24,7 +24,7 @@ from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel  # noqa: E
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel  # noqa: E402
 from anomalib_flowood.models.pixel_flow import PixelFlowModel  # noqa: E402
 from anomalib_flowood.scores import SCORES  # noqa: E402
-from benchmarks.contest.baselines import MODELS  # noqa: E402
+from benchmarks.contest.baselines import EMBEDDING_BASELINES, MODELS  # noqa: E402
 
 FILE = Path(__file__).with_name("golden.npz")
 
@@ -92,7 +92,7 @@ def pixel_case(score: str = "nll", channels: int = 1, **kwargs) -> Callable[[tor
 
 
 def embedding_model(**kwargs) -> EmbeddingFlowModel:
-    small = {"layers": (1, 2), "subspace_dim": 8, "map_dims": 5, "modes": 3, "clusterings": 2, "coupling_layers": 3}
+    small = {"layers": (1, 2), "subspace_dim": 8, "map_dims": 5, "modes": 3, "coupling_layers": 3}
     small |= {"hidden_channels": 8, "bottleneck_dim": 3, "image_size": (48, 48), "pre_trained": False}
     return EmbeddingFlowModel(BACKBONE, **{**small, **kwargs})
 
@@ -100,14 +100,14 @@ def embedding_model(**kwargs) -> EmbeddingFlowModel:
 def embedding_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
     def run(dtype: torch.dtype, kept: Arrays | None) -> Arrays:
         model = embedding_model(**kwargs).double().eval()
-        fill_backbone(model.backbone)
+        fill_backbone(model.embedding.network)
         with torch.no_grad():
             if not kept:
                 model.fit_features(model.extract(images(60, 48, 3)))
             else:
-                restore_embedding(model, kept)
+                restore(embedding_state(model), kept)
             fill(model.flow, 0)
-            fitted = {} if kept else fitted_embedding(model)
+            fitted = {} if kept else keep_fitted(embedding_state(model))
             model.to(dtype)
             model.scorer.fit(model, [model.inputs(images(24, 48, 3).to(dtype))])
             test = images(6, 48, 4).to(dtype)
@@ -140,23 +140,24 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
         with torch.no_grad():
             features = model.extract(map_images(40, 5)) if not kept else ()
             if not kept:
-                model.fit_subspaces(features)
+                model.fit_features(features)
             for number, flow in enumerate(map_flows(model)):
                 fill(flow, number, gain=0.5)
             if not kept:
                 model.fit_map_scale(model.reduce(tuple(layer[:16] for layer in features)))
             else:
-                restore_maps(model, kept)
-            fitted = {} if kept else fitted_maps(model)
+                restore(map_state(model), kept)
+                restore_scales(model, kept)
+            fitted = {} if kept else keep_fitted(map_state(model) | map_scales(model))
             model.to(dtype)
             test = map_images(6, 6).to(dtype)
             reduced = model.reduce(model.extract(test))
             density = model.density(reduced)
             result = model(test)
             shares = {
-                f"{name} {number}": part
-                for number, pair in enumerate(model.layer_maps(reduced))
-                for name, part in zip(("map", "leading"), pair, strict=True)
+                f"{name} {number}": part + constant
+                for number, (whole, leading) in enumerate(model.layer_maps(reduced))
+                for name, part, constant in (("map", whole, 0), ("leading", leading, leading_constant(model, number)))
             }
             return (
                 fitted
@@ -166,7 +167,7 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
                     "score": result.pred_score,
                     "anomaly map": result.anomaly_map[:, :, ::3, ::3],
                     "radius": density.radius,
-                    "parts": density.parts,
+                    "parts": torch.stack([density.parts[:, 0], density.parts[:, 1:].sum(1)], dim=1),
                 }
             )
 
@@ -175,45 +176,62 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
 
 # -- what the present version calls its parts ------------------------------------------------------------------------
 
-EMBEDDING = ("mean", "components", "variances", "tail_variance", "noise_variance", "centres", "log_weights")
-MAPS = ("scale", "mean", "components", "variances", "tail_variance")
-LAYOUT = ("layout_mean", "layout_directions", "layout_variances", "layout_rest")
-SCALES = ("map_mean", "map_std", "score_mean", "score_std")
-
 
 def embedding_state(model: EmbeddingFlowModel) -> dict[str, Tensor]:
     maps = {
-        f"{name}_{n}": getattr(model, f"{name}_{n}", None) for name in ("map_mean", "map_directions") for n in range(2)
+        f"map_{name}_{number}": getattr(layout, name)
+        for number, layout in enumerate(model.embedding.layouts)
+        for name in ("mean", "directions")
     }
-    maps = {name: value for name, value in maps.items() if value is not None}
-    return maps | {name: getattr(model, name) for name in EMBEDDING}
+    subspace = {name: getattr(model.subspace, name) for name in ("mean", "components", "variances", "tail_variance")}
+    base = {"centres": model.base.centres, "log_weights": model.base.log_weights}
+    return maps | subspace | base | {"noise_variance": model.noise_variance}
 
 
 def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
-    layers = {f"{name}_{n}": getattr(model, f"{name}_{n}") for name in (*MAPS, *LAYOUT) for n in range(2)}
-    return layers | {name: getattr(model, name) for name in SCALES}
+    state = {}
+    for number, layer in enumerate(model.layers):
+        state[f"scale_{number}"] = layer.descriptors.scale
+        for name in ("mean", "components", "variances", "tail_variance"):
+            state[f"{name}_{number}"] = getattr(layer.subspace, name)
+        for name in ("mean", "directions", "variances", "rest"):
+            state[f"layout_{name}_{number}"] = getattr(layer.whitening, name)
+    return state
 
 
 def map_flows(model: FeatureMapFlowModel) -> list[nn.Module]:
-    return [layer.couplings for layer in model.layer_flows]
+    return list(model.flow.flows)
 
 
-def fitted_embedding(model: EmbeddingFlowModel) -> dict[str, Tensor]:
-    return {f"fitted {name}": value.clone() for name, value in embedding_state(model).items()}
+def map_scales(model: FeatureMapFlowModel) -> dict[str, Tensor]:
+    constants = torch.stack([leading_constant(model, number) for number in range(len(model.layers))])
+    where, spread = (torch.stack([getattr(layer, name) for layer in model.layers]) for name in ("location", "spread"))
+    scales = {"map_mean": where[:, 0], "map_std": spread[:, 0]}
+    return scales | {"score_mean": where[:, 1] + constants, "score_std": spread[:, 1]}
 
 
-def fitted_maps(model: FeatureMapFlowModel) -> dict[str, Tensor]:
-    return {f"fitted {name}": value.clone() for name, value in map_state(model).items()}
+def keep_fitted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"fitted {name}": value.clone() for name, value in state.items()}
 
 
-def restore_embedding(model: EmbeddingFlowModel, kept: Arrays) -> None:
-    for name, value in embedding_state(model).items():
+def leading_constant(model: FeatureMapFlowModel, number: int) -> Tensor:
+    """What 0.1.0 counted among the leading directions' share: their part of the log-determinants before the flow."""
+    layer = model.layers[number]
+    spread = -layer.whitening.log_det / layer.whitening.mean.numel()
+    return (0.5 * layer.subspace.variances.log() + spread)[: model.score_dims].sum()
+
+
+def restore(state: dict[str, Tensor], kept: Arrays) -> None:
+    for name, value in state.items():
         value.copy_(torch.from_numpy(kept[f"fitted {name}"]))
 
 
-def restore_maps(model: FeatureMapFlowModel, kept: Arrays) -> None:
-    for name, value in map_state(model).items():
-        value.copy_(torch.from_numpy(kept[f"fitted {name}"]))
+def restore_scales(model: FeatureMapFlowModel, kept: Arrays) -> None:
+    for kind, name in enumerate(("map", "score")):
+        for number, layer in enumerate(model.layers):
+            constant = leading_constant(model, number) if name == "score" else 0
+            layer.location[kind] = kept[f"fitted {name}_mean"][number] - constant
+            layer.spread[kind] = kept[f"fitted {name}_std"][number]
 
 
 # -- baselines of the contest: fitted, then scored --------------------------------------------------------------------
@@ -222,13 +240,24 @@ def restore_maps(model: FeatureMapFlowModel, kept: Arrays) -> None:
 def baseline_case(name: str) -> Callable[[torch.dtype, Arrays | None], Arrays]:
     def run(dtype: torch.dtype, kept: Arrays | None) -> Arrays:
         del kept
-        small = {"image_size": (48, 48), "pre_trained": False, "subspace_dim": 6, "layers": (1, 2)}
-        small |= {"bottleneck_dim": 3} if name == "GaussianMap" else {"map_dims": 4}
-        model = MODELS[name](BACKBONE, **small).double().eval()
-        fill_backbone(model.backbone)
+        small = {"image_size": (48, 48), "pre_trained": False, "layers": (1, 2)}
+        if name in MODELS:
+            model = MODELS[name](BACKBONE, map_dims=4, **small)
+        elif name == "GaussianMap":
+            model = FeatureMapFlowModel(BACKBONE, subspace_dim=6, coupling_layers=0, **small)
+        else:
+            model = EmbeddingFlowModel(
+                BACKBONE, subspace_dim=6, map_dims=4, coupling_layers=0, **small, **EMBEDDING_BASELINES[name]
+            )
+        model = model.double().eval()
+        fill_backbone(model.backbone if name == "GaussianMap" else model.embedding.network)
         with torch.no_grad():
-            model.fit(tuple(part.double() for part in model.observe(images(60, 48, 3))))
-            model.to(dtype)
+            features = model.extract(images(60, 48, 3))
+            if name == "GaussianMap":
+                features = tuple(layer.half().double() for layer in features)  # as FeatureMapFlow keeps them
+            model.fit_features(features)
+            if name == "GaussianMap":
+                model.fit_map_scale(model.reduce(features))
             return {"score": model(images(6, 48, 4).to(dtype)).pred_score}
 
     return run
@@ -242,12 +271,12 @@ CASES: dict[str, Callable[[torch.dtype, Arrays | None], Arrays]] = {
     "pixels glow": pixel_case(architecture="glow", channels=3, num_blocks=1, coupling_layers=2),
     **{f"pixels {score}": pixel_case(score, coupling_layers=4) for score in SCORES if score != "nll"},
     "embeddings": embedding_case(),
-    "embeddings pooled": embedding_case(layers=(), modes=1, clusterings=1, feature_noise=0.0, subnet="bottleneck"),
+    "embeddings pooled": embedding_case(layers=(), modes=1, feature_noise=0.0, subnet="bottleneck"),
     "embeddings typicality": embedding_case(score="typicality", feature_noise=0.3),
     "maps": map_case(),
-    "maps without tail": map_case(tail=False, mask="checkerboard", subnet="resnet", score_fraction=0.3),
+    "maps checkerboard": map_case(mask="checkerboard", subnet="resnet", score_fraction=0.3),
     "maps without layout": map_case(layout_dims=0, mask="channel", subnet="mlp"),
-    **{f"baseline {name}": baseline_case(name) for name in MODELS},
+    **{f"baseline {name}": baseline_case(name) for name in (*MODELS, *EMBEDDING_BASELINES, "GaussianMap")},
 }
 
 SCORE_OF = {**{f"pixels {score}": score for score in SCORES}, "embeddings typicality": "typicality"}

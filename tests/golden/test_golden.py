@@ -28,6 +28,8 @@ def test_scores_in_single_precision(case):
     agree(case, results(case, torch.float32, keep(case)), 1e-5 if SCORE_OF.get(case, "nll") == "nll" else 1e-3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("embeddings", "maps"))])
+# Embeddings are fitted by their baselines, above: which way their directions point is the eigensolver's choice, and
+# couplings see it.
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("maps")])
 def test_a_fit_finds_what_it_found(case):
     agree(case, results(case, torch.float64), 1e-6)

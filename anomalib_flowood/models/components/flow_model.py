@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.names import unknown_name
-from anomalib_flowood.scores import SCORES, Density, NegativeLogLikelihood, Score
+from anomalib_flowood.scores import SCORES, NegativeLogLikelihood, Score
 from anomalib_flowood.scores.score import Inputs
 
 
 class FlowModel(nn.Module):
-    """A density of images, and an anomaly score from it.
+    """A density of images, and an anomaly score from it: what comes before the flow, the flow, and its base.
 
-    Subclasses implement :meth:`inputs` and :meth:`density`.
+    Subclasses implement :meth:`inputs`.
 
     Args:
         new_flow: Makes a flow: ``flow(x) -> (z, log_det)``, ``flow(z, rev=True)``. Scores that compare several flows
             call it again.
+        base: The distribution of its latents, see :mod:`anomalib_flowood.flows.bases`.
         dims: Number of dimensions of what the density is over.
         levels: Quantisation levels per dimension: 256 for 8-bit pixels, 1 for values that were never quantised.
         score: One of :data:`anomalib_flowood.scores.SCORES`.
@@ -39,17 +40,30 @@ class FlowModel(nn.Module):
     fitted: Tensor
     """Whether training has finished an epoch, or a checkpoint was loaded that had."""
 
-    def __init__(self, new_flow: Callable[[], InvertibleModule], dims: int, levels: int, score: str = "nll") -> None:
+    def __init__(
+        self,
+        new_flow: Callable[[], InvertibleModule],
+        base: flows.StandardNormal | flows.GaussianMixture | flows.StudentT,
+        dims: int,
+        levels: int,
+        score: str = "nll",
+    ) -> None:
         super().__init__()
         if score not in SCORES:
             raise unknown_name("score", score, SCORES)
         self.flow = new_flow()
+        self.base = base
         self.dims = dims
         self.levels = levels
         self._new_flow = new_flow
         self.register_buffer("fitted", torch.tensor(False))
         self.scorer = SCORES[score](self)
         self.nll = NegativeLogLikelihood(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the density."""
+        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
 
     def new_flow(self) -> InvertibleModule:
         """Make one more flow of the same architecture, with weights of its own."""
@@ -72,7 +86,7 @@ class FlowModel(nn.Module):
             images: Pre-processed images, ``(N, C, H, W)``.
 
         Returns:
-            Tensors with one row per image.
+            What the flow takes, ``(N, ...)``, and where there is one, the rest of the log-density, nats, ``(N,)``.
         """
         raise NotImplementedError
 
@@ -82,19 +96,18 @@ class FlowModel(nn.Module):
         Raises:
             ValueError: As :func:`check_images`, and if the model's weights have fewer than 32 bits.
         """
-        dtype = next(self.flow.parameters()).dtype
-        check_precision(dtype)
+        check_precision(self.dtype)
         check_images(images, unit_range=unit_range, size=size)
-        return images.to(dtype)
+        return images.to(self.dtype)
 
-    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of prepared images.
 
         Args:
             inputs: What :meth:`inputs` returned.
             flow: Another flow of the same architecture, to take in the place of the model's own.
         """
-        raise NotImplementedError
+        return flows.density(flow or self.flow, self.base, *inputs)
 
     def log_prob(self, images: Tensor) -> Tensor:
         """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``.

@@ -42,12 +42,11 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         subspace_dim: Principal directions in which the flow works; below the number of training images.
         modes: Gaussians that a run of k-means finds for the flow's base distribution; at most one for ten training
             images.
-        clusterings: Runs of k-means, whose mixtures of Gaussians are averaged.
         feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
             directions.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        coupling_layers: Number of couplings.
+        coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains.
         hidden_channels: Width of the s,t-networks.
         score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows. See docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
@@ -75,7 +74,6 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
-        clusterings: int = 8,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
@@ -105,7 +103,6 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             map_dims=map_dims,
             subspace_dim=subspace_dim,
             modes=modes,
-            clusterings=clusterings,
             feature_noise=feature_noise,
             subnet=subnet,
             coupling_layers=coupling_layers,
@@ -123,10 +120,10 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.model.fit_features(features)
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return the whitened coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
-        return self.model.project(self.model.embed_features(features))
+        """Return standardised coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
+        return self.model.prepare(features)
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Whitened coordinates with noise, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
-        whitened, rest = self.inputs_of(batch)
-        return self.model.blur(whitened), rest
+        """Standardised coordinates with noise, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
+        coordinates, rest = self.inputs_of(batch)
+        return self.model.blur(coordinates), rest

@@ -38,11 +38,10 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
         layout_dims: Principal directions of whole maps that are whitened before the flow; at most one for five training
             images are used.
-        tail: Add a Gaussian for the discarded directions of each position to density and anomaly map.
         mask: Coupling mask: {masks}.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        coupling_layers: Number of couplings.
+        coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
         hidden_channels: Width of the s,t-networks.
         score_dims: Leading principal directions of each layer that make the image score; the anomaly map takes all.
         score_fraction: The image score is a mean over positions: those where the leading directions are least likely,
@@ -76,7 +75,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         image_size: tuple[int, int] = (224, 224),
         subspace_dim: int = 96,
         layout_dims: int = 128,
-        tail: bool = True,
         mask: str = "cycle",
         subnet: str = "bottleneck",
         bottleneck_dim: int = 128,
@@ -111,7 +109,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             pre_trained=pre_trained,
             subspace_dim=subspace_dim,
             layout_dims=layout_dims,
-            tail=tail,
             mask=mask,
             subnet=subnet,
             bottleneck_dim=bottleneck_dim,
@@ -141,22 +138,25 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
         """Fit the principal subspaces, and keep some reduced maps to measure the layers' scales on."""
-        self.model.fit_subspaces(features)
+        self.model.fit_features(features)
         some = tuple(layer[:_SCALE_IMAGES] for layer in features)  # the loader shuffled them
         self._reference = tuple(layer.cpu() for layer in self.prepare_features(some))
         self._scaled_step = -1
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the reduced maps, ``(N, D, h, w)`` for each layer, in half precision."""
-        return tuple(layer.half() for layer in self.model.reduce(features))
+        """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
+        return tuple(part.half() if part.ndim == 4 else part for part in self.model.reduce(features))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
-        """Reduced maps, ``(N, D, h, w)`` for each layer."""
-        return tuple(layer.to(self.dtype) for layer in super().inputs_of(batch))
+        """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``."""
+        return tuple(part.to(self.dtype) for part in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """Reduced maps with noise, ``(N, D, h, w)`` for each layer."""
-        return tuple(layer + self.feature_noise * self._noise_like(layer) for layer in self.inputs_of(batch))
+        """The same, with noise on the reduced maps."""
+        noise = self.feature_noise
+        return tuple(
+            part + noise * torch.randn_like(part) if part.ndim == 4 else part for part in self.inputs_of(batch)
+        )
 
     def on_validation_start(self) -> None:
         """Measure the layers' scales with the current weights, before validation images are scored by them."""
@@ -173,10 +173,4 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         # Once for the same weights: what a validation has calibrated stays to the last bit.
         if self._reference and self._scaled_step != self.trainer.global_step:
             self._scaled_step = self.trainer.global_step
-            self.model.fit_map_scale(tuple(layer.to(self.model.map_mean) for layer in self._reference))
-
-    def _noise_like(self, layer: Tensor) -> Tensor:
-        noise = torch.randn_like(layer)
-        if self.model.tail:
-            noise[:, -1] = 0  # nats, not a coordinate
-        return noise
+            self.model.fit_map_scale(tuple(part.to(self.device, self.dtype) for part in self._reference))

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from anomalib_flowood import flows
 from anomalib_flowood.models.components import FlowModel
-from anomalib_flowood.scores import Density
-from anomalib_flowood.scores.score import Inputs
 
 
 class PixelFlowModel(FlowModel):
@@ -82,7 +79,7 @@ class PixelFlowModel(FlowModel):
             batch_norm=batch_norm,
             logit_alpha=logit_alpha,
         )
-        super().__init__(new_flow, math.prod(shape), levels=flows.LEVELS, score=score)
+        super().__init__(new_flow, flows.StandardNormal(), math.prod(shape), levels=flows.LEVELS, score=score)
         self.shape = shape
         # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
         self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
@@ -127,12 +124,6 @@ class PixelFlowModel(FlowModel):
         """
         images = self.pixels(images)
         return (flows.dequantize(images, torch.rand_like(images) if noisy else None),)
-
-    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
-        """Evaluate the density of dequantised images, ``(N, C, H, W)``; its parts: latents, log-determinant."""
-        z, log_det = (flow or self.flow)(inputs[0])
-        base = flows.standard_normal_log_prob(z)
-        return Density(base + log_det, z.flatten(1).norm(dim=1), -torch.stack([base, log_det], dim=1))
 
     def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
         """Log-density of images with respect to the unit cube; nats, ``(N,)``. Arguments as for :meth:`inputs`.

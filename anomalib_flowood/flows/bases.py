@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base distributions: what the latents of a flow are distributed like.
+
+A base is a module with ``log_prob(z)``, nats, and ``radius(z)``, the distance from its mean, or from the nearest of
+several; ``z`` is ``(N, ...)``, and both are ``(N,)``. Where latents are independent, it also has ``elementwise(z)``,
+the log-density of each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor, distributions, nn
+
+from .precision import full_precision
+
+_POINTS_PER_MODE = 10
+"""A Gaussian of a mixture is to stand for a kind of points, and not for one of them."""
+
+
+class Base(Protocol):
+    """What a density needs of a base distribution."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents, ``(N, ...)``; nats, ``(N,)``."""
+        ...
+
+    def radius(self, z: Tensor) -> Tensor:
+        """Distance of latents from the nearest mean; ``(N,)``."""
+        ...
+
+
+class StandardNormal(nn.Module):
+    """N(0, I) over latents of any shape."""
+
+    def elementwise(self, z: Tensor) -> Tensor:
+        """Log-density of each latent, nats; of the shape of ``z``."""
+        return -0.5 * (z.square() + math.log(2 * math.pi))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents, ``(N, ...)``; nats, ``(N,)``."""
+        z = z.flatten(1)
+        return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+    def radius(self, z: Tensor) -> Tensor:
+        """Distance of latents, ``(N, ...)``, from the mean, which is 0; ``(N,)``."""
+        return z.flatten(1).norm(dim=1)
+
+
+class StudentT(nn.Module):
+    """Independent Student's t distributions, whose tails forgive single latents far out.
+
+    Source: Alexanderson and Henter 2020 (arXiv 2006.06599), who take a multivariate one; here each latent has its own.
+
+    Args:
+        degrees: Degrees of freedom; the more, the closer to :class:`StandardNormal`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def __init__(self, degrees: float = 10.0) -> None:
+        super().__init__()
+        if not degrees > 0:
+            msg = f"degrees must be above 0, got {degrees}."
+            raise ValueError(msg)
+        self.degrees = degrees
+
+    def elementwise(self, z: Tensor) -> Tensor:
+        """Log-density of each latent, nats; of the shape of ``z``."""
+        return distributions.StudentT(self.degrees).log_prob(z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents, ``(N, ...)``; nats, ``(N,)``."""
+        return self.elementwise(z).flatten(1).sum(1)
+
+    def radius(self, z: Tensor) -> Tensor:
+        """Distance of latents, ``(N, ...)``, from the centre, which is 0; ``(N,)``."""
+        return z.flatten(1).norm(dim=1)
+
+
+class GaussianMixture(nn.Module):
+    """A mixture of Gaussians of unit covariance over latents that are vectors, ``(N, k)``.
+
+    A tied covariance is a linear transform before it: :meth:`fit` returns what the covariance is where the points are,
+    and :meth:`transform` brings the means along to where it is the identity.
+
+    What is inside comes in several kinds, which k-means finds. The mixture is the mean of those that several runs find,
+    so that where one of them starts matters less.
+
+    Args:
+        dims: k.
+        modes: Gaussians that a run of k-means finds; at most one for ten points.
+        clusterings: Runs of k-means, whose mixtures are averaged.
+
+    Raises:
+        ValueError: If one of them is below 1.
+    """
+
+    centres: Tensor
+    """Means, ``(clusterings * modes, k)``; a buffer."""
+    log_weights: Tensor
+    """Logarithms of their shares, which sum to 1; a buffer."""
+
+    def __init__(self, dims: int, modes: int = 1, clusterings: int = 8) -> None:
+        super().__init__()
+        for argument, value in (("dims", dims), ("modes", modes), ("clusterings", clusterings)):
+            if value < 1:
+                msg = f"{argument} must be at least 1, got {value}."
+                raise ValueError(msg)
+        self.clusterings = clusterings
+        slots = clusterings * modes
+        self.register_buffer("centres", torch.zeros(slots, dims))
+        self.register_buffer("log_weights", torch.full((slots,), -math.log(slots)))
+
+    def fit(self, points: Tensor) -> Tensor:
+        """Find means and shares.
+
+        Args:
+            points: ``(n, k)``; k-means runs in main memory.
+
+        Returns:
+            The covariance of the points within clusters, ``(k, k)``, float64, in main memory.
+
+        Raises:
+            ValueError: If there are no points.
+        """
+        if not len(points):
+            msg = "A mixture of Gaussians is fitted to points, and there are none."
+            raise ValueError(msg)
+        modes = max(1, min(len(self.centres) // self.clusterings, len(points) // _POINTS_PER_MODE))
+        centres, share, covariance = _cluster(points.double().cpu(), modes, self.clusterings)
+        # More slots than Gaussians: some share one, which is the same density.
+        slots = torch.arange(len(self.centres)) % len(centres)
+        self.centres.copy_(centres[slots])
+        self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
+        return covariance
+
+    def transform(self, matrix: Tensor) -> None:
+        """Move the means to where points ``x`` become ``x @ matrix``, ``(k, k)``, and have a covariance of I."""
+        self.centres.copy_(self.centres.to(matrix) @ matrix)
+
+    @full_precision
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents, ``(N, k)``; nats, ``(N,)``."""
+        square = z.square().sum(1)
+        weighted = torch.logsumexp(self._kernels(z) + self.log_weights, dim=1)
+        return weighted - 0.5 * (square + z.shape[1] * math.log(2 * math.pi))
+
+    @full_precision
+    def radius(self, z: Tensor) -> Tensor:
+        """Distance of latents, ``(N, k)``, from the nearest mean; ``(N,)``."""
+        return (z.square().sum(1) - 2 * self._kernels(z).amax(1)).clamp(min=0).sqrt()
+
+    def _kernels(self, z: Tensor) -> Tensor:
+        # By a matrix product: no tensor of N x modes x k numbers.
+        return torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)
+
+
+def _cluster(points: Tensor, modes: int, runs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find clusters by several runs of k-means.
+
+    Args:
+        points: ``(N, k)``, float64.
+        modes: Clusters of a run.
+        runs: Runs, which start elsewhere.
+
+    Returns:
+        The means of the clusters of all runs, ``(M, k)``, the shares of the runs' points in them, ``(M,)``, and the
+        covariance of the points within clusters, ``(k, k)``.
+    """
+    n, k = points.shape
+    single = points.float().numpy()
+    means, sizes = [], []
+    scatter, freedom = points.new_zeros(k, k), 0
+    for run in range(runs):
+        # Random starts and few steps: the mean over runs makes up for what each of them lacks.
+        # By one thread: from three on, scikit-learn adds up their sums in the order in which they are done.
+        with threadpool_limits(1, user_api="openmp"):
+            clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(single)
+        # Where points are the same, clusters may be without any: these are left out.
+        kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
+        size = kind.bincount().to(points)
+        mean = points.new_zeros(len(size), k).index_add(0, kind, points) / size[:, None]
+        deviation = points - mean[kind]
+        scatter += deviation.T @ deviation
+        freedom += n - len(size)
+        means.append(mean)
+        sizes.append(size)
+    return torch.cat(means), torch.cat(sizes) / (n * runs), scatter / max(1, freedom)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A density, composed: invertible transforms, and a base distribution of their latents. Written once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
+from torch import Tensor
+
+from .bases import Base, StandardNormal, StudentT
+
+
+@dataclass(frozen=True)
+class Density:
+    """What a flow says about a batch.
+
+    Attributes:
+        parts: The terms whose sum is −log p: that of the base distribution first, then the log-determinants, and the
+            rest where there is one; nats, ``(N, P)``.
+        latents: Latents of each of the flows that are evaluated side by side, ``(N, ...)``.
+        base: The base distribution of each.
+    """
+
+    parts: Tensor
+    latents: tuple[Tensor, ...]
+    base: Base
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Log-density, nats, ``(N,)``."""
+        return -self.parts.sum(1)
+
+    @property
+    def radius(self) -> Tensor:
+        """Distance of the latents from the mean of the base, the nearest where it is a mixture; ``(N,)``."""
+        return torch.stack([self.base.radius(z) for z in self.latents]).norm(dim=0)
+
+
+def density(flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None = None) -> Density:
+    """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, and a rest that is known already.
+
+    Args:
+        flow: ``flow(x) -> (z, log_det)``. Without any transform in it, it is the identity.
+        base: The distribution of z.
+        x: ``(N, ...)``.
+        rest: What else belongs to the log-density, nats, ``(N,)``: of what x was made from, see
+            :class:`~anomalib_flowood.flows.PrincipalSubspace`.
+    """
+    z, log_det = flow(x)
+    log_prob = base.log_prob(z)
+    terms = [log_prob, torch.zeros_like(log_prob) + log_det]  # no transform, no tensor
+    if rest is not None:
+        terms.append(rest)
+    return Density(-torch.stack(terms, dim=1), (z,), base)
+
+
+def independent(densities: Sequence[Density]) -> Density:
+    """Put densities of independent variables together, with one kind of base: their log-densities add up."""
+    parts = torch.stack([part.parts for part in densities]).sum(0)
+    return Density(parts, tuple(z for part in densities for z in part.latents), densities[0].base)
+
+
+def shares(couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor) -> Tensor:
+    """Split −log p(x) among the values of x: couplings scale and shift each value on its own.
+
+    Args:
+        couplings: Couplings, and nothing else.
+        base: A base of independent latents.
+        x: ``(N, ...)``.
+
+    Returns:
+        ``-log p_base(z_i) - sum of the log-scales of value i over the couplings``, nats, of the shape of x. Its sum is
+        −log p(x).
+    """
+    scales = torch.zeros_like(x)
+    for coupling in couplings:
+        x, s = coupling.couple(x)
+        scales = scales + coupling.spread(s)
+    return -base.elementwise(x) - scales
+
+
+class SideBySide(InvertibleModule):
+    """Flows side by side, each on an input of its own: ``flow([x, …]) -> ([z, …], log_det)``.
+
+    Args:
+        flows: One flow for each input.
+    """
+
+    def __init__(self, flows: Iterable[SequenceINN]) -> None:
+        flows = list(flows)
+        super().__init__([flow.shapes[0] for flow in flows])
+        self.flows = torch.nn.ModuleList(flows)
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the shapes of the outputs, which are those of the inputs."""
+        return input_dims
+
+    def forward(  # type: ignore[override]
+        self, x_or_z: Tensor | Sequence[Tensor], c: object = None, rev: bool = False, jac: bool = True
+    ) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Run all flows; a single one may be given its input without a list, and answers likewise."""
+        del c, jac
+        single = isinstance(x_or_z, Tensor)
+        inputs = [x_or_z] if single else x_or_z
+        outputs, log_dets = zip(*(flow(x, rev=rev) for flow, x in zip(self.flows, inputs, strict=True)), strict=True)
+        log_det = sum(log_dets, torch.zeros(len(outputs[0]), dtype=outputs[0].dtype, device=outputs[0].device))
+        return outputs[0] if single else list(outputs), log_det

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A density over many dimensions, split into the few that matter, and the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .precision import full_precision
+
+_LEAST = 1e-8
+"""Variance, as a share of the largest, below which a direction counts as constant."""
+
+_TAIL_FLOOR = 1e-3
+"""Variance of the rest, as a share of the smallest in the subspace, for points that lie in it."""
+
+
+class PrincipalSubspace(nn.Module):
+    """Standardised coordinates in a principal subspace, and a Gaussian for what lies outside of it.
+
+    With the mean m, the principal directions U (k of D), the variances v along them and the mean variance q of what is
+    left over::
+
+        w = U^T (x - m) / sqrt(v),    r = x - m - U U^T (x - m)
+        log p(x) = log p(w) - 1/2 sum log(v) + log N(r; 0, q I)
+
+    which is the density of probabilistic PCA (Tipping and Bishop 1999, section 3) with any density of w in the place
+    of its Gaussian. Points are vectors, ``(N, D)``, or the positions of a map, ``(N, D, h, w)``.
+
+    Args:
+        dims: D.
+        directions: k.
+    """
+
+    mean: Tensor
+    """m, ``(D,)``; a buffer, as the others."""
+    components: Tensor
+    """U^T, ``(k, D)``."""
+    variances: Tensor
+    """v, ``(k,)``."""
+    tail_variance: Tensor
+    """q, ``()``."""
+
+    def __init__(self, dims: int, directions: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dims))
+        self.register_buffer("components", torch.zeros(directions, dims))
+        self.register_buffer("variances", torch.ones(directions))
+        self.register_buffer("tail_variance", torch.ones(()))
+
+    def fit(self, points: Tensor, *, what: str = "points", solver: str = "auto") -> None:
+        """Fit mean, directions and variances.
+
+        Args:
+            points: ``(n, D)``; in main memory, and in float32 or more, it is worked on as it is.
+            what: What errors call the points.
+            solver: scikit-learn's ``svd_solver``; ``auto`` takes a randomised one where few of many directions are
+                wanted.
+
+        Raises:
+            ValueError: If there are too few points, or they vary in too few directions.
+        """
+        n, k = len(points), len(self.components)
+        if n <= k:
+            remedy = f"set subspace_dim to at most {n // 2}" if n >= 4 else "at least 4 are needed"
+            msg = f"{k} principal directions need more than {k} {what}, got {n}: give more images, or {remedy}."
+            raise ValueError(msg)
+        # In NumPy, where eigensolvers are faster on the CPU.
+        precise = points.to(torch.promote_types(points.dtype, torch.float32)).cpu()
+        pca = PCA(n_components=k, svd_solver=solver, random_state=0).fit(precise.numpy())
+        explained = torch.from_numpy(pca.explained_variance_).double()
+        largest = float(explained[0])
+        if float(explained[-1]) <= _LEAST * largest or largest <= 1e-12:
+            rank = int((explained > _LEAST * largest).sum()) if largest > 1e-12 else 0
+            msg = (
+                f"The {n} {what} vary in {rank} directions only, fewer than subspace_dim={k}: are many training images "
+                "the same, or constant? Set subspace_dim lower, or give more varied images."
+            )
+            raise ValueError(msg)
+        total = precise.double().var(0).sum()
+        left = (total - explained.sum()) / max(1, precise.shape[1] - k)
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+        self.components.copy_(torch.from_numpy(pca.components_))
+        self.variances.copy_(explained)
+        self.tail_variance.copy_(torch.maximum(left, _TAIL_FLOOR * explained[-1]))
+
+    @full_precision
+    def coordinates(self, points: Tensor) -> Tensor:
+        """Return the coordinates of vectors, ``(N, D)``, before they are standardised; ``(N, k)``."""
+        return (points - self.mean) @ self.components.T
+
+    def rotate(self, turn: Tensor, variances: Tensor, tail_variance: Tensor) -> None:
+        """Take other directions of the same subspace, and other variances.
+
+        Args:
+            turn: An orthogonal matrix, ``(k, k)``: ``coordinates @ turn`` are the new ones.
+            variances: Variances along the new directions, ``(k,)``.
+            tail_variance: Variance of the rest, ``()``.
+        """
+        self.components.copy_(turn.T @ self.components.to(turn))
+        self.variances.copy_(variances)
+        self.tail_variance.copy_(tail_variance)
+
+    @full_precision
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the density of points.
+
+        Args:
+            points: ``(N, D)``, or ``(N, D, h, w)`` for the positions of maps.
+
+        Returns:
+            Standardised coordinates w, ``(N, k)`` or ``(N, k, h, w)``, and the rest of the log-density, all of it but
+            log p(w), nats, ``(N,)`` or ``(N, h, w)``.
+        """
+        k, dims = self.components.shape
+        if points.ndim == 2:
+            centred = points - self.mean
+            coordinates, scale = centred @ self.components.T, self.variances.rsqrt()
+        else:
+            centred = points - self.mean[:, None, None]
+            coordinates = functional.conv2d(centred, self.components[:, :, None, None])
+            scale = self.variances.rsqrt()[:, None, None]
+        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        constant = (dims - k) * torch.log(2 * math.pi * self.tail_variance) + self.variances.log().sum()
+        return coordinates * scale, -0.5 * (outside / self.tail_variance + constant)
