@@ -85,7 +85,7 @@ def fit_ratio(module: CrossDataset) -> tuple[float, float]:
     ]
     start = time.perf_counter()
     for batch in batches:
-        detector.model.backbone(batch)
+        detector.model.embedding.network(batch)
     bare = time.perf_counter() - start
     del batches
     with torch.enable_grad():

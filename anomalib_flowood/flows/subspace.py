@@ -66,8 +66,8 @@ class PrincipalSubspace(nn.Module):
         """
         n, k = len(points), len(self.components)
         if n <= k:
-            remedy = f"set subspace_dim to at most {n // 2}" if n >= 4 else "at least 4 are needed"
-            msg = f"{k} principal directions need more than {k} {what}, got {n}: give more images, or {remedy}."
+            remedy = f"or set subspace_dim to at most {n // 2}" if n >= 4 else "at least 4"
+            msg = f"{k} principal directions need more than {k} {what}, got {n}: give more images, {remedy}."
             raise ValueError(msg)
         # In NumPy, where eigensolvers are faster on the CPU.
         precise = points.to(torch.promote_types(points.dtype, torch.float32)).cpu()

@@ -15,6 +15,7 @@ from anomalib_flowood.flows import (
     InvertibleConv1x1,
     Squeeze,
     Unsqueeze,
+    Whitening,
     subnet_constructor,
 )
 
@@ -47,6 +48,13 @@ def factor_out(shape):
     return FactorOut([shape], fill=lambda inner: inner.append(ChannelCoupling, layer=0, subnet_constructor=net))
 
 
+def whitening(shape, directions=3):
+    layer = Whitening([shape], directions).double()
+    scale = torch.linspace(0.3, 3, shape[-1], dtype=torch.float64)
+    layer.fit(image(40, *shape, seed=5) * scale + 2)
+    return layer
+
+
 # -- all of them -----------------------------------------------------------------------------------------------------
 
 LAYERS = {
@@ -54,6 +62,8 @@ LAYERS = {
     "unsqueeze": lambda: Unsqueeze([(4, 4, 6)]),
     "factor out": lambda: factor_out((4, 4, 6)),
     "actnorm": lambda: ActNorm([(4, 4, 6)]).eval(),
+    "whitening": lambda: whitening((4, 4, 6)),
+    "whitening of vectors": lambda: whitening((5,), directions=2),
     "1x1 convolution": lambda: InvertibleConv1x1([(4, 4, 6)]),
 }
 
@@ -61,24 +71,26 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_inverse_log_determinant_and_shape(name):
     module = randomise(LAYERS[name]())
-    x = image(2, 4, 4, 6)
+    x = image(2, *module.shape)
     check_inverse(call(module), x)
     check_log_det(call(module), x)
-    assert module.output_dims([(4, 4, 6)]) == [call(module)(x)[0].shape[1:]]
+    assert module.output_dims([module.shape]) == [call(module)(x)[0].shape[1:]]
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_pickles(name):
     module = randomise(LAYERS[name]())
     again = pickle.loads(pickle.dumps(module))
-    assert torch.equal(call(again)(image(2, 4, 4, 6))[0], call(module)(image(2, 4, 4, 6))[0])
+    x = image(2, *module.shape)
+    assert torch.equal(call(again)(x)[0], call(module)(x)[0])
 
 
 @pytest.mark.parametrize("layer", [Squeeze, Unsqueeze, ActNorm, InvertibleConv1x1])
-@pytest.mark.parametrize("arguments", [{"dims_in": [(12,)]}, {"dims_in": [(4, 4, 4)], "dims_c": [(2,)]}])
-def test_what_is_no_image_is_refused(layer, arguments):
+def test_what_is_no_image_is_refused(layer):
     with pytest.raises(ValueError, match=rf"{layer.__name__} takes one image \(C, H, W\)"):
-        layer(**arguments)
+        layer([(12,)])
+    with pytest.raises(ValueError, match=f"{layer.__name__} takes one input and no condition"):
+        layer([(4, 4, 4)], dims_c=[(2,)])
 
 
 # -- squeeze ---------------------------------------------------------------------------------------------------------
@@ -220,3 +232,41 @@ def test_training_keeps_the_triangles():
     (call(module)(torch.randn(2, 5, 2, 2))[0] ** 2).sum().backward()
     assert torch.equal(module.lower.grad.triu(), torch.zeros(5, 5))
     assert torch.equal(module.upper.grad.tril(), torch.zeros(5, 5))
+
+
+# -- whitening -------------------------------------------------------------------------------------------------------
+
+
+def test_before_a_fit_whitening_is_the_identity():
+    x = image(3, *SHAPE)
+    y, log_det = call(Whitening([SHAPE], 2).double())(x)
+    torch.testing.assert_close(y, x)
+    assert not log_det.any()
+
+
+@pytest.mark.parametrize("directions", [0, 2, 5])
+def test_whitening_makes_a_gaussian_of_probabilistic_pca_standard(directions):
+    x = image(60, 5, seed=1) * torch.tensor([4.0, 2.0, 1.0, 0.5, 0.2]) + 3
+    layer = Whitening([(5,)], directions).double()
+    layer.fit(x)
+    eigenvalues, vectors = torch.linalg.eigh(torch.cov(x.T))
+    rest = eigenvalues[: 5 - directions].mean() if directions < 5 else layer.rest
+    kept = vectors[:, 5 - directions :]
+    covariance = kept @ torch.diag(eigenvalues[5 - directions :] - rest) @ kept.T + rest * torch.eye(5)
+    y, log_det = call(layer)(x)
+    found = torch.distributions.Normal(0, 1).log_prob(y).sum(1) + log_det
+    expected = torch.distributions.MultivariateNormal(x.mean(0), (covariance + covariance.T) / 2).log_prob(x)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_whitening_takes_one_direction_for_five_samples_and_remembers_them():
+    layer = Whitening([(6,)], 4).double()
+    layer.fit(image(12, 6))
+    assert (layer.directions.norm(dim=1) > 0).tolist() == [True, True, False, False]
+    fresh = Whitening([(6,)], 4).double()
+    fresh.load_state_dict(saved(layer))
+    assert torch.equal(call(fresh)(image(3, 6))[0], call(layer)(image(3, 6))[0])
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        layer.fit(image(1, 6))
+    with pytest.raises(ValueError, match="directions must be at least 0"):
+        Whitening([(6,)], -1)

@@ -8,7 +8,6 @@ import torch
 from anomalib.data import ImageBatch
 from model_helpers import embedding_flow, feature_map_flow, pixel_flow
 
-from anomalib_flowood import EmbeddingFlow
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.scores import SCORES
 
@@ -32,7 +31,7 @@ def on_features(build, **kwargs):
     detector = build(**kwargs).eval()
     model, images = detector.model, torch.rand(20, 3, *detector.hparams["image_size"])
     features = model.extract(images)
-    model.fit_features(features) if isinstance(detector, EmbeddingFlow) else model.fit_subspaces(features)
+    model.fit_features(features)
     model.scorer.fit(model, [model.inputs(images)])
     return detector, images
 

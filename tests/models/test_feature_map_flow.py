@@ -16,7 +16,6 @@ from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 SMALL = {
     "subspace_dim": 3,
     "layout_dims": 4,
-    "tail": False,
     "coupling_layers": 5,
     "hidden_channels": 6,
     "bottleneck_dim": 2,
@@ -30,24 +29,24 @@ def model(**kwargs) -> FeatureMapFlowModel:
     randomise_flow(model, scale=0.3)
     images = torch.rand(30, 3, 40, 56, dtype=torch.float64)
     with torch.no_grad():
-        model.fit_subspaces(model.extract(images))
+        model.fit_features(model.extract(images))
     return model
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("subnet", ["bottleneck", "mlp", "resnet"])
-@pytest.mark.parametrize("tail", [False, True])
-def test_the_maps_sum_to_minus_log_p(mask, subnet, tail):
-    density = model(mask=mask, subnet=subnet, tail=tail)
+def test_the_maps_sum_to_minus_log_p(mask, subnet):
+    density = model(mask=mask, subnet=subnet)
     images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
     maps = density.layer_maps(density.reduce(density.extract(images)))
     torch.testing.assert_close(sum(layer.flatten(1).sum(1) for layer, _ in maps), -density.log_prob(images))
 
 
-def test_the_leading_directions_share_is_the_whole_where_all_lead():
+def test_the_leading_directions_share_is_the_whole_but_for_the_rest_where_all_lead():
     density = model(score_dims=SMALL["subspace_dim"])
-    for whole, leading in density.layer_maps(density.reduce(density.extract(torch.rand(2, 3, 40, 56).double()))):
-        torch.testing.assert_close(leading, whole)
+    reduced = density.reduce(density.extract(torch.rand(2, 3, 40, 56).double()))
+    for (whole, leading), rest in zip(density.layer_maps(reduced), reduced[1::2], strict=True):
+        torch.testing.assert_close(leading, whole + rest)
 
 
 def descriptors(layer: torch.Tensor) -> torch.Tensor:
@@ -62,84 +61,69 @@ def descriptors(layer: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows, dim=2).unflatten(2, (height, width))
 
 
-def test_the_graph_is_one_invertible_network_over_all_layers():
+def test_the_flow_is_one_invertible_network_over_all_layers():
     density = model()
-    reduced = density.reduce(density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64)))
-    assert [layer.shape[2:] for layer in reduced] == [(10, 14), (5, 7)]  # odd sizes among them
-    latents, log_det = density.flow(list(reduced))
-    parts = [flow((layer,)) for layer, flow in zip(reduced, density.layer_flows, strict=True)]
-    for latent, ((expected,), _) in zip(latents, parts, strict=True):
+    maps = density.reduce(density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64)))[::2]
+    assert [layer.shape[2:] for layer in maps] == [(10, 14), (5, 7)]  # odd sizes among them
+    latents, log_det = density.flow(maps)
+    parts = [flow(layer) for layer, flow in zip(maps, density.flow.flows, strict=True)]
+    for latent, (expected, _) in zip(latents, parts, strict=True):
         torch.testing.assert_close(latent, expected)
     torch.testing.assert_close(log_det, sum(part[1] for part in parts))
-    back, _ = density.flow(list(latents), rev=True)
-    for again, layer in zip(back, reduced, strict=True):
+    back, _ = density.flow(latents, rev=True)
+    for again, layer in zip(back, maps, strict=True):
         torch.testing.assert_close(again, layer)
 
 
-def fresh_like(density: FeatureMapFlowModel, **kwargs) -> FeatureMapFlowModel:
-    """The same subspaces with a flow that is the identity."""
-    arguments = {"layers": (2,), "image_size": (40, 56), "pre_trained": False, **SMALL, **kwargs}
-    fresh = FeatureMapFlowModel(BACKBONE, **arguments).double()
-    state = {key: value for key, value in density.state_dict().items() if not key.startswith("flow.")}
-    fresh.load_state_dict(state, strict=False)
-    return fresh
-
-
-def test_with_a_fresh_flow_whole_maps_have_the_density_of_probabilistic_pca():
-    fresh = fresh_like(model(layers=(2,)))
-    maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
-    centred = descriptors(maps[0]) * fresh.scale_0[:, None, None] - fresh.mean_0[:, None, None]
-    standardised = torch.einsum("dc,nchw->ndhw", fresh.components_0, centred) / fresh.variances_0.sqrt()[:, None, None]
-    directions, rest = fresh.layout_directions_0, fresh.layout_rest_0
-    torch.testing.assert_close(directions @ directions.T, torch.eye(4).double(), atol=1e-4, rtol=0)
-    covariance = directions.T @ torch.diag(fresh.layout_variances_0 - rest) @ directions
-    covariance = covariance + rest * torch.eye(directions.shape[1])
-    gaussian = MultivariateNormal(fresh.layout_mean_0.flatten(), covariance)
-    expected = gaussian.log_prob(standardised.flatten(1)) - 0.5 * 5 * 7 * fresh.variances_0.log().sum()
-    torch.testing.assert_close(fresh.density(fresh.reduce(maps)).log_prob, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_without_layout_but_with_the_tail_positions_have_the_density_of_probabilistic_pca():
-    kwargs = {"layers": (2,), "tail": True, "layout_dims": 0}
-    fresh = fresh_like(model(**kwargs), **kwargs)
-    fresh.layout_mean_0.zero_()
-    fresh.layout_rest_0.fill_(1)
-    maps = fresh.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
-    described = descriptors(maps[0]).permute(0, 2, 3, 1) * fresh.scale_0
-    directions, dims = fresh.components_0, fresh.components_0.shape[1]
-    covariance = directions.T @ torch.diag(fresh.variances_0 - fresh.tail_variance_0) @ directions
-    covariance = covariance + fresh.tail_variance_0 * torch.eye(dims)
-    expected = MultivariateNormal(fresh.mean_0, covariance).log_prob(described)
-    torch.testing.assert_close(fresh.layer_maps(fresh.reduce(maps))[0][0], -expected)
+def test_without_couplings_whole_maps_have_the_density_of_probabilistic_pca():
+    """Of all descriptors of an image: a Gaussian of whole maps in the subspace, an isotropic one outside."""
+    gaussian = model(layers=(2,), coupling_layers=0)
+    assert not list(gaussian.flow.parameters())
+    maps = gaussian.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
+    (layer,) = gaussian.layers
+    subspace, layout = layer.subspace, layer.whitening
+    centred = descriptors(maps[0]) * layer.descriptors.scale[:, None, None] - subspace.mean[:, None, None]
+    standardised = torch.einsum("dc,nchw->ndhw", subspace.components, centred)
+    outside = centred - torch.einsum("dc,ndhw->nchw", subspace.components, standardised)
+    standardised = standardised / subspace.variances.sqrt()[:, None, None]
+    torch.testing.assert_close(layout.directions @ layout.directions.T, torch.eye(4).double(), atol=1e-4, rtol=0)
+    covariance = layout.directions.T @ torch.diag(layout.variances - layout.rest) @ layout.directions
+    covariance = covariance + layout.rest * torch.eye(layout.directions.shape[1])
+    whole = MultivariateNormal(layout.mean.flatten(), covariance).log_prob(standardised.flatten(1))
+    tail, positions = subspace.tail_variance, 5 * 7
+    left = subspace.components.shape[1] - 3
+    rest = -0.5 * outside.square().flatten(1).sum(1) / tail - 0.5 * positions * left * torch.log(2 * torch.pi * tail)
+    expected = whole - 0.5 * positions * subspace.variances.log().sum() + rest
+    torch.testing.assert_close(gaussian.log_prob_of(gaussian.reduce(maps)), expected, rtol=1e-6, atol=1e-4)
 
 
 def test_whitened_training_maps_have_unit_variance_along_every_direction():
     density = model(layers=(2,))
     images = torch.rand(30, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     maps = density.extract(images)
-    density.fit_subspaces(maps)
-    (whitened,) = density.reduce(maps)
-    along = whitened.flatten(1) @ density.layout_directions_0.T
+    density.fit_features(maps)
+    whitened, _ = density.reduce(maps)
+    directions = density.layers[0].whitening.directions
+    along = whitened.flatten(1) @ directions.T
     torch.testing.assert_close(along.var(0), torch.ones(4).double(), rtol=1e-3, atol=0)
     assert whitened.mean(0).abs().max() < 1e-5
     # The rest has unit variance on average over its dimensions.
-    left = whitened.flatten(1) - along @ density.layout_directions_0
+    left = whitened.flatten(1) - along @ directions
     assert left.var(0).sum().item() == pytest.approx(left.shape[1] - 4, rel=1e-3)
 
 
 def test_few_images_get_few_layout_directions():
     density = model(layers=(2,), layout_dims=8)
-    density.fit_subspaces(density.extract(torch.rand(12, 3, 40, 56, dtype=torch.float64)))
-    assert (density.layout_directions_0.norm(dim=1) > 0).sum() == 2  # one for five images
+    density.fit_features(density.extract(torch.rand(12, 3, 40, 56, dtype=torch.float64)))
+    assert (density.layers[0].whitening.directions.norm(dim=1) > 0).sum() == 2  # one for five images
 
 
 def test_layers_are_brought_to_a_common_scale():
     density = model()
     reduced = density.reduce(density.extract(torch.rand(20, 3, 40, 56, dtype=torch.float64)))
     density.fit_map_scale(reduced)
-    for number, (whole, leading) in enumerate(density.layer_maps(reduced)):
-        for name, values in (("map", whole), ("score", leading)):
-            scaled = (values - getattr(density, f"{name}_mean")[number]) / getattr(density, f"{name}_std")[number]
+    for layer, maps in zip(density.layers, density.layer_maps(reduced), strict=True):
+        for scaled in layer.standardise(maps):
             assert scaled.mean().item() == pytest.approx(0, abs=1e-9)
             assert scaled.std().item() == pytest.approx(1, abs=1e-9)
 
@@ -193,14 +177,17 @@ def test_too_few_training_images_are_refused(tmp_path):
     density = model()
     maps = density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 3 training images, more are better; got 2"):
-        density.fit_subspaces(maps)
+        density.fit_features(maps)
 
 
 def test_more_directions_than_positions_are_refused():
     density = model(layers=(2,), subspace_dim=30)
     maps = density.extract(torch.rand(3, 3, 40, 56, dtype=torch.float64))
-    with pytest.raises(ValueError, match="12 positions have no 30 principal directions.*subspace_dim to at most 6"):
-        density.fit_subspaces(tuple(layer[:, :, :2, :2] for layer in maps))
+    with pytest.raises(
+        ValueError,
+        match="30 descriptors of layer .*, got 12.*subspace_dim to at most 6",
+    ):
+        density.fit_features(tuple(layer[:, :, :2, :2] for layer in maps))
 
 
 def test_images_of_another_size_are_refused():
@@ -211,7 +198,7 @@ def test_images_of_another_size_are_refused():
 def test_a_token_grid_counts_as_a_map():
     vit = FeatureMapFlowModel("test_vit", layers=(-1,), image_size=(160, 160), pre_trained=False, **SMALL).eval()
     images = torch.rand(12, 3, 160, 160)
-    vit.fit_subspaces(vit.extract(images))
+    vit.fit_features(vit.extract(images))
     ((whole, _),) = vit.layer_maps(vit.reduce(vit.extract(images)))
     assert whole.shape == (12, 10, 10)
     torch.testing.assert_close(whole.flatten(1).sum(1), -vit.log_prob(images), rtol=1e-4, atol=1e-2)
@@ -281,14 +268,14 @@ def test_half_precision_changes_no_score_that_matters():
     maps = density.extract(torch.rand(40, 3, 40, 56))
     exact = density.predict(density.reduce(maps)).pred_score
     stored = tuple(layer.half() for layer in maps)
-    halved = density.predict(tuple(layer.half().float() for layer in density.reduce(stored))).pred_score
+    halved = density.predict(tuple(part.half().float() for part in density.reduce(stored))).pred_score
     assert (exact - halved).abs().max() < 0.02 * exact.std()
 
 
 def test_constant_features_are_refused():
     density = model()
-    with pytest.raises(ValueError, match="vary in fewer than subspace_dim=3 directions"):
-        density.fit_subspaces(tuple(torch.ones(9, len(density.mean_0) // 2, 5, 7) for _ in range(2)))
+    with pytest.raises(ValueError, match="features of layer blocks.* do not vary"):
+        density.fit_features(tuple(torch.ones(9, len(layer.descriptors.scale) // 2, 5, 7) for layer in density.layers))
 
 
 def test_defaults():

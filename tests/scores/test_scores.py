@@ -19,13 +19,13 @@ from sklearn.neighbors import KernelDensity
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from anomalib_flowood.flows import bits_per_dim, dequantize, standard_normal_log_prob
+from anomalib_flowood import flows
+from anomalib_flowood.flows import Density, StandardNormal, bits_per_dim, dequantize
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 from anomalib_flowood.scores import (
     SCORES,
     Complexity,
-    Density,
     DensityOfStates,
     Ensemble,
     LatentNorm,
@@ -73,9 +73,7 @@ class Gaussian:
         return Gaussian(self.dims).flow
 
     def density(self, inputs, flow=None):
-        z, log_det = (flow or self.flow)(inputs[0])
-        base = standard_normal_log_prob(z)
-        return Density(base + log_det, z.norm(dim=1), -torch.stack([base, log_det], dim=1))
+        return flows.density(flow or self.flow, StandardNormal(), inputs[0])
 
     @property
     def distribution(self):
@@ -95,7 +93,7 @@ class Uniform(Gaussian):
 
     def density(self, inputs, flow=None):
         zeros = inputs[0].new_zeros(len(inputs[0]))
-        return Density(zeros, zeros, torch.stack([zeros, zeros], dim=1))
+        return Density(torch.stack([zeros, zeros], dim=1), (zeros[:, None],), StandardNormal())
 
 
 class Table(Gaussian):
@@ -108,7 +106,7 @@ class Table(Gaussian):
         self.parts = parts
 
     def density(self, inputs, flow=None):
-        return Density(-inputs[0].sum(1), inputs[0].norm(dim=1), inputs[0])
+        return Density(inputs[0], inputs, StandardNormal())
 
 
 def fitted(score, density, *batches):
@@ -131,7 +129,7 @@ def test_nll_is_that_of_the_gaussian_per_dimension():
 def test_the_parts_of_a_models_density_sum_to_the_negative_log_likelihood(build):
     model = build().model.eval()
     randomise_flow(model)
-    size = (12, 12) if model.reads_pixels else model.image_size
+    size = (12, 12) if model.reads_pixels else tuple(build().hparams["image_size"])
     with torch.no_grad():
         density = model.density(model.inputs(torch.rand(3, 3, *size)))
     assert density.parts.shape == (3, model.parts)

@@ -52,12 +52,16 @@ class FlowTraining(_Base):
         loop = trainer.fit_loop
         timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
-            loop.max_epochs = self.max_epochs
+            loop.max_epochs = self.max_epochs if self._trainable else 1
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Nothing: what the user gives to the trainer is obeyed."""
         return {}
+
+    @property
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
 
     def training_inputs(self, batch: Any) -> Inputs:
         """The same for a training batch, with the noise that training adds."""
@@ -93,8 +97,13 @@ class FlowTraining(_Base):
                     self._diverged(f"the weights of {name} are NaN or infinite")
 
     def configure_optimizers(self) -> Any:
-        """Adam on the flows, its learning rate following a cosine down to zero over the whole training."""
-        parameters = [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
+        """Adam on the flows, its learning rate following a cosine down to zero over the whole training.
+
+        Nothing where there are no couplings: what comes before them is fitted, and nothing trains.
+        """
+        parameters = self._trainable
+        if not parameters:
+            return None
         # A fused optimizer divides the gradients by the loss scale of 16-mixed inside of its step, and so after they
         # were clipped; Lightning refuses a gradient_clip_val then.
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None

@@ -67,7 +67,7 @@ class MapLayer(nn.Module):
         """
         coordinates, rest = self.subspace(self.descriptors(maps))
         whitened, _ = self.whitening.transform(coordinates, rev=False)
-        return whitened, rest + self.whitening.log_det / rest[0].numel()
+        return whitened, rest + self.whitening.log_det / math.prod(rest.shape[1:])
 
     def standardise(self, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Bring anomaly map and leading share, ``(N, h, w)`` each, to the scale of normal images."""
