@@ -168,9 +168,9 @@ def test_the_latent_shell_has_a_radius_of_the_square_root_of_the_dimension(dims)
 
 def small_embedding_model(score):
     kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "hidden_channels": 8}
-    kwargs |= {"modes": 3, "clusterings": 1}
+    kwargs |= {"modes": 3}
     model = EmbeddingFlowModel("test_efficientnet", layers=[], score=score, **kwargs).double().eval()
-    model.centres.copy_(5 * torch.randn(3, 6))
+    model.base.centres.copy_(5 * torch.randn(3, 6).repeat(8, 1))
     randomise_flow(model)
     return model
 
@@ -179,7 +179,7 @@ def test_latent_norm_takes_the_nearest_mean_of_a_mixture():
     model = small_embedding_model("latent_norm")
     inputs = (5 * torch.randn(20, 6, dtype=torch.float64), torch.zeros(20, dtype=torch.float64))
     with torch.no_grad():
-        distances = torch.cdist(model.flow(inputs[0])[0], model.centres)
+        distances = torch.cdist(model.flow(inputs[0])[0], model.base.centres)
         assert len(distances.argmin(1).unique()) == 3
         model.scorer.fit(model, [inputs])
         nearest = distances.min(1).values
