@@ -63,7 +63,8 @@ def test_registered_after_whatever_comes_between(stand_in: Path, between: str) -
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_either_may_be_imported_first(ours_first: bool) -> None:
-    order = ["import anomalib_flowood", "import anomalib.models"]
+    # anomalib's engine imports the models, and so what we replace in anomalib, before it has taken its own.
+    order = ["import anomalib_flowood", f"import anomalib.{'engine' if ours_first else 'models'}"]
     imports = "\nfind_spec('anomalib.models')\n".join(order if ours_first else order[::-1])
     run(
         f"{imports}\n"
@@ -71,6 +72,10 @@ def test_either_may_be_imported_first(ours_first: bool) -> None:
         "assert {'pixel_flow', 'embedding_flow', 'feature_map_flow'} <= list_models()\n"
         "assert type(get_model('pixel_flow')).__module__.startswith('anomalib_flowood.')\n"
         "assert sys.modules['anomalib.models'].__spec__.loader.is_package('anomalib.models')\n"
+        "from anomalib.engine import engine\n"
+        "from anomalib_flowood.data import PathDataset, replacements\n"
+        "assert engine.PredictDataset is PathDataset\n"
+        "assert not any(each.original is getattr(each.owner, each.name) for each in replacements.REPLACEMENTS)\n"
     )
 
 
