@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value
@@ -29,44 +25,26 @@ from rich.console import Console
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood.benchmark import Benchmark, Results, ScoreRecorder, build, check_seed, measure
+from anomalib_flowood._command_detector import DetectorCLI
+from anomalib_flowood._command_results import ResultsCLI
+from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, build, check_seed
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
-from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
-from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
-from anomalib_flowood.models.components import (
-    CheckpointError,
-    FlowModule,
-    known_flows,
-    read_checkpoint,
-    root_beside,
-)
-from anomalib_flowood.models.components.capabilities import takes_scores
-from anomalib_flowood.models.components.checkpoint_files import CLASS
-from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
-from anomalib_flowood.report.predictions import keep_predictions
-from anomalib_flowood.report.run import write_record
+from anomalib_flowood.engine import RunEngine
+from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.subcommands import SUBCOMMANDS
 
 _UNREADABLE = 3
 """Exit status of a prediction that left out files which it could not read."""
 
 
-class FlowoodCLI(AnomalibCLI):
-    """anomalib's command line with our benchmark, ``backbone``, and predictions that are kept.
-
-    Where a subcommand works on a checkpoint of this package, that names the detector's class and settings: they are the
-    defaults of ``--model``, so that whatever else is given is known to differ, and is refused or applied by
-    :meth:`FlowModule.load_from_checkpoint`.
+class FlowoodCLI(DetectorCLI, ResultsCLI):
+    """anomalib's command line with our benchmark, and what anomalib lacks.
 
     Args:
         args: Arguments after the command's name; the process's own if not given.
         run: Whether to run the subcommand.
     """
-
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        self._arguments = list(sys.argv[1:] if args is None else args)
-        super().__init__(self._arguments, run)
 
     @staticmethod
     def init_parser(**kwargs: Any) -> ArgumentParser:
@@ -86,49 +64,6 @@ class FlowoodCLI(AnomalibCLI):
         if PIPELINE_REGISTRY is not None:
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
-        for name, parser in self.subcommand_parsers.items():
-            if not SUBCOMMANDS[name].on_checkpoint:
-                continue
-            parser.required_args.discard("model")
-            builder: Any = self._build_detector
-            parser.add_instantiator(builder, AnomalibModule)  # type: ignore[type-abstract]
-        self._take_settings()
-
-    def _take_settings(self) -> None:
-        """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""
-        subcommand = next((argument for argument in self._arguments if argument in self.subcommand_parsers), "")
-        path = _named_checkpoint(self._arguments)
-        takes_it = subcommand in SUBCOMMANDS and SUBCOMMANDS[subcommand].on_checkpoint
-        if path is None or not (takes_it or subcommand in {"fit", "train"}):
-            return
-        checkpoint = read_checkpoint(path)
-        if takes_it and CLASS in checkpoint:
-            self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
-        else:  # a resumed training reads it only when everything is built
-            check_version(path, checkpoint, imported_class(checkpoint))
-
-    def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
-        """Open the checkpoint where one is named; else build a new detector."""
-        config = self.config[self.subcommand]
-        path = config.get("ckpt_path")
-        if self.subcommand == "explain":
-            from anomalib_flowood.explain.explanation import check_explainable
-
-            check_explainable(detector)
-        elif self.subcommand == "score":
-            if not issubclass(detector, FlowModule) or not takes_scores(detector):
-                able = ", ".join(known_flows(takes_scores))
-                msg = f"{detector.__name__} takes no other score. Detectors that do: {able}."
-                raise ValueError(msg)
-            kwargs["score"] = config["score"]
-        if path is None:
-            return detector(*args, **kwargs)
-        if issubclass(detector, FlowModule):
-            return detector.load_from_checkpoint(path, map_location="cpu", **kwargs)
-        writer = read_checkpoint(path).get(CLASS)
-        if writer is not None:
-            raise CheckpointError(path, f"was written by {writer}, so {detector.__name__} cannot load it.")
-        return detector(*args, **kwargs)
 
     def _add_checkpoint_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``test``, so that the same files serve, for what works on a checkpoint."""
@@ -251,12 +186,10 @@ class FlowoodCLI(AnomalibCLI):
 
     def before_instantiate_classes(self) -> None:
         """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""
+        super().before_instantiate_classes()
         config = self.config[self.subcommand]
-        if SUBCOMMANDS[self.subcommand].on_checkpoint and config["model"] is None:  # which the parser lets pass
-            raise _no_detector(self.subcommand, config["ckpt_path"])
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
-        super().before_instantiate_classes()
 
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
@@ -292,74 +225,6 @@ class FlowoodCLI(AnomalibCLI):
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()
 
-    @contextlib.contextmanager
-    def _output_folder(self) -> Iterator[Path]:
-        """Where results go: where the user says, or into a new folder of the run that the checkpoint is from."""
-        config = self.config[self.subcommand]
-        output = config.get("output")
-        if output is None:
-            run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
-            with used_folder(new_folder(run / self.subcommand)) as folder:
-                yield folder
-        elif output.is_file() or output.suffix in {".csv", ".html"}:
-            msg = f"--output {output} has to be a folder: several files are written into it."
-            raise ValueError(msg)
-        else:
-            yield output
-
-    def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
-        """Keep what was predicted, and with which settings, by which checkpoint, of which data."""
-        folder = Path(self.engine.trainer.default_root_dir)
-        if keep_predictions(predictions, folder, self.model.post_processor, errors) is None:
-            return
-        data = self._data_label()
-        record = self._write_record(folder, data)
-        print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has all settings.")
-
-    def keep_results(self) -> None:
-        """Keep the results of a test as a benchmark keeps its own, for ``report``."""
-        folder = Path(self.engine.trainer.default_root_dir)
-        data = self._data_label()
-        seed = self.config[self.subcommand]["seed_everything"]
-        labels: dict[str, Any] = {"detector": type(self.model).__name__, "data": data, "seed": seed}
-        try:
-            row = labels | measure(self.recorder)
-        except ValueError as error:  # the test itself has succeeded
-            print(f"There is nothing to report: {error}")
-            return
-        missing = [name for name in DETECTION_METRICS if math.isnan(row[name])]
-        if missing:
-            print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
-        self._write_record(folder, data)
-        Results(folder).add(row, self.recorder.scores.assign(**labels))
-        print(f"As a page: flowood report {folder}")
-
-    def _checkpoint(self) -> Path | None:
-        """The checkpoint by its own name, since ``latest`` may point to another one tomorrow."""
-        given = self.config[self.subcommand]["ckpt_path"]
-        return None if given is None else Path(str(given)).resolve()
-
-    def _data_label(self) -> str:
-        data = self.datamodule
-        if isinstance(data, AnomalibDataModule):
-            return f"{data.name} {data.category}".strip()
-        return str(data) if isinstance(data, str | Path) else type(data).__name__
-
-    def _write_record(self, folder: Path, data: str) -> Path:
-        config = self.config[self.subcommand]
-        return write_record(
-            folder,
-            "predict" if self.subcommand == "predict" else "test",
-            detectors={type(self.model).__name__: _plain(config["model"])},
-            data={data: _plain(config["data"])},
-            settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"]},
-        )
-
-
-def _plain(entry: Any) -> Any:
-    """An entry of the configuration as plain data: a class with its arguments, or a path."""
-    return entry.as_dict() if isinstance(entry, Namespace) else entry
-
 
 def _seed(given: bool | int) -> int:
     """The seed that was given, or one that is drawn where none was."""
@@ -369,29 +234,3 @@ def _seed(given: bool | int) -> int:
         return secrets.randbelow(max_seed_value + 1)
     check_seed("seed_everything", given)
     return given
-
-
-def _no_detector(subcommand: str, path: str | Path | None) -> ValueError:
-    if path is None:
-        return ValueError(f"There is no detector to {subcommand}: name its checkpoint (--ckpt_path).")
-    what = "was not written by a detector of anomalib_flowood: name the class that wrote it, too (--model)."
-    return CheckpointError(path, what)
-
-
-def _named_checkpoint(arguments: Sequence[str]) -> str | None:
-    """Return the checkpoint that a command line or a configuration file in it names; the last one counts."""
-    path = None
-    for number, argument in enumerate(arguments):
-        option, given, value = argument.partition("=")
-        if not given and number + 1 < len(arguments):
-            value = arguments[number + 1]
-        if option == "--ckpt_path":
-            path = value
-        elif option in {"-c", "--config"} and Path(value).is_file():
-            try:
-                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong
-                continue
-            if isinstance(config, dict):
-                path = config.get("ckpt_path") or path
-    return path

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detector that a subcommand works on: opened from the checkpoint that the command line names, or built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.models import AnomalibModule
+
+from anomalib_flowood.models.components import CheckpointError, FlowModule, known_flows, read_checkpoint
+from anomalib_flowood.models.components.capabilities import takes_scores
+from anomalib_flowood.models.components.checkpoint_files import CLASS
+from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
+from anomalib_flowood.subcommands import SUBCOMMANDS
+
+
+class DetectorCLI(AnomalibCLI):
+    """anomalib's command line, where a checkpoint is enough.
+
+    Where a subcommand works on a checkpoint of this package, that names the detector's class and settings: they are the
+    defaults of ``--model``, so that whatever else is given is known to differ, and is refused or applied by
+    :meth:`FlowModule.load_from_checkpoint`.
+
+    Args:
+        args: Arguments after the command's name; the process's own if not given.
+        run: Whether to run the subcommand.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        self._arguments = list(sys.argv[1:] if args is None else args)
+        super().__init__(self._arguments, run)
+
+    def add_subcommands(self, **kwargs: Any) -> None:
+        """Add anomalib's subcommands, to which a checkpoint says what the detector is."""
+        super().add_subcommands(**kwargs)
+        for name, parser in self.subcommand_parsers.items():
+            if not SUBCOMMANDS[name].on_checkpoint:
+                continue
+            parser.required_args.discard("model")
+            builder: Any = self._build_detector
+            parser.add_instantiator(builder, AnomalibModule)  # type: ignore[type-abstract]
+        self._take_settings()
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse to go on without a detector."""
+        config = self.config[self.subcommand]
+        if SUBCOMMANDS[self.subcommand].on_checkpoint and config["model"] is None:  # which the parser lets pass
+            raise _no_detector(self.subcommand, config["ckpt_path"])
+        super().before_instantiate_classes()
+
+    def _take_settings(self) -> None:
+        """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""
+        subcommand = next((argument for argument in self._arguments if argument in self.subcommand_parsers), "")
+        path = _named_checkpoint(self._arguments)
+        takes_it = subcommand in SUBCOMMANDS and SUBCOMMANDS[subcommand].on_checkpoint
+        if path is None or not (takes_it or subcommand in {"fit", "train"}):
+            return
+        checkpoint = read_checkpoint(path)
+        if takes_it and CLASS in checkpoint:
+            self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
+        else:  # a resumed training reads it only when everything is built
+            check_version(path, checkpoint, imported_class(checkpoint))
+
+    def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
+        """Open the checkpoint where one is named; else build a new detector."""
+        config = self.config[self.subcommand]
+        path = config.get("ckpt_path")
+        if self.subcommand == "explain":
+            from anomalib_flowood.explain.explanation import check_explainable
+
+            check_explainable(detector)
+        elif self.subcommand == "score":
+            if not issubclass(detector, FlowModule) or not takes_scores(detector):
+                able = ", ".join(known_flows(takes_scores))
+                msg = f"{detector.__name__} takes no other score. Detectors that do: {able}."
+                raise ValueError(msg)
+            kwargs["score"] = config["score"]
+        if path is None:
+            return detector(*args, **kwargs)
+        if issubclass(detector, FlowModule):
+            return detector.load_from_checkpoint(path, map_location="cpu", **kwargs)
+        writer = read_checkpoint(path).get(CLASS)
+        if writer is not None:
+            raise CheckpointError(path, f"was written by {writer}, so {detector.__name__} cannot load it.")
+        return detector(*args, **kwargs)
+
+
+def _no_detector(subcommand: str, path: str | Path | None) -> ValueError:
+    if path is None:
+        return ValueError(f"There is no detector to {subcommand}: name its checkpoint (--ckpt_path).")
+    what = "was not written by a detector of anomalib_flowood: name the class that wrote it, too (--model)."
+    return CheckpointError(path, what)
+
+
+def _named_checkpoint(arguments: Sequence[str]) -> str | None:
+    """Return the checkpoint that a command line or a configuration file in it names; the last one counts."""
+    path = None
+    for number, argument in enumerate(arguments):
+        option, given, value = argument.partition("=")
+        if not given and number + 1 < len(arguments):
+            value = arguments[number + 1]
+        if option == "--ckpt_path":
+            path = value
+        elif option in {"-c", "--config"} and Path(value).is_file():
+            try:
+                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong
+                continue
+            if isinstance(config, dict):
+                path = config.get("ckpt_path") or path
+    return path

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a subcommand leaves behind: where it goes, and the record beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import AnomalibDataModule
+from jsonargparse import Namespace
+
+from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
+from anomalib_flowood.engine import new_folder, run_folder, used_folder
+from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
+from anomalib_flowood.report.predictions import keep_predictions
+from anomalib_flowood.report.run import write_record
+
+
+class ResultsCLI(AnomalibCLI):
+    """anomalib's command line, whose predictions and tests are kept with what gave them."""
+
+    recorder: ScoreRecorder
+
+    @contextlib.contextmanager
+    def _output_folder(self) -> Iterator[Path]:
+        """Where results go: where the user says, or into a new folder of the run that the checkpoint is from."""
+        config = self.config[self.subcommand]
+        output = config.get("output")
+        if output is None:
+            run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
+            with used_folder(new_folder(run / self.subcommand)) as folder:
+                yield folder
+        elif output.is_file() or output.suffix in {".csv", ".html"}:
+            msg = f"--output {output} has to be a folder: several files are written into it."
+            raise ValueError(msg)
+        else:
+            yield output
+
+    def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
+        """Keep what was predicted, and with which settings, by which checkpoint, of which data."""
+        folder = Path(self.engine.trainer.default_root_dir)
+        if keep_predictions(predictions, folder, self.model.post_processor, errors) is None:
+            return
+        data = self._data_label()
+        record = self._write_record(folder, data)
+        print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has all settings.")
+
+    def keep_results(self) -> None:
+        """Keep the results of a test as a benchmark keeps its own, for ``report``."""
+        folder = Path(self.engine.trainer.default_root_dir)
+        data = self._data_label()
+        seed = self.config[self.subcommand]["seed_everything"]
+        labels: dict[str, Any] = {"detector": type(self.model).__name__, "data": data, "seed": seed}
+        try:
+            row = labels | measure(self.recorder)
+        except ValueError as error:  # the test itself has succeeded
+            print(f"There is nothing to report: {error}")
+            return
+        missing = [name for name in DETECTION_METRICS if math.isnan(row[name])]
+        if missing:
+            print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
+        self._write_record(folder, data)
+        Results(folder).add(row, self.recorder.scores.assign(**labels))
+        print(f"As a page: flowood report {folder}")
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint by its own name, since ``latest`` may point to another one tomorrow."""
+        given = self.config[self.subcommand]["ckpt_path"]
+        return None if given is None else Path(str(given)).resolve()
+
+    def _data_label(self) -> str:
+        data = self.datamodule
+        if isinstance(data, AnomalibDataModule):
+            return f"{data.name} {data.category}".strip()
+        return str(data) if isinstance(data, str | Path) else type(data).__name__
+
+    def _write_record(self, folder: Path, data: str) -> Path:
+        config = self.config[self.subcommand]
+        return write_record(
+            folder,
+            "predict" if self.subcommand == "predict" else "test",
+            detectors={type(self.model).__name__: _plain(config["model"])},
+            data={data: _plain(config["data"])},
+            settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"]},
+        )
+
+
+def _plain(entry: Any) -> Any:
+    """An entry of the configuration as plain data: a class with its arguments, or a path."""
+    return entry.as_dict() if isinstance(entry, Namespace) else entry
