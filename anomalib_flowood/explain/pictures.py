@@ -227,4 +227,4 @@ def _colourbar(figure: Figure, axes: list[Axes], limit: float, symbol: str) -> N
     bar.ax.set_title(symbol, fontsize=10)
     bar.locator = MaxNLocator(nbins=5)
     bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
