@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
+from anomalib_flowood.look import GREY, VERMILION
+
 from .detectors import BASELINES, OURS
 from .plan import TRAIN_LONG
 from .selections import complete
@@ -140,7 +142,7 @@ def draw_cost(rows: pd.DataFrame, path: Path) -> bool:
         means = complete(some).groupby("detector")[["auroc", "fit_s"]].mean()
         for name, (score, seconds) in means.iterrows():
             ours = name in OURS
-            axis.scatter(seconds, score, s=46 if ours else 24, color="C3" if ours else "0.35", zorder=3)
+            axis.scatter(seconds, score, s=46 if ours else 24, color=VERMILION if ours else GREY, zorder=3)
         axis.set_xscale("log")
         axis.margins(x=0.18, y=0.1)
         low, high = axis.get_ylim()
