@@ -15,27 +15,23 @@ from anomalib_flowood import models
 PACKAGE = Path(anomalib_flowood.__file__).parent
 
 DETECTOR = '''
-from anomalib.models.components import AnomalibModule
-from torch import Tensor
+from functools import partial
 
-from anomalib_flowood.flows import vector_flow
+from anomalib.models.components import AnomalibModule
+
+from anomalib_flowood.flows import StandardNormal, vector_flow
 from anomalib_flowood.models.components import FlowModel, FlowModule
-from anomalib_flowood.scores import Density
 
 
 class ColourModel(FlowModel):
     """A flow on the mean colour of an image."""
 
     def __init__(self, score):
-        super().__init__(lambda: vector_flow(3, coupling_layers=2, hidden_channels=4), 3, levels=1, score=score)
+        new_flow = partial(vector_flow, 3, coupling_layers=2, hidden_channels=4)
+        super().__init__(new_flow, StandardNormal(), 3, levels=1, score=score)
 
     def inputs(self, images):
         return (self.checked(images).mean((2, 3)),)
-
-    def density(self, inputs, flow=None):
-        z, log_det = (flow or self.flow)(inputs[0])
-        base = -0.5 * z.square().sum(1)
-        return Density(base + log_det, z.norm(dim=1), -(base + log_det)[:, None])
 
 
 class ColourFlow(FlowModule, AnomalibModule):
