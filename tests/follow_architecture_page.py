@@ -4,8 +4,13 @@
 import numpy as np
 import pytest
 import torch
+from anomalib.models import get_model, list_models
+from model_helpers import data, engine
+from more.bases import Laplace
+from more.colour_flow import ColourFlow
+from scipy import stats
 
-from anomalib_flowood import OneClass, PixelFlow
+from anomalib_flowood import OneClass, PixelFlow, flows, open_checkpoint
 
 SMALL = {"image_size": (6, 6), "channels": 1, "coupling_layers": 2, "hidden_channels": 4, "bottleneck_dim": 2}
 
@@ -16,6 +21,35 @@ def test_a_mask_and_a_network_in_a_flow_on_pixels(added):
     images = torch.rand(3, 3, 6, 6)
     assert detector.model.log_prob(images).shape == (3,)
     detector.model.log_prob(images).sum().backward()
+
+
+def test_a_base_of_a_density():
+    flow = flows.vector_flow(3, coupling_layers=2, hidden_channels=4)
+    x = torch.randn(5, 3)
+    density = flows.density(flow, Laplace(), x)  # a fresh flow is the identity
+    expected = torch.from_numpy(stats.laplace.logpdf(x.numpy()).sum(1)).float()
+    torch.testing.assert_close(density.log_prob, expected)
+    torch.testing.assert_close(density.radius, x.abs().sum(1))
+
+
+def test_a_detector_with_a_score_through_anomalibs_engine_and_a_checkpoint(tmp_path):
+    assert "colour_flow" in list_models()
+    detector = get_model("colour_flow", coupling_layers=2, score="surprise", max_epochs=10, learning_rate=0.05)
+    assert type(detector) is ColourFlow
+    runner = engine(tmp_path)
+    runner.fit(detector, datamodule=data(tmp_path))
+    (tested,) = runner.test(detector, datamodule=data(tmp_path), verbose=False)
+    assert tested["image_AUROC"] > 0.8  # the outside images are brighter
+
+    opened = open_checkpoint(runner.trainer.checkpoint_callback.best_model_path)
+    assert type(opened) is ColourFlow
+    assert opened.model.scorer.name == "surprise"
+    assert opened.model.scorer.std > 0
+    images = torch.rand(4, 3, 12, 12)
+    with torch.no_grad():
+        expected, got = (model.eval()(images).pred_score for model in (detector.cpu().model, opened.model))
+    assert torch.equal(got, expected)
+    assert got.isfinite().all()
 
 
 def test_a_data_set_by_its_name(tmp_path):

@@ -40,8 +40,16 @@ def test_each_section_has_a_block():
 
 def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
     tests = [f"tests/flows/test_{kind}.py" for kind in ("masks", "couplings", "subnets", "architectures")]
+    tests.append("tests/scores")
     # `more` is imported before tests are collected. No cache and no second process beside the suite's own.
-    options = ["-v", "-pmore", "-pno:xdist", "-pno:cacheprovider", "-oaddopts=", "-kpage or vertical or separable"]
+    options = [
+        "-v",
+        "-pmore",
+        "-pno:xdist",
+        "-pno:cacheprovider",
+        "-oaddopts=",
+        "-kpage or vertical or separable or surprise",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/follow_architecture_page.py", *tests],
         cwd=ROOT,
@@ -58,5 +66,6 @@ def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
         "test_pixel_flow_inverse_and_log_determinant[shape0-True-vertical]",
         "test_keeps_the_spatial_size_starts_at_zero_and_pickles[separable]",
         "test_every_weight_learns[separable",
+        "test_every_score_has_its_name_a_source_and_a_direction[surprise]",
     ):
         assert name in done.stdout
