@@ -36,5 +36,5 @@ def pixel_runs(rows: pd.DataFrame) -> pd.DataFrame:
     Without those of the part ``samples``: bits per dimension of smaller images are others.
     """
     some = rows[(rows["task"] == PAIR) & rows["bits_per_dim"].notna() & (rows["part"] != "samples")]
-    flow = some["detector"].str.partition(", ")[0]
+    flow = some["detector"].str.split(", ").str[0]
     return some.assign(flow=flow.where(some["part"] != "bottleneck", CYCLE_BOTTLENECK))

@@ -5,9 +5,7 @@ from paper_helpers import as_study_would, rows_of
 
 from benchmarks.paper import report
 from benchmarks.paper.fits import COLUMNS
-from benchmarks.paper.profiles import (
-    GLOW,
-)
+from benchmarks.paper.profiles import EMBEDDING, GLOW
 from benchmarks.results import append_rows, read_rows
 
 
@@ -49,6 +47,15 @@ def test_report_writes_tables_and_plots(tmp_path):
     report.write(output, into)
     assert (into / "samples.png").read_bytes() == b"drawn elsewhere"
     assert "(samples.png)" in (into / "README.md").read_text()
+
+
+def test_parts_that_have_no_flow_on_the_pair_are_shown_alone(tmp_path):
+    rows = [*rows_of("samples", GLOW, [0.1]), *rows_of("embedding", EMBEDDING, [0.9], bits_per_dim=None)]
+    append_rows(tmp_path, rows, COLUMNS)
+    report.write(tmp_path, tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "### Samples" in text
+    assert "| EmbeddingFlow | 0.900 |" in text
 
 
 def test_no_rows(tmp_path):
