@@ -38,6 +38,21 @@ def test_each_section_has_a_block():
     assert len(blocks()) == len(sections) == PAGE.read_text().count("```python")
 
 
+def test_what_the_page_names_is_there():
+    prose = re.sub(r"^```python.*?^```$", "", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    package = ROOT / "anomalib_flowood"
+    source = "".join(path.read_text() for path in package.rglob("*.py"))
+    # The places that diagrams begin lines with, and those that sentences name.
+    places = re.findall(r"^([a-z_]+/[\w/]*)  ", prose, re.MULTILINE) + re.findall(r"`(\w+/[\w/]*(?:\.\w+)?)`", prose)
+    assert len(places) > 20
+    for place in places:
+        found = [root / (place + suffix) for root in (package, ROOT) for suffix in ("", ".py")]
+        assert any(path.exists() for path in found), place
+    names = set(re.findall(r"`(\w+)`", prose)) | set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", prose))
+    missing = {name for name in names if name not in source and not (package / f"{name}.py").exists()}
+    assert not missing - {"more", "FrEIA"}
+
+
 def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
     tests = [f"tests/flows/test_{kind}.py" for kind in ("masks", "couplings", "subnets", "architectures")]
     tests.append("tests/scores")
