@@ -38,6 +38,7 @@ class ScoreFitting(_Base):
 
     def on_train_epoch_start(self) -> None:
         """Forget what the score has learnt of other weights."""
+        super().on_train_epoch_start()
         self.model.scorer.forget()
 
     def on_train_epoch_end(self) -> None:
@@ -49,6 +50,7 @@ class ScoreFitting(_Base):
 
     def on_train_end(self) -> None:
         """Say where the score could not be fitted."""
+        super().on_train_end()
         if not self.model.scorer.ready:
             logger.warning(
                 "Training ended before its last epoch did, so the score %r is not fitted: `flowood score` fits it.",
@@ -57,6 +59,7 @@ class ScoreFitting(_Base):
 
     def on_validation_start(self) -> None:
         """Fit the score with the last weights, so that validation images are scored and calibrated by it."""
+        super().on_validation_start()
         trainer: Any = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
             self.fit_score(trainer.train_dataloader)

@@ -98,12 +98,15 @@ class CheckedWeights(_Base):
 
     def on_fit_end(self) -> None:
         """Keep no calibration that is of other weights than the final ones."""
+        super().on_fit_end()
         self.check_weights()
 
     def on_test_start(self) -> None:
         """Decide by the calibration of these weights alone."""
+        super().on_test_start()
         self.check_weights()
 
     def on_predict_start(self) -> None:
         """Decide by the calibration of these weights alone."""
+        super().on_predict_start()
         self.check_weights()
