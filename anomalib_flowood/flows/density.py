@@ -107,5 +107,5 @@ class SideBySide(InvertibleModule):
         single = isinstance(x_or_z, Tensor)
         inputs = [x_or_z] if single else x_or_z
         outputs, log_dets = zip(*(flow(x, rev=rev) for flow, x in zip(self.flows, inputs, strict=True)), strict=True)
-        log_det = sum(log_dets, torch.zeros(len(outputs[0]), dtype=outputs[0].dtype, device=outputs[0].device))
+        log_det = sum(log_dets, outputs[0].new_zeros(outputs[0].shape[0]))
         return outputs[0] if single else list(outputs), log_det

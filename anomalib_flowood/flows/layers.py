@@ -386,5 +386,5 @@ class Whitening(_Layer):
         coordinates = centred.flatten(1) @ self.directions.T
         leading = (coordinates * (self.variances**power - scale)) @ self.directions
         y = centred * scale + leading.unflatten(1, self.shape)
-        log_det = self.log_det.expand(len(x))
+        log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
         return (y + self.mean, -log_det) if rev else (y, log_det)
