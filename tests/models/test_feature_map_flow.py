@@ -8,6 +8,7 @@ from anomalib.data import Folder
 from model_helpers import BACKBONE, data, engine, feature_map_flow, randomise_flow
 from PIL import Image
 from torch.distributions import MultivariateNormal
+from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.flows import MASKS
@@ -283,3 +284,25 @@ def test_defaults():
     detector = FeatureMapFlow()
     assert detector.visualizer is not None
     assert detector(torch.rand(1, 3, 60, 80)).anomaly_map.shape == (1, 1, 224, 224)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_resumed_fit_measures_the_layers_scales_with_the_final_weights(augmented, tmp_path):
+    module = data(tmp_path, train_augmentations=RandomHorizontalFlip(0.0) if augmented else None)
+    run = engine(tmp_path)
+    run.fit(feature_map_flow(max_epochs=1, learning_rate=0.02), datamodule=module)
+    path = run.trainer.checkpoint_callback.best_model_path
+    before = FeatureMapFlow.load_from_checkpoint(path)
+    resumed = feature_map_flow(max_epochs=4)
+    engine(tmp_path).fit(resumed, datamodule=module, ckpt_path=path)
+    batch = module.train_data.__getitems__(list(range(len(module.train_data))))
+    images = resumed.pre_processor.transform(batch.image)
+
+    def locations(model):
+        with torch.no_grad():
+            pairs = model.eval().layer_maps(model.reduce(model.extract(images)))
+            return torch.stack([torch.stack([part.mean() for part in pair]) for pair in pairs])
+
+    measured = torch.stack([layer.location for layer in resumed.model.layers])
+    moved = (locations(resumed.model) - locations(before.model)).abs()
+    assert ((measured - locations(resumed.model)).abs() < 0.05 * moved).all()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from anomalib.data import Batch
@@ -83,6 +83,8 @@ class FrozenFeatures(_Base):
 
     cache_gib: float = 2.0
     """Memory for features, in GiB."""
+    reference_images: ClassVar[int] = 0
+    """Training images of which :meth:`keep_reference` gets the features."""
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
@@ -95,6 +97,12 @@ class FrozenFeatures(_Base):
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Turn some features, on any device, into what the flow trains on, once and not at every step."""
         raise NotImplementedError
+
+    def keep_reference(self, features: tuple[Tensor, ...]) -> None:
+        """Take the prepared features of ``reference_images`` training images, in main memory, when a fit begins.
+
+        They are to measure on what changes as the flow trains. A resumed fit brings them, too.
+        """
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, with the pre-processor kept away from stored features."""
@@ -109,19 +117,24 @@ class FrozenFeatures(_Base):
 
     def _train_on_stored(self) -> None:
         trainer: Trainer = self.trainer
+        count = self.reference_images
         loader = _single(training_loaders(trainer), "training")
         anew = trainer.ckpt_path is None  # A resumed fit goes on with what its checkpoint brought.
         random = _is_random(getattr(loader.dataset, "augmentations", None))
         if random:
             logger.warning("Training augmentations are on: the backbone extracts features anew in every epoch.")
-            if not anew:
-                return
+        if random and not anew and not count:
+            return
         features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
         if anew:
             self.fit_features(features)
+        if random and not count:
+            return
+        prepared = self._prepare_all(tuple(part[:count] for part in features) if random else features)
+        if count:
+            self.keep_reference(tuple(part[:count].clone() for part in prepared))
         if not random:
-            dataset = FeatureDataset(self._prepare_all(features), labels)
-            train_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=True))
+            train_on(trainer, feature_loader(FeatureDataset(prepared, labels), loader.batch_size, shuffle=True))
 
     def _validate_on_stored(self) -> None:
         trainer: Trainer = self.trainer

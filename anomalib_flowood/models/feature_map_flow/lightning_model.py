@@ -21,9 +21,6 @@ from anomalib_flowood.names import lists_names
 
 from .torch_model import FeatureMapFlowModel
 
-_SCALE_IMAGES = 256
-"""Training images from which the layers' scales are measured."""
-
 
 @lists_names(masks=MASKS, subnets=SUBNETS)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
@@ -62,6 +59,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """
 
     model: FeatureMapFlowModel
+    reference_images = 256
 
     readable_since = "0.2.0"
 
@@ -137,10 +135,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.model.extract(images))
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the principal subspaces, and keep some reduced maps to measure the layers' scales on."""
+        """Fit the principal subspaces, and the whitening of whole maps."""
         self.model.fit_features(features)
-        some = tuple(layer[:_SCALE_IMAGES] for layer in features)  # the loader shuffled them
-        self._reference = tuple(layer.cpu() for layer in self.prepare_features(some))
+
+    def keep_reference(self, features: tuple[Tensor, ...]) -> None:
+        """Keep reduced maps of some images, in the order of the loader that shuffled them, to measure scales on."""
+        self._reference = features
         self._scaled_step = -1
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
