@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from anomalib_flowood.scores.score import Inputs
@@ -50,7 +51,7 @@ class FlowTraining(_Base):
         if trainer is None:
             return
         loop = trainer.fit_loop
-        timed = any(type(callback).__name__ == "Timer" for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             loop.max_epochs = self.max_epochs if self._trainable else 1
 
@@ -64,7 +65,7 @@ class FlowTraining(_Base):
         return [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
 
     def training_inputs(self, batch: Any) -> Inputs:
-        """The same for a training batch, with the noise that training adds."""
+        """What the density of a training batch is computed from, with the noise that training adds."""
         raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
