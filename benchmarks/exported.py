@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What exported models decide, by OpenVINO as users run it, beside what was measured in PyTorch.
 
-    python -m benchmarks.exported FOLDER [--images 150] [--seed 0] [--detectors PixelFlow EmbeddingFlow FeatureMapFlow]
+    python -m benchmarks.exported FOLDER [--images 150] [--seed 0] [--detectors PixelFlow …]
 
 Every detector is fitted with its defaults to a folder that is laid out as MVTec AD, and exported. anomalib's
 `OpenVINOInferencer` then sees some of the test images, evenly spread, once in what OpenVINO computes in on this CPU by
@@ -27,13 +27,10 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-import anomalib_flowood
-from anomalib_flowood import OneClass
+from anomalib_flowood import OneClass, models
 from anomalib_flowood.data.decoding import read_image
 from anomalib_flowood.models.components.export_check import openvino_default_precision
 from benchmarks.fits import quiet
-
-DETECTORS = ("PixelFlow", "EmbeddingFlow", "FeatureMapFlow")
 
 Decide = Callable[[np.ndarray], tuple[float, bool]]
 
@@ -43,8 +40,7 @@ def fit_and_export(name: str, folder: Path, seed: int, output: Path) -> tuple[An
     with quiet():
         seed_everything(seed, verbose=False)
         data = OneClass(folder, "good")
-        arguments = {"visualizer": False} if name == "FeatureMapFlow" else {}
-        detector = getattr(anomalib_flowood, name)(**arguments)
+        detector = getattr(models, name)(visualizer=False)
         engine = Engine(accelerator="cpu", devices=1, default_root_dir=output, logger=False, enable_model_summary=False)
         engine.fit(detector, datamodule=data)
         path = engine.export(detector, "openvino", export_root=output / name)
@@ -81,7 +77,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=150, help="the most test images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
+    parser.add_argument("--detectors", nargs="+", choices=models.__all__, default=models.__all__)
     arguments = parser.parse_args()
     default = openvino_default_precision()
     table = Table("detector", "computed by", "AUROC", "false alarms", "found", "largest difference", "other labels")

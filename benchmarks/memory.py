@@ -25,12 +25,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-import anomalib_flowood
-from anomalib_flowood import OneClass
+from anomalib_flowood import OneClass, models
 
 from .peak import Peak
 
-DETECTORS = ("PixelFlow", "EmbeddingFlow", "FeatureMapFlow")
 HELD_OUT = 0.2  # 240 images leave 192 to train on: a subspace of 128 dimensions takes more than 128
 
 
@@ -49,7 +47,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], *, grey: 
 def fit(detector: str, folder: Path, workers: int) -> None:
     """Fit, and print MiB at rest, MiB above rest at the peak, and seconds."""
     data = OneClass(folder / "photographs", "good", val_split_ratio=HELD_OUT, num_workers=workers)
-    model = getattr(anomalib_flowood, detector)(max_epochs=1)
+    model = getattr(models, detector)(max_epochs=1)
     engine = Engine(
         accelerator="cpu", devices=1, default_root_dir=folder / "results",
         enable_progress_bar=False, enable_model_summary=False,
@@ -66,7 +64,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(1200, 1600), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--grey", action="store_true")
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
+    parser.add_argument("--detectors", nargs="+", choices=models.__all__, default=models.__all__)
     parser.add_argument("--fit-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.fit_in is not None:
