@@ -99,7 +99,7 @@ class SideBySide(InvertibleModule):
         """Return the shapes of the outputs, which are those of the inputs."""
         return input_dims
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_or_z: Tensor | Sequence[Tensor], c: object = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor | list[Tensor], Tensor]:
         """Run all flows; a single one may be given its input without a list, and answers likewise."""

@@ -160,7 +160,7 @@ def test_a_bright_spot_is_found_where_it_is(tmp_path):
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
         ({"score_dims": 0}, "score_dims must be at least 1"),
         ({"layout_dims": -1}, "layout_dims must be at least 0"),
-        ({"image_size": (8, 8)}, "has 1 x 1 positions for images of 8 x 8.*Use larger images"),
+        ({"image_size": (8, 8)}, "has 1 x 1 positions.*Use larger images"),
         ({"bottleneck_dim": 10_000}, "squeezes nothing"),
     ],
 )

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from model_helpers import data, engine, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SUBNETS, QuadrantCoupling, dequantization_noise
+from anomalib_flowood.flows import (
+    ARCHITECTURES,
+    LOGIT_ALPHA,
+    MASKS,
+    SUBNETS,
+    Density,
+    QuadrantCoupling,
+    StandardNormal,
+    dequantization_noise,
+)
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
-from anomalib_flowood.scores import Density
 
 SMALL = {"coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3}
 
@@ -71,7 +79,8 @@ def test_a_flow_may_not_save_bits_by_peaks_at_the_centres_of_the_bins():
 
     def peaks(inputs, flow=None):
         offset = (256 * inputs[0]).frac() - 0.5
-        return Density(-0.5 * (offset / 0.02).square().flatten(1).sum(1), torch.zeros(0), torch.zeros(0))
+        parts = 0.5 * (offset / 0.02).square().flatten(1).sum(1, keepdim=True)
+        return Density(parts, (parts,), StandardNormal())
 
     model.density = peaks
     images = torch.rand(3, 1, 4, 4)

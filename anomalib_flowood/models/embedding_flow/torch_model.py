@@ -30,21 +30,7 @@ class EmbeddingFlowModel(FlowModel):
     embedding, s the mean variance within kinds over the directions of the subspace. It keeps few images from being
     learned by heart.
 
-    Args:
-        backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.features.catalogue`.
-        layers: Layers whose layout counts, by timm's module names (``blocks.4``) or indices; by default the one of
-            :func:`anomalib_flowood.features.default_layers`. An empty list for the pooled features alone.
-        image_size: Height and width of the images; by default the size that the backbone was trained at.
-        pre_trained: Load the backbone's weights.
-        map_dims: Principal directions of a layer's feature vectors; all where a layer has fewer.
-        subspace_dim: k, the number of principal directions.
-        modes: Gaussians that a run of k-means finds; at most one for ten training images.
-        feature_noise: Variance of the noise, in units of the mean variance over the principal directions.
-        subnet: s,t-network on vectors: ``mlp`` or ``bottleneck``.
-        coupling_layers: Number of couplings. Without any it is the mixture of Gaussians, and nothing trains.
-        hidden_channels: Width of the s,t-networks.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        score: One of :data:`anomalib_flowood.scores.SCORES` that is not for pixels alone.
+    Arguments are those of :class:`~anomalib_flowood.EmbeddingFlow`, but for what training takes.
 
     Raises:
         ValueError: If the backbone or a layer is unknown, or the configuration makes no sense.

@@ -173,4 +173,4 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         # Once for the same weights: what a validation has calibrated stays to the last bit.
         if self._reference and self._scaled_step != self.trainer.global_step:
             self._scaled_step = self.trainer.global_step
-            self.model.fit_map_scale(tuple(part.to(self.device, self.dtype) for part in self._reference))
+            self.model.fit_map_scale(tuple(part.to(self.device, self.model.dtype) for part in self._reference))

@@ -14,64 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.features import Descriptors, create_feature_maps, run_backbone
+from anomalib_flowood.features import create_feature_maps, run_backbone
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.scores import Score
 from anomalib_flowood.scores.score import Inputs
 
-_LAYOUT_IMAGES = 2_000
-"""Training images from which the layout's directions are fitted."""
-
-_CHUNK = 256
-"""Images whose maps are described at once."""
-
-
-class MapLayer(nn.Module):
-    """What comes before the flow of one layer: descriptors, their principal subspace, and whitened whole maps.
-
-    Args:
-        name: The layer's name, for errors.
-        channels: C, the channels of the layer's map.
-        shape: ``(D, h, w)`` of the reduced map.
-        layout_dims: Directions of whole maps that are whitened.
-    """
-
-    location: Tensor
-    """Mean over normal images of the anomaly map, and of the leading directions' share; ``(2,)``, nats."""
-    spread: Tensor
-    """Their standard deviations, ``(2,)``, by which layers are brought to a common scale."""
-
-    def __init__(self, name: str, channels: int, shape: tuple[int, int, int], layout_dims: int) -> None:
-        super().__init__()
-        self.name = name
-        self.descriptors = Descriptors(channels, name)
-        self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
-        self.whitening = flows.Whitening([shape], layout_dims)
-        self.register_buffer("location", torch.zeros(2))
-        self.register_buffer("spread", torch.ones(2))
-
-    def fit(self, maps: Tensor) -> None:
-        """Fit to the maps of all training images, ``(N, C, h, w)``; errors as for what is fitted."""
-        described = self.descriptors.fit(maps)
-        self.subspace.fit(described, what=f"descriptors of layer {self.name}", solver="covariance_eigh")
-        drawn = torch.randperm(len(maps), generator=torch.Generator().manual_seed(0))[:_LAYOUT_IMAGES].sort().values
-        chunks = [self.subspace(self.descriptors(maps[some]))[0] for some in drawn.split(_CHUNK)]
-        self.whitening.fit(torch.cat(chunks))
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce maps, ``(N, C, h, w)``.
-
-        Returns:
-            What the flow models, ``(N, D, h, w)``, and what else belongs to the log-density at each position,
-            ``(N, h, w)``, nats; the log-determinant of the whitening is spread evenly.
-        """
-        coordinates, rest = self.subspace(self.descriptors(maps))
-        whitened, _ = self.whitening.transform(coordinates, rev=False)
-        return whitened, rest + self.whitening.log_det / math.prod(rest.shape[1:])
-
-    def standardise(self, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Bring anomaly map and leading share, ``(N, h, w)`` each, to the scale of normal images."""
-        return [(part - self.location[kind]) / self.spread[kind] for kind, part in enumerate(maps)]
+from .map_layer import MapLayer
 
 
 def _map_flows(shapes: Sequence[tuple[int, int, int]], **arguments: object) -> flows.SideBySide:
@@ -98,22 +46,7 @@ class FeatureMapFlowModel(FlowModel):
     well where something is, and the map sums to −log p. The image score takes the leading ``score_dims`` directions
     alone, which say best whether an image belongs: they change with what it shows, the others with its texture.
 
-    Args:
-        backbone: A timm name or ``local-dir:FOLDER``.
-        layers: Layers by timm's module names (``blocks.4``) or indices; by default the one of
-            :func:`anomalib_flowood.features.default_layers`.
-        image_size: Height and width of the images.
-        pre_trained: Load the backbone's weights.
-        subspace_dim: D, the principal directions of each layer's descriptors; all where a layer has fewer.
-        layout_dims: Directions of the layout; at most one for five training images are used.
-        mask: Coupling mask, one of :data:`anomalib_flowood.flows.MASKS`.
-        subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
-        hidden_channels: Width of the s,t-networks.
-        score_dims: Leading directions of each layer that make the image score.
-        score_fraction: The image score is a mean over the positions where those directions are least likely, this
-            share of all positions.
+    Arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, but for what training takes.
 
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense.
@@ -123,6 +56,7 @@ class FeatureMapFlowModel(FlowModel):
     parts = 3
 
     flow: flows.SideBySide
+    base: flows.StandardNormal
 
     def __init__(
         self,
@@ -153,7 +87,10 @@ class FeatureMapFlowModel(FlowModel):
             maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
-        _check_positions(names, shapes, image_size)
+        reduced = [
+            MapLayer(name, layer.shape[1], shape, layout_dims)
+            for name, layer, shape in zip(names, maps, shapes, strict=True)
+        ]
         new_flow = partial(
             _map_flows,
             shapes,
@@ -169,10 +106,7 @@ class FeatureMapFlowModel(FlowModel):
         self.image_size = (height, width)
         self.score_dims = score_dims
         self.score_fraction = score_fraction
-        self.layers = nn.ModuleList(
-            MapLayer(name, layer.shape[1], shape, layout_dims)
-            for name, layer, shape in zip(names, maps, shapes, strict=True)
-        )
+        self.layers = nn.ModuleList(reduced)
 
     @property
     def scores_are_likelihoods(self) -> bool:
@@ -255,8 +189,7 @@ class FeatureMapFlowModel(FlowModel):
     def fit_map_scale(self, reduced: tuple[Tensor, ...]) -> None:
         """Set the location and scale by which layers are brought together, from normal images' reduced maps."""
         for layer, maps in zip(self.layers, self.layer_maps(reduced), strict=True):
-            layer.location.copy_(torch.stack([part.mean() for part in maps]))
-            layer.spread.copy_(torch.stack([part.std() for part in maps]).clamp(min=1e-6))
+            layer.fit_scale(maps)  # type: ignore[operator]
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
         """Score reduced maps.
@@ -287,14 +220,3 @@ class FeatureMapFlowModel(FlowModel):
 def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
     """Take what belongs to one layer after the other."""
     return zip(inputs[::2], inputs[1::2], strict=True)
-
-
-def _check_positions(names: Sequence[str], shapes: Sequence[tuple[int, int, int]], image_size: tuple[int, int]) -> None:
-    for name, (_, height, width) in zip(names, shapes, strict=True):
-        if min(height, width) < 2:
-            msg = (
-                f"The map of layer {name!r} has {height} x {width} positions for images of {image_size[0]} x "
-                f"{image_size[1]}, which leaves a coupling nothing to work with. Use larger images, an earlier "
-                "layer, or EmbeddingFlow."
-            )
-            raise ValueError(msg)

@@ -17,21 +17,7 @@ from anomalib_flowood.models.components import FlowModel
 class PixelFlowModel(FlowModel):
     """Density of images under a normalizing flow on their pixels.
 
-    Args:
-        image_size: Height and width of the images.
-        channels: 1 (grey; colour images are converted) or 3.
-        architecture: One of :data:`anomalib_flowood.flows.ARCHITECTURES`.
-        scales: Number of scales of ``realnvp`` and ``glow``.
-        mask: Coupling mask of ``single_scale``, one of :data:`anomalib_flowood.flows.MASKS`; ``cycle`` by default.
-        native: Let the networks see their quadrant (cycle mask) or half of the channels (channel mask) alone.
-        subnet: s,t-network, one of :data:`anomalib_flowood.flows.SUBNETS`; the architecture's own by default.
-        coupling_layers: Number of couplings, as :func:`anomalib_flowood.flows.pixel_flow` counts them.
-        hidden_channels: Width of the s,t-networks; the architecture's own by default.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
-        num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
-        batch_norm: Batch normalisation in the ``resnet`` networks.
-        logit_alpha: What the logit keeps off black and white, above 0 and below 1/2.
-        score: One of :data:`anomalib_flowood.scores.SCORES`.
+    Arguments are those of :class:`~anomalib_flowood.PixelFlow`, but for what training takes.
 
     Raises:
         ValueError: If the configuration makes no sense.
