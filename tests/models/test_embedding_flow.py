@@ -205,7 +205,7 @@ def test_nan_pixels_are_refused():
 
 
 def test_the_subspace_must_be_smaller_than_the_embedding():
-    with pytest.raises(ValueError, match="subspace_dim=5000 must be below the 384 numbers"):
+    with pytest.raises(ValueError, match="subspace_dim must be below the 384 numbers of an embedding, got 5000"):
         embedding_flow(subspace_dim=5000)
 
 

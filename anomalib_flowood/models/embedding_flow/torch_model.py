@@ -60,10 +60,9 @@ class EmbeddingFlowModel(FlowModel):
         bottleneck_dim: int = 16,
         score: str = "nll",
     ) -> None:
-        for argument, value, least in (("modes", modes, 1), ("feature_noise", feature_noise, 0)):
-            if not value >= least:
-                msg = f"{argument} must be at least {least}, got {value}."
-                raise ValueError(msg)
+        if not feature_noise >= 0:
+            msg = f"feature_noise must be at least 0, got {feature_noise}."
+            raise ValueError(msg)
         new_flow = partial(
             flows.vector_flow,
             subspace_dim,
@@ -74,8 +73,7 @@ class EmbeddingFlowModel(FlowModel):
         )
         embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)
         if subspace_dim >= embedding.dims:
-            dims = embedding.dims
-            msg = f"subspace_dim={subspace_dim} must be below the {dims} numbers of an embedding of {backbone!r}."
+            msg = f"subspace_dim must be below the {embedding.dims} numbers of an embedding, got {subspace_dim}."
             raise ValueError(msg)
         super().__init__(new_flow, flows.GaussianMixture(subspace_dim, modes), embedding.dims, levels=1, score=score)
         self.embedding = embedding
