@@ -171,9 +171,7 @@ def test_flows_of_pixels_train_and_draw_there(arguments, away):
 @pytest.mark.parametrize("name", MODELS)
 def test_baselines_of_the_contest_run_there(name, away, images, tmp_path, monkeypatch):
     size = (48, 48)
-    of_maps = {"layers": (1, 2), "subspace_dim": 4, "bottleneck_dim": 3}
-    arguments = {"pre_trained": False, **(of_maps if name == "GaussianMap" else {"subspace_dim": 8})}
-    monkeypatch.setitem(MODELS, name, partial(MODELS[name], **arguments))
+    monkeypatch.setitem(MODELS, name, partial(MODELS[name], pre_trained=False))
     around = {"pre_processor": backbone_pre_processor(BACKBONE, size), "post_processor": False, "evaluator": False}
     detector = Baseline(name, BACKBONE, size, visualizer=False, **around)
     run = engine(tmp_path, **away.trainer())
@@ -274,7 +272,7 @@ def test_weights_of_16_bits_are_refused_before_anything_happens(kind, precision,
         with pytest.raises(ValueError, match=rf"{precision}.*bf16-mixed"):
             getattr(engine(tmp_path, precision=precision), what)(detector, datamodule=data(tmp_path))
         assert next(detector.parameters()).dtype == torch.float32
-    size = detector.model.shape[1:] if kind == "pixel_flow" else detector.model.image_size
+    size = detector.hparams["image_size"]
     with pytest.raises(ValueError, match=r"torch\.bfloat16.*bf16-mixed"):
         detector.bfloat16().model.log_prob(torch.rand(2, 3, *size))
 

@@ -344,3 +344,15 @@ def test_gradients_are_clipped_as_the_trainer_says(clip, norm, tmp_path):
     engine(tmp_path, callbacks=[Norm()], max_epochs=2, **clip).fit(pixel_flow(), datamodule=data(tmp_path))
     assert norms
     assert norms == pytest.approx([norm] * len(norms), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["embedding_flow", "feature_map_flow"])
+def test_without_couplings_a_detector_is_fitted_in_one_epoch(name, tmp_path):
+    module, detector, run = data(tmp_path), DETECTORS[name](coupling_layers=0, max_epochs=9), engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    assert run.trainer.current_epoch == 1
+    assert run.test(detector, datamodule=module, verbose=False)[0]["image_AUROC"] > 0.9
+    again = type(detector).load_from_checkpoint(run.trainer.checkpoint_callback.best_model_path)
+    images = torch.rand(3, 3, *detector.hparams["image_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval().model.log_prob(images), detector.eval().model.log_prob(images))

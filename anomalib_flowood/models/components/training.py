@@ -82,7 +82,8 @@ class FlowTraining(_Base):
             loss = loss + others
         if not bool(torch.isfinite(loss)):
             self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
-        return loss
+        # Lightning goes backward even where nothing trains.
+        return loss if loss.requires_grad else loss.requires_grad_()
 
     def on_train_epoch_end(self) -> None:
         """Mark the torch model as fitted, so that it may be exported."""
