@@ -91,5 +91,6 @@ class Descriptors(nn.Module):
 
 def _describe(maps: Tensor) -> Tensor:
     """Return every position's descriptor, before scaling: ``(N, C, h, w)`` to ``(N, 2 C, h, w)``."""
-    directions = functional.normalize(maps, dim=1)
+    # functional.normalize() to the bit, without its expansion, in which an OpenVINO model would leave single precision.
+    directions = maps / torch.linalg.vector_norm(maps, dim=1, keepdim=True).clamp_min(1e-12)
     return torch.cat([maps, functional.avg_pool2d(directions, 3, 1, 1, count_include_pad=False)], dim=1)

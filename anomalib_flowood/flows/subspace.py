@@ -126,4 +126,5 @@ class PrincipalSubspace(nn.Module):
             scale = self.variances.rsqrt()[:, None, None]
         outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
         constant = (dims - k) * torch.log(2 * math.pi * self.tail_variance) + self.variances.log().sum()
-        return coordinates * scale, -0.5 * (outside / self.tail_variance + constant)
+        # One product and one sum with constants, which an OpenVINO model keeps in single precision.
+        return coordinates * scale, outside * (-0.5 / self.tail_variance) - 0.5 * constant

@@ -62,8 +62,19 @@ def _subtract(node: Any) -> Any:
     from openvino import opset13 as ops
 
     value, subtracted = node.input_values()
-    half = ops.multiply(subtracted, np.float32(-0.5))
+    # No constant: the plugin would merge it with those of products and sums before it, to nodes without the attribute.
+    half = ops.multiply(subtracted, ops.clamp(subtracted, -0.5, -0.5))
     return ops.add(ops.add(value, half), half)
+
+
+def _divide(node: Any) -> Any:
+    """A product with the inverse, which the plugin would make of a quotient; the exponent must not be a constant."""
+    from openvino import opset13 as ops
+
+    value, divisor = node.input_values()
+    if divisor.get_node().get_type_name() == "Constant":
+        return ops.multiply(value, np.float32(1) / divisor.get_node().data)
+    return ops.multiply(value, ops.power(divisor, ops.clamp(divisor, -1, -1)))
 
 
 def _max_pool(node: Any) -> Any:
@@ -179,6 +190,7 @@ def _depends_on_size(value: Any, images: Any) -> bool:
 
 _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "Subtract": _subtract,
+    "Divide": _divide,
     "MaxPool": _max_pool,
     "Pad": _pad,
     "Unsqueeze": _unsqueeze,
