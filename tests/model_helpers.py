@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small images in memory, small detectors, one way to fit them."""
 
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -65,6 +70,48 @@ TRAINER = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "en
 
 def engine(tmp_path: Path, **kwargs) -> Engine:
     return Engine(default_root_dir=tmp_path / "results", **{**TRAINER, **kwargs})
+
+
+class Case:
+    """A fitted detector, its checkpoint, and its exports, each made once."""
+
+    def __init__(self, folder: Path, detector: nn.Module) -> None:
+        self.folder, self.detector, self.said = folder, detector, {}
+        run = engine(folder)
+        run.fit(detector, datamodule=data(folder))
+        self.checkpoint = Path(run.trainer.checkpoint_callback.best_model_path)
+        detector.eval()
+
+    def export(self, export_type: str) -> Path:
+        suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt"}[export_type]
+        path = self.folder / "weights" / export_type / f"model{suffix}"
+        if path.exists():
+            return path
+        with _traced_once(self.folder / "traced"), redirect_stdout(io.StringIO()) as said:
+            engine(self.folder).export(self.detector, export_type, self.folder)
+        self.said[export_type] = said.getvalue()
+        return path
+
+
+@contextmanager
+def _traced_once(folder: Path) -> Iterator[None]:
+    """Trace a model for ONNX once, which takes seconds: what OpenVINO converts is a copy, if it is asked for alike."""
+    export = torch.onnx.export
+
+    def traced(model: nn.Module, args: tuple, f: Path, **kwargs: object) -> None:
+        asked = repr((id(model), [(arg.shape, arg.dtype) for arg in args], sorted(kwargs.items())))
+        if not (folder / "asked").exists():
+            export(model, args, f, **kwargs)
+            shutil.copytree(Path(f).parent, folder)  # before anything is done to it
+            (folder / "asked").write_text(asked)
+        elif (folder / "asked").read_text() == asked:
+            for file in folder.glob(f"{Path(f).name}*"):
+                shutil.copy(file, Path(f).parent)
+        else:
+            export(model, args, f, **kwargs)
+
+    with patch.object(torch.onnx, "export", traced):
+        yield
 
 
 def randomise_flow(model: nn.Module, scale: float = 0.1) -> None:

@@ -191,34 +191,19 @@ def test_a_detector_that_was_never_fitted_is_not_exported(name, export_type, tmp
         engine(tmp_path).export(DETECTORS[name](), export_type, export_root=tmp_path)
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """Both detectors, fitted once."""
-    folder = tmp_path_factory.mktemp("fitted")
-    detectors = {}
-    for name, build in DETECTORS.items():
-        detectors[name] = build()
-        engine(folder).fit(detectors[name], datamodule=data(folder))
-        detectors[name].eval()
-    return detectors
-
-
 @each_detector
-def test_torch_export_agrees(name, fitted, tmp_path):
-    path = engine(tmp_path).export(fitted[name], "torch", export_root=tmp_path)
-    again = torch.load(path, weights_only=False)["model"]
+def test_torch_export_agrees(name, cases):
+    again = torch.load(cases(name).export("torch"), weights_only=False)["model"]
     images = torch.rand(4, 3, 31, 17)
     with torch.no_grad():
-        assert torch.equal(again(images).pred_score, fitted[name](images).pred_score)
+        assert torch.equal(again(images).pred_score, cases(name).detector(images).pred_score)
 
 
 @each_detector
-def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, fitted, tmp_path):
+def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, cases):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
     pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
-    detector = fitted[name]
-    onnx_path = engine(tmp_path).export(detector, "onnx", export_root=tmp_path)
-    ir_path = engine(tmp_path).export(detector, "openvino", export_root=tmp_path)
+    detector, onnx_path, ir_path = cases(name).detector, cases(name).export("onnx"), cases(name).export("openvino")
     session = onnxruntime.InferenceSession(str(onnx_path))
     names = [output.name for output in session.get_outputs()]
     models = [compile_model(ir_path, precision) for precision in (None, "bf16", "f32")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
-from model_helpers import DETECTORS, data, engine, feature_map_flow, pixel_flow
+from model_helpers import DETECTORS, data, engine, pixel_flow
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
@@ -29,30 +29,14 @@ from anomalib_flowood.models.components.export_check import (
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
-class Case:
-    """A fitted detector, its checkpoint, and its exports, each made once."""
-
-    def __init__(self, folder, detector):
-        self.folder, self.detector = folder, detector
-        run = engine(folder)
-        run.fit(detector, datamodule=data(folder))
-        self.checkpoint = Path(run.trainer.checkpoint_callback.best_model_path)
-        detector.eval()
-
-    def export(self, export_type):
-        suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt"}[export_type]
-        path = self.folder / "weights" / export_type / f"model{suffix}"
-        return path if path.exists() else engine(self.folder).export(self.detector, export_type, self.folder)
+@pytest.fixture(scope="module")
+def pixels(cases):
+    return cases("pixel_flow")
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory):
-    return Case(tmp_path_factory.mktemp("pixels"), pixel_flow())
-
-
-@pytest.fixture(scope="module")
-def maps(tmp_path_factory):
-    return Case(tmp_path_factory.mktemp("maps"), feature_map_flow(max_epochs=1, coupling_layers=4))
+def maps(cases):
+    return cases("feature_map_flow")
 
 
 def strict_json(path):
@@ -80,11 +64,11 @@ def raw_scores(case, export_type, images):
 
 
 @pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
-def test_an_export_gives_raw_scores_and_all_decisions(export_type, maps, capsys):
+def test_an_export_gives_raw_scores_and_all_decisions(export_type, maps):
     detector, images = maps.detector, torch.rand(6, 3, 50, 37)
     found = raw_scores(maps, export_type, images)
-    out = capsys.readouterr().out
-    assert f"Check of {maps.export(export_type)}: largest differences from PyTorch on 10 normal images" in out
+    checked = f"Check of {maps.export(export_type)}: largest differences from PyTorch on 10 normal images"
+    assert checked in maps.said[export_type]
     with torch.no_grad():
         raw = detector.model(detector.pre_processor.transform(images)).pred_score
     np.testing.assert_allclose(found, raw, rtol=1e-4)
@@ -136,9 +120,8 @@ def test_anomalibs_torch_inferencer_predicts(maps, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_a_fit_keeps_a_few_normal_validation_images(name, tmp_path, pixels, maps):
-    case = {"pixel_flow": pixels, "feature_map_flow": maps}.get(name)
-    case = case or Case(tmp_path, DETECTORS[name](max_epochs=1))
+def test_a_fit_keeps_a_few_normal_validation_images(name, cases):
+    case = cases(name)
     size = case.detector.input_size
     for detector in (case.detector, type(case.detector).load_from_checkpoint(case.checkpoint)):
         assert detector.check_images.shape == (5, 3, *size)
