@@ -2,7 +2,7 @@
 """Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
-from .bases import GaussianMixture, StandardNormal, StudentT
+from .bases import Base, GaussianMixture, StandardNormal, StudentT
 from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, native_form, quadrant_size
 from .density import Density, SideBySide, density, independent, shares
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze, Whitening
@@ -40,6 +40,7 @@ __all__ = [
     "SUBNETS",
     "ActNorm",
     "AffineCoupling",
+    "Base",
     "Bottleneck",
     "ChannelCoupling",
     "ConvBottleneck",

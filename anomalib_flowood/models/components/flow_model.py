@@ -13,7 +13,6 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
-from anomalib_flowood.names import unknown_name
 from anomalib_flowood.scores import SCORES, NegativeLogLikelihood, Score
 from anomalib_flowood.scores.score import Inputs
 
@@ -26,7 +25,7 @@ class FlowModel(nn.Module):
     Args:
         new_flow: Makes a flow: ``flow(x) -> (z, log_det)``, ``flow(z, rev=True)``. Scores that compare several flows
             call it again.
-        base: The distribution of its latents, see :mod:`anomalib_flowood.flows.bases`.
+        base: The distribution of its latents, a module of :mod:`anomalib_flowood.flows.bases` or like them.
         dims: Number of dimensions of what the density is over.
         levels: Quantisation levels per dimension: 256 for 8-bit pixels, 1 for values that were never quantised.
         score: One of :data:`anomalib_flowood.scores.SCORES`.
@@ -43,21 +42,20 @@ class FlowModel(nn.Module):
     def __init__(
         self,
         new_flow: Callable[[], InvertibleModule],
-        base: flows.StandardNormal | flows.GaussianMixture | flows.StudentT,
+        base: flows.Base,
         dims: int,
         levels: int,
         score: str = "nll",
     ) -> None:
         super().__init__()
-        if score not in SCORES:
-            raise unknown_name("score", score, SCORES)
+        score_class = SCORES[score]
         self.flow = new_flow()
         self.base = base
         self.dims = dims
         self.levels = levels
         self._new_flow = new_flow
         self.register_buffer("fitted", torch.tensor(False))
-        self.scorer = SCORES[score](self)
+        self.scorer = score_class(self)
         self.nll = NegativeLogLikelihood(self)
 
     @property
