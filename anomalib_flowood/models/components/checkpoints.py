@@ -102,7 +102,7 @@ def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) ->
     what = (
         f"was written by version {version or _UNNAMED} of anomalib-flowood, and {detector.__name__} reads those from "
         f"{since} on, for {_REASONS[since]}. Train again, which takes seconds to minutes, or read it with "
-        "anomalib-flowood 0.1.0."
+        f"anomalib-flowood {version or '0.1.0'}."
     )
     raise CheckpointError(path, what)
 
