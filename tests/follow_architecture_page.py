@@ -5,22 +5,24 @@ import numpy as np
 import pytest
 import torch
 from anomalib.models import get_model, list_models
-from model_helpers import data, engine
+from model_helpers import data, engine, feature_map_flow
 from more.bases import Laplace
 from more.colour_flow import ColourFlow
 from scipy import stats
 
-from anomalib_flowood import OneClass, PixelFlow, flows, open_checkpoint
+from anomalib_flowood import CrossDataset, OneClass, PixelFlow, flows, open_checkpoint
+from anomalib_flowood.benchmark import find_class
 
 SMALL = {"image_size": (6, 6), "channels": 1, "coupling_layers": 2, "hidden_channels": 4, "bottleneck_dim": 2}
 
 
 @pytest.mark.parametrize("added", [{"mask": "vertical"}, {"subnet": "separable"}])
-def test_a_mask_and_a_network_in_a_flow_on_pixels(added):
+def test_a_mask_and_a_network_in_flows_on_pixels_and_on_maps(added):
     detector = PixelFlow(**SMALL, **added)
     images = torch.rand(3, 3, 6, 6)
     assert detector.model.log_prob(images).shape == (3,)
     detector.model.log_prob(images).sum().backward()
+    assert feature_map_flow(**added).model.log_prob(torch.rand(2, 3, 48, 48)).shape == (2,)
 
 
 def test_a_base_of_a_density():
@@ -34,6 +36,7 @@ def test_a_base_of_a_density():
 
 def test_a_detector_with_a_score_through_anomalibs_engine_and_a_checkpoint(tmp_path):
     assert "colour_flow" in list_models()
+    assert find_class("model", "colour_flow") is ColourFlow
     detector = get_model("colour_flow", coupling_layers=2, score="surprise", max_epochs=10, learning_rate=0.05)
     assert type(detector) is ColourFlow
     runner = engine(tmp_path)
@@ -61,5 +64,6 @@ def test_a_data_set_by_its_name(tmp_path):
     data.prepare_data()
     data.setup()
     assert [len(part) for part in (data.train_data, data.val_data, data.test_data)] == [8, 2, 6]
+    CrossDataset("rings", ["mnist"], root=tmp_path)
     with pytest.raises(ValueError, match="'rings'"):
         OneClass("ring", normal_class=1, root=tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks, couplings, subnets and architectures in pure PyTorch and FrEIA; importable without anomalib."""
+"""What densities are put together from: PyTorch and FrEIA, scikit-learn where something is fitted; without anomalib."""
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .bases import Base, GaussianMixture, StandardNormal, StudentT
