@@ -111,7 +111,7 @@ def model(kind: str, name: str, size: tuple[int, int]) -> FeatureMapFlowModel | 
     torch.manual_seed(0)
     if kind == "maps":
         return FeatureMapFlowModel(name, None, size, layout_dims=1, **SMALL)
-    return EmbeddingFlowModel(name, None, size, modes=1, clusterings=1, **SMALL)
+    return EmbeddingFlowModel(name, None, size, modes=1, **SMALL)
 
 
 def settle(network: nn.Module, images: torch.Tensor) -> None:
@@ -257,7 +257,7 @@ def test_networks_without_maps_say_so(monkeypatch):
     for kind in ("maps", "embedding"):
         with pytest.raises(ValueError, match="no feature maps out of .*'test_vit2'.*not implemented.*empty list of"):
             model(kind, name, (64, 64))
-    pooled = EmbeddingFlowModel(name, [], (64, 64), modes=1, clusterings=1, **SMALL)
+    pooled = EmbeddingFlowModel(name, [], (64, 64), modes=1, **SMALL)
     assert [part.shape for part in pooled.extract(torch.rand(2, 3, 64, 64))] == [(2, 64)]
 
 
