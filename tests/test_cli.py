@@ -131,7 +131,7 @@ def test_train_then_predict(
             pixels = np.clip(rng.normal(mean, 20, (32, 32, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
     model = (
-        "model: {class_path: Dfm, init_args: {backbone: resnet18, layer: layer1, pre_trained: false, "
+        "model: {class_path: Dfm, init_args: {backbone: test_resnet, layer: layer1, pre_trained: false, "
         "visualizer: false, pooling_kernel_size: 4}}\n"
     )
     Path("train.yaml").write_text(

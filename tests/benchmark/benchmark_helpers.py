@@ -13,7 +13,7 @@ DFM = {
     "class_path": "anomalib.models.Dfm",
     "name": "DFM tiny",
     "init_args": {
-        "backbone": "resnet18",
+        "backbone": "test_resnet",
         "layer": "layer1",
         "pre_trained": False,
         "pooling_kernel_size": 4,
@@ -23,7 +23,7 @@ DFM = {
 PADIM = {
     "class_path": "padim",
     "init_args": {
-        "backbone": "resnet18",
+        "backbone": "test_resnet",
         "layers": ["layer1"],
         "pre_trained": False,
         "n_features": 8,

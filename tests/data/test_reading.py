@@ -321,7 +321,7 @@ def test_anomalibs_detectors_predict_by_path_as_they_were_trained(tmp_path: Path
             self.highest = batch.image.max()
 
     def padim(**kwargs) -> Padim:
-        return Padim(backbone="resnet18", layers=["layer1"], n_features=4, pre_trained=False, **kwargs)
+        return Padim(backbone="test_resnet", layers=["layer1"], n_features=4, pre_trained=False, **kwargs)
 
     pre_processor = PreProcessor(Resize([32, 32], antialias=True))
     detector, seen = padim(visualizer=False, pre_processor=pre_processor), Seen()
@@ -337,7 +337,7 @@ def test_anomalibs_detectors_predict_by_the_same_reader(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", "16.png", 3)
     write(tmp_path / "b", "8.png", 3)
     detector = Padim(
-        backbone="resnet18", layers=["layer1"], n_features=4, pre_trained=False, visualizer=False, post_processor=False
+        backbone="test_resnet", layers=["layer1"], n_features=4, pre_trained=False, visualizer=False, post_processor=False
     )
     seen: list[torch.Tensor] = []
     detector.predict_step = lambda batch, *_, **__: seen.append(batch.image.clone())

@@ -290,7 +290,7 @@ def test_errors_say_what_is_wrong(tmp_path):
 
     sets = {"inside": images(), "outside": images(seed=1)}
     with pytest.raises(ValueError, match=r"Padim cannot be explained.*EmbeddingFlow, FeatureMapFlow, PixelFlow"):
-        explain(Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=8), sets, tmp_path)
+        explain(Padim(backbone="test_resnet", layers=["layer1"], pre_trained=False, n_features=8), sets, tmp_path)
     with pytest.raises(NotFittedError, match="PixelFlow was never fitted"):
         explain(pixel_flow(), sets, tmp_path)
     detector = fitted(pixel_flow())

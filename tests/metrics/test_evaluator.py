@@ -222,7 +222,7 @@ def test_a_config_file_takes_all_metrics_or_some() -> None:
     def evaluator(**init_args: object) -> PerSetEvaluator:
         entry = {"class_path": "anomalib_flowood.metrics.PerSetEvaluator", "init_args": init_args}
         small = {
-            "backbone": "resnet18",
+            "backbone": "test_resnet",
             "layers": ["layer1"],
             "n_features": 8,
             "pre_trained": False,
