@@ -12,7 +12,7 @@ main memory) may be mixed here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -44,7 +44,9 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendTensor:
-        with torch.inference_mode(inner.is_inference()):
+        inference = inner.is_inference()
+        alike = inference == torch.is_inference_mode_enabled()
+        with nullcontext() if alike else torch.inference_mode(inference):
             tensor = Tensor._make_wrapper_subclass(
                 cls,
                 inner.size(),

@@ -103,6 +103,7 @@ def test_anomalibs_own_command_takes_our_class_paths(here):
 def test_the_model_configs_train_on_the_data_config(model, here, capsys):
     given = yaml.safe_load(model.read_text(encoding="utf-8"))["model"]["init_args"]
     small = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false"] if "backbone" in given else []
+    small += ["--model.image_size=[128, 128]"] if "backbone" in given else []
     small += ["--model.subspace_dim=16"] if "subspace_dim" in given else []
     folders = ["--data.in_distribution=ramps", "--data.out_of_distribution=[squares]", "--data.val_split_ratio=0.2"]
     config = ["--config", str(model), "--data", str(REPOSITORY / "configs" / "data" / "cross_dataset.yaml")]

@@ -337,8 +337,9 @@ def test_anomalibs_detectors_predict_by_the_same_reader(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", "16.png", 3)
     write(tmp_path / "b", "8.png", 3)
     detector = Padim(
-        backbone="test_resnet", layers=["layer1"], n_features=4, pre_trained=False, visualizer=False, post_processor=False
-    )
+        backbone="test_resnet", layers=["layer1"], n_features=4, pre_trained=False, visualizer=False,
+        post_processor=False,
+    )  # fmt: skip
     seen: list[torch.Tensor] = []
     detector.predict_step = lambda batch, *_, **__: seen.append(batch.image.clone())
     for path in (folder, tmp_path / "b"):
