@@ -14,11 +14,11 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from anomalib_flowood import PixelFlow
-from anomalib_flowood._commands import FlowoodCLI
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import main
+from anomalib_flowood.cli.commands import FlowoodCLI
+from anomalib_flowood.cli.subcommands import SUBCOMMANDS, Subcommand
 from anomalib_flowood.report.predictions import keep_predictions
-from anomalib_flowood.subcommands import SUBCOMMANDS, Subcommand
 
 
 def test_version_and_help_do_not_import_anomalib() -> None:

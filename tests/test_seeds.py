@@ -12,8 +12,8 @@ import yaml
 from model_helpers import BACKBONE, data
 from PIL import Image
 
-from anomalib_flowood._commands import FlowoodCLI
 from anomalib_flowood.cli import main
+from anomalib_flowood.cli.commands import FlowoodCLI
 
 FLOW = {"max_epochs": 1, "coupling_layers": 4, "hidden_channels": 8}
 NETWORK = {"backbone": BACKBONE, "pre_trained": False, "subspace_dim": 4}

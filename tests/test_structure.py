@@ -22,7 +22,7 @@ LONGEST_BODY = 45
 # From the ground up. What is in a line imports what is in the lines before it, and nothing else of the package.
 FLOORS = (
     ("",),
-    ("checks", "engine", "look", "names", "subcommands", "trainers"),
+    ("checks", "engine", "look", "names", "trainers"),
     ("conformal",),
     ("exported",),
     ("flows",),
@@ -33,8 +33,6 @@ FLOORS = (
     ("report",),
     ("explain",),
     ("benchmark",),
-    ("_command_detector", "_command_results"),
-    ("_commands",),
     ("cli",),
     ("__main__",),
 )

@@ -25,14 +25,14 @@ from rich.console import Console
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
-from anomalib_flowood._command_detector import DetectorCLI
-from anomalib_flowood._command_results import ResultsCLI
 from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, build, check_seed
+from anomalib_flowood.cli.detector import DetectorCLI
+from anomalib_flowood.cli.results import ResultsCLI
+from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import FlowModule, root_beside
-from anomalib_flowood.subcommands import SUBCOMMANDS
 
 _UNREADABLE = 3
 """Exit status of a prediction that left out files which it could not read."""

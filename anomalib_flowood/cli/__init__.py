@@ -13,7 +13,7 @@ import warnings
 from importlib.metadata import version
 
 from anomalib_flowood import __version__
-from anomalib_flowood.subcommands import SUBCOMMANDS
+from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 
 
 def _help() -> str:
@@ -74,8 +74,8 @@ def _run(args: list[str]) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from anomalib_flowood._commands import FlowoodCLI
         from anomalib_flowood.benchmark import BenchmarkError, readable
+        from anomalib_flowood.cli.commands import FlowoodCLI
 
     try:
         FlowoodCLI(args)
@@ -90,7 +90,3 @@ def _run(args: list[str]) -> None:
         if not isinstance(error, BenchmarkError):
             print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

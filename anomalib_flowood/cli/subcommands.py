@@ -12,7 +12,7 @@ class Subcommand:
 
     Attributes:
         description: What it does.
-        ours: Whether anomalib's parser lacks it: :class:`~anomalib_flowood._commands.FlowoodCLI` has a method of its
+        ours: Whether anomalib's parser lacks it: :class:`~anomalib_flowood.cli.commands.FlowoodCLI` has a method of its
             name, and ``add_…_arguments``.
         on_checkpoint: Whether it takes the detector from a checkpoint, if one is named.
     """

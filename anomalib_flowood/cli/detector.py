@@ -12,11 +12,11 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import AnomalibModule
 
+from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.models.components import CheckpointError, FlowModule, known_flows, read_checkpoint
 from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoint_files import CLASS
 from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
-from anomalib_flowood.subcommands import SUBCOMMANDS
 
 
 class DetectorCLI(AnomalibCLI):
