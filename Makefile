@@ -2,6 +2,7 @@
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what anomalib's engine costs the detectors
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
+# make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another"
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
 # make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
@@ -21,12 +22,13 @@ export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 TILES ?=
+FOLDERS ?=
 SEEDS ?= 0 1 2
 PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed contest suite scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -42,6 +44,10 @@ speed: .venv/offline fashion-mnist
 # Repeat it to go on where it was interrupted.
 contest: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.contest run --seeds $(SEEDS) $(if $(TILES),--industrial $(TILES),--parts one_class cross)
+
+# Repeat it to go on where it was interrupted.
+suite: .venv/offline
+	$(BIN)/python -m benchmarks.suite run $(FOLDERS) --seeds $(SEEDS)
 
 # Repeat it to go on where it was interrupted.
 scores: .venv/offline fashion-mnist

@@ -133,6 +133,11 @@ def publish(output: Path, into: Path, name: str, text: str, pictures: Sequence[t
 def announce(output: Path, written: Sequence[Path], console: Console) -> int:
     """Print the tables, what was written and what failed; returns the exit status."""
     console.print((output / "tables.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    return announce_files(output, written, console)
+
+
+def announce_files(output: Path, written: Sequence[Path], console: Console) -> int:
+    """Print what was written and what failed; returns the exit status."""
     console.print(f"Written: {', '.join(map(str, written))}", markup=False, highlight=False)
     count = read_rows(output)["error"].notna().sum()
     if count:

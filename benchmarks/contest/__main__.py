@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is not finished yet, then report")
-    run.add_argument("--industrial", type=Path, metavar="FOLDER", help="one category, laid out as MVTec AD")
+    run.add_argument(
+        "--industrial", nargs="+", type=Path, default=(), metavar="FOLDER", help="laid out as MVTec AD, masks or none"
+    )
     run.add_argument("--mvtec", type=Path, metavar="ROOT", help="MVTec AD, with a folder per category")
     run.add_argument("--visa", type=Path, metavar="ROOT", help="VisA")
     run.add_argument("--categories", nargs="+", default=(), help="of --mvtec and --visa; all by default")

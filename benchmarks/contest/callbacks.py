@@ -30,13 +30,13 @@ class Recorder(ScoreRecorder):
 
     Args:
         size: Height and width of the maps that are kept.
-        folder: Where to keep maps, in files and not in memory; without it they are not kept.
-        count: Number of test images.
+        folder: Where to keep maps, in files and not in memory; without it they are not kept, nor are maps of images
+            without masks.
     """
 
-    def __init__(self, size: int, folder: Path | None = None, count: int = 0) -> None:
+    def __init__(self, size: int, folder: Path | None = None) -> None:
         super().__init__()
-        self.size, self.folder, self.count = size, folder, count
+        self.size, self.folder = size, folder
         self.images: list[Tensor] = []
         self.maps: Tensor | None = None
         self.masks: Tensor | None = None
@@ -45,6 +45,7 @@ class Recorder(ScoreRecorder):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier test."""
         super().on_test_start(trainer, pl_module)
+        self.maps = self.masks = None
         self._filled = 0
 
     def on_test_batch_start(
@@ -66,11 +67,12 @@ class Recorder(ScoreRecorder):
     ) -> None:
         """Keep a batch's scores and maps."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        loader: Any = trainer.test_dataloaders
         maps = getattr(outputs, "anomaly_map", None)
         if self.folder is None or maps is None or batch.gt_mask is None:
             return
         if self.maps is None or self.masks is None:
-            shape = (self.count, self.size, self.size)
+            shape = (len(loader.dataset), self.size, self.size)
             self.maps = mapped(self.folder / "maps.bin", shape)
             self.masks = mapped(self.folder / "masks.bin", shape, torch.uint8)
         maps = maps.detach().float().reshape(len(maps), 1, *maps.shape[-2:])

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
-from anomalib.data import MVTecAD
-from anomalib.data.datasets.image import mvtecad
+import pandas as pd
+from anomalib import TaskType
+from anomalib.data import AnomalibDataModule, AnomalibDataset, MVTecAD
 from torch.utils.data import DataLoader
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.data import Images
 from anomalib_flowood.data.sources import Source
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+"""Of files that are images or masks, in small letters."""
 
 HELD_OUT: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.1, "seed": 0, "num_workers": 0}
 """How normal images are held out of an industrial data module's training set."""
@@ -50,8 +56,55 @@ class _Relabelled:
         return replace(images, classes=classes, class_names=())
 
 
+def industrial_samples(folder: Path) -> pd.DataFrame:
+    """List the images of a folder laid out as MVTec AD, as anomalib's data sets want them.
+
+    Masks are ``ground_truth/KIND/NAME.png`` or ``NAME_mask.png`` for the image ``test/KIND/NAME.jpg``. Where there are
+    none at all, what the images are for is to be classified.
+
+    Raises:
+        FileNotFoundError: If there are no images to fit to, or none of either side to test on.
+        ValueError: If some anomalous images have masks, and some have not.
+    """
+    images = {split: _images(folder, f"{split}/{kinds}") for split, kinds in (("train", "good"), ("test", "*"))}
+    normal = sum(path.parent.name == "good" for path in images["test"])
+    counts = {"train/good": len(images["train"]), "test/good": normal, "test/KIND": len(images["test"]) - normal}
+    for place, count in counts.items():
+        if not count:
+            msg = f"There are no images in {folder / place}. The folder must be laid out as MVTec AD."
+            raise FileNotFoundError(msg)
+    masks = {(path.parent.name, path.stem): str(path) for path in _images(folder, "ground_truth/*")}
+    rows = []
+    for split, paths in images.items():
+        for path in paths:
+            kind = path.parent.name
+            mask = ""
+            if masks and kind != "good":
+                mask = masks.get((kind, path.stem)) or masks.get((kind, f"{path.stem}_mask"), "")
+                if not mask:
+                    wanted = folder / "ground_truth" / kind / f"{path.stem}_mask.png"
+                    msg = f"{path} has no mask, other images of {folder} have: add {wanted}, or take ground_truth away."
+                    raise ValueError(msg)
+            rows.append((str(folder), split, kind, str(path), int(kind != "good"), mask))
+    samples = pd.DataFrame(rows, columns=["path", "split", "label", "image_path", "label_index", "mask_path"])
+    samples.attrs["task"] = TaskType.SEGMENTATION if masks else TaskType.CLASSIFICATION
+    return samples
+
+
+def _images(folder: Path, places: str) -> list[Path]:
+    return sorted((path for path in folder.glob(f"{places}/*") if path.suffix.lower() in ENDINGS), key=str)
+
+
+class IndustrialDataset(AnomalibDataset):
+    """Images of a table of samples."""
+
+    def __init__(self, samples: pd.DataFrame) -> None:
+        super().__init__()
+        self.samples = samples
+
+
 class IndustrialFolder(MVTecAD):
-    """A folder laid out as MVTec AD, whose images may be PNG, JPEG, BMP or TIFF files."""
+    """A folder laid out as MVTec AD, with or without masks, whose images may be PNG, JPEG, BMP or TIFF files."""
 
     def __init__(self, *args: Any, limit: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,13 +114,49 @@ class IndustrialFolder(MVTecAD):
         """Nothing is downloaded."""
 
     def _setup(self, _stage: str | None = None) -> None:
-        endings = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-        with patch.object(mvtecad, "IMG_EXTENSIONS", (*endings, *map(str.upper, endings))):
-            super()._setup(_stage)
+        samples = industrial_samples(Path(self.root) / self.category)
+        self.train_data, self.test_data = (
+            IndustrialDataset(samples[samples["split"] == split].reset_index(drop=True)) for split in ("train", "test")
+        )
         if self.limit:
             for data in (self.train_data, self.test_data):
                 step = max(1, len(data) // self.limit)
                 data.subsample(list(range(0, len(data), step)), inplace=True)
+
+
+class Together(AnomalibDataModule):
+    """The normal images of several folders as one class; each folder's test is one of its own, see :meth:`test_of`.
+
+    Args:
+        folders: Of each the same images are held out as without the others.
+    """
+
+    def __init__(self, folders: Sequence[IndustrialFolder]) -> None:
+        first = folders[0]
+        super().__init__(
+            first.train_batch_size, first.eval_batch_size, first.num_workers, val_split_mode="from_dir", seed=first.seed
+        )
+        self.folders = folders
+
+    def _setup(self, _stage: str | None = None) -> None:
+        for folder in self.folders:
+            folder.setup()
+        self.train_data, self.val_data, self.test_data = (
+            self._joined([getattr(folder, part) for folder in self.folders])
+            for part in ("train_data", "val_data", "test_data")
+        )
+
+    @staticmethod
+    def _joined(parts: Sequence[AnomalibDataset]) -> IndustrialDataset:
+        samples = pd.concat([part.samples for part in parts], ignore_index=True)
+        samples.attrs["task"] = TaskType.CLASSIFICATION  # some have masks, some have not
+        return IndustrialDataset(samples)
+
+    def test_of(self, number: int) -> DataLoader:
+        """The test images of one folder, with masks where it has them; after a fit, which brings them to one size."""
+        data = copy.copy(self.folders[number].test_data)
+        data.augmentations = self.test_data.augmentations
+        return DataLoader(data, batch_size=self.eval_batch_size, collate_fn=data.collate_fn)
 
 
 def with_others(datamodule: Any, other: str) -> DataLoader:

@@ -28,7 +28,7 @@ from anomalib_flowood.models.components import backbone_pre_processor
 
 from .baselines import EMBEDDING_BASELINES, MODELS, Baseline
 
-CORESET = {"industrial": 0.01, "one_class": 0.002, "cross": 0.001}
+CORESET = {"industrial": 0.01, "unified": 0.002, "one_class": 0.002, "cross": 0.001}
 """PatchCore's share of patches to keep. The time grows with the square of it: its default is 0.1."""
 
 PADIM_FEATURES = 100

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from .detectors import DETECTORS, Detector, ablation
-from .tasks import PARTS, Options, Task, cross, industrial, left_out, one_class
+from .tasks import PARTS, SUITE_PARTS, Options, Task, cross, industrial, left_out, one_class, unified
 
 LONG_CLASS = 0
 """The class of each set on which detectors run that train for long; on all of them a contest would take hours."""
@@ -20,7 +20,7 @@ ON_EMBEDDINGS = ("EmbeddingFlow", "KNN", "Mahalanobis", "PPCA", "GaussianMixture
 
 @dataclass(frozen=True)
 class Job:
-    """One fit; one or two rows."""
+    """One fit; a row for each of its tests."""
 
     task: Task
     detector: Detector
@@ -28,10 +28,8 @@ class Job:
 
     def keys(self, parts: Sequence[str]) -> list[tuple[str, str, str, int]]:
         """The rows that it gives, as far as they are among the wanted parts."""
-        keys = [(self.task.part, self.task.name, self.detector.name, self.seed)]
-        if self.task.other:
-            keys.append(("cross", f"{self.task.name} -> {self.task.other}", self.detector.name, self.seed))
-        return [key for key in keys if key[0] in parts]
+        tests = [test for test in self.task.tests if test.part in parts]
+        return [(test.part, test.name, self.detector.name, self.seed) for test in tests]
 
 
 def plan(options: Options) -> list[Job]:
@@ -42,11 +40,13 @@ def plan(options: Options) -> list[Job]:
         FileNotFoundError: If a folder is not there.
     """
     _check_names("detector", options.detectors, DETECTORS)
-    _check_names("part", options.parts, PARTS)
+    _check_names("part", options.parts, dict.fromkeys((*PARTS, *SUITE_PARTS)))
     chosen = [DETECTORS[name] for name in DETECTORS if not options.detectors or name in options.detectors]
     pairs: list[tuple[Task, Detector]] = []
     if "industrial" in options.parts:
         pairs += product(industrial(options, "industrial"), chosen)
+    if "unified" in options.parts:
+        pairs += product(unified(options), chosen)
     if {"one_class", "cross"} & set(options.parts):
         pairs += product(one_class(options), chosen)
     if "left_out" in options.parts:
@@ -68,7 +68,7 @@ def plan(options: Options) -> list[Job]:
 
 def _seeds(task: Task, detector: Detector, seeds: Sequence[int]) -> Sequence[int]:
     """The seeds with which a detector is fitted to a task."""
-    if task.part == "industrial":
+    if task.part in SUITE_PARTS:
         return seeds if detector.random else seeds[:1]
     small = task.part in {"one_class", "left_out", "cross"}
     if small and detector.name in TRAIN_LONG and not task.name.endswith(f"class {LONG_CLASS}"):

@@ -4,11 +4,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import pytest
 from model_helpers import BACKBONE, idx_folder
 
-from anomalib_flowood import CrossDataset, FeatureMapFlow
-from benchmarks.contest import baselines, contest, data, detectors, report, tasks
+from anomalib_flowood import CrossDataset
+from benchmarks.contest import contest, data, detectors, report, tasks
 from benchmarks.contest import plan as plans
 from benchmarks.contest.data import HELD_OUT, IndustrialFolder
 from benchmarks.contest.memo import Memo
@@ -16,44 +15,11 @@ from benchmarks.contest.plan import Job
 from benchmarks.contest.tasks import Options, Task
 
 
-@pytest.fixture
-def small_contest(monkeypatch):
-    """Two detectors on the network for tests, without weights."""
-    calls = []
-
-    def flow(backbone, size, kind):
-        calls.append("flow")
-        return FeatureMapFlow(
-            BACKBONE, (1, 2), False, (size, size), subspace_dim=4, coupling_layers=2, hidden_channels=8,
-            bottleneck_dim=3, max_epochs=1, **detectors.components(BACKBONE, size),
-        )  # fmt: skip
-
-    def knn(backbone, size, kind):
-        calls.append("knn")
-        return baselines.Baseline("KNN", BACKBONE, (size, size), **detectors.components(BACKBONE, size))
-
-    monkeypatch.setitem(
-        baselines.MODELS,
-        "KNN",
-        partial(
-            baselines.KNNModel,
-            pre_trained=False,
-        ),
-    )
-    monkeypatch.setattr(tasks, "MAP_SIZE", 48)
-    chosen = {
-        "FeatureMapFlow": detectors.Detector("FeatureMapFlow", flow, ours=True),
-        "KNN": detectors.Detector("KNN", knn, maps=False),
-    }
-    monkeypatch.setattr(plans, "DETECTORS", chosen)
-    return calls
-
-
 def test_run_report_resume_retry(tmp_path, folder, small_contest, monkeypatch):
     into, output = tmp_path / "into", tmp_path / "out"
     into.mkdir()
     (into / "README.md").write_text("before\n<!-- contest: begin -->\nold\n<!-- contest: end -->\nafter\n")
-    options = Options(output, ("industrial",), folder, seeds=(0,), backbone="local-dir:none")
+    options = Options(output, ("industrial",), [folder], seeds=(0,), backbone="local-dir:none")
     good = plans.DETECTORS["KNN"]
 
     def broken(*_):
@@ -141,7 +107,7 @@ def test_one_class_rows_for_another_data_set(tmp_path, small_contest, monkeypatc
         "ramps class 0",
         "one_class",
         partial(inside, tmp_path / "fashion_mnist", [tmp_path / "a"]),
-        "mnist",
+        tasks.shown("ramps class 0", "mnist"),
     )
     monkeypatch.setattr(data, "CrossDataset", lambda first, others, root, test_limit: inside(outside, [tmp_path / "a"]))
     job = Job(task, plans.DETECTORS["KNN"], 0)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contest's detectors on any folders laid out as MVTec AD, with masks or without.
+
+python -m benchmarks.suite run FOLDER FOLDER ...
+python -m benchmarks.suite report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.contest import contest
+from benchmarks.contest.detectors import DETECTORS
+from benchmarks.contest.tasks import MAP_SIZE, SUITE_PARTS, Options
+from benchmarks.results import announce_files
+
+from . import report
+
+QUICK = [name for name, detector in DETECTORS.items() if not detector.held_out_loss]
+"""The detectors that run by default: all but those which train for as long as they are let."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run what is not finished yet, then report")
+    run.add_argument("industrial", nargs="+", type=Path, metavar="FOLDER", help="laid out as MVTec AD")
+    run.add_argument("--parts", nargs="+", choices=SUITE_PARTS, default=SUITE_PARTS)
+    run.add_argument(
+        "--detectors", nargs="+", choices=list(DETECTORS), default=QUICK, metavar="NAME",
+        help=f"of {', '.join(DETECTORS)}; by default all but those that train for long",
+    )  # fmt: skip
+    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    run.add_argument("--limit", type=int, help="a trial on about so many images of each folder, in OUTPUT/trial")
+    reporting = commands.add_parser("report", help="rebuild the tables from the rows")
+    for command in (run, reporting):
+        command.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
+        command.add_argument("--image-size", type=int, default=MAP_SIZE, help="height and width (default: %(default)s)")
+        command.add_argument("--output", type=Path, help="default: runs/suite/BACKBONE-SIZE")
+        command.add_argument("--into", type=Path, help="folder whose README.md and results.csv are rewritten, too")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    arguments = vars(_parser().parse_args())
+    command, into, output = (arguments.pop(name) for name in ("command", "into", "output"))
+    if output is None:
+        backbone = arguments["backbone"].rstrip("/").rpartition("/")[2]
+        output = Path("runs/suite") / f"{backbone}-{arguments['image_size']}"
+    if arguments.get("limit"):  # a trial's rows keep away from results
+        output = output / "trial"
+    console = Console(soft_wrap=True)
+    try:
+        if command == "run":
+            contest.run(Options(output=output, extras=False, **arguments), console)
+        written = report.write(output, into or output)
+    except (ValueError, FileNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
+        return 2
+    Console().print(Markdown((output / "tables.md").read_text(encoding="utf-8")))
+    return announce_files(output, written, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
