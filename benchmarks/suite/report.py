@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.contest.selections import complete
 from benchmarks.contest.tasks import SUITE_PARTS
 from benchmarks.results import publish, rows_to_report
 from benchmarks.tables import markdown, short_number
@@ -67,24 +66,29 @@ def _tables(order: pd.Index, columns: dict[str, list[str]], first: dict[str, lis
 def _part(rows: pd.DataFrame) -> list[str]:
     """What one part has to show."""
     folders = rows["task"].nunique()
-    done = complete(rows)
+    # Means are over the same folders for all: of the seeds that have them all, and of no other detector.
+    whole = rows.groupby(["detector", "seed"])["task"].transform("nunique") == folders
+    done = rows[whole]
+    rest = rows[~rows["detector"].isin(done["detector"])]
+    missing = sorted(set(rest["detector"]))
     table = summary(done)
+    table = table.reindex([*table.index, *missing])
+    shown = pd.concat([done, rest])
     means = {
         "AUROC ↑": _column(table["auroc"]),
         "± seeds": [_three(value) for value in table["spread"]],
-        "rank": [f"{value:.1f}" for value in table["rank"]],
+        "rank": ["–" if pd.isna(value) else f"{value:.1f}" for value in table["rank"]],
         "AUPRO ↑": _column(table["aupro"]),
         "pixel ↑": _column(table["pixel_auroc"]),
         "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
     }
     texts = [f"Mean over {folders} folder{'s' * (folders > 1)}, and image AUROC on each:"]
-    texts += _tables(table.index, _per_folder(done, table.index, "auroc"), means)
-    with_maps = done[done["aupro"].notna()]
+    texts += _tables(table.index, _per_folder(shown, table.index, "auroc"), means)
+    with_maps = shown[shown["aupro"].notna()]
     if not with_maps.empty:
         order = table.index[table.index.isin(with_maps["detector"])]
         texts += ["AUPRO where there are masks:", *_tables(order, _per_folder(with_maps, order, "aupro"))]
-    missing = sorted(set(rows["detector"]) - set(done["detector"]))
-    return [*texts, f"Not finished on every folder: {', '.join(missing)}."] if missing else texts
+    return [*texts, f"Without a mean, for want of a folder: {', '.join(missing)}."] if missing else texts
 
 
 def tables(rows: pd.DataFrame) -> str:

@@ -134,11 +134,12 @@ def test_ranks_means_and_what_is_missing(tmp_path):
     ]
     append_rows(tmp_path, rows, COLUMNS)
     text = report.tables(read_rows(tmp_path))
-    assert "| KNN | **0.830** | – | 1.2 | – | – | 10.0 | **0.950** | **0.710** |" in text
+    assert "| KNN | **0.830** | – | 1.2 | – | – | 10.0 | 0.950 | **0.710** |" in text
     assert "| FeatureMapFlow | 0.810 | 0.014 | 1.8 | **0.800** | – | 10.0 | 0.910 | **0.710** |" in text
     assert "| PPCA | 0.550 | – | 3.0 |" in text
     assert text.index("| KNN") < text.index("| FeatureMapFlow") < text.index("| PPCA")
-    assert "Not finished on every folder: Dfm." in text
+    assert "| Dfm | – | – | – | – | – | – | **0.990** | – |" in text
+    assert "Without a mean, for want of a folder: Dfm." in text
     assert "Failed: Dfm on cups (industrial)." in text
     assert "| KNN | **0.700** | – | 1.0 | – | – | 10.0 | **0.650** | **0.750** |" in text
     assert text.count("One model for all folders") == 3
@@ -147,6 +148,13 @@ def test_ranks_means_and_what_is_missing(tmp_path):
     (into / "README.md").write_text("rules\n<!-- suite: begin -->\n<!-- suite: end -->\n", encoding="utf-8")
     report.write(tmp_path, into)
     assert "| PPCA | 0.550 |" in (into / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_finished_on_every_folder(tmp_path):
+    append_rows(tmp_path, [row("bolts", "KNN", 0.5), row("cups", "PPCA", 0.6)], COLUMNS)
+    text = report.tables(read_rows(tmp_path))
+    assert "| KNN | – | – | – | – | – | – | **0.500** | – |" in text
+    assert "for want of a folder: KNN, PPCA." in text
 
 
 def test_many_folders_have_their_columns_below_each_other(tmp_path):
