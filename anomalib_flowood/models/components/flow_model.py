@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -61,7 +62,8 @@ class FlowModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the density."""
-        return next(t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+        tensors = chain(self.parameters(), self.buffers())
+        return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
     def new_flow(self) -> InvertibleModule:
         """Make one more flow of the same architecture, with weights of its own."""
@@ -105,7 +107,7 @@ class FlowModel(nn.Module):
             inputs: What :meth:`inputs` returned.
             flow: Another flow of the same architecture, to take in the place of the model's own.
         """
-        return flows.density(flow or self.flow, self.base, *inputs)
+        return flows.density(self.flow if flow is None else flow, self.base, *inputs)
 
     def log_prob(self, images: Tensor) -> Tensor:
         """Log-density of pre-processed images, ``(N, C, H, W)``; nats, ``(N,)``.

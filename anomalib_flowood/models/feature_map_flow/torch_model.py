@@ -168,7 +168,7 @@ class FeatureMapFlowModel(FlowModel):
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns."""
-        sides = (flow or self.flow).flows
+        sides = (self.flow if flow is None else flow).flows
         return flows.independent(
             [
                 flows.density(side, self.base, reduced, rest.flatten(1).sum(1))
