@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table for each part: a line for each detector, means over the folders and what it reaches on each of them."""
+"""Tables of each part: a line for each detector, with means over the folders, and what it reaches on each of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from benchmarks.tables import markdown, short_number
 
 TITLES = {"industrial": "A model for each folder", "unified": "One model for all folders"}
 
-SIDE_BY_SIDE = 6
-"""Folders that have their columns in one table; more go into tables below it."""
+WIDTH = 80
+"""Characters of a terminal: folders whose columns do not fit beside each other go into tables below."""
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -51,16 +51,25 @@ def _per_folder(rows: pd.DataFrame, order: pd.Index, metric: str) -> dict[str, l
     return {name: _column(means[name]) for name in means.columns}
 
 
-def _tables(order: pd.Index, columns: dict[str, list[str]], first: dict[str, list[str]] | None = None) -> list[str]:
-    """Tables with the detectors in this order, so many folders in each; the first one has other columns before."""
-    texts = []
-    names = list(columns)
-    for start in range(0, max(1, len(names)), SIDE_BY_SIDE):
-        chosen = dict(first or {}) if start == 0 else {}
-        chosen |= {name: columns[name] for name in names[start : start + SIDE_BY_SIDE]}
-        lines = [list(cells) for cells in zip(order, *chosen.values(), strict=True)]
-        texts.append(markdown(["detector", *chosen], lines))
-    return texts
+def _tables(order: pd.Index, columns: dict[str, list[str]]) -> list[str]:
+    """Tables with the detectors in this order, so many columns in each as a terminal has room for."""
+    first = max(map(len, ["detector", *order]))
+    groups: list[list[str]] = []
+    room = 0
+    for name, cells in columns.items():
+        width = 2 + max(len(cell.strip("*")) for cell in (name, *cells))  # what is bold has asterisks in the file alone
+        if not groups or width > room:
+            groups.append([])
+            room = WIDTH - first - 2
+        groups[-1].append(name)
+        room -= width
+    return [
+        markdown(
+            ["detector", *group],
+            [list(line) for line in zip(order, *(columns[name] for name in group), strict=True)],
+        )
+        for group in groups
+    ]
 
 
 def _part(rows: pd.DataFrame) -> list[str]:
@@ -82,12 +91,12 @@ def _part(rows: pd.DataFrame) -> list[str]:
         "pixel ↑": _column(table["pixel_auroc"]),
         "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
     }
-    texts = [f"Mean over {folders} folder{'s' * (folders > 1)}, and image AUROC on each:"]
-    texts += _tables(table.index, _per_folder(shown, table.index, "auroc"), means)
+    texts = [f"Mean over {folders} folder{'s' * (folders > 1)}:", *_tables(table.index, means)]
+    texts += ["Image AUROC on each:", *_tables(table.index, _per_folder(shown, table.index, "auroc"))]
     with_maps = shown[shown["aupro"].notna()]
     if not with_maps.empty:
         order = table.index[table.index.isin(with_maps["detector"])]
-        texts += ["AUPRO where there are masks:", *_tables(order, _per_folder(with_maps, order, "aupro"))]
+        texts += ["AUPRO on each that has masks:", *_tables(order, _per_folder(with_maps, order, "aupro"))]
     return [*texts, f"Without a mean, for want of a folder: {', '.join(missing)}."] if missing else texts
 
 
