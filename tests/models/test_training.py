@@ -21,6 +21,7 @@ class Clock(Timer):
         ({"max_time": "00:00:01:00"}, None),
         ({"callbacks": [Timer(timedelta(minutes=1))]}, None),
         ({"callbacks": [Clock(timedelta(minutes=1))]}, None),
+        ({"callbacks": [Timer(None)]}, 2),  # which measures only
     ],
 )
 def test_only_a_trainer_without_any_limit_gets_the_detectors(limits, epochs, tmp_path):

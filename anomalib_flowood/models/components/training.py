@@ -51,7 +51,8 @@ class FlowTraining(_Base):
         if trainer is None:
             return
         loop = trainer.fit_loop
-        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        timed = any(timer.time_remaining() is not None for timer in timers)  # others measure only
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             loop.max_epochs = self.max_epochs if self._trainable else 1
 
