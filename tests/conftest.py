@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
 import os
+import signal
 
 import pytest
 
@@ -19,3 +20,17 @@ def _same_numbers_every_time():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_of_ended_processes():
+    """Undo what torch's loaders with processes install, once and for all.
+
+    OpenVINO leaves a stack for signals behind that it has freed (2026.4): the next end of any process would be the end
+    of this one, in the midst of another test.
+    """
+    yield
+    from torch.utils.data._utils import signal_handling
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal_handling._SIGCHLD_handler_set = False
