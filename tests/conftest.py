@@ -2,8 +2,10 @@
 import gc
 import os
 import signal
+import sys
 
 import pytest
+from signal_stack import disable_signal_stack
 
 # Before torch is imported, which counts its threads then. The models of these tests are too small for more than one,
 # and `make test` runs a process for each of two cores.
@@ -23,14 +25,16 @@ def _same_numbers_every_time():
 
 
 @pytest.fixture(autouse=True)
-def _no_handler_of_ended_processes():
-    """Undo what torch's loaders with processes install, once and for all.
+def _no_stack_for_signals():
+    """Undo what OpenVINO (2026.4) does to the thread that it computes on: its stack for signals is freed memory.
 
-    OpenVINO leaves a stack for signals behind that it has freed (2026.4): the next end of any process would be the end
-    of this one, in the midst of another test.
+    The next signal that is handled would be the end of the process, in the midst of another test: that of a loader's
+    process that ends, for which torch installs a handler once and for all.
     """
     yield
     from torch.utils.data._utils import signal_handling
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal_handling._SIGCHLD_handler_set = False
+    if sys.platform == "linux":
+        disable_signal_stack()

@@ -12,6 +12,7 @@ import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from model_helpers import DETECTORS, data, engine, pixel_flow
+from signal_stack import disable_signal_stack, has_signal_stack
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
@@ -24,6 +25,7 @@ from anomalib_flowood.models.components.export_check import (
     check_export,
     compare,
     compare_runtime,
+    openvino_runtime,
 )
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -347,3 +349,11 @@ def test_without_a_calibration_the_score_is_raw(tmp_path):
     assert len(detector.check_images) == 5  # of the training images
     known = strict_json(detector.to_torch(tmp_path).with_name("model.json"))
     assert (known["threshold"], known["calibration_scores"], known["outputs"]) == (None, [], ["pred_score"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stacks for signals are asked for in Linux's way")
+def test_the_check_leaves_the_stack_for_signals_alone(maps):
+    """OpenVINO gives the thread that it computes on one and frees it, and the next signal would end the process."""
+    disable_signal_stack()
+    openvino_runtime(maps.export("openvino"), raw=True).run(np.zeros((2, 3, 48, 48), np.float32))
+    assert not has_signal_stack()
