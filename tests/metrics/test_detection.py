@@ -191,7 +191,7 @@ def test_auroc_of_pixels_takes_little_memory() -> None:
     with Peak(anonymous, 0.001) as peak:
         auroc(maps, masks)
     assert peak.above_rest is not None
-    assert peak.above_rest < 6 * maps.nbytes
+    assert peak.above_rest < 10 * maps.nbytes  # what it needs is 5 to 6 times as much
     metric = AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_")
     metric.update(ImageBatch(image=torch.zeros(8, 3, 2, 2), anomaly_map=maps, gt_mask=masks.squeeze(1)))
     assert sum(state.nbytes for state in (*metric.preds, *metric.target)) == 5 * maps.numel()
