@@ -19,20 +19,25 @@ class Density:
     """What a flow says about a batch.
 
     Attributes:
-        parts: The terms whose sum is −log p: that of the base distribution first, then the log-determinants, and the
-            rest where there is one; nats, ``(N, P)``.
+        terms: What sums to the log-density: log p of the base distribution first, then the log-determinants, and the
+            rest where there is one; nats, ``(N,)`` each.
         latents: Latents of each of the flows that are evaluated side by side, ``(N, ...)``.
         base: The base distribution of each.
     """
 
-    parts: Tensor
+    terms: tuple[Tensor, ...]
     latents: tuple[Tensor, ...]
     base: Base
 
     @property
     def log_prob(self) -> Tensor:
         """Log-density, nats, ``(N,)``."""
-        return -self.parts.sum(1)
+        return sum(self.terms[1:], self.terms[0])
+
+    @property
+    def parts(self) -> Tensor:
+        """The terms of −log p side by side; nats, ``(N, P)``."""
+        return -torch.stack(self.terms, dim=1)
 
     @property
     def radius(self) -> Tensor:
@@ -52,16 +57,14 @@ def density(flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None =
     """
     z, log_det = flow(x)
     log_prob = base.log_prob(z)
-    terms = [log_prob, torch.zeros_like(log_prob) + log_det]  # no transform, no tensor
-    if rest is not None:
-        terms.append(rest)
-    return Density(-torch.stack(terms, dim=1), (z,), base)
+    terms = (log_prob, torch.zeros_like(log_prob) + log_det)  # without a transform log_det is the number 0
+    return Density(terms if rest is None else (*terms, rest), (z,), base)
 
 
 def independent(densities: Sequence[Density]) -> Density:
     """Put densities of independent variables together, with one kind of base: their log-densities add up."""
-    parts = torch.stack([part.parts for part in densities]).sum(0)
-    return Density(parts, tuple(z for part in densities for z in part.latents), densities[0].base)
+    terms = tuple(sum(same[1:], same[0]) for same in zip(*(part.terms for part in densities), strict=True))
+    return Density(terms, tuple(z for part in densities for z in part.latents), densities[0].base)
 
 
 def shares(couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor) -> Tensor:

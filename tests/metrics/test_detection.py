@@ -185,15 +185,16 @@ def test_auroc_of_pixels_takes_little_memory() -> None:
     """scikit-learn's on ranks took 25 times the memory of the scores."""
     if anonymous() is None:
         pytest.skip("anonymous memory is read from /proc, which this system lacks")
-    maps = torch.randn(2**21, generator=torch.Generator().manual_seed(0)).reshape(8, 1, 512, 512)
+    # Many, beside which 20 MiB of buffers and of what allocators keep are little: alone it is 3 times their memory.
+    maps = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).reshape(16, 1, 512, 512)
     masks = maps > 2
     auroc(maps[:1], masks[:1])
     with Peak(anonymous, 0.001) as peak:
         auroc(maps, masks)
     assert peak.above_rest is not None
-    assert peak.above_rest < 10 * maps.nbytes  # what it needs is 5 to 6 times as much
+    assert peak.above_rest < 6 * maps.nbytes
     metric = AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_")
-    metric.update(ImageBatch(image=torch.zeros(8, 3, 2, 2), anomaly_map=maps, gt_mask=masks.squeeze(1)))
+    metric.update(ImageBatch(image=torch.zeros(16, 3, 2, 2), anomaly_map=maps, gt_mask=masks.squeeze(1)))
     assert sum(state.nbytes for state in (*metric.preds, *metric.target)) == 5 * maps.numel()
 
 

@@ -79,8 +79,8 @@ def test_a_flow_may_not_save_bits_by_peaks_at_the_centres_of_the_bins():
 
     def peaks(inputs, flow=None):
         offset = (256 * inputs[0]).frac() - 0.5
-        parts = 0.5 * (offset / 0.02).square().flatten(1).sum(1, keepdim=True)
-        return Density(parts, (parts,), StandardNormal())
+        nll = 0.5 * (offset / 0.02).square().flatten(1).sum(1)
+        return Density((-nll,), (nll[:, None],), StandardNormal())
 
     model.density = peaks
     images = torch.rand(3, 1, 4, 4)

@@ -93,7 +93,7 @@ class Uniform(Gaussian):
 
     def density(self, inputs, flow=None):
         zeros = inputs[0].new_zeros(len(inputs[0]))
-        return Density(torch.stack([zeros, zeros], dim=1), (zeros[:, None],), StandardNormal())
+        return Density((zeros, zeros), (zeros[:, None],), StandardNormal())
 
 
 class Table(Gaussian):
@@ -106,7 +106,7 @@ class Table(Gaussian):
         self.parts = parts
 
     def density(self, inputs, flow=None):
-        return Density(inputs[0], inputs, StandardNormal())
+        return Density((-inputs[0]).unbind(1), inputs, StandardNormal())
 
 
 def fitted(score, density, *batches):

@@ -96,9 +96,10 @@ class FlowModel(nn.Module):
         Raises:
             ValueError: As :func:`check_images`, and if the model's weights have fewer than 32 bits.
         """
-        check_precision(self.dtype)
+        dtype = self.dtype
+        check_precision(dtype)
         check_images(images, unit_range=unit_range, size=size)
-        return images.to(self.dtype)
+        return images.to(dtype)
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of prepared images.
