@@ -3,7 +3,15 @@
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .bases import Base, GaussianMixture, StandardNormal, StudentT
-from .couplings import AffineCoupling, ChannelCoupling, MaskedCoupling, QuadrantCoupling, native_form, quadrant_size
+from .couplings import (
+    SCALES,
+    AffineCoupling,
+    ChannelCoupling,
+    MaskedCoupling,
+    QuadrantCoupling,
+    native_form,
+    quadrant_size,
+)
 from .density import Density, SideBySide, density, independent, shares
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze, Whitening
 from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
@@ -37,6 +45,7 @@ __all__ = [
     "LOGIT_ALPHA",
     "MASKS",
     "NOISE_DRAWS",
+    "SCALES",
     "SUBNETS",
     "ActNorm",
     "AffineCoupling",

@@ -12,7 +12,7 @@ from FrEIA.framework import SequenceINN
 
 from anomalib_flowood.names import Registry
 
-from .couplings import ChannelCoupling, MaskedCoupling, SubnetConstructor
+from .couplings import ChannelCoupling, MaskedCoupling, SubnetConstructor, check_scale
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, coupling_mask
 from .pixels import LOGIT_ALPHA, Logit
@@ -20,16 +20,19 @@ from .subnets import SUBNETS, check_bottleneck, subnet_constructor, subnets_with
 
 
 class _Net(NamedTuple):
-    """An s,t-network, but for the size of what it sees."""
+    """An s,t-network, but for the size of what it sees, and whether there is an s."""
 
     name: str
     hidden_channels: int
     bottleneck_dim: int
+    scale: str
     num_blocks: int = 2
     batch_norm: bool = False
 
     def constructor(self, size: tuple[int, ...]) -> SubnetConstructor:
-        return subnet_constructor(size=size, **self._asdict())
+        arguments = self._asdict()
+        check_scale(arguments.pop("scale"))
+        return subnet_constructor(size=size, **arguments)
 
 
 class _Stack(NamedTuple):
@@ -88,6 +91,7 @@ def pixel_flow(
     bottleneck_dim: int = 5,
     num_blocks: int = 2,
     batch_norm: bool = False,
+    scale: str = "tanh",
     logit_alpha: float = LOGIT_ALPHA,
 ) -> SequenceINN:
     """Build a flow on dequantised images: logit, then the couplings of an architecture.
@@ -118,6 +122,8 @@ def pixel_flow(
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
         num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
         batch_norm: Batch normalisation in the ``resnet`` networks.
+        scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
+            couplings, which leave all scaling to the logit, and to ActNorm and 1×1 convolutions where there are some.
         logit_alpha: Alpha of the :class:`~anomalib_flowood.flows.Logit`; 0.05 in the literature.
 
     Returns:
@@ -132,6 +138,7 @@ def pixel_flow(
         name=usual.subnet if subnet is None else subnet,
         hidden_channels=usual.hidden_channels if hidden_channels is None else hidden_channels,
         bottleneck_dim=bottleneck_dim,
+        scale=scale,
         num_blocks=num_blocks,
         batch_norm=batch_norm,
     )
@@ -239,6 +246,7 @@ def map_flow(
     coupling_layers: int = 8,
     hidden_channels: int = 256,
     bottleneck_dim: int = 32,
+    scale: str = "tanh",
 ) -> SequenceINN:
     """Build a flow on feature maps: couplings of one mask family, in their native form where there is one.
 
@@ -249,6 +257,8 @@ def map_flow(
         coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
+            couplings, whose log-determinant is 0.
 
     Returns:
         The flow: ``flow(x) -> (z, log_det)`` with ``x`` of shape ``(N, C, H, W)``.
@@ -258,7 +268,7 @@ def map_flow(
     """
     _at_least("coupling_layers", coupling_layers, 0)
     flow = SequenceINN(*shape)
-    _append_couplings(flow, mask, True, _Net(subnet, hidden_channels, bottleneck_dim), coupling_layers)
+    _append_couplings(flow, mask, True, _Net(subnet, hidden_channels, bottleneck_dim, scale), coupling_layers)
     return flow
 
 
@@ -273,9 +283,9 @@ def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Net, cou
             # The network sees zeros and padding, too, which tell it nothing.
             check_bottleneck(net.bottleneck_dim, int(sides.feed.sum()))
         if form:
-            flow.append(form, layer=layer, subnet_constructor=constructor)
+            flow.append(form, layer=layer, subnet_constructor=constructor, scale=net.scale)
         else:
-            flow.append(MaskedCoupling, mask=sides, subnet_constructor=constructor)
+            flow.append(MaskedCoupling, mask=sides, subnet_constructor=constructor, scale=net.scale)
 
 
 def vector_flow(
@@ -285,6 +295,7 @@ def vector_flow(
     coupling_layers: int = 8,
     hidden_channels: int = 256,
     bottleneck_dim: int = 16,
+    scale: str = "tanh",
 ) -> SequenceINN:
     """Build a RealNVP flow on vectors: couplings whose halves swap their roles from layer to layer.
 
@@ -294,6 +305,8 @@ def vector_flow(
         coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
+            couplings, whose log-determinant is 0.
 
     Returns:
         The flow: ``flow(x) -> (z, log_det)``, ``x`` of shape ``(N, dims)``.
@@ -302,10 +315,10 @@ def vector_flow(
         ValueError: If a name is unknown, or the configuration makes no sense for this length.
     """
     _at_least("coupling_layers", coupling_layers, 0)
-    constructor = subnet_constructor(subnet, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
+    constructor = _Net(subnet, hidden_channels, bottleneck_dim, scale).constructor(())
     flow = SequenceINN(dims)
     for layer in range(coupling_layers):
-        flow.append(ChannelCoupling, layer=layer, subnet_constructor=constructor)
+        flow.append(ChannelCoupling, layer=layer, subnet_constructor=constructor, scale=scale)
     return flow
 
 

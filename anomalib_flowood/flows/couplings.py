@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affine coupling layers as FrEIA invertible modules.
+"""Coupling layers as FrEIA invertible modules.
 
 All forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupling, with the scale
 ``s = w * tanh(s_raw)`` of the paper's code (Kirichenko et al. 2020), ``w`` learned per channel::
@@ -7,6 +7,9 @@ All forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupl
     s_raw, t = subnet(fed values)
     y = (x + t) * exp(s)    where the mask changes x,    y = x elsewhere
     log_det = sum of s over the changed values
+
+or, without a scale (``s = 0``), the additive coupling of Dinh et al. (2015, "NICE", section 3.2), which keeps volumes:
+``t = subnet(fed values)``, and the log-determinant is 0.
 """
 
 from __future__ import annotations
@@ -19,13 +22,27 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from anomalib_flowood.names import check_known
+
 from .masks import MASKS, CouplingMask
 from .precision import full_precision
 
 _CLOCKWISE = (0, 1, 3, 2)
 """Quadrants clockwise from the top left, as places in reading order."""
 
+SCALES = ("tanh", "none")
+"""Log-scales of a coupling by the names that users type: bounded by a learned weight, or none (additive couplings)."""
+
 SubnetConstructor = Callable[[int, int], nn.Module]
+
+
+def check_scale(scale: str) -> None:
+    """Refuse a name that is not among :data:`SCALES`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    check_known("scale", [scale], SCALES)
 
 
 class AffineCoupling(InvertibleModule):
@@ -33,13 +50,18 @@ class AffineCoupling(InvertibleModule):
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, as FrEIA passes it.
-        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``.
+        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``; there are two channels out for
+            each that is changed, one without a scale.
         dims_c: Shapes of conditions; FrEIA's convention, none are supported.
         channels: Channels that feed the network, and channels of what is changed; all of them by default.
+        scale: One of :data:`SCALES`; ``none`` for an additive coupling.
 
     Raises:
-        ValueError: If there is more than one input, or a condition.
+        ValueError: If there is more than one input, a condition, or the scale is unknown.
     """
+
+    scale: nn.Parameter | None
+    """w, for each changed channel; ``None`` without a scale."""
 
     def __init__(
         self,
@@ -47,15 +69,19 @@ class AffineCoupling(InvertibleModule):
         subnet_constructor: SubnetConstructor,
         dims_c: Iterable[tuple[int, ...]] | None = None,
         channels: tuple[int, int] | None = None,
+        scale: str = "tanh",
     ) -> None:
         super().__init__(dims_in, dims_c)
+        check_scale(scale)
         if len(self.dims_in) != 1 or self.dims_c:
             msg = f"{type(self).__name__} takes one input and no condition, got {self.dims_in} and {self.dims_c}."
             raise ValueError(msg)
         self.shape = tuple(self.dims_in[0])
         fed, changed = channels or (self.shape[0], self.shape[0])
-        self.subnet = subnet_constructor(fed, 2 * changed)
-        self.scale = nn.Parameter(torch.ones(changed, *[1] * (len(self.shape) - 1)))
+        scaled = scale != "none"
+        self.subnet = subnet_constructor(fed, 2 * changed if scaled else changed)
+        weight = nn.Parameter(torch.ones(changed, *[1] * (len(self.shape) - 1))) if scaled else None
+        self.register_parameter("scale", weight)
 
     @classmethod
     def subnet_size(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,12 +106,15 @@ class AffineCoupling(InvertibleModule):
             fed: Values that the network sees, ``(N, C, ...)``.
 
         Returns:
-            ``s`` (bounded by ``|w|``) and ``t``, each ``(N, C, ...)``.
+            ``s`` (bounded by ``|w|``; zeros without a scale) and ``t``, each ``(N, C, ...)``.
         """
         # Whatever the network makes of what it sees, the density is exact for it. So training may run it in 16 bits;
         # but scores are not to depend on that.
         network = self.subnet if self.training else self._exact_subnet
-        raw, shift = network(fed).to(fed.dtype).chunk(2, dim=1)
+        out = network(fed).to(fed.dtype)
+        if self.scale is None:
+            return torch.zeros_like(out), out
+        raw, shift = out.chunk(2, dim=1)
         return self.scale * torch.tanh(raw), shift
 
     @full_precision
@@ -141,6 +170,7 @@ class MaskedCoupling(AffineCoupling):
         mask: The two sides of the coupling, boolean tensors of that shape.
         subnet_constructor: Called as ``subnet_constructor(C, 2 * C)``; the network keeps the spatial size.
         dims_c: FrEIA's convention; none are supported.
+        scale: One of :data:`SCALES`; without one the network has C channels out, not 2 C. Likewise in other forms.
 
     Raises:
         ValueError: If the mask does not fit the shape, or its sides overlap.
@@ -155,8 +185,9 @@ class MaskedCoupling(AffineCoupling):
         mask: CouplingMask,
         subnet_constructor: SubnetConstructor,
         dims_c: Iterable[tuple[int, ...]] | None = None,
+        scale: str = "tanh",
     ) -> None:
-        super().__init__(dims_in, subnet_constructor, dims_c)
+        super().__init__(dims_in, subnet_constructor, dims_c, scale=scale)
         if mask.feed.shape != self.shape or mask.change.shape != self.shape:
             msg = f"The mask has the shape {tuple(mask.feed.shape)}, the input {self.shape}."
             raise ValueError(msg)
@@ -184,8 +215,8 @@ def native_form(mask: str) -> Callable[[Form], Form]:
         mask: One of :data:`~anomalib_flowood.flows.MASKS`.
 
     Returns:
-        Decorator of a class that is called with ``dims_in``, ``layer`` (index in the stack) and
-        ``subnet_constructor``, and changes what the mask of that layer changes.
+        Decorator of a class that is called with ``dims_in``, ``layer`` (index in the stack), ``subnet_constructor``
+        and ``scale``, and changes what the mask of that layer changes.
     """
 
     def register(coupling: Form) -> Form:
@@ -208,6 +239,7 @@ class ChannelCoupling(AffineCoupling):
         subnet_constructor: Called as ``subnet_constructor(channels_fed, 2 * channels_changed)``; the network keeps
             the spatial size.
         dims_c: FrEIA's convention; none are supported.
+        scale: One of :data:`SCALES`.
 
     Raises:
         ValueError: If there is one channel only.
@@ -219,6 +251,7 @@ class ChannelCoupling(AffineCoupling):
         layer: int,
         subnet_constructor: SubnetConstructor,
         dims_c: Iterable[tuple[int, ...]] | None = None,
+        scale: str = "tanh",
     ) -> None:
         dims_in = list(dims_in)
         channels = dims_in[0][0]
@@ -227,7 +260,7 @@ class ChannelCoupling(AffineCoupling):
             raise ValueError(msg)
         halves = (channels // 2, channels - channels // 2)
         source, target = layer % 2, 1 - layer % 2
-        super().__init__(dims_in, subnet_constructor, dims_c, (halves[source], halves[target]))
+        super().__init__(dims_in, subnet_constructor, dims_c, (halves[source], halves[target]), scale)
         self.halves, self.source, self.target = halves, source, target
 
     def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
@@ -257,6 +290,7 @@ class QuadrantCoupling(AffineCoupling):
         subnet_constructor: Called as ``subnet_constructor(C, 2 * C)``; the network keeps the spatial size, which
             is :func:`quadrant_size`.
         dims_c: FrEIA's convention; none are supported.
+        scale: One of :data:`SCALES`.
 
     Raises:
         ValueError: If the input is no image of at least 2 × 2 pixels.
@@ -268,8 +302,9 @@ class QuadrantCoupling(AffineCoupling):
         layer: int,
         subnet_constructor: SubnetConstructor,
         dims_c: Iterable[tuple[int, ...]] | None = None,
+        scale: str = "tanh",
     ) -> None:
-        super().__init__(dims_in, subnet_constructor, dims_c)
+        super().__init__(dims_in, subnet_constructor, dims_c, scale=scale)
         if len(self.shape) != 3 or min(self.shape[1:]) < 2:
             msg = f"The cycle mask needs an image (C, H, W) of at least 2 x 2 pixels, got the shape {self.shape}."
             raise ValueError(msg)

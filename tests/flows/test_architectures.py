@@ -9,12 +9,14 @@ from anomalib_flowood.flows import (
     ARCHITECTURES,
     LOGIT_ALPHA,
     MASKS,
+    SCALES,
     ActNorm,
     AffineCoupling,
     ChannelCoupling,
     MaskedCoupling,
     QuadrantCoupling,
     StandardNormal,
+    map_flow,
     pixel_flow,
     vector_flow,
 )
@@ -35,11 +37,45 @@ def test_pixel_flow_inverse_and_log_determinant(mask, native, shape):
 
 
 @pytest.mark.parametrize("subnet", ["mlp", "bottleneck"])
-def test_vector_flow_inverse_and_log_determinant(subnet):
-    flow = randomise(vector_flow(7, subnet=subnet, **SMALL))
+@pytest.mark.parametrize("scale", SCALES)
+def test_vector_flow_inverse_and_log_determinant(subnet, scale):
+    flow = randomise(vector_flow(7, subnet=subnet, scale=scale, **SMALL))
     x = torch.randn(3, 7, dtype=torch.float64)
     check_inverse(flow, x, tolerance=1e-7)
     check_log_det(flow, x)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_additive_flows_keep_volumes(mask):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    for flow, values in (
+        (map_flow((3, 4, 5), mask=mask, scale="none", **SMALL), x),
+        (vector_flow(5, scale="none", **SMALL), x[:, 0, 0]),
+    ):
+        randomise(flow)
+        assert torch.equal(flow(values)[1], torch.zeros(2).double())
+        check_inverse(flow, values)
+        check_log_det(flow, values)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_additive_couplings_leave_scaling_of_pixels_to_other_layers(architecture):
+    flow = randomise(pixel_flow((3, 4, 4), architecture=architecture, scale="none", **TINY))
+    assert all(m.scale is None for m in flow.modules() if isinstance(m, AffineCoupling))
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    _, logit = flow[0]((x,))
+    _, log_det = flow(x)
+    torch.testing.assert_close(log_det - logit, (log_det - logit)[:1].expand(2))  # a constant
+    check_inverse(flow, x, tolerance=1e-7)
+    check_log_det(flow, x)
+
+
+def test_an_unknown_scale_is_refused_even_without_couplings():
+    for build in (lambda: vector_flow(4, coupling_layers=0, scale="exp"), lambda: pixel_flow((1, 4, 4), scale="exp")):
+        with pytest.raises(ValueError, match="Unknown scale 'exp'. Known: none, tanh"):
+            build()
+    with pytest.raises(ValueError, match="Unknown scale 'exp'"):
+        map_flow((2, 4, 4), coupling_layers=0, scale="exp")
 
 
 def test_every_value_is_changed_by_some_layer():

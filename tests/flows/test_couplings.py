@@ -12,6 +12,7 @@ from torch import nn
 
 from anomalib_flowood.flows import (
     MASKS,
+    SCALES,
     ChannelCoupling,
     CouplingMask,
     MaskedCoupling,
@@ -26,17 +27,18 @@ NATIVE = {f"native {name}": family.native for name, family in MASKS.items() if f
 FORMS = [*MASKS, *NATIVE]
 
 
-def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
-    return randomise(fresh_coupling(form, shape, layer, subnet))
+def coupling(form, shape=SHAPE, layer=0, subnet="bottleneck", scale="tanh"):
+    return randomise(fresh_coupling(form, shape, layer, subnet, scale))
 
 
-def fresh_coupling(form, shape=SHAPE, layer=0, subnet="bottleneck"):
+def fresh_coupling(form, shape=SHAPE, layer=0, subnet="bottleneck", scale="tanh"):
     kind = NATIVE.get(form, MaskedCoupling)
     size = kind.subnet_size(shape)
     constructor = subnet_constructor(subnet, hidden_channels=12, bottleneck_dim=3, size=size)
     if form in NATIVE:
-        return kind([shape], layer=layer, subnet_constructor=constructor)
-    return MaskedCoupling([shape], mask=coupling_mask(form, shape, layer), subnet_constructor=constructor)
+        return kind([shape], layer=layer, subnet_constructor=constructor, scale=scale)
+    mask = coupling_mask(form, shape, layer)
+    return MaskedCoupling([shape], mask=mask, subnet_constructor=constructor, scale=scale)
 
 
 def mask_of(form, shape=SHAPE, layer=0):
@@ -49,6 +51,7 @@ def call(module):
 
 
 forms = pytest.mark.parametrize("form", FORMS)
+scales = pytest.mark.parametrize("scale", SCALES)
 shapes = st.tuples(st.integers(2, 3), st.integers(3, 6), st.integers(3, 6))
 
 
@@ -62,19 +65,49 @@ def test_the_native_forms_that_there_are():
     shape=shapes,
     layer=st.integers(0, 7),
     subnet=st.sampled_from(["bottleneck", "mlp", "resnet"]),
+    scale=st.sampled_from(SCALES),
     seed=st.integers(0, 99),
 )
-def test_inverse_and_log_determinant(form, shape, layer, subnet, seed):
-    module = call(coupling(form, shape, layer, subnet))
+def test_inverse_and_log_determinant(form, shape, layer, subnet, scale, seed):
+    module = call(coupling(form, shape, layer, subnet, scale))
     x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     check_inverse(module, x)
     check_log_det(module, x)
 
 
 @forms
+@settings(max_examples=6)
+@given(shape=shapes, layer=st.integers(0, 7), seed=st.integers(0, 99))
+def test_without_a_scale_couplings_keep_volumes(form, shape, layer, seed):
+    additive = coupling(form, shape, layer, scale="none")
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    y, log_det = call(additive)(x)
+    assert torch.equal(log_det, torch.zeros(2).double())
+    # What is changed is shifted, whatever it is.
+    change = mask_of(form, shape, layer).change
+    moved, _ = call(additive)(x + change)
+    torch.testing.assert_close(moved, y + change)
+    assert torch.equal(y[:, ~change], x[:, ~change])
+
+
+@forms
+def test_a_log_scale_of_zero_is_no_scale(form):
+    affine, additive = coupling(form), coupling(form, scale="none")
+    affine.scale.data.zero_()
+    shifts = {
+        name: value.chunk(2)[1] if value.shape != additive.subnet.state_dict()[name].shape else value
+        for name, value in affine.subnet.state_dict().items()
+    }
+    additive.subnet.load_state_dict(shifts)
+    x = torch.randn(3, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(call(additive)(x)[0], call(affine)(x)[0])
+
+
+@forms
+@scales
 @pytest.mark.parametrize("layer", range(4))
-def test_only_the_masked_part_changes_and_only_the_fed_part_matters(form, layer):
-    module = call(coupling(form, layer=layer))
+def test_only_the_masked_part_changes_and_only_the_fed_part_matters(form, scale, layer):
+    module = call(coupling(form, layer=layer, subnet="mlp", scale=scale))
     feed, change = mask_of(form, layer=layer)
     x = torch.randn(1, *SHAPE, dtype=torch.float64, requires_grad=True)
     y, _ = module(x)
@@ -164,9 +197,10 @@ def test_native_and_zero_masked_channel_agree(layer, shape):
 
 
 @forms
-def test_starts_as_the_identity(form):
+@scales
+def test_starts_as_the_identity(form, scale):
     x = torch.randn(2, *SHAPE)
-    y, log_det = call(fresh_coupling(form, subnet="mlp"))(x)
+    y, log_det = call(fresh_coupling(form, subnet="mlp", scale=scale))(x)
     torch.testing.assert_close(y, x)
     assert torch.equal(log_det, torch.zeros(2))
 
@@ -187,8 +221,10 @@ def test_moves_to_another_device_with_its_mask(form):
     assert y.device.type == log_det.device.type == "meta"
 
 
-@pytest.mark.parametrize("form", ["checkerboard", *NATIVE])
-def test_exports_to_onnx(form, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "scale"), [("checkerboard", "tanh"), *((form, scale) for form in NATIVE for scale in SCALES)]
+)
+def test_exports_to_onnx(form, scale, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
 
     class Flat(nn.Module):
@@ -200,7 +236,7 @@ def test_exports_to_onnx(form, tmp_path):
             (y,), log_det = self.module((x,))
             return y, log_det
 
-    module = Flat(coupling(form).float()).eval()
+    module = Flat(coupling(form, scale=scale).float()).eval()
     x = torch.randn(3, *SHAPE)
     path = tmp_path / "coupling.onnx"
     torch.onnx.export(module, (x,), str(path), dynamo=True, verbose=False, input_names=["x"])
@@ -232,3 +268,9 @@ def test_bad_masks_are_refused():
         ChannelCoupling([(1, 4, 4)], layer=0, subnet_constructor=constructor)
     with pytest.raises(ValueError, match="one input and no condition"):
         QuadrantCoupling([(1, 4, 4)], layer=0, subnet_constructor=constructor, dims_c=[(3,)])
+
+
+def test_an_unknown_scale_is_refused():
+    constructor = subnet_constructor("mlp", hidden_channels=4, bottleneck_dim=2)
+    with pytest.raises(ValueError, match="Unknown scale 'exp'. Known: none, tanh"):
+        ChannelCoupling([(4,)], layer=0, subnet_constructor=constructor, scale="exp")

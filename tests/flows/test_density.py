@@ -5,6 +5,7 @@ from flow_helpers import check_inverse, randomise
 
 from anomalib_flowood.flows import (
     MASKS,
+    SCALES,
     GaussianMixture,
     SideBySide,
     StandardNormal,
@@ -55,9 +56,11 @@ def test_without_transforms_it_is_the_base():
 
 
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("base", [StandardNormal(), StudentT(6.0)])
-def test_shares_sum_to_minus_log_p(mask, base):
-    flow = randomise(map_flow((3, 5, 4), mask=mask, coupling_layers=5, hidden_channels=6, bottleneck_dim=2))
+def test_shares_sum_to_minus_log_p(mask, scale, base):
+    sizes = {"coupling_layers": 5, "hidden_channels": 6, "bottleneck_dim": 2}
+    flow = randomise(map_flow((3, 5, 4), mask=mask, scale=scale, **sizes))
     x = torch.randn(3, 3, 5, 4, dtype=torch.float64)
     split = shares(flow, base, x)
     assert split.shape == x.shape

@@ -13,7 +13,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
-from anomalib_flowood.flows import SUBNETS
+from anomalib_flowood.flows import SCALES, SUBNETS
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
 from anomalib_flowood.scores import SCORES
@@ -24,6 +24,7 @@ from .torch_model import EmbeddingFlowModel
 @lists_names(
     subnets=[name for name, subnet in SUBNETS.items() if subnet.fully_connected],
     scores=[name for name, score in SCORES.items() if not score.pixels_only],
+    scales=SCALES,
 )
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the embeddings of a frozen, pretrained network.
@@ -48,6 +49,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains.
         hidden_channels: Width of the s,t-networks.
+        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
         score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows. See docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
@@ -79,6 +81,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: int = 16,
         coupling_layers: int = 6,
         hidden_channels: int = 128,
+        scale: str = "tanh",
         score: str = "nll",
         max_epochs: int = 6,
         learning_rate: float = 2e-3,
@@ -107,6 +110,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
+            scale=scale,
             bottleneck_dim=bottleneck_dim,
             score=score,
         )

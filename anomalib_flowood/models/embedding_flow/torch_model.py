@@ -57,6 +57,7 @@ class EmbeddingFlowModel(FlowModel):
         subnet: str = "mlp",
         coupling_layers: int = 6,
         hidden_channels: int = 128,
+        scale: str = "tanh",
         bottleneck_dim: int = 16,
         score: str = "nll",
     ) -> None:
@@ -69,6 +70,7 @@ class EmbeddingFlowModel(FlowModel):
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
+            scale=scale,
             bottleneck_dim=bottleneck_dim,
         )
         embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)

@@ -14,7 +14,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from torch import Tensor
 
-from anomalib_flowood.flows import MASKS, SUBNETS
+from anomalib_flowood.flows import MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUROC
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
@@ -22,7 +22,7 @@ from anomalib_flowood.names import lists_names
 from .torch_model import FeatureMapFlowModel
 
 
-@lists_names(masks=MASKS, subnets=SUBNETS)
+@lists_names(masks=MASKS, subnets=SUBNETS, scales=SCALES)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the feature maps of a frozen, pretrained network: says what does not belong, and where.
 
@@ -40,6 +40,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
         hidden_channels: Width of the s,t-networks.
+        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
         score_dims: Leading principal directions of each layer that make the image score; the anomaly map takes all.
         score_fraction: The image score is a mean over positions: those where the leading directions are least likely,
             this share of them. All by default; small shares look for small defects.
@@ -78,6 +79,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         bottleneck_dim: int = 128,
         coupling_layers: int = 4,
         hidden_channels: int = 256,
+        scale: str = "tanh",
         score_dims: int = 16,
         score_fraction: float = 1.0,
         feature_noise: float = 1.0,
@@ -112,6 +114,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             bottleneck_dim=bottleneck_dim,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
+            scale=scale,
             score_dims=score_dims,
             score_fraction=score_fraction,
         )

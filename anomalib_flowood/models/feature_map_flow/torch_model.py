@@ -72,6 +72,7 @@ class FeatureMapFlowModel(FlowModel):
         bottleneck_dim: int = 128,
         coupling_layers: int = 4,
         hidden_channels: int = 256,
+        scale: str = "tanh",
         score_dims: int = 16,
         score_fraction: float = 1.0,
     ) -> None:
@@ -98,6 +99,7 @@ class FeatureMapFlowModel(FlowModel):
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
+            scale=scale,
             bottleneck_dim=bottleneck_dim,
         )
         super().__init__(new_flow, flows.StandardNormal(), sum(2 * layer.numel() for layer in maps), levels=1)

@@ -13,7 +13,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
-from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SUBNETS
+from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SCALES, SUBNETS
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
 from anomalib_flowood.names import lists_names
 from anomalib_flowood.scores import SCORES
@@ -28,6 +28,7 @@ from .torch_model import PixelFlowModel
     subnets=SUBNETS,
     fully_connected=[name for name, subnet in SUBNETS.items() if subnet.fully_connected],
     scores=SCORES,
+    scales=SCALES,
 )
 class PixelFlow(FlowModule, AnomalibModule):
     """Normalizing flow on pixels, for small images.
@@ -55,6 +56,8 @@ class PixelFlow(FlowModule, AnomalibModule):
             ``single_scale``, 64 for the others; ``realnvp`` doubles it with every squeeze.
         num_blocks: Blocks of ``resnet`` and ``highway``.
         batch_norm: Batch normalisation in ``resnet``.
+        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only. Of the
+            layers of ``glow`` others scale, too.
         logit_alpha: What the logit keeps off black and white, above 0 and below 0.5. The literature has 0.05, which
             gives fewer bits per dimension; 0.25 detects better by −log p.
         score: {scores}; ``nll`` is −log p. ``likelihood_ratio`` and ``ensemble`` train one and four more flows. See
@@ -86,6 +89,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         hidden_channels: int | None = None,
         num_blocks: int = 2,
         batch_norm: bool = False,
+        scale: str = "tanh",
         logit_alpha: float = LOGIT_ALPHA,
         score: str = "nll",
         max_epochs: int = 30,
@@ -116,6 +120,7 @@ class PixelFlow(FlowModule, AnomalibModule):
             bottleneck_dim=bottleneck_dim,
             num_blocks=num_blocks,
             batch_norm=batch_norm,
+            scale=scale,
             logit_alpha=logit_alpha,
             score=score,
         )

@@ -42,6 +42,7 @@ class PixelFlowModel(FlowModel):
         bottleneck_dim: int = 5,
         num_blocks: int = 2,
         batch_norm: bool = False,
+        scale: str = "tanh",
         logit_alpha: float = flows.LOGIT_ALPHA,
         score: str = "nll",
     ) -> None:
@@ -63,6 +64,7 @@ class PixelFlowModel(FlowModel):
             bottleneck_dim=bottleneck_dim,
             num_blocks=num_blocks,
             batch_norm=batch_norm,
+            scale=scale,
             logit_alpha=logit_alpha,
         )
         super().__init__(new_flow, flows.StandardNormal(), math.prod(shape), levels=flows.LEVELS, score=score)
