@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from anomalib_flowood.benchmark import ScoreRecorder
 
-from .memo import mapped
+from .stores import mapped
 
 LEVEL, PATIENCE = 0.005, 3
 """Levelled off: no improvement of more than this share in so many epochs."""

@@ -4,59 +4,30 @@
 All detectors of a contest stand on the same frozen weights, and most of a contest's time would go into computing the
 same feature maps again. A :class:`Memo` answers for the backbone inside of a detector: what it has seen it reads from a
 file, what is new it computes and keeps. It counts what was read, and measures what computing takes, so that the time
-saved can be put back on every detector's account.
+saved can be put back on every detector's account. In a folder of its own the files outlive the command, see
+:mod:`.stores`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
+from .stores import CAPACITY, Shelf, Store, lock
+
 CHUNK = 16
 """Images that go through a backbone at once, as in ``anomalib_flowood.features.run_backbone``."""
-
-CAPACITY = 40_000
-"""Images kept for each kind of output. The files are sparse: only what is written takes space on the disk."""
-
-
-def mapped(path: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor of zeros that lives in a new sparse file, so that the system may move it out of memory."""
-    with torch.inference_mode(mode=False):  # else it could not be written to outside of inference
-        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).reshape(tuple(shape))
-
-
-@dataclass
-class _Store:
-    """The outputs of one backbone, at one image shape."""
-
-    folder: Path
-    columns: list[Tensor] = field(default_factory=list)
-    single: bool = False
-    rows: dict[bytes, int] = field(default_factory=dict)
-    computed: int = 0
-    seconds: float = 0.0
-
-    @property
-    def seconds_per_image(self) -> float:
-        return self.seconds / self.computed if self.computed else 0.0
-
-    def open(self, outputs: Sequence[Tensor], capacity: int) -> None:
-        self.folder.mkdir(parents=True)
-        self.columns = [
-            mapped(self.folder / f"{number}.bin", (capacity, *output.shape[1:]), output.dtype)
-            for number, output in enumerate(outputs)
-        ]
 
 
 @dataclass
@@ -69,6 +40,8 @@ class Account:
     """Seconds that their computation would have taken."""
     computed: int = 0
     """Images computed."""
+    seconds_per_image: dict[Path, float] = field(default_factory=dict)
+    """What the outputs that were asked for take to compute, by their store."""
 
 
 class Memo:
@@ -77,17 +50,26 @@ class Memo:
     Args:
         folder: Where to make the temporary folder; the system's place by default.
         capacity: The most images to keep for each kind of output; what comes later is computed every time.
+        kept: A folder that outlives the memo, in the place of a temporary one: a later memo reads what this one has
+            computed. While another process works with it, it is left alone, and the memo is a temporary one.
+        gib: The most that a kept folder may hold. Beyond that the stores that nobody has asked for the longest are
+            removed, and where that is not enough nothing more is kept.
 
     Example:
         >>> with Memo() as memo:
         ...     count = memo.attach(detector)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path | None = None, capacity: int = CAPACITY) -> None:
-        self.folder = Path(mkdtemp(prefix="flowood-memo-", dir=folder))
+    def __init__(
+        self, folder: str | Path | None = None, capacity: int = CAPACITY, kept: Path | None = None, gib: float = 8.0
+    ) -> None:
         self.capacity = capacity
         self.enabled = True
-        self._stores: dict[tuple, _Store] = {}
+        self._lock = None if kept is None else lock(kept)
+        self.lasts = self._lock is not None
+        self.folder = kept if kept is not None and self.lasts else Path(mkdtemp(prefix="flowood-memo-", dir=folder))
+        self._shelf = Shelf(self.folder, int(gib * 2**30) if self.lasts else None)
+        self._stores: dict[tuple, Store] = {}
         self._account = Account()
 
     def __enter__(self) -> Memo:
@@ -97,9 +79,14 @@ class Memo:
         self.close()
 
     def close(self) -> None:
-        """Forget everything and remove the files."""
+        """Forget everything, and remove the files of a temporary folder."""
+        for store in self._stores.values():
+            store.close()
         self._stores.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            self._lock.release()
 
     def account(self) -> Account:
         """Open a new account and return it; it is filled from now on."""
@@ -146,10 +133,10 @@ class Memo:
         module.forward = forward
 
     def _look_up(self, plain: Callable, identity: tuple, images: Tensor) -> Tensor | list[Tensor]:
-        shape = (*images.shape[1:], images.dtype)
-        store = self._stores.get((identity, shape))
+        kind = (identity, (*images.shape[1:], images.dtype))
+        store = self._stores.get(kind)
         if store is None:
-            store = self._stores[identity, shape] = _Store(self.folder / str(len(self._stores)))
+            store = self._stores[kind] = self._shelf.store(kind, self.capacity)
         # Inference tensors must not get into the files' tensors, which outlive a test loop.
         with torch.inference_mode(mode=False), torch.no_grad():
             keys = [hashlib.blake2b(image.numpy().data, digest_size=16).digest() for image in images.contiguous()]
@@ -159,10 +146,11 @@ class Memo:
                 if row is None:
                     places.setdefault(key, place)
             fresh = self._compute(plain, store, images, list(places.values()))
-            self._keep(store, list(places), fresh)
+            self._shelf.keep(store, list(places), fresh)
             hits = sum(row is not None for row in known)
             self._account.hits += hits
             self._account.saved += hits * store.seconds_per_image
+            self._account.seconds_per_image[store.folder] = store.seconds_per_image
 
             number = {key: position for position, key in enumerate(places)}
             old = [place for place, row in enumerate(known) if row is not None]
@@ -177,7 +165,7 @@ class Memo:
                 outputs.append(output)
         return outputs[0] if store.single else outputs
 
-    def _compute(self, plain: Callable, store: _Store, images: Tensor, places: list[int]) -> list[Tensor]:
+    def _compute(self, plain: Callable, store: Store, images: Tensor, places: list[int]) -> list[Tensor]:
         parts: list[list[Tensor]] = []
         start = time.perf_counter()
         for chunk in torch.tensor(places, dtype=torch.long).split(CHUNK) if places else ():
@@ -189,17 +177,6 @@ class Memo:
         self._account.computed += len(places)
         return [torch.cat(column).contiguous() for column in zip(*parts, strict=True)]
 
-    def _keep(self, store: _Store, keys: list[bytes], fresh: list[Tensor]) -> None:
-        if fresh and not store.columns:
-            store.open(fresh, self.capacity)
-        for number, key in enumerate(keys):
-            row = len(store.rows)
-            if row == self.capacity:
-                return
-            for column, output in zip(store.columns, fresh, strict=True):
-                column[row] = output[number]
-            store.rows[key] = row
-
 
 def _must_compute(module: nn.Module, images: Tensor) -> bool:
     """Whether the outputs are wanted with a graph behind them, or may differ from one call to the next."""
@@ -210,7 +187,7 @@ def _must_compute(module: nn.Module, images: Tensor) -> bool:
 
 
 def _identity(module: nn.Module) -> tuple:
-    """Tell backbones apart: the class, what it returns, and its weights."""
+    """Tell backbones apart: the class, what it returns, its weights, and what computes with them."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(name.encode())
@@ -218,4 +195,4 @@ def _identity(module: nn.Module) -> tuple:
     info = getattr(module, "feature_info", None)
     indices = tuple(getattr(info, "out_indices", ())) or tuple(getattr(module, "indices", ()))
     head = (getattr(module, "num_classes", None), type(getattr(module, "global_pool", None)).__name__)
-    return type(module).__name__, indices, head, digest.digest()
+    return type(module).__name__, indices, head, digest.hexdigest(), timm.__version__, torch.__version__

@@ -130,3 +130,89 @@ def test_memo_full_computes_on(tmp_path):
                 torch.testing.assert_close(module(images)[1], plain(images)[1], rtol=1e-4, atol=1e-5)
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
+
+
+def test_kept_outputs_are_read_by_the_next_command(tmp_path):
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        with Memo(kept=tmp_path / "kept") as memo:
+            assert memo.lasts
+            module = maps_network()
+            memo.attach(module)
+            first = module(images[:3])
+        with Memo(kept=tmp_path / "kept") as memo:
+            module, other = maps_network(), maps_network((1, 3))
+            memo.attach(module)
+            memo.attach(other)
+            account = memo.account()
+            again = module(images)
+            assert (account.hits, account.computed) == (3, 2)
+            assert account.saved > 0  # what an image takes is known from before
+            assert torch.equal(again[0][:3], first[0])
+            other(images)
+            assert account.hits == 3
+        with Memo(kept=tmp_path / "kept") as memo:
+            memo.attach(module := maps_network())
+            account = memo.account()
+            assert torch.equal(module(images)[1], again[1])
+            assert (account.hits, account.computed) == (5, 0)
+            (seconds,) = account.seconds_per_image.values()
+            assert seconds > 0
+
+
+def test_an_interrupted_store_goes_on_at_its_last_whole_image(tmp_path):
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        with Memo(kept=tmp_path) as memo:
+            memo.attach(module := maps_network())
+            expected = module(images)
+        (digests,) = tmp_path.glob("*/digests")
+        digests.write_bytes(digests.read_bytes()[: 2 * 16 + 5])
+        with Memo(kept=tmp_path) as memo:
+            memo.attach(module := maps_network())
+            account = memo.account()
+            assert torch.equal(module(images)[0], expected[0])
+            assert (account.hits, account.computed) == (2, 2)
+            assert len(digests.read_bytes()) == 4 * 16
+        digests.with_name("about.json").unlink()  # interrupted earlier still
+        with Memo(kept=tmp_path) as memo:
+            memo.attach(module := maps_network())
+            account = memo.account()
+            assert torch.equal(module(images)[0], expected[0])
+            assert account.hits == 0
+
+
+def test_a_kept_folder_is_bounded(tmp_path):
+    images = torch.randn(4, 3, 32, 32)
+
+    def ask(layers, gib, count=4):
+        with torch.no_grad(), Memo(kept=tmp_path, gib=gib) as memo:
+            memo.attach(module := maps_network(layers))
+            account = memo.account()
+            module(images[:count])
+            return account.hits
+
+    def stored():
+        return sum(len(path.read_bytes()) // 16 for path in tmp_path.glob("*/digests"))
+
+    plain = maps_network((1, 2))
+    size = sum(output[0].numel() * 4 for output in plain(images)) / 2**30
+    ask((1, 2), size * 4.5)
+    assert ask((1, 2), size * 4.5) == 4
+    assert ask((1, 3), size * 4.5) == 0  # takes the place of the first
+    assert ask((1, 2), size * 4.5) == 0
+    assert stored() <= 8
+    assert ask((2,), size * 0.1) == 0  # no room: nothing is kept, and what nobody asked for is gone
+    assert stored() == 0
+
+
+def test_two_commands_do_not_share_a_kept_folder(tmp_path):
+    with Memo(kept=tmp_path / "kept") as first, Memo(tmp_path, kept=tmp_path / "kept") as second:
+        assert first.lasts
+        assert not second.lasts
+        assert second.folder != first.folder
+        with torch.no_grad():
+            second.attach(module := maps_network())
+            module(torch.randn(2, 3, 32, 32))
+    assert not second.folder.exists()
+    assert first.folder.exists()
