@@ -8,7 +8,7 @@ same strides take their place. What differs from that is said in this folder's R
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from inspect import signature
 from itertools import product, starmap
@@ -26,7 +26,7 @@ from anomalib_flowood import EmbeddingFlow, FeatureMapFlow
 from anomalib_flowood.features import feature_layers
 from anomalib_flowood.models.components import backbone_pre_processor
 
-from .baselines import EMBEDDING_BASELINES, MODELS, Baseline
+from .baselines import MODELS, Baseline
 
 CORESET = {"industrial": 0.01, "unified": 0.002, "one_class": 0.002, "cross": 0.001}
 """PatchCore's share of patches to keep. The time grows with the square of it: its default is 0.1."""
@@ -47,6 +47,7 @@ class Detector:
         held_out_loss: For detectors that are trained until the loss on held-out normal images levels off: that loss,
             from the detector and a batch of pre-processed images.
         maps: Whether it gives anomaly maps.
+        variant_of: The detector of which it is a variant, with other arguments than the defaults.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Detector:
     random: bool = False
     held_out_loss: Callable[[AnomalibModule, Tensor], Tensor] | None = None
     maps: bool = True
+    variant_of: str = ""
 
 
 def components(backbone: str, image_size: int) -> dict[str, Any]:
@@ -210,9 +212,39 @@ def cflow_loss(detector: AnomalibModule, images: Tensor) -> Tensor:
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
 
+FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 4}, "EmbeddingFlow": {"coupling_layers": 6}}
+"""Arguments that give one of our detectors a flow to train, should its defaults have none."""
+
+_OURS = {
+    "FeatureMapFlow": Detector("FeatureMapFlow", _feature_map_flow, ours=True, random=True),
+    "EmbeddingFlow": Detector("EmbeddingFlow", _embedding_flow, ours=True, random=True, maps=False),
+}
+
+
+def _trains(name: str) -> bool:
+    """Whether a detector of ours trains a flow by default."""
+    model = {"FeatureMapFlow": FeatureMapFlow, "EmbeddingFlow": EmbeddingFlow}[name]
+    return signature(model).parameters["coupling_layers"].default != 0
+
+
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name} ({'no flow' if _trains(name) else 'flow'})": (name, {"coupling_layers": 0} if _trains(name) else flow)
+    for name, flow in FLOWS.items()
+}
+"""Variants of our detectors: without the flow that they train by default, or with one where they train none."""
+
+TRAINED = dict((of, name) if _trains(of) else (name, of) for name, (of, _) in _VARIANTS.items())
+"""Detectors that train a flow, and what they are without it."""
+
+
+def _variant(name: str, of: str, arguments: dict[str, Any]) -> Detector:
+    usual = _OURS[of]
+    return replace(usual, name=name, build=partial(usual.build, **arguments), ours=False, variant_of=of)
+
+
 _ALL = [
-    Detector("FeatureMapFlow", _feature_map_flow, ours=True, random=True),
-    Detector("EmbeddingFlow", _embedding_flow, ours=True, random=True, maps=False),
+    *_OURS.values(),
+    *(_variant(name, *variant) for name, variant in _VARIANTS.items()),
     Detector("Fastflow", _fastflow, random=True, held_out_loss=flow_loss),
     Detector("Patchflow", _patchflow, random=True, held_out_loss=flow_loss),
     Detector("Cflow", _cflow, random=True, held_out_loss=cflow_loss),
@@ -221,11 +253,6 @@ _ALL = [
     Detector("Dfm", _dfm),
     Detector("Dfkde", _dfkde, maps=False),
     *(Detector(name, _baseline(name), maps=False) for name in MODELS),
-    *(
-        Detector(name, partial(_embedding_flow, coupling_layers=0, **arguments), maps=False)
-        for name, arguments in EMBEDDING_BASELINES.items()
-    ),
-    Detector("GaussianMap", partial(_feature_map_flow, coupling_layers=0)),
 ]
 
 DETECTORS = {detector.name: detector for detector in _ALL}
@@ -233,8 +260,14 @@ DETECTORS = {detector.name: detector for detector in _ALL}
 
 OURS = {name for name, detector in DETECTORS.items() if detector.ours}
 
-BASELINES = (*MODELS, *EMBEDDING_BASELINES, "GaussianMap")
-"""Those that train no flow."""
+VARIANTS = {name: detector.variant_of for name, detector in DETECTORS.items() if detector.variant_of}
+"""Variants of our detectors, and of which."""
+
+BASELINES = (*MODELS, *VARIANTS)
+"""What is no rival: plain baselines, and variants of our detectors."""
+
+ON_EMBEDDINGS = ("EmbeddingFlow", *(name for name, of in VARIANTS.items() if of == "EmbeddingFlow"), *MODELS)
+"""Detectors on the embeddings of `EmbeddingFlow`."""
 
 _RESNET = {"subnet": "resnet", "hidden_channels": 64}
 

@@ -8,14 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from .detectors import DETECTORS, Detector, ablation
+from .detectors import DETECTORS, ON_EMBEDDINGS, Detector, ablation
 from .tasks import PARTS, SUITE_PARTS, Options, Task, cross, industrial, left_out, one_class, unified
 
 LONG_CLASS = 0
 """The class of each set on which detectors run that train for long; on all of them a contest would take hours."""
 TRAIN_LONG = ("Fastflow", "Patchflow", "Cflow")
-ON_EMBEDDINGS = ("EmbeddingFlow", "KNN", "Mahalanobis", "PPCA", "GaussianMixture")
-"""Detectors of the part left_out, which is there to confirm what was chosen for embeddings."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def _seeds(task: Task, detector: Detector, seeds: Sequence[int]) -> Sequence[int
     small = task.part in {"one_class", "left_out", "cross"}
     if small and detector.name in TRAIN_LONG and not task.name.endswith(f"class {LONG_CLASS}"):
         return ()
-    return seeds if small and detector.name == "EmbeddingFlow" else seeds[:1]
+    return seeds if small and detector.random and detector.name in ON_EMBEDDINGS else seeds[:1]
 
 
 def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:

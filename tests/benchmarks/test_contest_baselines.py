@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import BACKBONE
+from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from benchmarks.contest import baselines
-from benchmarks.contest.detectors import DETECTORS
+from benchmarks.contest.detectors import DETECTORS, TRAINED
 
 
 @pytest.fixture
@@ -37,12 +38,28 @@ def test_mahalanobis_agrees_with_sklearn(embeddings):
     np.testing.assert_allclose(model.distance(test).numpy(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["PPCA", "GaussianMixture", "GaussianMap"])
-def test_other_baselines_are_detectors_without_couplings(name):
-    build, size = DETECTORS[name].build, 64
-    detector = build("test_efficientnet", size, "industrial", pre_trained=False, subspace_dim=8)
-    assert not list(detector.model.flow.parameters())
-    assert not DETECTORS[name].ours
-    if name == "PPCA":
-        assert len(detector.model.base.centres.unique(dim=0)) == 1
-        assert detector.model.feature_noise == 0
+@pytest.mark.parametrize("images", [40, 9])
+def test_ppca_is_a_gaussian(embeddings, images):
+    model, test, train = fitted("PPCA", embeddings)
+    model.subspace_dim = 12
+    train = train[:images].double()
+    model.fit(train)
+    k, dims = len(model.directions), train.shape[1]
+    assert k == min(12, images // 2)
+    values, vectors = np.linalg.eigh(np.cov(train.numpy().T))
+    values[: dims - k] = values[: dims - k].mean()
+    gaussian = multivariate_normal(train.mean(0).numpy(), vectors * values @ vectors.T)
+    expected = -gaussian.logpdf(test.double().numpy()) / dims
+    np.testing.assert_allclose(model.distance(test).numpy(), expected, rtol=1e-4 if images == 40 else 1e-3)
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_a_variant_differs_in_its_arguments(trained):
+    built = {}
+    for name in (trained, TRAINED[trained]):
+        detector = DETECTORS[name]
+        built[name] = detector.build("test_efficientnet", 64, "industrial", pre_trained=False)
+        assert detector.ours != bool(detector.variant_of)
+    assert list(built[trained].model.flow.parameters())
+    assert not list(built[TRAINED[trained]].model.flow.parameters())
+    assert type(built[trained]) is type(built[TRAINED[trained]])
