@@ -24,6 +24,15 @@ from .pixels import (
     dequantization_noise,
     dequantize,
 )
+from .positions import (
+    CONTEXTS,
+    PositionCoupling,
+    PositionFlow,
+    QuadrantContextCoupling,
+    draw_positions,
+    encode_places,
+    position_flow,
+)
 from .precision import full_precision
 from .subnets import (
     SUBNETS,
@@ -41,6 +50,7 @@ from .subspace import PrincipalSubspace
 
 __all__ = [
     "ARCHITECTURES",
+    "CONTEXTS",
     "LEVELS",
     "LOGIT_ALPHA",
     "MASKS",
@@ -62,7 +72,10 @@ __all__ = [
     "Logit",
     "MaskedCoupling",
     "Mlp",
+    "PositionCoupling",
+    "PositionFlow",
     "PrincipalSubspace",
+    "QuadrantContextCoupling",
     "QuadrantCoupling",
     "ResNet",
     "SideBySide",
@@ -77,12 +90,15 @@ __all__ = [
     "density",
     "dequantization_noise",
     "dequantize",
+    "draw_positions",
+    "encode_places",
     "full_precision",
     "halves",
     "independent",
     "map_flow",
     "native_form",
     "pixel_flow",
+    "position_flow",
     "quadrant_size",
     "quadrants",
     "register_mask",

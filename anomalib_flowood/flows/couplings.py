@@ -202,7 +202,7 @@ class MaskedCoupling(AffineCoupling):
         """Transform the masked values; see :meth:`AffineCoupling.couple`."""
         s, t = self.scale_and_shift(x * self.feed)
         s, t = s * self.change, t * self.change
-        return _affine(x, s, t, rev), s
+        return affine(x, s, t, rev), s
 
 
 Form = TypeVar("Form", bound=type[AffineCoupling])
@@ -267,7 +267,7 @@ class ChannelCoupling(AffineCoupling):
         """Transform one half of the channels; see :meth:`AffineCoupling.couple`."""
         parts = list(x.split(self.halves, dim=1))
         s, t = self.scale_and_shift(parts[self.source])
-        parts[self.target] = _affine(parts[self.target], s, t, rev)
+        parts[self.target] = affine(parts[self.target], s, t, rev)
         return torch.cat(parts, dim=1), s
 
     def spread(self, s: Tensor) -> Tensor:
@@ -308,8 +308,7 @@ class QuadrantCoupling(AffineCoupling):
         if len(self.shape) != 3 or min(self.shape[1:]) < 2:
             msg = f"The cycle mask needs an image (C, H, W) of at least 2 x 2 pixels, got the shape {self.shape}."
             raise ValueError(msg)
-        self.source, self.target = _CLOCKWISE[layer % 4], _CLOCKWISE[(layer + 1) % 4]
-        self.heights, self.widths = ((length // 2, length - length // 2) for length in self.shape[1:])
+        self.source, self.target = cycle_quadrants(layer)
         self.size = self.subnet_size(self.shape)
 
     @classmethod
@@ -319,26 +318,45 @@ class QuadrantCoupling(AffineCoupling):
 
     def couple(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Transform one quadrant; see :meth:`AffineCoupling.couple`."""
-        # Splitting and concatenating differentiate into each other; slices would fill an image with zeros each.
-        parts = [part for row in x.split(self.heights, dim=2) for part in row.split(self.widths, dim=3)]
-        fed, changed = parts[self.source], parts[self.target]
-        height, width = self.size
-        fed = functional.pad(fed, (0, width - fed.shape[3], 0, height - fed.shape[2]))
+        parts = split_quadrants(x)
+        changed = parts[self.target]
+        fed = pad_to(parts[self.source], self.size)
         s, t = (part[:, :, : changed.shape[2], : changed.shape[3]] for part in self.scale_and_shift(fed))
-        parts[self.target] = _affine(changed, s, t, rev)
-        y = torch.cat((torch.cat(parts[:2], dim=3), torch.cat(parts[2:], dim=3)), dim=2)
-        return y, s
+        parts[self.target] = affine(changed, s, t, rev)
+        return join_quadrants(parts), s
 
     def spread(self, s: Tensor) -> Tensor:
         """Place the scales of the quadrant in the image; see :meth:`AffineCoupling.spread`."""
-        top, left = (
-            sizes[0] * place for sizes, place in zip((self.heights, self.widths), divmod(self.target, 2), strict=True)
-        )
+        top, left = (length // 2 * place for length, place in zip(self.shape[1:], divmod(self.target, 2), strict=True))
         return functional.pad(s, (left, self.shape[2] - left - s.shape[3], top, self.shape[1] - top - s.shape[2]))
 
 
-def _affine(x: Tensor, s: Tensor, t: Tensor, rev: bool) -> Tensor:
+def affine(x: Tensor, s: Tensor, t: Tensor, rev: bool) -> Tensor:
+    """Scale and shift values, or undo it."""
     return x * torch.exp(-s) - t if rev else (x + t) * torch.exp(s)
+
+
+def cycle_quadrants(layer: int) -> tuple[int, int]:
+    """Return which quadrant a layer of the cycle mask reads, and which it changes, as places in reading order."""
+    return _CLOCKWISE[layer % 4], _CLOCKWISE[(layer + 1) % 4]
+
+
+def split_quadrants(x: Tensor) -> list[Tensor]:
+    """Split images, ``(N, C, H, W)``, into their quadrants, in reading order; the last ones are the larger."""
+    # Splitting and concatenating differentiate into each other; slices would fill an image with zeros each.
+    heights, widths = ((length // 2, length - length // 2) for length in x.shape[2:])
+    return [part for row in x.split(heights, dim=2) for part in row.split(widths, dim=3)]
+
+
+def join_quadrants(parts: list[Tensor]) -> Tensor:
+    """Undo :func:`split_quadrants`."""
+    return torch.cat((torch.cat(parts[:2], dim=3), torch.cat(parts[2:], dim=3)), dim=2)
+
+
+def pad_to(part: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Pad a quadrant with zeros, after its values, to the common size of all."""
+    height, width = size
+    return functional.pad(part, (0, width - part.shape[3], 0, height - part.shape[2]))
 
 
 def quadrant_size(height: int, width: int) -> tuple[int, int]:

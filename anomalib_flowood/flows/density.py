@@ -12,6 +12,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from .bases import Base, StandardNormal, StudentT
+from .positions import PositionFlow
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Density:
         return torch.stack([self.base.radius(z) for z in self.latents]).norm(dim=0)
 
 
-def density(flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None = None) -> Density:
+def density(
+    flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None = None, condition: Tensor | None = None
+) -> Density:
     """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, and a rest that is known already.
 
     Args:
@@ -54,8 +57,9 @@ def density(flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None =
         x: ``(N, ...)``.
         rest: What else belongs to the log-density, nats, ``(N,)``: of what x was made from, see
             :class:`~anomalib_flowood.flows.PrincipalSubspace`.
+        condition: What the flow is told from outside, ``(N, C)``; the density is that of x under this condition.
     """
-    z, log_det = flow(x)
+    z, log_det = flow(x) if condition is None else flow(x, c=[condition])
     log_prob = base.log_prob(z)
     terms = (log_prob, torch.zeros_like(log_prob) + log_det)  # without a transform log_det is the number 0
     return Density(terms if rest is None else (*terms, rest), (z,), base)
@@ -67,21 +71,28 @@ def independent(densities: Sequence[Density]) -> Density:
     return Density(terms, tuple(z for part in densities for z in part.latents), densities[0].base)
 
 
-def shares(couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor) -> Tensor:
+def shares(
+    couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor, condition: Tensor | None = None
+) -> Tensor:
     """Split −log p(x) among the values of x: couplings scale and shift each value on its own.
 
     Args:
         couplings: Couplings, and nothing else.
         base: A base of independent latents.
         x: ``(N, ...)``.
+        condition: What a :class:`~anomalib_flowood.flows.PositionFlow` is told from outside, ``(N, C)``, where that is
+            known; by default it finds out itself.
 
     Returns:
         ``-log p_base(z_i) - sum of the log-scales of value i over the couplings``, nats, of the shape of x. Its sum is
         −log p(x).
     """
+    if condition is None and isinstance(couplings, PositionFlow):
+        condition = couplings.condition(x)
+    given = {} if condition is None else {"condition": condition}
     scales = torch.zeros_like(x)
     for coupling in couplings:
-        x, s = coupling.couple(x)
+        x, s = coupling.couple(x, **given)
         scales = scales + coupling.spread(s)
     return -base.elementwise(x) - scales
 
