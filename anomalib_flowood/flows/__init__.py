@@ -24,15 +24,8 @@ from .pixels import (
     dequantization_noise,
     dequantize,
 )
-from .positions import (
-    CONTEXTS,
-    PositionCoupling,
-    PositionFlow,
-    QuadrantContextCoupling,
-    draw_positions,
-    encode_places,
-    position_flow,
-)
+from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
+from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
 from .subnets import (
     SUBNETS,

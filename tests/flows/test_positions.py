@@ -22,7 +22,7 @@ from anomalib_flowood.flows import (
     quadrants,
     shares,
 )
-from anomalib_flowood.flows.positions import split_by_digit
+from anomalib_flowood.flows.position_couplings import split_by_digit
 
 SHAPE = (5, 3, 4)
 
