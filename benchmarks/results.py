@@ -119,15 +119,25 @@ def publish(output: Path, into: Path, name: str, text: str, pictures: Sequence[t
         written.append(Path(shutil.copyfile(output / "results.csv", into / "results.csv")))
     written += [into / file for file, _ in pictures]
     readme = into / "README.md"
-    if readme.is_file():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        shown = "".join(f"\n![{caption}]({file})\n" for file, caption in pictures)
-        before = readme.read_text(encoding="utf-8")
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if pattern.search(before):
-            readme.write_text(pattern.sub(lambda _: f"{begin}\n\n{text}{shown}\n{end}", before), encoding="utf-8")
-            written.append(readme)
+    shown = "".join(f"\n![{caption}]({file})\n" for file, caption in pictures)
+    if readme.is_file() and put_between(readme, name, f"{text}{shown}"):
+        written.append(readme)
     return written
+
+
+def put_between(readme: Path, name: str, text: str) -> bool:
+    """Put a text between the markers ``<!-- name: begin -->`` and ``<!-- name: end -->`` of a file, if it has them.
+
+    Returns:
+        Whether it has them.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before = readme.read_text(encoding="utf-8")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(before):
+        return False
+    readme.write_text(pattern.sub(lambda _: f"{begin}\n\n{text.strip()}\n\n{end}", before), encoding="utf-8")
+    return True
 
 
 def announce(output: Path, written: Sequence[Path], console: Console) -> int:

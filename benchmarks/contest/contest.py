@@ -31,6 +31,7 @@ from .callbacks import SPEED_BATCH, Recorder, UntilLevel
 from .memo import Memo
 from .pixels import pixel_metrics, save_maps
 from .plan import Job, plan
+from .reading import Reader, reader, reading_once
 from .tasks import Options, TestSet
 
 TRAINING_SECONDS = {"industrial": 1200.0, "unified": 1200.0, "one_class": 300.0, "cross": 300.0}
@@ -38,9 +39,10 @@ TRAINING_SECONDS = {"industrial": 1200.0, "unified": 1200.0, "one_class": 300.0,
 
 COLUMNS = (
     *KEY,
+    *("backbone", "image_size"),
     *("auroc", "fpr95", "pixel_auroc", "aupro", "aupimo"),
-    *("fit_s", "wall_s", "hits", "backbone_s", "epochs", "stopped_by"),
-    *("images_per_s", "peak_gib", "train_images", "test_images", "finished", "error"),
+    *("fit_s", "wall_s", "hits", "backbone_s", "read_s", "epochs", "stopped_by"),
+    *("images_per_s", "peak_gib", "train_images", "held_out_images", "test_images", "finished", "error"),
 )
 
 
@@ -60,7 +62,7 @@ def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[
     seed_everything(job.seed, verbose=False)
     model = detector.build(backbone, task.image_size, task.kind)
     memo.attach(model)
-    datamodule = task.data()
+    datamodule = task.data(draw=job.seed) if task.drawn else task.data()
     datamodule.prepare_data()
     datamodule.setup()
     cap = TRAINING_SECONDS[task.kind] if options.cap is None else options.cap
@@ -84,9 +86,15 @@ def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[
             if options.extras and test.part == "industrial" and job.seed == 0:
                 save_maps(options.output / "maps" / test.name / f"{detector.name}.npz", recorder)
             key = (test.part, test.name, detector.name, job.seed)
+            stand = {"backbone": backbone_name(options.backbone), "image_size": task.image_size}
             now = time.strftime("%Y-%m-%dT%H:%M:%S")
-            rows.append({**dict(zip(KEY, key, strict=True)), **common, **result, "finished": now})
+            rows.append({**dict(zip(KEY, key, strict=True)), **stand, **common, **result, "finished": now})
     return rows
+
+
+def backbone_name(backbone: str) -> str:
+    """A backbone's name in rows: timm's, or that of its folder."""
+    return backbone.removeprefix(LOCAL_DIR).rstrip("/").rpartition("/")[2]
 
 
 def _fit_and_test(
@@ -102,11 +110,13 @@ def _fit_and_test(
     """Fit and test once; what it took."""
     speed = None
     with Peak(anonymous) as peak:
-        account = memo.account()
+        account, images = memo.account(), reader() or Reader()
+        read_before = images.saved
         start = time.perf_counter()
         engine.fit(model, datamodule=datamodule)
         wall = time.perf_counter() - start
-        hits, saved = account.hits, account.saved
+        hits, saved = account.hits, account.saved + images.saved - read_before
+        backbone = sum(account.seconds_per_image.values())
         engine.test(model, dataloaders=test.loader(datamodule), verbose=False)
         if extras:  # with the memo off, so that every detector's peak has a backbone at work in it
             speed = images_per_s(model, torch.cat(recorder.images)[:SPEED_BATCH], memo)
@@ -114,10 +124,12 @@ def _fit_and_test(
         "fit_s": round(wall + saved, 3),
         "wall_s": round(wall, 3),
         "hits": hits,
-        "backbone_s": round(saved / hits, 6) if hits else "",
+        "backbone_s": round(backbone, 6) or "",
+        "read_s": round(images.seconds_per_image, 6) or "",
         "epochs": trained_epochs(engine.trainer),
         "peak_gib": "" if peak.above_rest is None or not extras else round(peak.above_rest / 2**30, 3),
         "train_images": len(datamodule.train_data),
+        "held_out_images": len(datamodule.val_data),
         "images_per_s": "" if speed is None else round(speed, 2),
     }
 
@@ -182,12 +194,12 @@ def run(options: Options, console: Console | None = None) -> pd.DataFrame:
     """
     console = console or Console(soft_wrap=True)
     check_columns(options.output, COLUMNS)
-    done = finished(options.output)
+    done = set() if options.again else finished(options.output)
     every = plan(options)
     jobs = [job for job in every if set(job.keys(options.parts)) - done]
     console.print(f"{len(jobs)} fits to run, {len(every) - len(jobs)} finished before; rows in {options.output}")
     clock = _Clock()
-    with Memo() as memo, quiet():
+    with Memo(kept=options.features) as memo, reading_once(), quiet():
         backbone = options.backbone
         if jobs and not backbone.startswith(LOCAL_DIR):
             backbone = f"{LOCAL_DIR}{save_local(backbone, options.output.resolve() / 'backbone')}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.data import Images
 from anomalib_flowood.data.sources import Source
+
+from .reading import read_once
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 """Of files that are images or masks, in small letters."""
@@ -102,13 +105,29 @@ class IndustrialDataset(AnomalibDataset):
         super().__init__()
         self.samples = samples
 
+    def __getitem__(self, index: int) -> Any:
+        """Read an image, or have it read before."""
+        sample = self.samples.iloc[index]
+        key = (self.task, sample.image_path, sample.mask_path, sample.label_index)
+        return read_once(key, self.augmentations, partial(super().__getitem__, index))
+
 
 class IndustrialFolder(MVTecAD):
-    """A folder laid out as MVTec AD, with or without masks, whose images may be PNG, JPEG, BMP or TIFF files."""
+    """A folder laid out as MVTec AD, with or without masks, whose images may be PNG, JPEG, BMP or TIFF files.
 
-    def __init__(self, *args: Any, limit: int | None = None, **kwargs: Any) -> None:
+    Args:
+        *args: As for anomalib's MVTec AD.
+        limit: About the most images to take of either split, spread over it.
+        drawn: How many training images to draw; all by default.
+        draw: What the generator starts with that draws them.
+        **kwargs: As for anomalib's MVTec AD.
+    """
+
+    def __init__(
+        self, *args: Any, limit: int | None = None, drawn: int | None = None, draw: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.limit = limit
+        self.limit, self.drawn, self.draw = limit, drawn, draw
 
     def prepare_data(self) -> None:
         """Nothing is downloaded."""
@@ -122,6 +141,9 @@ class IndustrialFolder(MVTecAD):
             for data in (self.train_data, self.test_data):
                 step = max(1, len(data) // self.limit)
                 data.subsample(list(range(0, len(data), step)), inplace=True)
+        if self.drawn is not None and self.drawn < len(self.train_data):
+            chosen = np.random.default_rng(self.draw).choice(len(self.train_data), self.drawn, replace=False)
+            self.train_data.subsample(sorted(chosen.tolist()), inplace=True)
 
 
 class Together(AnomalibDataModule):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from .detectors import DETECTORS, ON_EMBEDDINGS, Detector, ablation
-from .tasks import PARTS, SUITE_PARTS, Options, Task, cross, industrial, left_out, one_class, unified
+from .tasks import PARTS, SUITE_PARTS, Options, Task, cross, few, industrial, left_out, one_class, unified
 
 LONG_CLASS = 0
 """The class of each set on which detectors run that train for long; on all of them a contest would take hours."""
@@ -43,6 +43,8 @@ def plan(options: Options) -> list[Job]:
     pairs: list[tuple[Task, Detector]] = []
     if "industrial" in options.parts:
         pairs += product(industrial(options, "industrial"), chosen)
+    if "few" in options.parts:
+        pairs += product(few(options), chosen)
     if "unified" in options.parts:
         pairs += product(unified(options), chosen)
     if {"one_class", "cross"} & set(options.parts):
@@ -67,7 +69,7 @@ def plan(options: Options) -> list[Job]:
 def _seeds(task: Task, detector: Detector, seeds: Sequence[int]) -> Sequence[int]:
     """The seeds with which a detector is fitted to a task."""
     if task.part in SUITE_PARTS:
-        return seeds if detector.random else seeds[:1]
+        return seeds if detector.random or task.drawn else seeds[:1]
     small = task.part in {"one_class", "left_out", "cross"}
     if small and detector.name in TRAIN_LONG and not task.name.endswith(f"class {LONG_CLASS}"):
         return ()

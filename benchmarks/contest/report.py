@@ -30,6 +30,12 @@ HERE = Path(__file__).parent
 TRAINED = {name for name, detector in DETECTORS.items() if detector.held_out_loss}
 _ORDER = {name: place for place, name in enumerate([*DETECTORS, *ablation()])}
 
+
+def _place(name: str) -> tuple[int, str]:
+    """Where a detector stands in tables: variants after that of which they are, those of other defaults, too."""
+    return _ORDER.get(name.partition(" (")[0], len(_ORDER)), name
+
+
 _TITLES = {
     "industrial": "Industrial images: defects, and where they are",
     "one_class": "One class of small images against the other nine",
@@ -51,7 +57,7 @@ def _mean(values: pd.Series) -> str:
 
 def _table(rows: pd.DataFrame, columns: Sequence[Column], head: str = "detector", ours: set[str] = OURS) -> str:
     """A Markdown table, a line for each detector in the contest's order, ours bold where it is the best."""
-    names = sorted(rows["detector"].unique(), key=lambda name: (_ORDER.get(name, len(_ORDER)), name))
+    names = sorted(rows["detector"].unique(), key=_place)
     values = {
         (name, column.title): column.values(rows[rows["detector"] == name]) for name in names for column in columns
     }

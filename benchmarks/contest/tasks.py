@@ -17,9 +17,12 @@ from anomalib_flowood import CrossDataset, OneClass
 from .data import HELD_OUT, IndustrialFolder, LeftOut, Together, industrial_samples, with_others
 
 PARTS = ("industrial", "one_class", "left_out", "cross", "ablation")
-SUITE_PARTS = ("industrial", "unified")
-"""Parts of the suite: a model for each folder, and one for all."""
+SUITE_PARTS = ("industrial", "few", "unified")
+"""Parts of the suite: a model for each folder, one for a few images of it, and one for all folders."""
 SETS = ("fashion_mnist", "mnist")
+
+FEW = 40
+"""Training images that are drawn from a folder for the part ``few``."""
 
 MAP_SIZE = 224
 """Height and width of the images of industrial tasks, and of the maps that are measured."""
@@ -54,15 +57,17 @@ class Task:
         others: What the fitted detector is tested on besides the test images of the data module.
         own: Whether it is tested on those.
         size: Height and width of what the backbone gets, where it is not the usual of the kind.
+        drawn: Whether the seed draws the training images: ``data`` takes it.
     """
 
     part: str
     name: str
     kind: str
-    data: Callable[[], AnomalibDataModule]
+    data: Callable[..., AnomalibDataModule]
     others: tuple[TestSet, ...] = ()
     own: bool = True
     size: int | None = None
+    drawn: bool = False
 
     @property
     def tests(self) -> tuple[TestSet, ...]:
@@ -87,6 +92,8 @@ class Options:
     Attributes:
         extras: Whether to measure what only the contest shows, too: images per second, memory, AUPIMO, and maps for
             pictures.
+        features: Folder in which what backbones have computed outlives the command; without one it does not.
+        again: Whether to run what is finished, too.
     """
 
     output: Path = Path("runs/contest")
@@ -104,6 +111,8 @@ class Options:
     root: str = "./datasets"
     image_size: int | None = None
     extras: bool = True
+    features: Path | None = None
+    again: bool = False
 
 
 def _industrial_folders(options: Options) -> list[tuple[str, Callable[[], IndustrialFolder]]]:
@@ -144,6 +153,19 @@ def industrial(options: Options, part: str) -> list[Task]:
         found += [(f"visa/{name}", partial(visa, name)) for name in _folders(options.visa, "Data")]
     chosen = [(name, data) for name, data in found if not options.categories or _category(name) in options.categories]
     return [Task(part, name, "industrial", data, size=options.image_size) for name, data in chosen]
+
+
+def few(options: Options) -> list[Task]:
+    """Return the folders of ``--industrial`` with as few training images as many a user has; the seed draws them.
+
+    Raises:
+        FileNotFoundError: If a folder is not there, or lacks images.
+        ValueError: If two folders have the same name, or one has masks for some anomalous images alone.
+    """
+    return [
+        Task("few", name, "industrial", partial(data, drawn=FEW), size=options.image_size, drawn=True)
+        for name, data in _industrial_folders(options)
+    ]
 
 
 def unified(options: Options) -> list[Task]:

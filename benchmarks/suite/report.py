@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of each part: a line for each detector, with means over the folders, and what it reaches on each of them."""
+"""Pages of tables: figures and bars, each part by detector and folder, what flows bring, one backbone and another."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.contest.tasks import SUITE_PARTS
-from benchmarks.results import publish, rows_to_report
+from benchmarks.contest.detectors import TRAINED
+from benchmarks.contest.tasks import FEW
+from benchmarks.results import put_between, read_rows
 from benchmarks.tables import markdown, short_number
 
-TITLES = {"industrial": "A model for each folder", "unified": "One model for all folders"}
+from .bars import bars
+from .cells import column, side_by_side, signed, three
+from .selections import behind_best_rival, by_folder, gains, is_rival, of_part, split_tasks, usual_fit, whole
 
-WIDTH = 80
-"""Characters of a terminal: folders whose columns do not fit beside each other go into tables below."""
+FOLDER_PARTS = {
+    "industrial": "A model for each folder",
+    "few": f"A model for {FEW} images of each folder",
+    "unified": "One model for all folders",
+}
+SMALL_PARTS = {"one_class": "One class of small images", "left_out": "Nine classes of small images against one"}
+
+SETS_MARKER = "all sets"
+"""Marker of the READMEs that show the table of all folders alone."""
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -35,88 +46,212 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["rank", "auroc"], ascending=[True, False])
 
 
-def _three(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:.3f}"
+def in_short(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the figures by which detectors are compared, a line for each, the best mean rank first.
+
+    Args:
+        rows: Those of one stand, as :func:`benchmarks.suite.selections.split_tasks` returns them.
+
+    Returns:
+        By detector: mean rank by image AUROC (``rank``), mean image AUROC with a model for each folder (``each``), how
+        far it is below the best rival where it is farthest (``worst``) and on which folder (``where``), mean image
+        AUROC with a few images (``few``) and with one model for all (``unified``), seconds and passes of the backbone
+        of a fit to about 300 images (``fit_s``, ``passes``).
+    """
+    some = of_part(rows, "industrial")
+    folders = by_folder(some)
+    table = summary(whole(some))[["rank"]]
+    table["each"] = folders.mean(axis=1)
+    behind = behind_best_rival(folders).dropna(axis=1, how="all")
+    table["worst"] = behind.max(axis=1)
+    table["where"] = behind.idxmax(axis=1) if len(behind.columns) else ""
+    for part in ("few", "unified"):
+        table[part] = by_folder(of_part(rows, part)).mean(axis=1)
+    return table.join(usual_fit(some))
 
 
-def _column(values: pd.Series) -> list[str]:
-    """Cells in three digits, the highest bold."""
-    highest = values.round(3).max()
-    return [f"**{_three(value)}**" if round(value, 3) == highest else _three(value) for value in values]
+def _in_short(rows: pd.DataFrame) -> list[str]:
+    if of_part(rows, "industrial").empty:
+        return []
+    table = in_short(rows)
+    columns = {
+        "each": column(table["each"]),
+        "few": column(table["few"]),
+        "unified": column(table["unified"]),
+        "worst": column(-table["worst"], signed),
+        "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
+        "passes": [three(value, 2) for value in table["passes"]],
+    }
+    said = (
+        f"Mean image AUROC: a model for *each* folder, for a *few* ({FEW}) images of each, *unified* for all; *worst*: "
+        "distance to the best rival on the folder where it is least; a fit to about 300 images in seconds and in "
+        "*passes*, in each of which every image is read and shown to the backbone."
+    )
+    below = [
+        f"{name} on {where} ({signed(-worst)})"
+        for name, where, worst in zip(table.index, table["where"], table["worst"], strict=True)
+        if not is_rival(name) and isinstance(where, str) and where
+    ]
+    worst = [f"Farthest below the best rival: {', '.join(below)}."] if below else []
+    return ["### In short", said, *side_by_side(table.index, columns), *worst]
+
+
+def _bars(rows: pd.DataFrame) -> list[str]:
+    found = bars(rows)
+    lines = [[bar.figure, bar.bar, bar.reached, "yes" if bar.held else "**no**"] for bar in found]
+    return ["### Bars", markdown(["figure", "bar", "reached", "held"], lines, numbers=False)] if found else []
 
 
 def _per_folder(rows: pd.DataFrame, order: pd.Index, metric: str) -> dict[str, list[str]]:
     """For each folder that has the metric its column."""
     means = rows.groupby(["task", "detector"])[metric].mean().unstack("task").loc[order].dropna(axis=1, how="all")
-    return {name: _column(means[name]) for name in means.columns}
-
-
-def _tables(order: pd.Index, columns: dict[str, list[str]]) -> list[str]:
-    """Tables with the detectors in this order, so many columns in each as a terminal has room for."""
-    first = max(map(len, ["detector", *order]))
-    groups: list[list[str]] = []
-    room = 0
-    for name, cells in columns.items():
-        width = 2 + max(len(cell.strip("*")) for cell in (name, *cells))  # what is bold has asterisks in the file alone
-        if not groups or width > room:
-            groups.append([])
-            room = WIDTH - first - 2
-        groups[-1].append(name)
-        room -= width
-    return [
-        markdown(
-            ["detector", *group],
-            [list(line) for line in zip(order, *(columns[name] for name in group), strict=True)],
-        )
-        for group in groups
-    ]
+    return {name: column(means[name]) for name in means.columns}
 
 
 def _part(rows: pd.DataFrame) -> list[str]:
     """What one part has to show."""
     folders = rows["task"].nunique()
     # Means are over the same folders for all: of the seeds that have them all, and of no other detector.
-    whole = rows.groupby(["detector", "seed"])["task"].transform("nunique") == folders
-    done = rows[whole]
+    done = whole(rows)
     rest = rows[~rows["detector"].isin(done["detector"])]
     missing = sorted(set(rest["detector"]))
     table = summary(done)
     table = table.reindex([*table.index, *missing])
     shown = pd.concat([done, rest])
     means = {
-        "AUROC ↑": _column(table["auroc"]),
-        "± seeds": [_three(value) for value in table["spread"]],
-        "rank": ["–" if pd.isna(value) else f"{value:.1f}" for value in table["rank"]],
-        "AUPRO ↑": _column(table["aupro"]),
-        "pixel ↑": _column(table["pixel_auroc"]),
+        "AUROC ↑": column(table["auroc"]),
+        "± seeds": [three(value) for value in table["spread"]],
+        "rank": [three(value, 1) for value in table["rank"]],
+        "AUPRO ↑": column(table["aupro"]),
+        "pixel ↑": column(table["pixel_auroc"]),
         "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
     }
-    texts = [f"Mean over {folders} folder{'s' * (folders > 1)}:", *_tables(table.index, means)]
-    texts += ["Image AUROC on each:", *_tables(table.index, _per_folder(shown, table.index, "auroc"))]
+    texts = [f"Mean over {folders} folder{'s' * (folders > 1)}:", *side_by_side(table.index, means)]
+    texts += ["Image AUROC on each:", *side_by_side(table.index, _per_folder(shown, table.index, "auroc"))]
     with_maps = shown[shown["aupro"].notna()]
     if not with_maps.empty:
         order = table.index[table.index.isin(with_maps["detector"])]
-        texts += ["AUPRO on each that has masks:", *_tables(order, _per_folder(with_maps, order, "aupro"))]
+        texts += ["AUPRO on each that has masks:", *side_by_side(order, _per_folder(with_maps, order, "aupro"))]
     return [*texts, f"Without a mean, for want of a folder: {', '.join(missing)}."] if missing else texts
+
+
+def _small_part(rows: pd.DataFrame) -> list[str]:
+    """Means over the classes of each set of small images."""
+    sets = rows["task"].str.extract(r"^(\w+) ")[0]
+    tables = {name: by_folder(rows[sets == name]) for name in sorted(sets.dropna().unique())}
+    means = pd.DataFrame({name: table.mean(axis=1) for name, table in tables.items() if len(table)})
+    if means.empty:
+        return []
+    means = means.loc[means.mean(axis=1).sort_values(ascending=False).index]
+    counts = ", ".join(f"{len(tables[name].columns)} of {name}" for name in means.columns)
+    columns = {name: column(means[name]) for name in means.columns}
+    return [f"Mean image AUROC over the tasks ({counts}):", *side_by_side(means.index, columns)]
+
+
+def _flows(rows: pd.DataFrame) -> list[str]:
+    """What the flows bring, folder by folder."""
+    kinds = {
+        "each: AUROC": ("industrial", "auroc"),
+        "each: AUPRO": ("industrial", "aupro"),
+        "few: AUROC": ("few", "auroc"),
+        "unified: AUROC": ("unified", "auroc"),
+    }
+    texts = []
+    for trained, without in TRAINED.items():
+        found = {title: gains(of_part(rows, part), trained, metric) for title, (part, metric) in kinds.items()}
+        found = {title: table for title, table in found.items() if not table.empty}
+        if not found:
+            continue
+        folders = sorted({folder for table in found.values() for folder in table.index})
+        columns = {title: [_gain(table, folder) for folder in folders] for title, table in found.items()}
+        for title, table in found.items():
+            means = table.dropna(axis=1).mean()  # of the seeds that have every folder
+            columns[title].append(_gain(pd.DataFrame([means], index=["mean"]), "mean") if len(means) else "–")
+        texts += [f"{trained} against {without}:", *side_by_side(pd.Index([*folders, "mean"]), columns, "folder")]
+    said = "Trained − untrained, mean over seeds ± standard deviation of that difference."
+    return ["### What the flow brings", said, *texts] if texts else []
+
+
+def _gain(table: pd.DataFrame, folder: str) -> str:
+    values = table.loc[folder].dropna() if folder in table.index else pd.Series(dtype=float)
+    if values.empty:
+        return "–"
+    return signed(values.mean()) + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+
+
+def _stands(rows: pd.DataFrame) -> list[str]:
+    """The same figures on every backbone and size."""
+    texts = ["### Another backbone, another size"]
+    figures = {
+        "Mean image AUROC, a model for each folder": ("industrial", "auroc"),
+        "Mean AUPRO over the folders with masks": ("industrial", "aupro"),
+        f"Mean image AUROC, a model for {FEW} images of each folder": ("few", "auroc"),
+        "Mean image AUROC, one model for all folders": ("unified", "auroc"),
+    }
+    for title, (part, metric) in figures.items():
+        stands = rows.groupby("stand", sort=False)
+        means = pd.DataFrame({stand: by_folder(of_part(some, part), metric).mean(axis=1) for stand, some in stands})
+        means = means.dropna(how="all").dropna(axis=1, how="all")
+        if len(means.columns) < 2:
+            continue
+        means = means.sort_values(means.columns[0], ascending=False)
+        texts += [f"{title}:", *side_by_side(means.index, {name: column(means[name]) for name in means.columns})]
+    return texts if len(texts) > 1 else []
+
+
+def all_sets(rows: pd.DataFrame) -> str:
+    """Return the table of all folders, for READMEs of detectors: what each detector reaches where.
+
+    Args:
+        rows: Those of one stand, as :func:`benchmarks.suite.selections.split_tasks` returns them.
+    """
+    some = of_part(rows, "industrial")
+    if some.empty:
+        return ""
+    texts = []
+    table = in_short(rows)
+    extra = {"mean": column(table["each"])}
+    extra |= {f"{FEW} images": column(table["few"])} if table["few"].notna().any() else {}
+    extra |= {"one model": column(table["unified"])} if table["unified"].notna().any() else {}
+    extra["fit s"] = [short_number(pd.Series([value])) for value in table["fit_s"]]
+    seeds = whole(some)["seed"].nunique()
+    stand = some["stand"].iloc[0]
+    texts.append(
+        f"Image AUROC with the defaults, a model for each folder ({stand} pixels; mean over {seeds} seeds where a seed "
+        f"matters); the means with a model for {FEW} training images of each, and with one model for all; seconds of a "
+        "fit to about 300 images:"
+    )
+    columns = _per_folder(whole(some), table.index, "auroc") | extra
+    texts += side_by_side(table.index, columns, room=None)
+    with_maps = whole(some)[lambda part: part["aupro"].notna()]
+    if not with_maps.empty:
+        order = table.index[table.index.isin(with_maps["detector"])]
+        texts += ["AUPRO, where there are masks:"]
+        texts += side_by_side(order, _per_folder(with_maps, order, "aupro"), room=None)
+    return "\n\n".join(texts)
 
 
 def tables(rows: pd.DataFrame) -> str:
     """Return all tables in Markdown.
 
     Args:
-        rows: As :func:`benchmarks.results.read_rows` gives them.
+        rows: As :func:`read_stands` gives them: those of the first stand are shown in full.
 
     Returns:
-        A section for each part that has rows, and what failed.
+        What is held to a bar, a section for each part that has rows, and what failed.
     """
-    good = rows[rows["error"].isna()]
-    texts = []
-    for part in SUITE_PARTS:
-        some = good[good["part"] == part]
-        # "bolts+cups: bolts" is what one model for both reaches on the first.
-        names = some["task"].str.extract(r"^(?P<together>.*: )?(?P<folder>.*)$")
-        for _, these in some.assign(task=names["folder"]).groupby(names["together"].fillna(""), sort=False):
-            texts += [f"### {TITLES[part]}", *_part(these)]
+    rows = split_tasks(rows)
+    first = rows[rows["stand"] == rows["stand"].iloc[0]]
+    texts = [f"{rows['stand'].iloc[0]} pixels, seeds {', '.join(map(str, sorted(first['seed'].unique())))}."]
+    texts += [*_in_short(first), *_bars(first)]
+    good = first[first["error"].isna()]
+    for part, title in FOLDER_PARTS.items():
+        for _, these in good[good["part"] == part].groupby("together", sort=False):
+            texts += [f"### {title}", *_part(these)]
+    for part, title in SMALL_PARTS.items():
+        shown = _small_part(good[good["part"] == part])
+        texts += [f"### {title}", *shown] if shown else []
+    texts += [*_flows(first), *_stands(rows)]
     failures = rows[rows["error"].notna()]
     if len(failures):
         which = {f"{row.detector} on {row.task} ({row.part})" for row in failures.itertuples()}
@@ -124,19 +259,55 @@ def tables(rows: pd.DataFrame) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def write(output: Path, into: Path) -> list[Path]:
+def read_stands(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the rows of some folders, one for each backbone and size.
+
+    Raises:
+        FileNotFoundError: If the first of them has none.
+    """
+    found = []
+    for folder in folders:
+        rows = read_rows(folder)
+        if rows.empty:
+            if folder == folders[0]:
+                msg = f"There are no rows in {folder}: run the benchmark first."
+                raise FileNotFoundError(msg)
+            continue
+        backbone, _, size = folder.name.rpartition("-")
+        found.append(rows.assign(stand=f"{backbone}, {size}"))
+    return pd.concat(found, ignore_index=True)
+
+
+def write(folders: Sequence[Path], into: Sequence[Path] = ()) -> list[Path]:
     """Rebuild the tables.
 
     Args:
-        output: Folder of the rows.
-        into: Folder to which the rows are copied; the tables go between the markers of its README.md, where it has one.
+        folders: Of the rows, one for each backbone and size; the first is shown in full, and gets the tables.
+        into: READMEs in whose markers the tables go, or the table of all folders alone. Beside the former the rows are
+            written, too.
 
     Returns:
         What was written.
 
     Raises:
-        FileNotFoundError: If there are no rows.
+        FileNotFoundError: If there are no rows, or a README is not there.
+        ValueError: If a README has no markers.
     """
-    rows = rows_to_report(output)
-    into.mkdir(parents=True, exist_ok=True)
-    return publish(output, into, "suite", tables(rows), [])
+    rows = read_stands(folders)
+    text = tables(rows)
+    output = folders[0]
+    (output / "tables.md").write_text(text, encoding="utf-8")
+    written = [output / "tables.md"]
+    parts = split_tasks(rows)
+    short = all_sets(parts[parts["stand"] == parts["stand"].iloc[0]])
+    for place in into:
+        readme = place / "README.md" if place.is_dir() else place
+        whole_page, sets_alone = put_between(readme, "suite", text), put_between(readme, SETS_MARKER, short)
+        if whole_page:
+            rows.to_csv(readme.with_name("results.csv"), index=False)
+            written.append(readme.with_name("results.csv"))
+        if not whole_page and not sets_alone:
+            msg = f"{readme} has neither the marker <!-- suite: begin --> nor <!-- {SETS_MARKER}: begin -->."
+            raise ValueError(msg)
+        written.append(readme)
+    return written

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.contest import plan as plans
+from benchmarks.contest import tasks
 from benchmarks.contest.contest import COLUMNS
 from benchmarks.contest.data import HELD_OUT, IndustrialFolder, Together
+from benchmarks.contest.detectors import TRAINED
 from benchmarks.results import append_rows, read_rows
 from benchmarks.suite import __main__ as suite
-from benchmarks.suite import report
+from benchmarks.suite import bars, cells, report
+from benchmarks.suite.selections import split_tasks
 
 
 @pytest.fixture
@@ -34,8 +37,9 @@ def command(monkeypatch, *arguments):
 
 
 def test_folders_with_and_without_masks(tmp_path, folder, unmasked, small_contest, monkeypatch, capsys):
-    output = tmp_path / "out"
-    options = ("--output", output, "--backbone", "local-dir:none", "--image-size", 48, "--detectors", *plans.DETECTORS)
+    root = tmp_path / "out"
+    output = root / "none-48"
+    options = ("--output", root, "--backbone", "local-dir:none", "--image-size", 48, "--detectors", *plans.DETECTORS)
     assert command(monkeypatch, "run", folder, unmasked, *options, "--parts", "industrial") == 0
     rows = read_rows(output).set_index(["task", "detector"])
     assert set(rows.index) == {(name, detector) for name in ("plates", "cups") for detector in plans.DETECTORS}
@@ -44,12 +48,21 @@ def test_folders_with_and_without_masks(tmp_path, folder, unmasked, small_contes
     assert maps.loc["cups"].isna().all()
     assert rows["auroc"].between(0, 1).all()
     assert (rows["train_images"] == 22).all()  # a tenth is held out
+    assert (rows["held_out_images"] == 2).all()
+    assert (rows["backbone"] == "none").all()
+    assert (rows["image_size"] == 48).all()
+    assert (rows[["backbone_s", "read_s"]] > 0).all(axis=None)
     assert rows[["images_per_s", "aupimo"]].isna().all(axis=None)  # what only the contest shows
 
     # What is finished is not run again; the part that is missing is.
     assert len(small_contest) == 4
-    assert command(monkeypatch, "run", folder, unmasked, *options) == 0
+    stored = {path: path.stat().st_size for path in root.glob("features/*/digests")}
+    assert len(stored) == 2
+    assert command(monkeypatch, "run", folder, unmasked, *options, "--parts", "industrial", "unified") == 0
     assert len(small_contest) == 6
+    # The backbone has seen every image before.
+    assert {path: path.stat().st_size for path in root.glob("features/*/digests")} == stored
+    assert read_rows(output).set_index("part").loc["unified", "hits"].gt(0).all()
     rows = read_rows(output).set_index(["part", "task", "detector"]).loc["unified"]
     assert set(rows.index) == {
         (f"cups+plates: {name}", detector) for name in ("plates", "cups") for detector in plans.DETECTORS
@@ -61,6 +74,19 @@ def test_folders_with_and_without_masks(tmp_path, folder, unmasked, small_contes
     shown = capsys.readouterr().out
     assert "One model for all folders" in shown
     assert "2 fits to run, 4 finished before" in shown
+    assert command(monkeypatch, "run", folder, *options, "--parts", "industrial", "--again") == 0
+    assert len(small_contest) == 8
+    assert "2 fits to run, 0 finished before" in capsys.readouterr().out
+
+
+def test_few_images_of_a_folder_are_drawn_by_the_seed(tmp_path, folder, unmasked, small_contest, monkeypatch):
+    monkeypatch.setattr(tasks, "FEW", 12)
+    options = ("--backbone", "local-dir:none", "--image-size", 48, "--detectors", "KNN", "--seeds", 0, 1)
+    assert command(monkeypatch, "run", folder, "--parts", "few", "--output", tmp_path, *options) == 0
+    rows = read_rows(tmp_path / "none-48")
+    assert list(rows["part"]) == ["few", "few"]  # KNN's only seed is that of the draw
+    assert (rows["train_images"] + rows["held_out_images"] == 12).all()
+    assert (rows["test_images"] == 11).all()
 
 
 def test_what_is_held_out_of_many_folders_is_what_is_held_out_of_each(folder, unmasked):
@@ -118,7 +144,13 @@ def test_two_folders_of_one_name_are_refused(tmp_path, folder, monkeypatch, caps
 
 def row(task, detector, auroc, seed=0, part="industrial", **values):
     key = {"part": part, "task": task, "detector": detector, "seed": seed, "auroc": auroc}
-    return {**dict.fromkeys(COLUMNS, ""), **key, "fit_s": 10.0, **values}
+    cost = {"fit_s": 10.0, "train_images": 270, "held_out_images": 30, "backbone_s": 0.012, "read_s": 0.008}
+    return {**dict.fromkeys(COLUMNS, ""), **key, **cost, **values}
+
+
+def stored(tmp_path, rows, stand="net-224"):
+    append_rows(tmp_path / stand, rows, COLUMNS)
+    return report.tables(report.read_stands([tmp_path / stand]))
 
 
 def test_ranks_means_and_what_is_missing(tmp_path):
@@ -135,8 +167,7 @@ def test_ranks_means_and_what_is_missing(tmp_path):
         row("bolts+cups: cups", "KNN", 0.75, part="unified"),
         *(row(f"{letter}+many: {letter}", "KNN", 0.5, part="unified") for letter in "ab"),
     ]
-    append_rows(tmp_path, rows, COLUMNS)
-    text = report.tables(read_rows(tmp_path))
+    text = stored(tmp_path, rows)
     assert "| KNN | **0.830** | – | 1.2 | – | – | 10.0 |\n" in text
     assert "| KNN | 0.950 | **0.710** |\n" in text
     assert "| FeatureMapFlow | 0.810 | 0.014 | 1.8 | **0.800** | – | 10.0 |\n" in text
@@ -150,31 +181,139 @@ def test_ranks_means_and_what_is_missing(tmp_path):
     assert "| KNN | **0.700** | – | 1.0 | – | – | 10.0 |\n" in text
     assert "| KNN | **0.650** | **0.750** |\n" in text
     assert text.count("One model for all folders") == 3
-    into = tmp_path / "into"
-    into.mkdir()
-    (into / "README.md").write_text("rules\n<!-- suite: begin -->\n<!-- suite: end -->\n", encoding="utf-8")
-    report.write(tmp_path, into)
-    assert "| PPCA | 0.550 |" in (into / "README.md").read_text(encoding="utf-8")
+    assert "net, 224 pixels, seeds 0, 1." in text
 
 
 def test_nothing_is_finished_on_every_folder(tmp_path):
-    append_rows(tmp_path, [row("bolts", "KNN", 0.5), row("cups", "PPCA", 0.6)], COLUMNS)
-    text = report.tables(read_rows(tmp_path))
+    text = stored(tmp_path, [row("bolts", "KNN", 0.5), row("cups", "PPCA", 0.6)])
     assert "| KNN | – | – | – | – | – | – |\n" in text
     assert "| KNN | **0.500** | – |\n" in text
     assert "for want of a folder: KNN, PPCA." in text
 
 
 def test_tables_fit_into_a_terminal(tmp_path):
-    names = ["FeatureMapFlow", "GaussianMixture", "KNN"]
+    names = ["FeatureMapFlow", "Mahalanobis", "KNN"]
     rows = [row(f"magnetic_tile_{number}", name, 0.5) for number in range(15) for name in names]
-    append_rows(tmp_path, [*rows, *(row("mtoc", name, 0.5, aupro=0.7, pixel_auroc=0.9) for name in names)], COLUMNS)
-    text = report.tables(read_rows(tmp_path))
+    text = stored(tmp_path, [*rows, *(row("mtoc", name, 0.5, aupro=0.7, pixel_auroc=0.9) for name in names)])
     heads = [line for line in text.splitlines() if line.startswith("| detector")]
-    assert [line.count("magnetic") for line in heads] == [0, 3, 3, 3, 3, 3, 0]
-    console = Console(width=report.WIDTH, file=io.StringIO())
+    assert [line.count("magnetic") for line in heads] == [0, 0, 3, 3, 3, 3, 3, 0]
+    console = Console(width=cells.WIDTH, file=io.StringIO())
     console.print(Markdown(text))
     shown = console.file.getvalue()
     assert "…" not in shown
-    assert shown.count("GaussianMixture") == len(heads)
+    assert shown.count("Mahalanobis") == len(heads)
     assert all(f"magnetic_tile_{number} " in shown for number in range(15))
+
+
+def by_name(text):
+    """Lines of tables by their first cell."""
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_figures_in_short(tmp_path):
+    rows = [
+        *(row("bolts", "FeatureMapFlow", value, seed, fit_s=12.0) for seed, value in enumerate((0.9, 0.92))),
+        *(row("cups", "FeatureMapFlow", 0.7, seed, train_images=54) for seed in (0, 1)),
+        row("bolts", "KNN", 0.95),
+        row("cups", "KNN", 0.6),
+        row("bolts", "Padim", 0.93),
+        row("cups", "Padim", 0.73, fit_s=1000.0, train_images=54),
+        *(row(name, "FeatureMapFlow", 0.65, seed, part="few") for name in ("bolts", "cups") for seed in (0, 1)),
+        *(row(f"bolts+cups: {name}", "FeatureMapFlow", 0.75, part="unified") for name in ("bolts", "cups")),
+        *(row(f"bolts+lamps: {name}", "FeatureMapFlow", 0.1, part="unified") for name in ("bolts", "lamps")),
+    ]
+    lines = by_name(stored(tmp_path, rows).partition("###")[2].partition("###")[0])
+    # Two passes are 2 x 300 images of 20 ms; the folder with fewer images does not count.
+    assert lines["FeatureMapFlow"] == ["0.805", "0.650", "0.750", "−0.040", "12.0", "2.00"]
+    assert lines["KNN"] == ["0.775", "–", "–", "−0.130", "10.0", "1.67"]
+    assert lines["Padim"] == ["0.830", "–", "–", "−0.020", "10.0", "1.67"]
+    text = stored(tmp_path, rows)
+    assert "Farthest below the best rival: FeatureMapFlow on bolts (−0.040)." in text
+
+
+def test_what_the_flow_brings(tmp_path):
+    trained, without = "FeatureMapFlow", TRAINED["FeatureMapFlow"]
+    rows = [
+        *(row("bolts", trained, value, seed, aupro=0.6) for seed, value in enumerate((0.9, 0.92))),
+        *(row("bolts", without, value, seed, aupro=0.61) for seed, value in enumerate((0.89, 0.89))),
+        *(row("cups", trained, 0.7, seed) for seed in (0, 1)),
+        row("cups", without, 0.75),
+        row("cups", without, "", 1, error="ValueError: broken"),
+    ]
+    lines = by_name(stored(tmp_path, rows).partition("What the flow brings")[2])
+    assert lines["bolts"] == ["+0.020 ± 0.014", "−0.010 ± 0.000"]
+    assert lines["cups"] == ["−0.050", "–"]
+    assert lines["mean"] == ["−0.020", "−0.010 ± 0.000"]  # of the seed that has every folder
+
+
+def test_bars(tmp_path):
+    folders = {"casting": 0.99, "elpv_mono": 0.95, "magnetic_tile": 0.99, "mtoc": 0.902, "deeppcb": 0.55}
+    rows = [row(name, "FeatureMapFlow", value, aupro=0.88) for name, value in folders.items()]
+    rows += [row(name, "PPCA", value - 0.01) for name, value in folders.items() if name != "deeppcb"]
+    rows += [row("deeppcb", "PPCA", 0.57)]
+    rows += [row(name, TRAINED["FeatureMapFlow"], value - 0.03, aupro=0.89) for name, value in folders.items()]
+    rows += [row(name, "FeatureMapFlow", value - 0.02, part="few") for name, value in folders.items()]
+    for name in folders:
+        together = "+".join(sorted(folders))
+        rows += [row(f"{together}: {name}", "FeatureMapFlow", 0.86, part="unified")]
+        rows += [row(f"{together}: {name}", "PPCA", 0.8, part="unified")]
+    for number in range(10):
+        rows += [row(f"mnist class {number}", "EmbeddingFlow", 0.991, part="one_class")]
+        rows += [row(f"mnist class {number}", "KNN", 0.989, part="one_class")]
+    found = {bar.figure: (bar.reached, bar.held) for bar in bars.bars(split_tasks(read(tmp_path, rows)))}
+    means = [figure for figure in found if "mean over" in figure]
+    assert [found[figure] for figure in means] == [("0.958 (PPCA 0.948)", True)]
+    assert found["FeatureMapFlow: image AUROC, how far below the best rival on any folder"] == (
+        "0.020 (deeppcb, PPCA)", False,
+    )  # fmt: skip
+    assert found["FeatureMapFlow: AUPRO on mtoc"] == ("0.880", True)
+    assert found["FeatureMapFlow: AUPRO on magnetic_tile"] == ("0.880", False)
+    assert found["FeatureMapFlow: image AUROC lost with 40 training images"] == ("+0.020 (0.876 to 0.856)", True)
+    without = f"FeatureMapFlow against {TRAINED['FeatureMapFlow']}"
+    assert found[f"{without}: mean gain of image AUROC"] == ("+0.030", True)
+    assert found[f"{without}: least gain on any folder"][0].startswith("−0.010 (AUPRO on")
+    assert found["FeatureMapFlow, one model for all: above every rival by image AUROC"] == (
+        "+0.060 (0.860, PPCA 0.800)", False,
+    )  # fmt: skip
+    assert found["FeatureMapFlow, one model for all: below a model for each by"][1]
+    assert found["EmbeddingFlow: mnist, one class"] == ("0.991 (KNN 0.989)", True)
+    assert found["FeatureMapFlow: seconds of a fit to 300 images"] == ("10", True)
+    assert bars.bars(split_tasks(read(tmp_path / "other", [row("bolts", "KNN", 0.5)]))) == []
+
+
+def read(tmp_path, rows, stand="net-224"):
+    append_rows(tmp_path / stand, rows, COLUMNS)
+    return report.read_stands([tmp_path / stand])
+
+
+def test_readmes_get_the_tables_of_two_backbones(tmp_path):
+    for stand, better in (("net-224", 0.0), ("other_net-240", 0.05)):
+        rows = [row(name, "KNN", 0.9 + better) for name in ("bolts", "cups")]
+        append_rows(
+            tmp_path / stand, [*rows, row("bolts", "Padim", 0.8, aupro=0.7), row("cups", "Padim", 0.7)], COLUMNS
+        )
+    folder, alone, bare = tmp_path / "page", tmp_path / "alone.md", tmp_path / "bare.md"
+    folder.mkdir()
+    page = folder / "README.md"
+    page.write_text("rules\n<!-- suite: begin -->\nstale\n<!-- suite: end -->\nend\n", encoding="utf-8")
+    alone.write_text("first\n<!-- all sets: begin -->\n<!-- all sets: end -->\nlast\n", encoding="utf-8")
+    bare.write_text("nothing\n", encoding="utf-8")
+    stands = [tmp_path / "net-224", tmp_path / "other_net-240"]
+    written = report.write(stands, [folder, alone])
+    assert {page, alone, folder / "results.csv"} <= set(written)
+    assert set(pd.read_csv(folder / "results.csv")["stand"]) == {"net, 224", "other_net, 240"}
+    shown = page.read_text(encoding="utf-8")
+    assert "stale" not in shown
+    lines = by_name(shown.partition("Another backbone")[2])
+    assert lines["detector"] == ["net, 224", "other_net, 240"]
+    assert lines["KNN"] == ["0.900", "0.950"]
+    short = alone.read_text(encoding="utf-8")
+    assert short.startswith("first\n<!-- all sets: begin -->\n\nImage AUROC")
+    assert short.endswith("<!-- all sets: end -->\nlast\n")
+    assert by_name(short)["KNN"] == ["0.900", "0.900", "0.900", "10.0"]
+    assert by_name(short.partition("AUPRO")[2])["Padim"] == ["0.700"]
+    with pytest.raises(ValueError, match="bare.md has neither the marker"):
+        report.write(stands, [bare])
+    with pytest.raises(FileNotFoundError, match="no rows"):
+        report.write([tmp_path / "none-9"])

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of the stored rows: means over folders, distances to the best rival, what a flow brings."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from benchmarks.contest.detectors import OURS, TRAINED, VARIANTS
+
+USUAL_IMAGES = 300
+"""Training images of a folder for which a fit's seconds are told."""
+
+
+def split_tasks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Name a folder in ``task``, and in ``together`` the folders whose images were one normal class, if any were."""
+    names = rows["task"].astype(str).str.extract(r"^(?:(?P<together>.*): )?(?P<folder>.*)$")
+    return rows.assign(task=names["folder"], together=names["together"].fillna(""))
+
+
+def together_last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of models for several folders those for the most."""
+    sizes = rows["together"].str.count(r"\+")
+    return rows[rows["together"] == rows.loc[sizes.idxmax(), "together"]] if len(rows) else rows
+
+
+def of_part(rows: pd.DataFrame, part: str) -> pd.DataFrame:
+    """Rows of one part, without failures; of models for several folders those for the most."""
+    some = rows[(rows["part"] == part) & rows["error"].isna()]
+    return together_last(some) if part == "unified" else some
+
+
+def whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of those seeds of a detector that have every folder, for means to be over the same folders."""
+    found = rows.groupby(["detector", "seed"])["task"].transform("nunique")
+    return rows[found == rows["task"].nunique()]
+
+
+def by_folder(rows: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
+    """Means over seeds, a line for each detector that has every folder and a column for each folder."""
+    done = whole(rows)
+    return done.groupby(["detector", "task"])[metric].mean().unstack("task")
+
+
+def is_rival(name: str) -> bool:
+    """Whether a detector is neither one of ours nor a variant of one."""
+    return name not in OURS and name not in VARIANTS
+
+
+def behind_best_rival(table: pd.DataFrame) -> pd.DataFrame:
+    """How far each detector is below the best rival on each folder; negative where it is above.
+
+    Args:
+        table: As :func:`by_folder` returns it.
+    """
+    rivals = table[[is_rival(name) for name in table.index]]
+    return rivals.max() - table
+
+
+def gains(rows: pd.DataFrame, trained: str, metric: str) -> pd.DataFrame:
+    """What a flow brings, seed by seed: a line for each folder, a column for each seed.
+
+    Args:
+        rows: Those of one part.
+        trained: A detector that trains a flow.
+        metric: A column of the rows.
+
+    Returns:
+        Differences to the same detector without it, of the seeds that both have, and of the one seed of a detector
+        that has only one.
+    """
+    pair = [
+        rows[rows["detector"] == name].pivot_table(index="task", columns="seed", values=metric)
+        for name in (trained, TRAINED[trained])
+    ]
+    if any(table.empty for table in pair):
+        return pd.DataFrame()
+    with_flow, without = pair
+    if len(without.columns) == 1:
+        return with_flow.sub(without.iloc[:, 0], axis=0).dropna(how="all")
+    return (with_flow - without).dropna(how="all").dropna(axis=1, how="all")
+
+
+def usual_fit(rows: pd.DataFrame) -> pd.DataFrame:
+    """What a fit to about 300 images takes.
+
+    Args:
+        rows: Those of the part ``industrial``.
+
+    Returns:
+        By detector: seconds (``fit_s``), and how often in that time all images of the fit might have been read and
+        shown to the backbone (``passes``). Both are means over the folders whose number of images is nearest to 300.
+    """
+    images = rows["train_images"].astype(float) + rows["held_out_images"].astype(float)
+    away = (images - USUAL_IMAGES).abs()
+    some = rows[away == away.min()]
+    passes = some["fit_s"] / (images[some.index] * some[["backbone_s", "read_s"]].astype(float).sum(axis=1))
+    return some.assign(passes=passes).groupby("detector")[["fit_s", "passes"]].mean()
