@@ -2,7 +2,8 @@
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what anomalib's engine costs the detectors
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
-# make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another"
+# make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another",
+#                   on another backbone and size with ARGS="--backbone tf_efficientnet_lite1 --image-size 240"
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
 # make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
@@ -23,6 +24,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 TILES ?=
 FOLDERS ?=
+ARGS ?=
 SEEDS ?= 0 1 2
 PROFILE ?= laptop
 WORKERS ?= 2
@@ -47,7 +49,7 @@ contest: .venv/offline fashion-mnist
 
 # Repeat it to go on where it was interrupted.
 suite: .venv/offline
-	$(BIN)/python -m benchmarks.suite run $(FOLDERS) --seeds $(SEEDS)
+	$(BIN)/python -m benchmarks.suite run $(FOLDERS) --seeds $(SEEDS) $(ARGS)
 
 # Repeat it to go on where it was interrupted.
 scores: .venv/offline fashion-mnist

@@ -115,14 +115,14 @@ class Options:
     again: bool = False
 
 
-def _industrial_folders(options: Options) -> list[tuple[str, Callable[[], IndustrialFolder]]]:
+def _industrial_folders(options: Options) -> list[tuple[str, Callable[..., IndustrialFolder]]]:
     """The folders of ``--industrial`` by name.
 
     Raises:
         FileNotFoundError: If one is not there, or lacks images.
         ValueError: If two have the same name, or one has masks for some anomalous images alone.
     """
-    found: dict[str, Callable[[], IndustrialFolder]] = {}
+    found: dict[str, Callable[..., IndustrialFolder]] = {}
     for given in options.industrial:
         folder = given.resolve()
         if folder.name in found:

@@ -63,8 +63,8 @@ def _worst(rows: pd.DataFrame) -> Bar | None:
     behind = behind_best_rival(table)
     if "FeatureMapFlow" not in table.index or behind.loc["FeatureMapFlow"].isna().all():
         return None
-    folder = behind.loc["FeatureMapFlow"].idxmax()
-    distance = behind.loc["FeatureMapFlow", folder]
+    own = behind.T["FeatureMapFlow"].dropna()
+    folder, distance = str(own.idxmax()), float(own.max())
     rival = table[folder][[is_rival(name) for name in table.index]].idxmax()
     return Bar(
         "FeatureMapFlow: image AUROC, how far below the best rival on any folder",
@@ -147,11 +147,11 @@ def _fit(rows: pd.DataFrame) -> list[Bar]:
     fits = usual_fit(of_part(rows, "industrial"))
     bars = []
     if "FeatureMapFlow" in fits.index:
-        seconds = fits.loc["FeatureMapFlow", "fit_s"]
+        seconds = float(fits["fit_s"]["FeatureMapFlow"])
         bars.append(Bar("FeatureMapFlow: seconds of a fit to 300 images", "≤ 180", f"{seconds:.0f}", seconds <= 180))
     without = TRAINED.get("FeatureMapFlow", "FeatureMapFlow")
-    if without in fits.index and not math.isnan(fits.loc[without, "passes"]):
-        passes = fits.loc[without, "passes"]
+    passes = float(fits["passes"].get(without, math.nan))
+    if not math.isnan(passes):
         bars.append(Bar(f"{without}: the same in passes of the backbone", "≤ 1.5", f"{passes:.2f}", passes <= 1.5))
     return bars
 
@@ -168,7 +168,7 @@ def bars(rows: pd.DataFrame) -> list[Bar]:
         lambda: _aupro(rows, "mtoc", 0.85),
         lambda: _aupro(rows, "magnetic_tile", 0.9),
         lambda: _mean(rows, "EmbeddingFlow", 0.948, above_rivals=False),
-        *(lambda name=name: _few(rows, name) for name in ("FeatureMapFlow", "EmbeddingFlow")),  # type: ignore[misc]
+        *(lambda name=name: _few(rows, name) for name in ("FeatureMapFlow", "EmbeddingFlow")),
     ]
     found = [bar for make in single if (bar := make()) is not None]
     flows = [bar for name in TRAINED for bar in _flow(rows, name)]

@@ -176,7 +176,7 @@ def _gain(table: pd.DataFrame, folder: str) -> str:
     values = table.loc[folder].dropna() if folder in table.index else pd.Series(dtype=float)
     if values.empty:
         return "–"
-    return signed(values.mean()) + (f" ± {values.std():.3f}" if len(values) > 1 else "")
+    return signed(values.to_numpy().mean()) + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def _stands(rows: pd.DataFrame) -> list[str]:
@@ -221,9 +221,10 @@ def all_sets(rows: pd.DataFrame) -> str:
         f"matters); the means with a model for {FEW} training images of each, and with one model for all; seconds of a "
         "fit to about 300 images:"
     )
-    columns = _per_folder(whole(some), table.index, "auroc") | extra
+    done = whole(some)
+    columns = _per_folder(done, table.index, "auroc") | extra
     texts += side_by_side(table.index, columns, room=None)
-    with_maps = whole(some)[lambda part: part["aupro"].notna()]
+    with_maps = done[done["aupro"].notna()]
     if not with_maps.empty:
         order = table.index[table.index.isin(with_maps["detector"])]
         texts += ["AUPRO, where there are masks:"]

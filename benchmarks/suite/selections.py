@@ -20,7 +20,7 @@ def split_tasks(rows: pd.DataFrame) -> pd.DataFrame:
 def together_last(rows: pd.DataFrame) -> pd.DataFrame:
     """Of models for several folders those for the most."""
     sizes = rows["together"].str.count(r"\+")
-    return rows[rows["together"] == rows.loc[sizes.idxmax(), "together"]] if len(rows) else rows
+    return rows[rows["together"] == rows["together"].iloc[int(sizes.argmax())]] if len(rows) else rows
 
 
 def of_part(rows: pd.DataFrame, part: str) -> pd.DataFrame:

@@ -57,6 +57,21 @@ def test_run_report_resume_retry(tmp_path, folder, small_contest, monkeypatch):
     assert (into / "README.md").read_text() == text
 
 
+def test_a_folder_without_masks(tmp_path, folder, small_contest):
+    """All that the contest shows beside the suite, pictures included, can do without masks."""
+    shutil.rmtree(folder / "ground_truth")
+    output = tmp_path / "out"
+    options = Options(output, ("industrial",), [folder], seeds=(0,), backbone="local-dir:none")
+    rows = contest.run(options)
+    assert rows["error"].isna().all()
+    assert rows["auroc"].between(0, 1).all()
+    assert rows["images_per_s"].gt(0).all()
+    assert rows[["pixel_auroc", "aupro", "aupimo"]].isna().all(axis=None)
+    written = report.write(output, tmp_path / "into")
+    assert tmp_path / "into/cost.png" in written
+    assert not list(tmp_path.glob("into/maps*"))
+
+
 def as_visa(folder, root, category="candle"):
     """The images of ``folder`` as VisA is laid out before anomalib splits it."""
     lines = ["object,split,label,image,mask"]
