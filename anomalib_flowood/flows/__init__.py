@@ -27,6 +27,7 @@ from .pixels import (
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
+from .shrunk import ShrunkGaussian
 from .subnets import (
     SUBNETS,
     Bottleneck,
@@ -71,6 +72,7 @@ __all__ = [
     "QuadrantContextCoupling",
     "QuadrantCoupling",
     "ResNet",
+    "ShrunkGaussian",
     "SideBySide",
     "Squeeze",
     "StandardNormal",

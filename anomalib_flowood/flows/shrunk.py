@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Gaussian with a full covariance, which is shrunk as far as the number of points asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .precision import full_precision
+
+_LEAST = 1e-10
+"""Variance, as a share of the largest, below which the points do not vary in a direction."""
+
+_SHAPED_BY_FIT = ("components", "variances")
+
+
+class ShrunkGaussian(nn.Module):
+    """N(m, (1 - s) S + s v I) with the sample covariance S, its mean variance v and the shrinkage s of OAS.
+
+    S of n points has at most n - 1 directions, so that the covariance, D by D, is kept as these directions, the shrunk
+    variances along them, and the one variance s v of all others. That is exact, takes no more memory than the points,
+    and has the form of probabilistic PCA without its choice of a number of directions. Two points are enough.
+
+    Source: Chen, Wiesel, Eldar and Hero 2010 (Oracle Approximating Shrinkage), IEEE Transactions on Signal Processing
+    58(10), equation 23; as scikit-learn has it.
+
+    Args:
+        dims: D.
+        directions: Leading directions whose coordinates :meth:`forward` returns for another density to model; the
+            Gaussian has the rest.
+
+    Raises:
+        ValueError: If there are more directions than dimensions.
+    """
+
+    mean: Tensor
+    """m, ``(D,)``; a buffer, as the others."""
+    components: Tensor
+    """Directions in rows, ``(r, D)``, those of the largest variance first; r is known after a fit."""
+    variances: Tensor
+    """Variances along them, ``(r,)``."""
+    tail_variance: Tensor
+    """Variance along all other directions, ``()``."""
+
+    def __init__(self, dims: int, directions: int = 0) -> None:
+        super().__init__()
+        if not 0 <= directions <= dims:
+            msg = f"directions must lie between 0 and the {dims} dimensions of a point, got {directions}."
+            raise ValueError(msg)
+        self.directions = directions
+        self.register_buffer("mean", torch.zeros(dims))
+        self.register_buffer("components", torch.eye(directions, dims))
+        self.register_buffer("variances", torch.ones(directions))
+        self.register_buffer("tail_variance", torch.ones(()))
+
+    def fit(self, points: Tensor, *, what: str = "points") -> None:
+        """Fit mean and covariance.
+
+        Args:
+            points: ``(n, D)``.
+            what: What errors call the points.
+
+        Raises:
+            ValueError: If there are fewer than two points, or they are all alike.
+        """
+        if len(points) < 2:
+            msg = f"A covariance needs at least 2 {what}, got {len(points)}: give more images."
+            raise ValueError(msg)
+        points = points.double().cpu()
+        mean = points.mean(0)
+        variances, components = _principal(points - mean)
+        dims = len(mean)
+        if not len(variances) or float(variances.sum()) <= 1e-12 * dims * float(points.square().mean()):
+            msg = f"The {len(points)} {what} are all alike, or constant: give more varied images."
+            raise ValueError(msg)
+        shrinkage, level = _oas(variances, dims, len(points))
+        variances = (1 - shrinkage) * variances + shrinkage * level
+        missing = self.directions - len(variances)
+        if missing > 0:
+            components = _completed(components, missing)
+            variances = torch.cat([variances, variances.new_full((missing,), shrinkage * level)])
+        like = self.mean
+        self.mean.copy_(mean)
+        self.components = components.to(like)
+        self.variances = variances.to(like)
+        self.tail_variance.copy_(torch.tensor(shrinkage * level))
+
+    @full_precision
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the log-density of points as :class:`~anomalib_flowood.flows.PrincipalSubspace` does.
+
+        Args:
+            points: ``(N, D)``.
+
+        Returns:
+            Standardised coordinates along the leading directions, ``(N, directions)``, and all of the log-density but
+            theirs, nats, ``(N,)``.
+        """
+        k, dims = self.directions, len(self.mean)
+        centred = points - self.mean
+        coordinates = centred @ self.components.T
+        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        standard = coordinates * self.variances.rsqrt()
+        constant = (
+            (dims - k) * math.log(2 * math.pi)
+            + self.variances.log().sum()
+            + (dims - len(self.variances)) * self.tail_variance.log()
+        )
+        square = standard[:, k:].square().sum(1) + outside / self.tail_variance
+        return standard[:, :k], -0.5 * square - 0.5 * constant
+
+    def log_prob(self, points: Tensor) -> Tensor:
+        """Log-density of points, ``(N, D)``; nats, ``(N,)``."""
+        leading, rest = self(points)
+        return rest - 0.5 * (leading.square().sum(1) + self.directions * math.log(2 * math.pi))
+
+    @full_precision
+    def leave_one_out(self, points: Tensor) -> Tensor:
+        """Log-density of each of the points of the last fit under the Gaussian of the others.
+
+        The shrinkage is that of all points; the rest is exact, by a change of rank one. So a score of normal images
+        can be brought to scale without any that are held out.
+
+        Args:
+            points: The points of the fit, ``(n, D)``.
+
+        Returns:
+            Nats, ``(n,)``.
+        """
+        n, dims = len(points), len(self.mean)
+        centred = (points - self.mean).double()
+        coordinates = centred @ self.components.double().T
+        tail = self.tail_variance.double()
+        # Without point i: mean m - c / (n - 1), covariance n / (n - 1) ((1 - s) S - (1 - s) c c^T / (n - 1)) + s v I.
+        variances = (self.variances.double() - tail).clamp(min=0) * n / (n - 1) + tail
+        level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims  # v: shrinking keeps it
+        change = (1 - tail / level) * n / (n - 1) ** 2
+        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        square = (coordinates.square() / variances).sum(1) + outside / tail
+        left = (1 - change * square).clamp(min=_LEAST)
+        volume = variances.log().sum() + (dims - len(variances)) * tail.log() + left.log()
+        distance = square / left * (n / (n - 1)) ** 2
+        return -0.5 * (distance + volume + dims * math.log(2 * math.pi))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take as many directions as were saved."""
+        for name in _SHAPED_BY_FIT:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(getattr(self, name)).new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the principal directions of points, ``(n, D)``, whose mean is 0, by the smaller of two matrices.
+
+    Returns:
+        Variances, ``(r,)``, the largest first, and directions, ``(r, D)``; without those in which nothing varies.
+    """
+    n, dims = centred.shape
+    few = n <= dims
+    square = (centred @ centred.T if few else centred.T @ centred) / n
+    # In NumPy, where eigensolvers are faster on the CPU.
+    variances, vectors = (torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(square.numpy()))
+    kept = variances > _LEAST * max(float(variances[0]), 0.0)
+    variances, vectors = variances[kept], vectors[:, kept]
+    return variances, (vectors.T @ centred) / (n * variances).sqrt()[:, None] if few else vectors.T
+
+
+def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:
+    """Return the shrinkage of OAS and the mean variance, from the variances along all directions that have any."""
+    level = float(variances.sum()) / dims
+    spread = float(variances.square().sum()) / dims
+    excess = (count + 1) * (spread - level**2) / dims
+    return (min(1.0, (spread / dims + level**2) / excess) if excess > 0 else 1.0), level
+
+
+def _completed(components: Tensor, missing: int) -> Tensor:
+    """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``."""
+    seed = torch.Generator().manual_seed(0)
+    added = torch.randn(missing, components.shape[1], dtype=components.dtype, generator=seed)
+    for _ in range(2):  # twice, since the first projection leaves what rounding leaves
+        added = added - (added @ components.T) @ components
+        added = torch.linalg.qr(added.T)[0].T
+    return torch.cat([components, added])
