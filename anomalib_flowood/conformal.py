@@ -21,6 +21,9 @@ from torch import Tensor
 
 from anomalib_flowood.checks import refuse_nan
 
+DEFAULT_ALPHA = 0.05
+"""The level of labels unless another one is chosen."""
+
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """Share of the calibration images, and the image itself, that are at least as anomalous as the image.
@@ -85,6 +88,39 @@ def threshold_rank(images: int, alpha: float) -> int:
         )
         raise ValueError(msg)
     return math.ceil(_exact(alpha) * (images + 1)) - 1
+
+
+def nearest_rank(images: int, alpha: float) -> int:
+    """Return :func:`threshold_rank`, or 1 where so few images cannot reach the level.
+
+    With 1, images are flagged that score above all calibration images: a share of 1 / (n + 1) of those that are
+    exchangeable with them, the least above 0 that there is.
+
+    Args:
+        images: Number n of calibration images.
+        alpha: The level, in (0, 1).
+
+    Raises:
+        ValueError: If the level is not in (0, 1), or there are no images.
+    """
+    return 1 if 0 < images < images_needed(alpha) else threshold_rank(images, alpha)
+
+
+def few_images(images: int, alpha: float) -> str:
+    """Say what it costs that a level cannot be reached, in numbers.
+
+    Args:
+        images: Number n of calibration images, at least 1 and fewer than :func:`images_needed`.
+        alpha: The level.
+    """
+    low, high = stats.beta.ppf([0.05, 0.95], 1, images)
+    above = f"above all {images}, as do" if images > 1 else "above it, as do"
+    return (
+        f"With {images} held-out normal image{'s' * (images > 1)} the smallest p-value is 1/{images + 1} = "
+        f"{1 / (images + 1):.2g}, so that no image can be called anomalous at alpha = {alpha:g}. Instead those are "
+        f"labelled that score {above} {100 / (images + 1):.2g} % of normal images in expectation ({100 * low:.2g} to "
+        f"{100 * high:.2g} % in 90 of 100 such calibrations). alpha = {alpha:g} takes {images_needed(alpha)} of them"
+    )
 
 
 def drift_p_value(calibration: Tensor, scores: Tensor) -> float:

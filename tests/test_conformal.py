@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from anomalib_flowood import conformal
+from anomalib_flowood.data.datamodules.splits import held_out
 
 NAN, INF = float("nan"), float("inf")
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.sampled_from([INF, -INF, 0.5])), min_size=1, max_size=30)
@@ -139,6 +140,47 @@ def test_the_guides_table():
         m = conformal.threshold_rank(n, 0.05)
         expected = [m / (n + 1), *stats.beta.ppf([0.05, 0.95], m, n + 1 - m)]
         assert shares == [f"{100 * share:.1f}" for share in expected]
+
+
+def test_the_guides_table_of_small_folders():
+    guide = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    number, share = r"(\d+)", r"([\d.]+) %"
+    rows = re.findall(
+        rf"^\| {number} \| {number} \| {number} \| {share} \| {share} to {share} \|$", guide, re.MULTILINE
+    )
+    assert len(rows) == 7
+    for images, held, fitted, *shares in rows:
+        n = held_out(int(images), None)
+        assert (int(held), int(fitted)) == (n, int(images) - n)
+        m = conformal.nearest_rank(n, 0.05)
+        expected = [m / (n + 1), *stats.beta.ppf([0.05, 0.95], m, n + 1 - m)]
+        assert shares == [f"{100 * share:.1f}" for share in expected]
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 19])
+def test_too_few_images_flag_what_is_above_all_of_them(images):
+    assert conformal.nearest_rank(images, 0.05) == 1
+    with pytest.raises(ValueError, match=f"and there (is|are) {images}"):
+        conformal.threshold_rank(images, 0.05)
+    message = conformal.few_images(images, 0.05)
+    assert message.startswith(
+        f"With {images} held-out normal image{'s' if images > 1 else ''} the smallest p-value is "
+    )
+    assert f"is 1/{images + 1} = " in message
+    with pytest.raises(ValueError, match="and there are none"):
+        conformal.nearest_rank(0, 0.05)
+    assert [conformal.nearest_rank(n, 0.05) for n in (20, 99)] == [conformal.threshold_rank(n, 0.05) for n in (20, 99)]
+
+
+def test_the_cost_of_few_images_is_what_is_seen():
+    """Over many calibrations of 7 images: how many fresh ones are above all of them, and how that scatters."""
+    draws = np.random.default_rng(0).normal(size=(4000, 207))
+    rates = (draws[:, 7:] > draws[:, :7].max(1, keepdims=True)).mean(1)
+    said = re.search(r"do ([\d.]+) % .* \(([\d.]+) to ([\d.]+) % in 90", conformal.few_images(7, 0.05))
+    mean, low, high = (float(number) / 100 for number in said.groups())
+    assert rates.mean() == pytest.approx(mean, abs=0.005)
+    assert (rates < low).mean() == pytest.approx(0.05, abs=0.03)
+    assert (rates > high).mean() == pytest.approx(0.05, abs=0.03)
 
 
 def test_false_alarm_rates_are_those_of_p_values_and_can_be_repeated():

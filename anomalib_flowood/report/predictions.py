@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from anomalib_flowood import conformal
 from anomalib_flowood.models.components import ConformalPostProcessor
 
 _SHOWN_PREDICTIONS = 10
@@ -68,7 +69,7 @@ def keep_predictions(
 
 
 def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Console) -> None:
-    """Print the most anomalous images, and whether there is drift."""
+    """Print the most anomalous images, whether there is drift, and what labels are worth where few images calibrate."""
     worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
     table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
     table.add_column("image", overflow="fold")
@@ -91,6 +92,9 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
             highlight=False,
             soft_wrap=True,
         )
+        if post_processor.level > post_processor.alpha:
+            cost = conformal.few_images(len(post_processor.calibration), post_processor.alpha)
+            console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _rows(batch: Any) -> pd.DataFrame:

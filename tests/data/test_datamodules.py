@@ -14,10 +14,13 @@ from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from data_helpers import write_idx, write_images, write_parts
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 
 from anomalib_flowood.data import CrossDataset, OneClass
+from anomalib_flowood.data.datamodules.splits import held_out
 from anomalib_flowood.data.sources import DATA_SETS
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -48,7 +51,7 @@ def paths(data) -> list[str]:
 def test_cross_dataset(clothes: Path, digits: Path) -> None:
     data = CrossDataset(clothes, digits)
     data.setup()
-    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (90, 10, 90)
+    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (80, 20, 90)
     assert not set(paths(data.train_data)) & set(paths(data.val_data))
     assert set(data.train_data.samples.label_index) == set(data.val_data.samples.label_index) == {0}
     assert data.test_data.samples.groupby("source").label_index.agg(["min", "max", "size"]).to_dict("index") == {
@@ -71,7 +74,7 @@ def test_any_few_test_batches_hold_both_labels(clothes: Path, digits: Path) -> N
 def test_one_class(clothes: Path) -> None:
     data = OneClass(clothes, normal_class=1)
     data.setup()
-    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (45, 5, 30)
+    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (38, 12, 30)
     assert set(data.train_data.samples.source) == set(data.val_data.samples.source) == {"1"}
     assert set(zip(data.test_data.samples.source, data.test_data.samples.label_index, strict=True)) == {
         ("1", 0),
@@ -121,7 +124,7 @@ def test_limits_are_nested_and_seeded(clothes: Path, digits: Path) -> None:
     small, again, large, everything, other = (
         build(20, 5), build(20, 5), build(50, 20), build(None, None), build(20, 5, seed=1),
     )  # fmt: skip
-    assert (len(small.train_data), len(small.val_data), len(small.test_data)) == (18, 2, 10)
+    assert (len(small.train_data), len(small.val_data), len(small.test_data)) == (15, 5, 10)
     for part in ("train_data", "val_data", "test_data"):
         chosen = [set(paths(getattr(data, part))) for data in (small, large, everything)]
         assert chosen[0] < chosen[1] < chosen[2]
@@ -130,7 +133,7 @@ def test_limits_are_nested_and_seeded(clothes: Path, digits: Path) -> None:
     # What one limit validates on, no other limit trains on.
     assert not set(paths(small.val_data)) & set(paths(everything.train_data))
     # The pixels are those of the path, which is what write_idx fills the images with.
-    batch = small.train_data.__getitems__(range(18))
+    batch = small.train_data.__getitems__(range(15))
     numbers = [int(Path(path).stem[-5:]) for path in batch.image_path]
     assert (batch.image[:, 0, 0, 0] * 255).round().int().tolist() == numbers
 
@@ -138,8 +141,44 @@ def test_limits_are_nested_and_seeded(clothes: Path, digits: Path) -> None:
 def test_one_class_limits(clothes: Path) -> None:
     data = OneClass(clothes, 0, train_limit=10, test_limit=4)
     data.setup()
-    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (9, 1, 8)
+    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (8, 2, 8)
     assert data.test_data.samples.source.tolist() == ["0", "1"] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "validation"),
+    [(2, 1), (3, 1), (5, 1), (10, 2), (12, 3), (20, 5), (40, 10), (60, 15), (79, 19), (80, 20), (120, 20), (199, 20),
+     (200, 20), (300, 30), (5000, 500)],
+)  # fmt: skip
+def test_as_many_are_held_out_as_labels_take_but_a_quarter_at_most(images: int, validation: int) -> None:
+    assert held_out(images, None) == validation
+
+
+@given(st.integers(2, 3000), st.none() | st.floats(0.001, 0.999))
+def test_more_images_are_held_out_of_more(images: int, ratio: float | None) -> None:
+    assert 1 <= held_out(images, ratio) <= images - 1
+    assert held_out(images, ratio) <= held_out(images + 1, ratio) <= held_out(images, ratio) + 1
+
+
+def test_the_data_module_says_what_makes_more_validation_images(tmp_path: Path, clothes: Path) -> None:
+    def advice(**kwargs) -> tuple[str, OneClass]:
+        data = OneClass(clothes, 0, **kwargs)  # 50 images
+        data.setup()
+        return data.how_to_hold_out(20), data
+
+    text, data = advice()
+    assert text == (
+        "give 30 more normal images to the 50 that there are (38 are fitted to), or set val_split_ratio to 0.4, which "
+        "leaves 30 to fit to"
+    )
+    assert held_out(50 + 30, data.val_split_ratio) == 20
+    assert held_out(50, 0.4) == 20
+    text, _ = advice(val_split_ratio=0.1)
+    assert "give 145 more normal images to the 50 that there are (45 are fitted to)" in text
+    assert held_out(50 + 145, 0.1) == 20
+    assert held_out(50 + 144, 0.1) < 20
+    text, _ = advice(train_limit=15)
+    assert text == "raise train_limit to 80, if there are so many normal images"
 
 
 def test_training_and_validation_share_memory(tmp_path: Path, clothes: Path, digits: Path) -> None:
@@ -183,7 +222,7 @@ def test_memory_limit(tmp_path: Path) -> None:
 def test_fashion_mnist_class_by_name(tmp_path: Path) -> None:
     data = OneClass("fashion_mnist", "T-shirt/top", root=tmp_path, train_limit=100, test_limit=10)
     data.setup()
-    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (90, 10, 100)
+    assert (len(data.train_data), len(data.val_data), len(data.test_data)) == (80, 20, 100)
     assert data.category == "fashion_mnist-T-shirt_top"
     assert set(data.train_data.samples.source) == {"T-shirt/top"}
     with pytest.raises(ValueError, match=r"Unknown class of 'fashion_mnist' 'Sneakers'. Did you mean 'Sneaker'"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_flowood.data.datamodules.splits import train_and_val
+from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
@@ -39,7 +40,7 @@ class SourcedDataModule(AnomalibDataModule):
         train_limit: int | None,
         test_limit: int | None,
         test_split_ratio: float,
-        val_split_ratio: float,
+        val_split_ratio: float | None,
         memory_limit_mib: int,
         max_value: int | None,
         seed: int,
@@ -53,6 +54,7 @@ class SourcedDataModule(AnomalibDataModule):
             **loading,
         )
         _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
+        self.val_split_ratio = val_split_ratio  # for which anomalib would have a half in the place of none
         self.root = root
         self.train_limit = train_limit
         self.test_limit = test_limit
@@ -128,6 +130,20 @@ class SourcedDataModule(AnomalibDataModule):
             for split, part in zip((Split.TRAIN, Split.VAL), parts, strict=True)
         )
 
+    def how_to_hold_out(self, images: int) -> str:
+        """Say what makes so many validation images of those that there are, for messages."""
+        fitted = len(self.train_data)
+        total = more = fitted + len(self.val_data)
+        while held_out(more, self.val_split_ratio) < images:
+            more += 1
+        advice = f"give {more - total} more normal images to the {total} that there are ({fitted} are fitted to)"
+        if self.train_limit == total:
+            advice = f"raise train_limit to {more}, if there are so many normal images"
+        if total > images:
+            share = math.ceil(100 * images / total) / 100
+            advice += f", or set val_split_ratio to {share:g}, which leaves {total - images} to fit to"
+        return advice
+
     def _dataset(
         self,
         images: Images,
@@ -166,7 +182,7 @@ def _check_ranges(
     test_limit: int | None,
     memory_limit_mib: int,
     max_value: int | None,
-    val_ratio: float,
+    val_ratio: float | None,
     test_ratio: float,
 ) -> None:
     """Refuse numbers that cannot work."""
@@ -179,7 +195,7 @@ def _check_ranges(
         msg = f"memory_limit_mib cannot be negative, got {memory_limit_mib}."
         raise ValueError(msg)
     for name, ratio in {"val_split_ratio": val_ratio, "test_split_ratio": test_ratio}.items():
-        if not 0 < ratio < 1:
+        if ratio is not None and not 0 < ratio < 1:
             msg = f"{name} has to lie between 0 and 1, got {ratio}."
             raise ValueError(msg)
 

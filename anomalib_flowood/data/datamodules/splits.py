@@ -7,6 +7,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anomalib_flowood import conformal
+
+_SHARE = 0.1
+"""Of the normal images, held out for validation where there are many."""
+
+_LARGEST_SHARE = 0.25
+"""The most of them that go into what the default level of labels takes: see docs/decisions.md."""
+
+
+def held_out(images: int, ratio: float | None) -> int:
+    """Return how many normal images are held out for validation.
+
+    Args:
+        images: Number of normal images, two at least.
+        ratio: Share to hold out; ``None`` for a tenth, and where these are fewer than the default level of labels
+            takes (20), for so many, but at most a quarter.
+
+    Returns:
+        At least one, and so few that one is left. More of more images.
+    """
+    if ratio is None:
+        enough = conformal.images_needed(conformal.DEFAULT_ALPHA)
+        wanted = max(round(_SHARE * images), min(enough, int(_LARGEST_SHARE * images)))
+    else:
+        wanted = round(ratio * images)
+    return min(max(1, wanted), images - 1)
+
 
 def limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarray:
     """Draw at most ``limit`` of ``rows``, ascending; the choice for a smaller limit is part of that for a larger one.
@@ -22,7 +49,7 @@ def limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarray
 
 
 def train_and_val(
-    rows: np.ndarray, limit: int | None, val_ratio: float, seed: int | None
+    rows: np.ndarray, limit: int | None, val_ratio: float | None, seed: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide normal images into those to train on and those to validate on.
 
@@ -32,20 +59,16 @@ def train_and_val(
     Args:
         rows: Positions of shape ``(N,)``, two at least.
         limit: The most to take, two at least; ``None`` for all.
-        val_ratio: Share of them that is held out for validation: one image at least, and one is left.
+        val_ratio: Share of them that is held out for validation, or ``None``: see :func:`held_out`.
         seed: Seed of the division.
 
     Returns:
         Positions to train on and to validate on, ascending.
     """
-
-    def held_out(number: int) -> int:
-        return min(max(1, round(val_ratio * number)), number - 1)
-
     count = len(rows) if limit is None else min(limit, len(rows))
     order = np.random.default_rng(seed).permutation(rows)
-    val = np.sort(order[: held_out(count)])
-    return np.sort(order[held_out(len(rows)) :][: count - len(val)]), val
+    val = np.sort(order[: held_out(count, val_ratio)])
+    return np.sort(order[held_out(len(rows), val_ratio) :][: count - len(val)]), val
 
 
 def mixed(sources: Sequence[str] | np.ndarray) -> np.ndarray:

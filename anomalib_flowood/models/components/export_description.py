@@ -44,10 +44,11 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         compression: How it is compressed, if it is.
     """
     post_processor = detector.post_processor
-    alpha, threshold, calibration = None, None, []
+    alpha, level, threshold, calibration = None, None, None, []
     if isinstance(post_processor, ConformalPostProcessor):
         alpha = post_processor.alpha
         if post_processor.calibrated:
+            level = post_processor.level
             threshold, calibration = float(post_processor.image_threshold), post_processor.calibration.tolist()
     outputs = reference(detector, torch.zeros(1, 3, 32, 32))
     raw = "raw_score" if "raw_score" in outputs else "pred_score"
@@ -67,6 +68,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         "outputs": [name for name in outputs if name != "raw_score"],
         "raw_score": where,
         "alpha": alpha,
+        "level": level,
         "threshold": threshold,
         "calibration_scores": calibration,
         "versions": _versions(),

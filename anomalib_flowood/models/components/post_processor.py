@@ -19,8 +19,6 @@ from anomalib_flowood.trainers import validation_loaders
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_ALPHA = 0.05
-
 _JUST_ABOVE_HALF = 0.5 + 2**-24
 """The next float32 after 0.5."""
 
@@ -42,6 +40,10 @@ class ConformalPostProcessor(PostProcessor):
     A pixel of an anomaly map is marked where its value is above the threshold that the same rule sets on the maxima of
     the calibration images' maps: of fresh normal images, at most ``alpha`` have any marked pixel, in expectation.
     ``anomaly_map`` is in [0, 1] as scores are, with 0.5 at that threshold, in units of the range of normal maps.
+
+    Fewer than 20 calibration images have no p-value below 0.05, the default level. Then the images are labelled that
+    score above all of them, as 1 / (n + 1) of the normal images do in expectation, and a warning says so; any other
+    level is taken for a demand, and refused where it cannot be reached.
 
     A calibration holds for the weights, score and settings that gave its scores, whose fingerprint is kept beside it:
     see :meth:`check`.
@@ -65,7 +67,7 @@ class ConformalPostProcessor(PostProcessor):
         super().__init__()
         self._chosen = alpha is not None
         self._overruled: float | None = None
-        self._alpha = _DEFAULT_ALPHA if alpha is None else alpha
+        self._alpha = conformal.DEFAULT_ALPHA if alpha is None else alpha
         conformal.images_needed(self._alpha)  # refuses what is no level
         self.register_buffer("calibration", torch.empty(0))
         self.register_buffer("pixel_calibration", torch.empty(0))
@@ -73,6 +75,7 @@ class ConformalPostProcessor(PostProcessor):
         self._validated = CatMetric(nan_strategy="disable")
         self._validated_maxima = CatMetric(nan_strategy="disable")
         self._scored_by = torch.empty(0, dtype=torch.uint8)
+        self._warned_of = 0
 
     @property
     def alpha(self) -> float:
@@ -133,12 +136,12 @@ class ConformalPostProcessor(PostProcessor):
             map_maxima: The largest value of each of their raw anomaly maps, ``(n,)``. Without it no pixel is marked.
 
         Raises:
-            ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
+            ValueError: If a score is NaN or infinite, there are none, or too few for a level that is not the default.
         """
         maxima = scores.new_empty(0) if map_maxima is None else map_maxima
         both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
         refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
-        conformal.threshold_rank(len(scores), self.alpha)
+        self._check_images(len(scores))
         self.calibration = scores.detach().to(self.calibration).sort().values
         self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
         self.calibrated_for = self.calibrated_for.new_empty(0)
@@ -158,7 +161,7 @@ class ConformalPostProcessor(PostProcessor):
                 its own.
 
         Raises:
-            ValueError: If the calibration is too small for ``alpha``.
+            ValueError: If the calibration is too small for a level that is not the default.
         """
         if not self.calibrated:
             return
@@ -172,14 +175,15 @@ class ConformalPostProcessor(PostProcessor):
             )
             self.forget()
             return
-        conformal.threshold_rank(len(self.calibration), self.alpha)
+        self._rank(len(self.calibration))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a validation set that is too small before anything is trained."""
+        """Say what a validation set costs that is too small, or refuse it, before anything is trained."""
         del pl_module
+        self._warned_of = 0
         images = None if _trial_run(trainer) else _most_calibration_images(trainer)
         if images is not None:
-            conformal.threshold_rank(images, self.alpha)
+            self._check_images(images, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: only the last validation counts."""
@@ -216,7 +220,7 @@ class ConformalPostProcessor(PostProcessor):
         """Calibrate on what was collected, unless it comes from an untrained model or a trial run.
 
         Raises:
-            ValueError: If a score is NaN or infinite, or there are too few for ``alpha``.
+            ValueError: As for :meth:`calibrate`.
         """
         del pl_module
         if trainer.sanity_checking or _trial_run(trainer):
@@ -244,7 +248,30 @@ class ConformalPostProcessor(PostProcessor):
 
     def _threshold(self, ascending: Tensor) -> Tensor:
         n = len(ascending)
-        return ascending[n - conformal.threshold_rank(n, self.alpha)] if n else ascending.new_full((), float("nan"))
+        return ascending[n - self._rank(n)] if n else ascending.new_full((), float("nan"))
+
+    @property
+    def level(self) -> float:
+        """Share of fresh normal images that are labelled anomalous, in expectation; NaN before a validation.
+
+        Labelled are those whose p-value is no larger: it is m / (n + 1), the largest p-value below ``alpha``, or
+        1 / (n + 1) where none is.
+        """
+        n = len(self.calibration)
+        return self._rank(n) / (n + 1) if n else float("nan")
+
+    def _rank(self, images: int) -> int:
+        """Which of the largest calibration scores is the threshold."""
+        rank = conformal.nearest_rank if self.alpha == conformal.DEFAULT_ALPHA else conformal.threshold_rank
+        return rank(images, self.alpha)
+
+    def _check_images(self, images: int, trainer: Trainer | None = None) -> None:
+        """Refuse too few calibration images, or say once what they cost."""
+        self._rank(images)
+        if images == self._warned_of or images >= conformal.images_needed(self.alpha):
+            return
+        self._warned_of = images
+        logger.warning("%s: %s.", conformal.few_images(images, self.alpha), _remedy(trainer, images, self.alpha))
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Conformal p-values of raw scores, on the CPU: :func:`anomalib_flowood.conformal.p_values`."""
@@ -310,6 +337,17 @@ def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tenso
 def _trial_run(trainer: Any) -> bool:
     """Whether Lightning runs a batch or two to see that everything works; it does not declare the attribute."""
     return bool(trainer.fast_dev_run)
+
+
+def _remedy(trainer: Any, images: int, alpha: float) -> str:
+    """What gives more calibration images, in the words of the data module where they are its validation images."""
+    data = getattr(trainer, "datamodule", None)  # maybe that of an earlier fit
+    needed = conformal.images_needed(alpha)
+    if hasattr(data, "how_to_hold_out"):
+        datasets = [loader.dataset for loader in validation_loaders(trainer)]
+        if len(data.val_data) == images and datasets == [data.val_data]:
+            return data.how_to_hold_out(needed)
+    return f"hold out {needed - images} more (val_split_ratio of the data module)"
 
 
 def _most_calibration_images(trainer: Trainer) -> int | None:
