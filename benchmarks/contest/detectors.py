@@ -18,7 +18,7 @@ from unittest.mock import patch
 import timm
 import torch
 from anomalib.models import AnomalibModule, Cflow, Dfkde, Dfm, Fastflow, Padim, Patchcore, Patchflow
-from anomalib.models.components.sampling import KCenterGreedy, k_center_greedy
+from anomalib.models.components.sampling import KCenterGreedy
 from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
 from torch import Tensor, nn
 
@@ -27,9 +27,10 @@ from anomalib_flowood.features import feature_layers
 from anomalib_flowood.models.components import backbone_pre_processor
 
 from .baselines import MODELS, Baseline
+from .coreset import select_coreset_idxs
 
 CORESET = {"industrial": 0.01, "unified": 0.002, "one_class": 0.002, "cross": 0.001}
-"""PatchCore's share of patches to keep. The time grows with the square of it: its default is 0.1."""
+"""PatchCore's share of patches to keep: its default is 0.1, and the time to find them grows with its square."""
 
 PADIM_FEATURES = 100
 """PaDiM's default for ResNet-18, the smaller of the two networks for which it has one."""
@@ -106,26 +107,12 @@ def _padim(backbone: str, size: int, kind: str) -> AnomalibModule:
     return Padim(backbone=backbone, layers=layers, n_features=PADIM_FEATURES, **components(backbone, size))
 
 
-def _distances_by_product(sampler: Any, cluster_center: Tensor) -> None:
-    """Replace :meth:`KCenterGreedy.update_distances`: the same distances by a matrix-vector product."""
-    features = sampler.features
-    if sampler.min_distances is None:
-        sampler.squares = features.square().sum(1)
-    squares = sampler.squares - 2 * (features @ features[cluster_center].flatten()) + sampler.squares[cluster_center]
-    distances = squares.clamp(min=0).sqrt()[:, None]
-    known = sampler.min_distances
-    sampler.min_distances = distances if known is None else torch.minimum(known, distances)
-
-
 class QuickPatchcore(Patchcore):
     """PatchCore with the same coreset, found by fewer passes over the patches."""
 
     def fit(self) -> None:
         """Sample the coreset."""
-        with (
-            patch.object(KCenterGreedy, "update_distances", _distances_by_product),
-            patch.object(k_center_greedy, "tqdm", lambda steps, **_: steps),
-        ):
+        with patch.object(KCenterGreedy, "select_coreset_idxs", select_coreset_idxs):
             super().fit()
 
 

@@ -6,7 +6,7 @@ import torch
 from model_helpers import BACKBONE
 
 from anomalib_flowood import FeatureMapFlow
-from benchmarks.contest import detectors
+from benchmarks.contest import coreset, detectors
 
 
 def test_ablation_changes_one_thing_at_a_time():
@@ -62,14 +62,22 @@ def test_held_out_losses_leave_no_trace(monkeypatch):
 
 
 def test_quick_coreset_is_the_coreset():
-    embedding = torch.randn(400, 30)
+    embedding = torch.randn(400, 30) * torch.linspace(0.1, 3, 400)[:, None]
     chosen = []
-    for update in (detectors.KCenterGreedy.update_distances, detectors._distances_by_product):
+    for select in (detectors.KCenterGreedy.select_coreset_idxs, coreset.select_coreset_idxs):
         torch.manual_seed(0)
-        sampler = detectors.KCenterGreedy(embedding=embedding, sampling_ratio=0.1)
+        sampler = detectors.KCenterGreedy(embedding=embedding, sampling_ratio=0.2)
         sampler.model.random_state = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(detectors.KCenterGreedy, "update_distances", update)
-            chosen.append(sampler.select_coreset_idxs())
+        chosen.append(select(sampler))
     assert chosen[0] == chosen[1]
-    assert len(set(chosen[0])) == 40
+    assert len(set(chosen[0])) == 80
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 50, 1000])
+def test_a_coreset_is_the_same_however_many_are_looked_at(at_once, monkeypatch):
+    monkeypatch.setattr(coreset, "DISTANCES", 90)
+    points = torch.randn(300, 12, dtype=torch.float64)
+    expected = [5]
+    while len(expected) < 60:
+        expected.append(int(torch.cdist(points, points[expected]).amin(1).argmax()))
+    assert coreset.farthest_first(points, 60, 5, at_once) == expected
