@@ -83,8 +83,9 @@ def threshold_rank(images: int, alpha: float) -> int:
         have = {0: "there are none", 1: "there is 1"}.get(images, f"there are {images}")
         larger = f", or set alpha above 1/{images + 1}, the smallest p-value that they can give" if images else ""
         msg = (
-            f"alpha={alpha:g} takes at least {needed} in-distribution validation images (label 0), and {have}. Hold "
-            f"out more (val_split_ratio of the data module){larger}."
+            f"alpha={alpha:g} takes at least {needed} in-distribution validation images (label 0), and {have}. "
+            "Hold out more (val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
+            f"{larger}."
         )
         raise ValueError(msg)
     return math.ceil(_exact(alpha) * (images + 1)) - 1

@@ -93,11 +93,12 @@ def test_a_level_is_meant_as_written():
 def test_the_refusal_says_what_helps():
     message = (
         "alpha=0.05 takes at least 20 in-distribution validation images (label 0), and there are 19. Hold out more "
-        "(val_split_ratio of the data module), or set alpha above 1/20, the smallest p-value that they can give."
+        "(val_split_ratio of the data module, of anomalib's also val_split_mode: from_train), or set alpha above 1/20, "
+        "the smallest p-value that they can give."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         conformal.threshold_rank(19, 0.05)
-    with pytest.raises(ValueError, match=r"and there are none. Hold out more \(val_split_ratio of the data module\).$"):
+    with pytest.raises(ValueError, match=r"and there are none. Hold out more \(val_split_ratio .*\)\.$"):
         conformal.threshold_rank(0, 0.05)
 
 

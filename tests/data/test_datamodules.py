@@ -168,13 +168,13 @@ def test_the_data_module_says_what_makes_more_validation_images(tmp_path: Path, 
 
     text, data = advice()
     assert text == (
-        "give 30 more normal images to the 50 that there are (38 are fitted to), or set val_split_ratio to 0.4, which "
+        "give 30 more normal images to the 50 that there are (fitted to: 38), or set val_split_ratio to 0.4, which "
         "leaves 30 to fit to"
     )
     assert held_out(50 + 30, data.val_split_ratio) == 20
     assert held_out(50, 0.4) == 20
     text, _ = advice(val_split_ratio=0.1)
-    assert "give 145 more normal images to the 50 that there are (45 are fitted to)" in text
+    assert "give 145 more normal images to the 50 that there are (fitted to: 45)" in text
     assert held_out(50 + 145, 0.1) == 20
     assert held_out(50 + 144, 0.1) < 20
     text, _ = advice(train_limit=15)

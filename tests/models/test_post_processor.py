@@ -340,7 +340,7 @@ def test_at_the_default_level_few_validation_images_do_what_they_can(detector, t
         "With 12 held-out normal images the smallest p-value is 1/13 = 0.077, so that no image can be called anomalous "
         "at alpha = 0.05. Instead those are labelled that score above all 12, as do 7.7 % of normal images in "
         "expectation (0.43 to 22 % in 90 of 100 such calibrations). alpha = 0.05 takes 20 of them: give 75 more normal "
-        "images to the 120 that there are (108 are fitted to), or set val_split_ratio to 0.17, which leaves 100 to fit "
+        "images to the 120 that there are (fitted to: 108), or set val_split_ratio to 0.17, which leaves 100 to fit "
         "to."
     ]  # fmt: skip
     post_processor = fitted.post_processor
@@ -361,7 +361,10 @@ def test_loaders_of_another_data_module_are_not_spoken_of_in_its_words(tmp_path,
     loader = DataLoader(module.val_data.subsample(range(7)), batch_size=7, collate_fn=module.val_data.collate_fn)
     run.fit(pixel_flow(max_epochs=1), train_dataloaders=module.train_dataloader(), val_dataloaders=loader)
     (said,) = warnings_of(caplog)
-    assert said.endswith("alpha = 0.05 takes 20 of them: hold out 13 more (val_split_ratio of the data module).")
+    assert said.endswith(
+        "alpha = 0.05 takes 20 of them: hold out 13 more (val_split_ratio of the data module, of "
+        "anomalib's also val_split_mode: from_train)."
+    )
 
 
 @given(st.lists(finite, min_size=1, max_size=40), st.lists(finite, max_size=9), st.sampled_from([0.05, 0.4, 0.7]))

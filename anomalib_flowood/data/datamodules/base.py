@@ -136,7 +136,7 @@ class SourcedDataModule(AnomalibDataModule):
         total = more = fitted + len(self.val_data)
         while held_out(more, self.val_split_ratio) < images:
             more += 1
-        advice = f"give {more - total} more normal images to the {total} that there are ({fitted} are fitted to)"
+        advice = f"give {more - total} more normal images to the {total} that there are (fitted to: {fitted})"
         if self.train_limit == total:
             advice = f"raise train_limit to {more}, if there are so many normal images"
         if total > images:

@@ -85,6 +85,8 @@ class FrozenFeatures(_Base):
     """Memory for features, in GiB."""
     reference_images: ClassVar[int] = 0
     """Training images of which :meth:`keep_reference` gets the features."""
+    least_images: ClassVar[int] = 2
+    """Training images without which there is nothing to fit."""
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
@@ -119,6 +121,7 @@ class FrozenFeatures(_Base):
         trainer: Trainer = self.trainer
         count = self.reference_images
         loader = _single(training_loaders(trainer), "training")
+        self._check_number(len(loader.dataset))
         anew = trainer.ckpt_path is None  # A resumed fit goes on with what its checkpoint brought.
         random = _is_random(getattr(loader.dataset, "augmentations", None))
         if random:
@@ -135,6 +138,16 @@ class FrozenFeatures(_Base):
             self.keep_reference(tuple(part[:count].clone() for part in prepared))
         if not random:
             train_on(trainer, feature_loader(FeatureDataset(prepared, labels), loader.batch_size, shuffle=True))
+
+    def _check_number(self, images: int) -> None:
+        """Refuse too few training images before the backbone has seen any."""
+        if images < self.least_images:
+            have = "there is 1" if images == 1 else f"there are {images}"
+            msg = (
+                f"{type(self).__name__} is fitted to at least {self.least_images} images, and {have} besides those "
+                "that are held out for validation. 40 and more are better."
+            )
+            raise ValueError(msg)
 
     def _validate_on_stored(self) -> None:
         trainer: Trainer = self.trainer

@@ -225,9 +225,8 @@ class ConformalPostProcessor(PostProcessor):
         del pl_module
         if trainer.sanity_checking or _trial_run(trainer):
             return
-        scores: Any = self._validated.compute() if self._validated.update_called else []
-        maxima: Any = self._validated_maxima.compute() if self._validated_maxima.update_called else None
-        self.calibrate(torch.as_tensor(scores), maxima)
+        maxima = _collected(self._validated_maxima) if self._validated_maxima.update_called else None
+        self.calibrate(_collected(self._validated), maxima)
         self.calibrated_for = self._scored_by
         if self._pixel_min_max_metric.update_called:
             low, high = self._pixel_min_max_metric.compute()
@@ -334,6 +333,12 @@ def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tenso
     return torch.where(above, high, 0.5 / (1 + x)), above
 
 
+def _collected(metric: CatMetric) -> Tensor:
+    """What a metric was given, ``(n,)``: nothing is a list to it, and a single value a number."""
+    values: Any = metric.compute() if metric.update_called else []
+    return torch.as_tensor(values).reshape(-1)
+
+
 def _trial_run(trainer: Any) -> bool:
     """Whether Lightning runs a batch or two to see that everything works; it does not declare the attribute."""
     return bool(trainer.fast_dev_run)
@@ -347,7 +352,10 @@ def _remedy(trainer: Any, images: int, alpha: float) -> str:
         datasets = [loader.dataset for loader in validation_loaders(trainer)]
         if len(data.val_data) == images and datasets == [data.val_data]:
             return data.how_to_hold_out(needed)
-    return f"hold out {needed - images} more (val_split_ratio of the data module)"
+    return (
+        f"hold out {needed - images} more (val_split_ratio of the data module, of anomalib's also val_split_mode: "
+        "from_train)"
+    )
 
 
 def _most_calibration_images(trainer: Trainer) -> int | None:

@@ -61,6 +61,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     model: FeatureMapFlowModel
     reference_images = 256
+    least_images = 3
 
     readable_since = "0.2.0"
 
