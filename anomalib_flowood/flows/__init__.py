@@ -25,6 +25,7 @@ from .pixels import (
     dequantize,
 )
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
+from .position_whitening import PositionWhitening
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
 from .shrunk import ShrunkGaussian
@@ -68,6 +69,7 @@ __all__ = [
     "Mlp",
     "PositionCoupling",
     "PositionFlow",
+    "PositionWhitening",
     "PrincipalSubspace",
     "QuadrantContextCoupling",
     "QuadrantCoupling",
