@@ -8,6 +8,7 @@ from .export_check import ExportCheckError
 from .flow_model import FlowModel, check_images
 from .flow_module import FlowModule, known_flows
 from .frozen_features import FrozenFeatures
+from .kept_epoch import KeptEpoch
 from .post_processor import ConformalPostProcessor
 from .pre_processor import ExactPreProcessor, backbone_pre_processor
 from .stored_features import FeatureBatch
@@ -22,6 +23,7 @@ __all__ = [
     "FlowModel",
     "FlowModule",
     "FrozenFeatures",
+    "KeptEpoch",
     "SettingsError",
     "TrainingDivergedError",
     "backbone_pre_processor",

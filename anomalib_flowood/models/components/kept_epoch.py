@@ -65,85 +65,96 @@ class KeptEpoch(_Base):
     _best: tuple[Epoch, dict[str, Tensor]] | None = None
     """The best epoch of the present fit, and its weights."""
     _last: Epoch | None = None
+    _judged_step = -1
 
     def on_fit_start(self) -> None:
         """Begin anew, unless a training is resumed."""
         super().on_fit_start()
         if self.trainer.ckpt_path is None:
-            self._best = self.kept_epoch = None
+            self._best = self._last = self.kept_epoch = None
+            self._judged_step = -1
 
     def on_validation_start(self) -> None:
         """Judge the weights, and go back to better ones when training ends; only then is a score fitted to them."""
-        trainer: Any = self.trainer
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not self._chosen_elsewhere():
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._judge()
         super().on_validation_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Judge the last weights where no validation did."""
+        if self._training_ends() and self._judged_step != self.trainer.global_step:
+            self._judge()
+        super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
         """Say which epoch was kept, and why."""
         super().on_train_end()
-        best = self.kept_epoch
         trainer: Any = self.trainer
-        if best is not None and self._last is not None:
-            logger.info(
-                "Kept the weights after epoch %d of %d: %d held-out normal images have %.3f bits per dimension (mean), "
-                "and %.3f after the last epoch.",
-                *(best.epoch, self._last.epoch, best.images, best.bits, self._last.bits),
+        kept, last = self.kept_epoch, self._last
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        if kept is not None and last is not None:
+            text = (
+                "Kept the weights after epoch %d of %d: %d held-out normal images have %.2f bits per dimension (mean)"
             )
-        elif not trainer.fast_dev_run:
-            why = self._chosen_elsewhere() or "there are no normal validation images to judge them by"
+            logger.info(f"{text}, %.2f after the last.", kept.epoch, last.epoch, kept.images, kept.bits, last.bits)
+        else:
+            why = self._chosen_elsewhere() or "there are no normal validation images to tell"
             logger.warning("The weights of the last epoch are kept, whichever was the best: %s.", why)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the best epoch and, unless they are the present ones, its weights, so that a training can be resumed."""
+        """Add the best epoch and, in the midst of a training, its weights, so that it can be resumed."""
         super().on_save_checkpoint(checkpoint)
-        kept: dict[str, Any] = {"kept": None if self.kept_epoch is None else asdict(self.kept_epoch)}
+        stored: dict[str, Any] = {"kept": None if self.kept_epoch is None else asdict(self.kept_epoch)}
         if self._best is not None and self.kept_epoch is None:
-            best, weights = self._best
-            kept |= {"best": asdict(best), "weights": None if best == self._last else weights}
-        checkpoint[_KEY] = kept
+            stored |= {"best": asdict(self._best[0]), "weights": self._best[1]}
+        checkpoint[_KEY] = stored
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load as :class:`FlowModule` does, and take the best epoch so far."""
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint.get(_KEY) or {}
-        self.kept_epoch = Epoch(**stored["kept"]) if stored.get("kept") else None
-        best = stored.get("best") or stored.get("kept")
-        weights = stored.get("weights")
-        if weights is None:
-            weights = {
-                name.removeprefix("model."): value
-                for name, value in checkpoint["state_dict"].items()
-                if name.startswith("model.")
-            }
-        self._best = None if best is None else (Epoch(**best), weights)
+        kept, best = stored.get("kept"), stored.get("best")
+        self.kept_epoch = None if kept is None else Epoch(**kept)
+        self._best = None
+        if best is not None:
+            self._best = Epoch(**best), stored["weights"]
+        elif self.kept_epoch is not None:
+            named = checkpoint["state_dict"].items()
+            weights = {name.removeprefix("model."): value for name, value in named if name.startswith("model.")}
+            self._best = self.kept_epoch, weights
 
     def _chosen_elsewhere(self) -> str:
         """What else chooses an epoch, as a clause; nothing if nothing does."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         names = [type(callback).__name__ for callback in callbacks if getattr(callback, "monitor", None)]
-        return f"{' and '.join(names)} of the trainer decides" if names else ""
+        return f"{' and '.join(names)} of the trainer may choose another" if names else ""
 
+    # Tensors made in inference mode, in which Lightning validates, could not be trained on.
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def _judge(self) -> None:
+        """Rate the weights; where training ends, take the best ones."""
+        trainer: Any = self.trainer
+        if trainer.fast_dev_run or self._chosen_elsewhere():
+            return
         bits = self._held_out_bits()
+        self._judged_step = trainer.global_step
         if not len(bits):
             return
-        self._last = Epoch(self.trainer.current_epoch + 1, float(bits.mean()), len(bits))
-        self.kept_epoch = None
-        if self._best is None or self._last.bits < self._best[0].bits:
-            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self._best = self._last, weights
+        last = Epoch(trainer.current_epoch + 1, trainer.strategy.broadcast(float(bits.mean())), len(bits))
+        self._last, self.kept_epoch = last, None
+        if self._best is None or last.bits < self._best[0].bits:
+            self._best = last, {name: value.clone() for name, value in self.model.state_dict().items()}
         if self._training_ends():
-            best, weights = self._best
-            if best is not self._last:
+            self.kept_epoch, weights = self._best
+            if self.kept_epoch != last:
                 self.model.load_state_dict(weights)
-            self.kept_epoch = best
 
-    @torch.no_grad()
     def _held_out_bits(self) -> Tensor:
         """Bits per dimension of all normal validation images, ``(N,)``, float64; infinite where the flow overflowed.
 
-        Every rank sees all of them, so that all ranks decide alike.
+        Every rank sees all images, so that all decide alike.
         """
         model, training = self.model, self.model.training
         model.eval()
@@ -154,3 +165,21 @@ class KeptEpoch(_Base):
             parts.append(flows.bits_per_dim(log_prob[normal].double().cpu(), model.dims, model.levels))
         model.train(training)
         return torch.cat(parts)
+
+    def _held_out(self) -> Iterator[Any]:
+        """Pre-processed batches of the validation images, by loaders of our own: the trainer's may have begun."""
+        trainer: Any = self.trainer
+        limit, transform = trainer.limit_val_batches, getattr(self.pre_processor, "transform", None)
+        for loader in validation_loaders(trainer):
+            own = DataLoader(
+                loader.dataset,
+                loader.batch_size,
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                generator=torch.Generator(),  # no number of the training's is drawn
+            )
+            for batch in islice(own, limit if isinstance(limit, int) else int(limit * len(own))):
+                on_device = trainer.strategy.batch_to_device(batch)
+                if transform is not None:
+                    on_device.image = transform(on_device.image)
+                yield on_device

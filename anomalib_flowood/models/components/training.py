@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from anomalib_flowood.scores.score import Inputs
+from anomalib_flowood.trainers import training_loaders
 
 from .flow_model import FlowModel, check_precision
 
@@ -29,12 +31,15 @@ class TrainingDivergedError(FloatingPointError):
 class FlowTraining(_Base):
     """Maximum likelihood with Adam, as long as the detector says where the trainer does not.
 
-    The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.
+    The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``. Where ``max_epochs`` is
+    ``None``, it implements :meth:`epochs_for`.
     """
 
     model: FlowModel
-    max_epochs: int
+    max_epochs: int | None
     learning_rate: float
+    _epochs_by_images = False
+    """Whether the present fit has no limit but what the detector sets by the number of training images."""
 
     @property
     def trainer(self) -> Trainer:
@@ -54,7 +59,21 @@ class FlowTraining(_Base):
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         timed = any(timer.time_remaining() is not None for timer in timers)  # others measure only
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
-            loop.max_epochs = self.max_epochs if self._trainable else 1
+            self._epochs_by_images = self.max_epochs is None and bool(self._trainable)
+            loop.max_epochs = 1 if self.max_epochs is None or not self._trainable else self.max_epochs
+
+    def setup(self, stage: str) -> None:
+        """Set the number of epochs by the number of training images, which is known now, if nothing else says it."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING and self._epochs_by_images:
+            self._epochs_by_images = False  # once: the trainer has a limit from now on
+            loaders = training_loaders(self.trainer)
+            images = sum(len(loader.dataset) for loader in loaders if hasattr(loader, "dataset"))
+            self.trainer.fit_loop.max_epochs = self.epochs_for(images)
+
+    def epochs_for(self, images: int) -> int:
+        """How many epochs to train on so many images, where neither the trainer nor ``max_epochs`` says it."""
+        raise NotImplementedError
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from anomalib.metrics import Evaluator
@@ -14,11 +15,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SCALES, SUBNETS
-from anomalib_flowood.models.components import ExactPreProcessor, FlowModule
+from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, KeptEpoch
 from anomalib_flowood.names import lists_names
 from anomalib_flowood.scores import SCORES
 
 from .torch_model import PixelFlowModel
+
+_EPOCHS_OF_ONE = 900
+_MOST_EPOCHS = 100
 
 
 @lists_names(
@@ -30,7 +34,7 @@ from .torch_model import PixelFlowModel
     scores=SCORES,
     scales=SCALES,
 )
-class PixelFlow(FlowModule, AnomalibModule):
+class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
     """Normalizing flow on pixels, for small images.
 
     The defaults are what makes a flow on pixels detect what does not belong: couplings with the cycle mask, whose
@@ -62,7 +66,9 @@ class PixelFlow(FlowModule, AnomalibModule):
             gives fewer bits per dimension; 0.25 detects better by −log p.
         score: {scores}; ``nll`` is −log p. ``likelihood_ratio`` and ``ensemble`` train one and four more flows. See
             docs/scores.md.
-        max_epochs: Epochs to train when the trainer names no limit.
+        max_epochs: Epochs to train when the trainer names no limit. By default as many as the number of training images
+            asks for, see :meth:`epochs_for`. The weights of the best one are kept: see
+            :class:`~anomalib_flowood.models.components.KeptEpoch`.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
@@ -92,7 +98,7 @@ class PixelFlow(FlowModule, AnomalibModule):
         scale: str = "tanh",
         logit_alpha: float = LOGIT_ALPHA,
         score: str = "nll",
-        max_epochs: int = 30,
+        max_epochs: int | None = None,
         learning_rate: float = 2e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -129,6 +135,14 @@ class PixelFlow(FlowModule, AnomalibModule):
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize only: the flow models pixels, so they stay in [0, 1]."""
         return ExactPreProcessor(Resize(image_size or (32, 32), antialias=True))
+
+    def epochs_for(self, images: int) -> int:
+        """Return how many epochs to train on so many images: the fewer the images, the more epochs.
+
+        From some number of epochs on a flow learns its images by heart. With 180, 900 and 9,000 images held-out ones
+        had the fewest bits per dimension after about 40 to 80, 30 to 50 and 10 epochs.
+        """
+        return max(1, min(_MOST_EPOCHS, round(_EPOCHS_OF_ONE / math.sqrt(max(1, images)))))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor]:
         """Images dequantised with noise, ``(N, C, H, W)``."""
