@@ -162,7 +162,15 @@ class Score(nn.Module):
         return self.combine(self.statistics(density, inputs))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a checkpoint without this score, which is then to be fitted; its flows it cannot do without."""
-        for name, buffer in self.named_buffers(recurse=False):
-            state_dict.setdefault(prefix + name, buffer)
+        """Take a checkpoint without this score, which is then to be fitted; its flows it cannot do without.
+
+        What an earlier version fitted, of other statistics, is left behind, too.
+        """
+        own = dict(self.named_buffers(recurse=False))
+        stored = {name: state_dict.get(prefix + name, buffer) for name, buffer in own.items()}
+        if stored.keys() != {name for name in own if prefix + name in state_dict} or any(
+            stored[name].shape != own[name].shape for name in own
+        ):
+            stored = own
+        state_dict.update({prefix + name: value for name, value in stored.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from anomalib_flowood import flows
-from anomalib_flowood.flows import Density, StandardNormal, bits_per_dim, dequantize
+from anomalib_flowood.flows import Density, StandardNormal, StudentT, bits_per_dim, dequantize
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 from anomalib_flowood.scores import (
@@ -37,9 +37,9 @@ from anomalib_flowood.scores import (
     compressed_bits,
     perturb,
 )
-from anomalib_flowood.scores.complexity import pixels_of
+from anomalib_flowood.scores.complexity import pixels_of, robust_bits_per_dim
 from anomalib_flowood.scores.intrinsic_dimension import local_intrinsic_dimension
-from anomalib_flowood.scores.orientation import robust_bits_per_dim, symmetries, ways_up
+from anomalib_flowood.scores.orientation import symmetries, ways_up
 
 FITTED = [name for name, score in SCORES.items() if score.fit_images]
 
@@ -252,24 +252,79 @@ def test_the_pixels_are_those_that_were_dequantised(pixels, noise):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_complexity_is_the_difference_in_bits_per_dimension(channels):
-    images = torch.randint(0, 256, (3, channels, 16, 16), dtype=torch.uint8)
-    images[0] = 128
-    density = Uniform(images[0].numel())
-    score = Complexity(density)(density, (dequantize(images / 255),))
-    bits = compressed_bits(images)
-    torch.testing.assert_close(score, 8 - bits / density.dims)
-    assert score[0] > 7  # simple, and as likely as noise
-    assert (score[1:] < 0).all()  # noise has a header beside its 8 bits
-
-
-def test_complexity_counts_the_bits_of_the_flow():
-    density = Gaussian(16)
-    images = torch.randint(0, 256, (5, 1, 1, 16), dtype=torch.uint8)
+def test_complexity_compares_the_flows_robust_bits_with_the_compressors(channels):
+    density = Gaussian(16 * channels)
+    images = torch.randint(0, 256, (5, channels, 4, 4), dtype=torch.uint8)
     x = dequantize(images / 255).double()
-    nats = -density.distribution.log_prob(x.flatten(1))
-    expected = nats / math.log(2) / 16 + 8 - compressed_bits(images).double() / 16
-    torch.testing.assert_close(Complexity(density)(density, (x,)), expected)
+    z, log_det = density.flow(x)
+    nats = -scipy.stats.t(50).logpdf(z).sum(1) - log_det.numpy()
+    compressed = compressed_bits(images).double() / density.dims
+    beyond = torch.from_numpy(nats) / math.log(2) / density.dims + 8 - compressed
+    found = Complexity(density).statistics(density, (x,))
+    torch.testing.assert_close(found, torch.stack([beyond, compressed], 1), rtol=1e-6, atol=1e-6)
+
+
+def smooth_images(count, channels, size=16):
+    """Ramps with a little noise, of which a compressor makes a third."""
+    slopes = 0.2 + 0.6 * torch.rand(count, channels, 1, 1)
+    ramps = slopes * torch.linspace(0, 1, size).expand(count, channels, size, size)
+    return dequantize(ramps + 0.01 * torch.rand(ramps.shape)).double()
+
+
+NOISES = {
+    "uniform": torch.rand_like,
+    "normal": lambda x: (0.5 + 0.15 * torch.randn_like(x)).clamp(0, 1),
+    "added": lambda x: (x + 0.2 * torch.randn_like(x)).clamp(0, 1),
+}
+
+
+@pytest.mark.parametrize("score", [Complexity, Orientation])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_is_not_normal_however_many_bits_the_compressor_takes(noise, channels, score):
+    training = smooth_images(100, channels)
+    dims = training[0].numel()
+    # So wide that all images are about as likely: a flow that gives them all more bits than a compressor does.
+    density = Gaussian(dims, torch.eye(dims, dtype=torch.float64), torch.zeros(dims, dtype=torch.float64))
+    x = dequantize(NOISES[noise](smooth_images(20, channels)))
+    beyond = [Complexity(density).statistics(density, (images,))[:, 0] for images in (training, x)]
+    assert beyond[1].max() < beyond[0].min()  # by the difference alone noise is the most normal of all
+    score = fitted(score, density, (training,))
+    assert score(density, (x,)).min() > score(density, (training,)).max()
+
+
+@given(
+    rows=hnp.arrays(np.float64, (4, 3), elements=st.floats(-20, 20)),
+    more=hnp.arrays(np.float64, (4, 3), elements=st.floats(0, 20)),
+)
+def test_more_evidence_never_makes_an_image_less_anomalous(rows, more):
+    score = Orientation(Gaussian()).double()
+    score.fit_statistics(torch.linspace(-3, 3, 100, dtype=torch.float64)[:, None] ** 3 + torch.arange(3.0))
+    rows, more = torch.from_numpy(rows), torch.from_numpy(more)
+    assert (score.combine(rows + more) >= score.combine(rows)).all()
+    assert torch.equal(score.combine(rows), torch.stack([score.combine(row[None]) for row in rows])[:, 0])
+
+
+def test_a_test_that_finds_nothing_changes_nothing():
+    rows = torch.randn(1000, 2, dtype=torch.float64)
+    score = Complexity(Gaussian()).double()
+    score.fit_statistics(rows)
+    difference = torch.linspace(1.7, 9, 50, dtype=torch.float64)  # beyond the 95 % quantile
+    usual = torch.stack([difference, torch.zeros(50)], 1)
+    first = (difference - score.threshold[0]) / score.scale[0] - math.log(0.05)
+    torch.testing.assert_close(score.combine(usual), first)
+
+
+def test_a_fit_of_an_earlier_version_with_fewer_tests_is_left_behind():
+    model = random_pixel_model("orientation")
+    model.scorer.fit(model, [model.inputs(torch.rand(20, 1, 5, 4))])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in ("threshold", "scale"):
+        before[f"scorer.{name}"] = before[f"scorer.{name}"][:2]
+    again = random_pixel_model("orientation")
+    again.load_state_dict(before)
+    assert not again.scorer.ready
+    assert again.scorer.threshold.shape == (3,)
 
 
 # -- several flows -----------------------------------------------------------------------------------------------
@@ -412,7 +467,7 @@ def test_robust_bits_are_those_of_students_base():
     (x,) = model.inputs(torch.rand(6, 1, 5, 4, dtype=torch.float64))
     with torch.no_grad():
         z, log_det = model.flow(x)
-        bits = robust_bits_per_dim(model, x)
+        bits = robust_bits_per_dim(model, x, StudentT(10.0))
     log_prob = scipy.stats.t(10).logpdf(z.numpy()).reshape(6, -1).sum(1) + log_det.numpy()
     np.testing.assert_allclose(bits, 8 - log_prob / 20 / math.log(2))
 
@@ -422,7 +477,7 @@ def test_one_latent_far_out_weighs_less():
     x = torch.zeros(2, 6, dtype=torch.float64)
     x[1, 3] = 30
     (x,) = images_of(x)
-    plain, robust = NegativeLogLikelihood(density)(density, (x,)), robust_bits_per_dim(density, x)
+    plain, robust = NegativeLogLikelihood(density)(density, (x,)), robust_bits_per_dim(density, x, StudentT(10.0))
     assert plain[1] - plain[0] == pytest.approx(30**2 / 2 / 6)
     assert robust[1] - robust[0] == pytest.approx(5.5 * math.log1p(30**2 / 10) / 6 / math.log(2))
 
@@ -437,7 +492,7 @@ def test_an_image_the_right_way_up_is_likelier_than_its_copies_by_what_turning_i
     image = torch.rand(1, 1, 4, 4, dtype=torch.float64)
     density = one_way_up(image)
     images = symmetries(image)[:, 0]
-    bits = robust_bits_per_dim(density, images)
+    bits = robust_bits_per_dim(density, images, StudentT(10.0))
     itself, orientation = ways_up(density, images)
     assert torch.equal(itself, bits)
     assert bits.argmin() == 0
@@ -452,7 +507,7 @@ def test_an_image_that_looks_the_same_whichever_way_up_says_nothing_of_it():
     torch.testing.assert_close(orientation, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_either_test_alone_makes_an_image_anomalous():
+def test_each_test_alone_makes_an_image_anomalous():
     image = torch.linspace(0.2, 0.8, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
     density = one_way_up(image, 0.02)
     training = image + 0.02 * torch.randn(500, 1, 4, 4, dtype=torch.float64)
@@ -466,24 +521,24 @@ def test_either_test_alone_makes_an_image_anomalous():
     assert score(density, (off,)) > usual.max()
 
 
-def test_the_statistics_are_the_bits_beyond_a_compressor_and_the_way_up():
+def test_the_statistics_are_the_bits_beyond_a_compressor_the_way_up_and_the_compressors():
     model = random_pixel_model("orientation").double()
     inputs = model.inputs(torch.rand(6, 1, 5, 4, dtype=torch.float64))
     with torch.no_grad():
         bits, wrong_way = ways_up(model, inputs[0])
         rows = model.scorer.statistics(model, inputs)
-    torch.testing.assert_close(rows[:, 0], bits - compressed_bits(pixels_of(inputs)) / 20)
-    assert torch.equal(rows[:, 1], wrong_way)
+    compressed = compressed_bits(pixels_of(inputs)) / 20
+    torch.testing.assert_close(rows, torch.stack([bits - compressed, wrong_way, compressed.double()], 1))
 
 
-def test_the_score_is_minus_the_log_of_the_smaller_p_value():
-    rows = -torch.log(torch.rand(200_000, 2, dtype=torch.float64))  # exponential: -log p is the value itself
-    rows[:, 1] = 3 - 2 * torch.log(torch.rand(200_000, dtype=torch.float64))
+def test_the_score_is_minus_the_log_of_the_smallest_weighted_p_value():
+    rows = -torch.log(torch.rand(200_000, 3, dtype=torch.float64))  # exponential: -log p is the value itself
+    rows[:, 1] = 3 + 2 * rows[:, 1]
     score = Orientation(Gaussian()).double()
     score.fit_statistics(rows)
-    values = torch.tensor([[4.0, 3.0], [0.0, 3 + 2 * 6.0], [7.0, 3 + 2 * 5.0]], dtype=torch.float64)
-    torch.testing.assert_close(score.combine(values), torch.tensor([4.0, 6.0, 7.0]).double(), rtol=0.05, atol=0)
-    assert score.combine(rows).argmax() in (rows[:, 0].argmax(), rows[:, 1].argmax())
+    values = [[4.0, 3.0, 0.0], [0.0, 3 + 2 * 6.0, 8.0], [7.0, 3 + 2 * 5.0, 1.0], [3.0, 3.0, 11.0]]
+    expected = torch.tensor([4.0, 6.0, 7.0, 11 + math.log(0.1)]).double()  # the third test has a tenth of the weight
+    torch.testing.assert_close(score.combine(torch.tensor(values).double()), expected, rtol=0.05, atol=0)
 
 
 def test_training_images_that_are_all_alike_have_a_tail():
