@@ -18,7 +18,7 @@ from anomalib_flowood import flows
 from .score import FlowDensity, Inputs
 from .tails import SmallestPValue
 
-_BASE = flows.StudentT(50.0)
+_BASE = flows.StudentT(100.0)
 """The base distribution under which :class:`Complexity` takes the flow's bits. The fewer degrees of freedom, the less
 latents far out weigh, those of noise and of what does not belong, too."""
 

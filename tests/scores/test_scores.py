@@ -257,7 +257,7 @@ def test_complexity_compares_the_flows_robust_bits_with_the_compressors(channels
     images = torch.randint(0, 256, (5, channels, 4, 4), dtype=torch.uint8)
     x = dequantize(images / 255).double()
     z, log_det = density.flow(x)
-    nats = -scipy.stats.t(50).logpdf(z).sum(1) - log_det.numpy()
+    nats = -scipy.stats.t(100).logpdf(z).sum(1) - log_det.numpy()
     compressed = compressed_bits(images).double() / density.dims
     beyond = torch.from_numpy(nats) / math.log(2) / density.dims + 8 - compressed
     found = Complexity(density).statistics(density, (x,))

@@ -10,12 +10,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_flowood import flows
-from anomalib_flowood.trainers import validation_loaders
+from anomalib_flowood.trainers import trainer_of, validation_loaders
 
 from .flow_model import FlowModel
 
@@ -54,8 +55,8 @@ class KeptEpoch(_Base):
     with them. The mean is compared, since it is what training minimises, and since it sees single images that explode:
     a median does not.
 
-    The last weights stay where there is nothing to judge by, or where a callback of the trainer monitors a metric:
-    then that one chooses.
+    The last weights stay where there is nothing to judge by, or where a callback of the trainer monitors a metric or
+    averages weights: then that one chooses.
     """
 
     model: FlowModel
@@ -91,6 +92,7 @@ class KeptEpoch(_Base):
         super().on_train_end()
         trainer: Any = self.trainer
         kept, last = self.kept_epoch, self._last
+        self._best = None  # as much memory as the flow
         if trainer.fast_dev_run or not trainer.is_global_zero:
             return
         if kept is not None and last is not None:
@@ -117,6 +119,9 @@ class KeptEpoch(_Base):
         kept, best = stored.get("kept"), stored.get("best")
         self.kept_epoch = None if kept is None else Epoch(**kept)
         self._best = None
+        trainer = trainer_of(self)
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
         if best is not None:
             self._best = Epoch(**best), stored["weights"]
         elif self.kept_epoch is not None:
@@ -127,8 +132,13 @@ class KeptEpoch(_Base):
     def _chosen_elsewhere(self) -> str:
         """What else chooses an epoch, as a clause; nothing if nothing does."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        names = [type(callback).__name__ for callback in callbacks if getattr(callback, "monitor", None)]
-        return f"{' and '.join(names)} of the trainer may choose another" if names else ""
+        averaging = (WeightAveraging, StochasticWeightAveraging)
+        names = [
+            type(callback).__name__
+            for callback in callbacks
+            if getattr(callback, "monitor", None) or isinstance(callback, averaging)
+        ]
+        return f"{' and '.join(names)} of the trainer chooses weights" if names else ""
 
     # Tensors made in inference mode, in which Lightning validates, could not be trained on.
     @torch.inference_mode(mode=False)
@@ -171,15 +181,24 @@ class KeptEpoch(_Base):
         trainer: Any = self.trainer
         limit, transform = trainer.limit_val_batches, getattr(self.pre_processor, "transform", None)
         for loader in validation_loaders(trainer):
-            own = DataLoader(
-                loader.dataset,
-                loader.batch_size,
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                generator=torch.Generator(),  # no number of the training's is drawn
-            )
-            for batch in islice(own, limit if isinstance(limit, int) else int(limit * len(own))):
+            own = _again(loader) if isinstance(loader, DataLoader) else loader
+            count = limit if isinstance(limit, int) else None if limit == 1 else int(limit * len(own))
+            for batch in islice(own, count):
                 on_device = trainer.strategy.batch_to_device(batch)
                 if transform is not None:
                     on_device.image = transform(on_device.image)
                 yield on_device
+
+
+def _again(loader: DataLoader) -> DataLoader:
+    """The same images in another loader, which draws no random number that the training would draw."""
+    batches: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
+    if loader.batch_sampler is not None:
+        batches = {"batch_sampler": loader.batch_sampler}
+    return DataLoader(
+        loader.dataset,
+        **batches,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),
+    )
