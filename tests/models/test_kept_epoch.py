@@ -9,7 +9,7 @@ import pytest
 import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from model_helpers import data, engine, pixel_flow
 
 from anomalib_flowood import PixelFlow, open_checkpoint
@@ -154,7 +154,7 @@ def test_anomalous_validation_images_do_not_choose(tmp_path, monkeypatch):
     [
         lambda folder: ModelCheckpoint(folder, monitor="val_loss"),
         lambda folder: EarlyStopping("val_loss"),
-        lambda folder: EMAWeightAveraging(use_buffers=False),
+        lambda folder: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     ],
 )
 def test_a_callback_that_chooses_is_left_to_it(monitor, tmp_path, caplog):
