@@ -34,7 +34,7 @@ class Reader:
         capacity: The most images to keep; what comes later is read every time.
     """
 
-    def __init__(self, folder: Path = Path(), capacity: int = 10_000) -> None:
+    def __init__(self, folder: Path = Path(), capacity: int = 5_000) -> None:
         self.folder, self.capacity = folder, capacity
         self.saved = 0.0
         """Seconds that reading would have taken."""
