@@ -196,6 +196,14 @@ def _stands(rows: pd.DataFrame) -> list[str]:
             continue
         means = means.sort_values(means.columns[0], ascending=False)
         texts += [f"{title}:", *side_by_side(means.index, {name: column(means[name]) for name in means.columns})]
+        if (part, metric) == ("industrial", "auroc"):
+            worst = {
+                stand: (-behind_best_rival(by_folder(of_part(some, part))).max(axis=1)).reindex(means.index)
+                for stand, some in stands
+            }
+            shown = {stand: column(worst[stand], signed) for stand in means.columns}
+            texts += ["The same, distance to the best rival on the folder where it is least:"]
+            texts += side_by_side(means.index, shown)
     return texts if len(texts) > 1 else []
 
 

@@ -305,9 +305,10 @@ def test_readmes_get_the_tables_of_two_backbones(tmp_path):
     assert set(pd.read_csv(folder / "results.csv")["stand"]) == {"net, 224", "other_net, 240"}
     shown = page.read_text(encoding="utf-8")
     assert "stale" not in shown
-    lines = by_name(shown.partition("Another backbone")[2])
-    assert lines["detector"] == ["net, 224", "other_net, 240"]
-    assert lines["KNN"] == ["0.900", "0.950"]
+    means, _, worst = shown.partition("Another backbone")[2].partition("The same")
+    assert by_name(means)["detector"] == ["net, 224", "other_net, 240"]
+    assert by_name(means)["KNN"] == ["0.900", "0.950"]
+    assert by_name(worst.partition("Mean AUPRO")[0])["Padim"] == ["−0.200", "−0.250"]
     short = alone.read_text(encoding="utf-8")
     assert short.startswith("first\n<!-- all sets: begin -->\n\nImage AUROC")
     assert short.endswith("<!-- all sets: end -->\nlast\n")
