@@ -2,6 +2,7 @@
 import io
 import shutil
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -305,6 +306,7 @@ def test_readmes_get_the_tables_of_two_backbones(tmp_path):
     assert set(pd.read_csv(folder / "results.csv")["stand"]) == {"net, 224", "other_net, 240"}
     shown = page.read_text(encoding="utf-8")
     assert "stale" not in shown
+    assert report.tables(pd.read_csv(folder / "results.csv")) in shown
     means, _, worst = shown.partition("Another backbone")[2].partition("The same")
     assert by_name(means)["detector"] == ["net, 224", "other_net, 240"]
     assert by_name(means)["KNN"] == ["0.900", "0.950"]
@@ -318,3 +320,12 @@ def test_readmes_get_the_tables_of_two_backbones(tmp_path):
         report.write(stands, [bare])
     with pytest.raises(FileNotFoundError, match="no rows"):
         report.write([tmp_path / "none-9"])
+
+
+def test_the_published_page_is_that_of_the_published_rows():
+    here = Path(report.__file__).parent
+    page = (here / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- suite: begin -->", "<!-- suite: end -->"
+    shown = page.partition(begin)[2].partition(end)[0].strip()
+    rows = here / "results.csv"
+    assert shown == (report.tables(pd.read_csv(rows)).strip() if rows.is_file() else "")
