@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 
@@ -224,11 +225,12 @@ def all_sets(rows: pd.DataFrame) -> str:
     extra["fit s"] = [short_number(pd.Series([value])) for value in table["fit_s"]]
     seeds = whole(some)["seed"].nunique()
     stand = some["stand"].iloc[0]
-    texts.append(
+    said = (
         f"Image AUROC with the defaults, a model for each folder ({stand} pixels; mean over {seeds} seeds where a seed "
         f"matters); the means with a model for {FEW} training images of each, and with one model for all; seconds of a "
         "fit to about 300 images:"
     )
+    texts.append(fill(said, 120))
     done = whole(some)
     columns = _per_folder(done, table.index, "auroc") | extra
     texts += side_by_side(table.index, columns, room=None)

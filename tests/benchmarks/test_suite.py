@@ -313,6 +313,7 @@ def test_readmes_get_the_tables_of_two_backbones(tmp_path):
     assert by_name(worst.partition("Mean AUPRO")[0])["Padim"] == ["−0.200", "−0.250"]
     short = alone.read_text(encoding="utf-8")
     assert short.startswith("first\n<!-- all sets: begin -->\n\nImage AUROC")
+    assert max(len(line) for line in short.splitlines() if not line.startswith("|")) <= 120
     assert short.endswith("<!-- all sets: end -->\nlast\n")
     assert by_name(short)["KNN"] == ["0.900", "0.900", "0.900", "10.0"]
     assert by_name(short.partition("AUPRO")[2])["Padim"] == ["0.700"]
