@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import couples, draws, embeds, reads_pixels
+from anomalib_flowood.models.components.capabilities import scales as has_scales
 
 from .coupling_sections import coadaptations, latents, scales, shifts
 from .images import spread
@@ -111,7 +112,7 @@ class Section(NamedTuple):
 _SECTIONS = (
     Section("drawing histograms", None, histograms),
     Section("drawing latents", reads_pixels, latents),
-    Section("drawing s", couples, scales),
+    Section("drawing s", has_scales, scales),
     Section("drawing t", couples, shifts),
     Section("drawing co-adaptation", couples, coadaptations),
     Section("drawing samples", draws, samples),

@@ -112,6 +112,11 @@ def test_colour_images_of_another_size_and_a_flow_that_overflows(tmp_path):
     assert entry["auroc"] == 0.5
 
 
+def test_of_couplings_without_a_scale_there_is_none_to_draw(tmp_path):
+    page = explain(fitted(pixel_flow(scale="none")), {"inside": images(3), "outside": images(3, seed=1)}, tmp_path)
+    check_page(page, [name for name in PIXEL_PICTURES if name != "scales"])
+
+
 def test_sets_of_one_image_have_no_coadaptation(tmp_path):
     sets = {"inside": images(3), "outside": images(1, seed=1)}
     page = explain(fitted(pixel_flow()), sets, tmp_path)

@@ -67,6 +67,12 @@ def couples(model: Any) -> TypeGuard[PixelDensity]:
     return reads_pixels(model) and any(isinstance(module, AffineCoupling) for module in model.flow.modules())
 
 
+def scales(model: Any) -> TypeGuard[PixelDensity]:
+    """Whether its coupling layers also scale values, and do not only shift them."""
+    couplings = [module for module in model.flow.modules() if isinstance(module, AffineCoupling)]
+    return couples(model) and any(coupling.scale is not None for coupling in couplings)
+
+
 def draws(model: Any) -> TypeGuard[Draws]:
     """Whether images can be drawn from a torch model."""
     return callable(getattr(model, "draw", None))
