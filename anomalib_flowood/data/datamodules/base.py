@@ -54,7 +54,8 @@ class SourcedDataModule(AnomalibDataModule):
             **loading,
         )
         _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
-        self.val_split_ratio = val_split_ratio  # for which anomalib would have a half in the place of none
+        # For anomalib none is a half.
+        self.val_split_ratio = val_split_ratio  # type: ignore[assignment]
         self.root = root
         self.train_limit = train_limit
         self.test_limit = test_limit

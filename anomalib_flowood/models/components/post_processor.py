@@ -346,7 +346,7 @@ def _trial_run(trainer: Any) -> bool:
 
 def _remedy(trainer: Any, images: int, alpha: float) -> str:
     """What gives more calibration images, in the words of the data module where they are its validation images."""
-    data = getattr(trainer, "datamodule", None)  # maybe that of an earlier fit
+    data: Any = getattr(trainer, "datamodule", None)  # maybe that of an earlier fit
     needed = conformal.images_needed(alpha)
     if hasattr(data, "how_to_hold_out"):
         datasets = [loader.dataset for loader in validation_loaders(trainer)]
