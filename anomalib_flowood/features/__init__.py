@@ -2,7 +2,7 @@
 """Frozen timm backbones, where their weights come from, and what is made of their maps."""
 
 from .backbones import PooledAndMaps, create_feature_maps, run_backbone
-from .catalogue import LOCAL_DIR, backbone_config, check_backbone, default_layers, feature_layers
+from .catalogue import LOCAL_DIR, backbone_config, check_backbone, default_layers, feature_layers, layer_indices
 from .descriptors import Descriptors
 from .embedding import Embedding
 from .weights import BackboneUnavailableError, create_backbone, save_local
@@ -19,6 +19,7 @@ __all__ = [
     "create_feature_maps",
     "default_layers",
     "feature_layers",
+    "layer_indices",
     "run_backbone",
     "save_local",
 ]

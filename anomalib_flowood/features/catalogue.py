@@ -110,8 +110,8 @@ def feature_layers(name: str) -> dict[str, int]:
     return strides
 
 
-def default_layers(name: str) -> list[str]:
-    """Return the layer that detectors take when they are told none: the last one of stride 16 or less.
+def default_layers(name: str, strides: Sequence[int] = (_STRIDE,)) -> list[str]:
+    """Return the layers that detectors take when they are told none: for each stride the last layer of it or less.
 
     Where none is as fine, it is the last one of those that are finest.
 
@@ -119,9 +119,10 @@ def default_layers(name: str) -> list[str]:
         ValueError: If the name is unknown, or timm cannot take maps out of this network.
         FileNotFoundError: If a ``local-dir:`` folder lacks ``config.json`` or weights.
     """
-    strides = feature_layers(name)
-    stride = max(_STRIDE, min(strides.values()))
-    return [layer for layer in strides if strides[layer] <= stride][-1:]
+    known = feature_layers(name)
+    most = [max(stride, min(known.values())) for stride in strides]
+    chosen = {[layer for layer in known if known[layer] <= stride][-1] for stride in most}
+    return [layer for layer in known if layer in chosen]
 
 
 def layer_indices(name: str, layers: Sequence[str | int] | None) -> list[int]:

@@ -12,7 +12,7 @@ from .couplings import (
     native_form,
     quadrant_size,
 )
-from .density import Density, SideBySide, density, independent, shares
+from .density import Density, SideBySide, couple, density, independent, shares
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze, Whitening
 from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
 from .pixels import (
@@ -83,6 +83,7 @@ __all__ = [
     "WeightNormConv2d",
     "Whitening",
     "bits_per_dim",
+    "couple",
     "coupling_mask",
     "density",
     "dequantization_noise",

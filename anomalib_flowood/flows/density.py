@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,12 @@ class Density:
 
 
 def density(
-    flow: InvertibleModule, base: Base, x: Tensor, rest: Tensor | None = None, condition: Tensor | None = None
+    flow: InvertibleModule,
+    base: Base,
+    x: Tensor,
+    rest: Tensor | None = None,
+    condition: Tensor | None = None,
+    after: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Density:
     """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, and a rest that is known already.
 
@@ -58,8 +63,12 @@ def density(
         rest: What else belongs to the log-density, nats, ``(N,)``: of what x was made from, see
             :class:`~anomalib_flowood.flows.PrincipalSubspace`.
         condition: What the flow is told from outside, ``(N, C)``; the density is that of x under this condition.
+        after: What else transforms the flow's latents, and gives their log-determinants, ``(N,)``, too.
     """
     z, log_det = flow(x) if condition is None else flow(x, c=[condition])
+    if after is not None:
+        z, of_after = after(z)
+        log_det = log_det + of_after
     log_prob = base.log_prob(z)
     terms = (log_prob, torch.zeros_like(log_prob) + log_det)  # without a transform log_det is the number 0
     return Density(terms if rest is None else (*terms, rest), (z,), base)
@@ -71,6 +80,29 @@ def independent(densities: Sequence[Density]) -> Density:
     return Density(terms, tuple(z for part in densities for z in part.latents), densities[0].base)
 
 
+def couple(couplings: SequenceINN, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run couplings, and keep apart by how much they scale each value.
+
+    Args:
+        couplings: Couplings, and nothing else.
+        x: ``(N, ...)``.
+        condition: What a :class:`~anomalib_flowood.flows.PositionFlow` is told from outside, ``(N, C)``, where that is
+            known; by default it finds out itself.
+
+    Returns:
+        Latents, and the log-scales of each value over all couplings, which sum to the log-determinant; both of the
+        shape of x.
+    """
+    if condition is None and isinstance(couplings, PositionFlow):
+        condition = couplings.condition(x)
+    given = {} if condition is None else {"condition": condition}
+    scales = torch.zeros_like(x)
+    for coupling in couplings:
+        x, s = coupling.couple(x, **given)
+        scales = scales + coupling.spread(s)
+    return x, scales
+
+
 def shares(
     couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor, condition: Tensor | None = None
 ) -> Tensor:
@@ -80,21 +112,14 @@ def shares(
         couplings: Couplings, and nothing else.
         base: A base of independent latents.
         x: ``(N, ...)``.
-        condition: What a :class:`~anomalib_flowood.flows.PositionFlow` is told from outside, ``(N, C)``, where that is
-            known; by default it finds out itself.
+        condition: As :func:`couple` has it.
 
     Returns:
         ``-log p_base(z_i) - sum of the log-scales of value i over the couplings``, nats, of the shape of x. Its sum is
         −log p(x).
     """
-    if condition is None and isinstance(couplings, PositionFlow):
-        condition = couplings.condition(x)
-    given = {} if condition is None else {"condition": condition}
-    scales = torch.zeros_like(x)
-    for coupling in couplings:
-        x, s = coupling.couple(x, **given)
-        scales = scales + coupling.spread(s)
-    return -base.elementwise(x) - scales
+    z, scales = couple(couplings, x, condition)
+    return -base.elementwise(z) - scales
 
 
 class SideBySide(InvertibleModule):

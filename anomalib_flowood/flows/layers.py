@@ -23,7 +23,7 @@ from .precision import full_precision
 _CONSTANT = 1e-5
 """Standard deviation below which a channel counts as constant: half a grey level is a hundred times as much."""
 
-_POINTS_PER_DIRECTION = 5
+_POINTS_PER_DIRECTION = 2
 """With fewer points for each direction, whitening would learn them by heart."""
 
 
@@ -318,7 +318,7 @@ class Whitening(_Layer):
 
     Args:
         dims_in: One shape, of any rank.
-        directions: The most directions k that a fit takes; it takes one for five samples at most.
+        directions: The most directions k that a fit takes; it takes one for two samples at most.
         dims_c: FrEIA's convention; none are supported.
 
     Raises:
@@ -371,6 +371,13 @@ class Whitening(_Layer):
         if pca:
             self.directions[:rank] = torch.from_numpy(pca.components_).to(self.directions)
             self.variances[:rank] = torch.maximum(kept, rest)
+
+    def forget(self) -> None:
+        """Be the identity again."""
+        self.mean.zero_()
+        self.directions.zero_()
+        self.variances.fill_(1)
+        self.rest.fill_(1)
 
     @property
     def log_det(self) -> Tensor:

@@ -94,6 +94,11 @@ class PositionWhitening(InvertibleModule):
             self.factors[place] = torch.from_numpy(np.linalg.inv(lower)).tril().to(self.factors)
         self.mean.copy_(means)
 
+    def forget(self) -> None:
+        """Be the identity again."""
+        self.mean.zero_()
+        self.factors.copy_(torch.eye(self.shape[0]))
+
     @property
     def log_dets(self) -> Tensor:
         """Log-determinant of the forward direction at each position, ``(h, w)``."""

@@ -7,6 +7,7 @@ from anomalib_flowood.names import Registry
 
 from .complexity import Complexity, compressed_bits
 from .density_of_states import DensityOfStates
+from .evidence import Evidence
 from .intrinsic_dimension import LocalIntrinsicDimension
 from .likelihood import LatentNorm, NegativeLogLikelihood, Typicality
 from .orientation import Orientation
@@ -51,6 +52,7 @@ __all__ = [
     "Complexity",
     "DensityOfStates",
     "Ensemble",
+    "Evidence",
     "FlowDensity",
     "LatentNorm",
     "LikelihoodRatio",

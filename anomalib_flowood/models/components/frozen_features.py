@@ -88,6 +88,11 @@ class FrozenFeatures(_Base):
     least_images: ClassVar[int] = 2
     """Training images without which there is nothing to fit."""
 
+    @property
+    def least_steps(self) -> int:
+        """Training steps of an epoch, at least: few images are drawn again and again."""
+        return 0
+
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
         raise NotImplementedError
@@ -103,7 +108,7 @@ class FrozenFeatures(_Base):
     def keep_reference(self, features: tuple[Tensor, ...]) -> None:
         """Take the prepared features of ``reference_images`` training images, in main memory, when a fit begins.
 
-        They are to measure on what changes as the flow trains. A resumed fit brings them, too.
+        They are for what is fitted when the flow has been trained. A resumed fit brings them, too.
         """
 
     def configure_callbacks(self) -> list[Callback]:
@@ -135,9 +140,10 @@ class FrozenFeatures(_Base):
             return
         prepared = self._prepare_all(tuple(part[:count] for part in features) if random else features)
         if count:
-            self.keep_reference(tuple(part[:count].clone() for part in prepared))
+            self.keep_reference(tuple(part[:count] for part in prepared))
         if not random:
-            train_on(trainer, feature_loader(FeatureDataset(prepared, labels), loader.batch_size, shuffle=True))
+            dataset = FeatureDataset(prepared, labels)
+            train_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.least_steps))
 
     def _check_number(self, images: int) -> None:
         """Refuse too few training images before the backbone has seen any."""

@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from anomalib.data.dataclasses.generic import UpdateMixin
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,20 @@ class FeatureDataset(Dataset):
         return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
 
 
-def feature_loader(dataset: FeatureDataset, batch_size: int, *, shuffle: bool) -> DataLoader:
-    """Return a loader that takes whole batches out of stored features."""
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+def feature_loader(dataset: FeatureDataset, batch_size: int, *, shuffle: bool, batches: int = 0) -> DataLoader:
+    """Return a loader that takes whole batches out of stored features.
+
+    Args:
+        dataset: The features.
+        batch_size: Images of a batch.
+        shuffle: Draw them in another order every time.
+        batches: The fewest batches: where there are fewer, images are drawn with replacement.
+    """
+    order: Sampler[int] = SequentialSampler(dataset)
+    if shuffle:
+        drawn = batches * batch_size
+        few = drawn > len(dataset)
+        order = RandomSampler(dataset, replacement=few, num_samples=drawn if few else None)
     return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 

@@ -3,51 +3,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from anomalib_flowood.flows import MASKS, SCALES, SUBNETS
+from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUROC
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
 
-from .torch_model import FeatureMapFlowModel
+from .torch_model import POSITION, FeatureMapFlowModel
+
+logger = logging.getLogger(__name__)
+
+_LEAST_STEPS = 100
 
 
-@lists_names(masks=MASKS, subnets=SUBNETS, scales=SCALES)
+@lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the feature maps of a frozen, pretrained network: says what does not belong, and where.
 
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
-        layers: Layers whose maps are modelled, by timm's module names or indices, one flow for each; ``None`` for the
-            last one of stride 16 or less.
+        map_layers: Layers whose maps are shown, by timm's module names or indices; their most anomalous positions are
+            evidence. ``None`` for the last ones of stride 8 and 16, or less.
+        score_layers: Layers whose maps are evidence as a whole; ``None`` for the last ones of stride 16 and 32, or
+            less. There is one flow for each layer of either kind.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
-        layout_dims: Principal directions of whole maps that are whitened before the flow; at most one for five training
+        layout_dims: Principal directions of whole maps that are whitened behind the flow; at most one for two training
             images are used.
-        mask: Coupling mask: {masks}.
+        mask: ``position``, a flow of single positions with weights that all of them share; or the coupling mask of a
+            flow of whole maps: {masks}.
+        context: What a flow of positions is told of the rest of the image: {contexts}.
         subnet: s,t-network: {subnets}.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network, and of the context ``quadrant``.
         coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
         hidden_channels: Width of the s,t-networks.
-        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
-        score_dims: Leading principal directions of each layer that make the image score; the anomaly map takes all.
-        score_fraction: The image score is a mean over positions: those where the leading directions are least likely,
-            this share of them. All by default; small shares look for small defects.
-        feature_noise: Standard deviation of the Gaussian noise on whitened features in training. It keeps the flow
-            from learning few images by heart.
+        scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
+        score_fraction: The share of a map's positions that are its most anomalous ones.
+        feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
+            learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
-        max_epochs: Epochs to train when the trainer names no limit.
+        max_epochs: Epochs to train when the trainer names no limit. An epoch has a hundred steps at least.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
@@ -60,7 +67,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """
 
     model: FeatureMapFlowModel
-    reference_images = 256
+    reference_images = 1000
+    """More do not change what is fitted to them, but for the time."""
     least_images = 3
 
     readable_since = "0.2.0"
@@ -70,23 +78,24 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
-        layers: Sequence[str | int] | None = None,
+        map_layers: Sequence[str | int] | None = None,
+        score_layers: Sequence[str | int] | None = None,
         pre_trained: bool = True,
         image_size: tuple[int, int] = (224, 224),
-        subspace_dim: int = 96,
+        subspace_dim: int = 64,
         layout_dims: int = 128,
-        mask: str = "cycle",
-        subnet: str = "bottleneck",
-        bottleneck_dim: int = 128,
-        coupling_layers: int = 4,
+        mask: str = POSITION,
+        context: str = "mean",
+        subnet: str = "mlp",
+        bottleneck_dim: int = 16,
+        coupling_layers: int = 10,
         hidden_channels: int = 256,
-        scale: str = "tanh",
-        score_dims: int = 16,
-        score_fraction: float = 1.0,
-        feature_noise: float = 1.0,
+        scale: str = "none",
+        score_fraction: float = 0.01,
+        feature_noise: float = 0.3,
         cache_gib: float = 2.0,
-        max_epochs: int = 12,
-        learning_rate: float = 1e-3,
+        max_epochs: int = 8,
+        learning_rate: float = 3e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -105,22 +114,23 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         height, width = image_size
         self.model = FeatureMapFlowModel(
             backbone,
-            layers,
+            map_layers,
+            score_layers,
             (height, width),
             pre_trained=pre_trained,
             subspace_dim=subspace_dim,
             layout_dims=layout_dims,
             mask=mask,
+            context=context,
             subnet=subnet,
             bottleneck_dim=bottleneck_dim,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
             scale=scale,
-            score_dims=score_dims,
             score_fraction=score_fraction,
         )
         self._reference: tuple[Tensor, ...] = ()
-        self._scaled_step = -1
+        self._whitened_step = -1
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -139,42 +149,65 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.model.extract(images))
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit the principal subspaces, and the whitening of whole maps."""
+        """Fit descriptors and principal subspaces."""
         self.model.fit_features(features)
 
     def keep_reference(self, features: tuple[Tensor, ...]) -> None:
-        """Keep reduced maps of some images, in the order of the loader that shuffled them, to measure scales on."""
+        """Keep reduced maps of some images, in the order of the loader that shuffled them, for the whitening."""
         self._reference = features
-        self._scaled_step = -1
+        self._whitened_step = -1
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
         return tuple(part.half() if part.ndim == 4 else part for part in self.model.reduce(features))
+
+    @property
+    def least_steps(self) -> int:
+        """A hundred steps of an epoch, where there is something to train."""
+        return _LEAST_STEPS if self._trainable else 0
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``."""
         return tuple(part.to(self.dtype) for part in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """The same, with noise on the reduced maps."""
-        noise = self.feature_noise
-        return tuple(
-            part + noise * torch.randn_like(part) if part.ndim == 4 else part for part in self.inputs_of(batch)
-        )
+        """The same, in the precision in which it is stored."""
+        return super().inputs_of(batch)
+
+    def loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Mean −log p per dimension of the flow's input, with noise on it; nats, ``()``."""
+        return self.model.loss(inputs, self.feature_noise)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the whitening, which is of other weights."""
+        super().on_train_epoch_start()
+        self.model.forget_whitening()
 
     def on_validation_start(self) -> None:
-        """Measure the layers' scales with the current weights, before validation images are scored by them."""
+        """Fit the whitening with the last weights, before validation images are scored and calibrated."""
         super().on_validation_start()
-        self._fit_map_scale()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and self._training_ends():
+            self._fit_whitening()
 
     def on_train_epoch_end(self) -> None:
-        """Measure the layers' scales where no validation did."""
+        """Fit the whitening where no validation did."""
         super().on_train_epoch_end()
-        self._fit_map_scale()
+        if self._training_ends():
+            self._fit_whitening()
 
-    @torch.no_grad()
-    def _fit_map_scale(self) -> None:
+    def on_train_end(self) -> None:
+        """Fit the whitening where training ended before its last epoch did."""
+        super().on_train_end()
+        self._fit_whitening()
+
+    def _fit_whitening(self) -> None:
         # Once for the same weights: what a validation has calibrated stays to the last bit.
-        if self._reference and self._scaled_step != self.trainer.global_step:
-            self._scaled_step = self.trainer.global_step
-            self.model.fit_map_scale(tuple(part.to(self.device, self.model.dtype) for part in self._reference))
+        if self._whitened_step == self.trainer.global_step or not self._reference:
+            return
+        if self._shows_progress:
+            logger.info("Fitting the whitening behind the flow to %d images.", len(self._reference[0]))
+        self._whitened_step = self.trainer.global_step
+        training = self.model.training
+        self.model.eval()
+        self.model.fit_whitening(self._reference)
+        self.model.train(training)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before the flow of one layer of FeatureMapFlow."""
+"""What comes before and after the flow of one layer of FeatureMapFlow."""
 
 from __future__ import annotations
 
@@ -11,70 +11,89 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
 
-_LAYOUT_IMAGES = 2_000
-"""Training images from which the layout's directions are fitted."""
-
-_CHUNK = 256
-"""Images whose maps are described at once."""
-
 
 class MapLayer(nn.Module):
-    """What comes before the flow of one layer: descriptors, their principal subspace, and whitened whole maps.
+    """Descriptors of one layer's maps and their principal subspace; and the whitening of what the flow leaves.
 
     Args:
         name: The layer's name, for errors.
         channels: C, the channels of the layer's map.
         shape: ``(D, h, w)`` of the reduced map.
         layout_dims: Directions of whole maps that are whitened.
-
-    Raises:
-        ValueError: If the map has one row or column of positions only.
+        top: Whether the layer's map is shown, and its most anomalous positions are evidence.
+        whole: Whether its mean over all positions is evidence.
+        top_fraction: The share of positions that are the most anomalous.
     """
 
     location: Tensor
-    """Mean over normal images of the anomaly map, and of the leading directions' share; ``(2,)``, nats."""
+    """Mean of the anomaly map over normal images, ``()``, nats."""
     spread: Tensor
-    """Their standard deviations, ``(2,)``, by which layers are brought to a common scale."""
+    """Its standard deviation, ``()``, by which layers are brought to a common scale."""
 
-    def __init__(self, name: str, channels: int, shape: tuple[int, int, int], layout_dims: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        channels: int,
+        shape: tuple[int, int, int],
+        layout_dims: int,
+        *,
+        top: bool,
+        whole: bool,
+        top_fraction: float,
+    ) -> None:
         super().__init__()
-        if min(shape[1:]) < 2:
-            msg = (
-                f"The map of layer {name!r} has {shape[1]} x {shape[2]} positions, which leaves a coupling nothing to "
-                "work with. Use larger images (image_size), an earlier layer, or EmbeddingFlow."
-            )
-            raise ValueError(msg)
         self.name = name
+        self.top, self.whole = top, whole
+        self.most = max(1, round(top_fraction * math.prod(shape[1:])))
         self.descriptors = Descriptors(channels, name)
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
-        self.whitening = flows.Whitening([shape], layout_dims)
-        self.register_buffer("location", torch.zeros(2))
-        self.register_buffer("spread", torch.ones(2))
+        self.positions = flows.PositionWhitening([shape])
+        self.layout = flows.Whitening([shape], layout_dims)
+        self.register_buffer("location", torch.zeros(()))
+        self.register_buffer("spread", torch.ones(()))
 
     def fit(self, maps: Tensor) -> None:
-        """Fit to the maps of all training images, ``(N, C, h, w)``; errors as for what is fitted."""
+        """Fit descriptors and subspace to the maps of all training images, ``(N, C, h, w)``; errors as theirs."""
         described = self.descriptors.fit(maps)
         self.subspace.fit(described, what=f"descriptors of layer {self.name}", solver="covariance_eigh")
-        drawn = torch.randperm(len(maps), generator=torch.Generator().manual_seed(0))[:_LAYOUT_IMAGES].sort().values
-        chunks = [self.subspace(self.descriptors(maps[some]))[0] for some in drawn.split(_CHUNK)]
-        self.whitening.fit(torch.cat(chunks))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce maps, ``(N, C, h, w)``.
 
         Returns:
             What the flow models, ``(N, D, h, w)``, and what else belongs to the log-density at each position,
-            ``(N, h, w)``, nats; the log-determinant of the whitening is spread evenly.
+            ``(N, h, w)``, nats.
         """
-        coordinates, rest = self.subspace(self.descriptors(maps))
-        whitened, _ = self.whitening.transform(coordinates, rev=False)
-        return whitened, rest + self.whitening.log_det / math.prod(rest.shape[1:])
+        return self.subspace(self.descriptors(maps))
 
-    def fit_scale(self, maps: tuple[Tensor, Tensor]) -> None:
-        """Set location and spread from anomaly map and leading share of normal images, ``(N, h, w)`` each."""
-        self.location.copy_(torch.stack([part.mean() for part in maps]))
-        self.spread.copy_(torch.stack([part.std() for part in maps]).clamp(min=1e-6))
+    def fit_whitening(self, latents: Tensor) -> None:
+        """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``."""
+        self.positions.fit(latents)
+        chunks = [self.positions.transform(some, rev=False)[0] for some in latents.split(64)]
+        self.layout.fit(torch.cat(chunks))
 
-    def standardise(self, maps: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Bring anomaly map and leading share, ``(N, h, w)`` each, to the scale of normal images."""
-        return [(part - self.location[kind]) / self.spread[kind] for kind, part in enumerate(maps)]
+    def forget_whitening(self) -> None:
+        """Whiten nothing: what was fitted is of other weights of the flow."""
+        self.positions.forget()
+        self.layout.forget()
+
+    def whiten(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Whiten the flow's latents, ``(N, D, h, w)``; also return the log-determinant, ``(N,)``."""
+        latents, of_positions = self.positions.transform(latents, rev=False)
+        latents, of_layout = self.layout.transform(latents, rev=False)
+        return latents, of_positions + of_layout
+
+    def fit_scale(self, maps: Tensor) -> None:
+        """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
+        self.location.copy_(maps.mean())
+        self.spread.copy_(maps.std().clamp(min=1e-6))
+
+    def standardise(self, maps: Tensor) -> Tensor:
+        """Bring anomaly maps, ``(N, h, w)``, to the scale of normal images."""
+        return (maps - self.location) / self.spread
+
+    def statistics(self, maps: Tensor) -> list[Tensor]:
+        """What anomaly maps, ``(N, h, w)``, say of their images: one or two statistics, ``(N,)`` each."""
+        positions = maps.flatten(1)
+        found = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
+        return [*found, positions.mean(1)] if self.whole else found

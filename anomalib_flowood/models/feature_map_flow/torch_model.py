@@ -14,37 +14,60 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anomalib_flowood import flows
-from anomalib_flowood.features import create_feature_maps, run_backbone
+from anomalib_flowood.features import create_feature_maps, default_layers, layer_indices, run_backbone
 from anomalib_flowood.models.components import FlowModel
-from anomalib_flowood.scores import Score
+from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
 from .map_layer import MapLayer
 
+POSITION = "position"
+"""The mask that is none: every position is transformed on its own, by weights that all of them share."""
 
-def _map_flows(shapes: Sequence[tuple[int, int, int]], **arguments: object) -> flows.SideBySide:
+_MAP_STRIDES = (8, 16)
+"""Where small defects show; finer maps see edges alone."""
+_SCORE_STRIDES = (16, 32)
+"""Where an image shows whether it belongs as a whole."""
+
+_FOLDS = 5
+"""Parts of the images: each is scored by a whitening that was fitted to the others."""
+_SCORED = 100
+"""Images from which scales are known well enough: no further part is scored after these."""
+_CHUNK = 64
+"""Images whose latents are computed at once."""
+_DRAWN = 512
+"""Positions of each layer in a training step."""
+
+
+def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: object) -> flows.SideBySide:
     """Build one flow for each layer, side by side."""
-    return flows.SideBySide(flows.map_flow(shape, **arguments) for shape in shapes)  # type: ignore[arg-type]
+    if mask == POSITION:
+        return flows.SideBySide(flows.position_flow(shape, context=context, **arguments) for shape in shapes)  # type: ignore[arg-type]
+    return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)  # type: ignore[arg-type]
 
 
 class FeatureMapFlowModel(FlowModel):
-    """Density of the reduced feature maps of a frozen network, one flow per layer; says where it is low.
+    """Density of the feature maps of a frozen network, one flow per layer; says what does not belong, and where.
 
     Every position of a layer's map of C channels gets a descriptor of 2 C numbers
     (:class:`~anomalib_flowood.features.Descriptors`), of which the flow models the D principal directions over all
     positions and training images; the others have an isotropic Gaussian
     (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
 
-    The layout of the whole map, D × h × w values, is whitened next (:class:`~anomalib_flowood.flows.Whitening`): what
-    varies from image to image as a whole (light, texture) no longer stands out, what a single place does to itself
-    still does. A flow of couplings models the whitened map. Couplings scale and shift each value, so that the density
-    has a share for each direction d at each position p::
+    The flow comes first: one for all positions of a layer (:func:`~anomalib_flowood.flows.position_flow`), which learns
+    the kinds of content that positions have. What it leaves is whitened in closed form when it has been trained: every
+    position by a Gaussian of its own (:class:`~anomalib_flowood.flows.PositionWhitening`), then the layout of the whole
+    map (:class:`~anomalib_flowood.flows.Whitening`), so that what varies from image to image as a whole (light,
+    texture) no longer stands out. Without couplings that is all there is. With latents z of all that::
 
-        a(d, p) = 1/2 z(d, p)^2 - sum of log-scales at (d, p) + constant
+        a(p) = sum over d of 1/2 z(d, p)^2 - log-scales of the couplings at (d, p)
 
-    The anomaly map is their sum over the directions, and the rest of the density at the position: many directions show
-    well where something is, and the map sums to −log p. The image score takes the leading ``score_dims`` directions
-    alone, which say best whether an image belongs: they change with what it shows, the others with its texture.
+    is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
+    other directions. The maps of
+    ``map_layers`` are shown. The image score is the mean of several kinds of evidence
+    (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
+    small defects, and the mean of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their
+    scales are those of training images that the whitening has not seen: it is fitted to some, and scores the others.
 
     Arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, but for what training takes.
 
@@ -61,58 +84,75 @@ class FeatureMapFlowModel(FlowModel):
     def __init__(
         self,
         backbone: str = "tf_efficientnet_lite0",
-        layers: Sequence[str | int] | None = None,
+        map_layers: Sequence[str | int] | None = None,
+        score_layers: Sequence[str | int] | None = None,
         image_size: tuple[int, int] = (224, 224),
         *,
         pre_trained: bool = True,
-        subspace_dim: int = 96,
+        subspace_dim: int = 64,
         layout_dims: int = 128,
-        mask: str = "cycle",
-        subnet: str = "bottleneck",
-        bottleneck_dim: int = 128,
-        coupling_layers: int = 4,
+        mask: str = POSITION,
+        context: str = "mean",
+        subnet: str = "mlp",
+        bottleneck_dim: int = 16,
+        coupling_layers: int = 10,
         hidden_channels: int = 256,
-        scale: str = "tanh",
-        score_dims: int = 16,
-        score_fraction: float = 1.0,
+        scale: str = "none",
+        score_fraction: float = 0.01,
     ) -> None:
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)
-        for argument, value, least in (("score_dims", score_dims, 1), ("layout_dims", layout_dims, 0)):
+        for argument, value, least in (("subspace_dim", subspace_dim, 1), ("layout_dims", layout_dims, 0)):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        network = create_feature_maps(backbone, layers, pre_trained=pre_trained, image_size=image_size)
+        tops, wholes = (
+            layer_indices(backbone, default_layers(backbone, strides) if names is None else names)
+            for names, strides in ((map_layers, _MAP_STRIDES), (score_layers, _SCORE_STRIDES))
+        )
+        if not tops:
+            msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
+            raise ValueError(msg)
+        indices = sorted({*tops, *wholes})
+        network = create_feature_maps(backbone, indices, pre_trained=pre_trained, image_size=image_size)
         with torch.no_grad():
             maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
-        reduced = [
-            MapLayer(name, layer.shape[1], shape, layout_dims)
-            for name, layer, shape in zip(names, maps, shapes, strict=True)
+        layers = [
+            MapLayer(
+                name,
+                layer.shape[1],
+                shape,
+                layout_dims,
+                top=index in tops,
+                whole=index in wholes,
+                top_fraction=score_fraction,
+            )
+            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
         ]
         new_flow = partial(
-            _map_flows,
+            _new_flow,
             shapes,
-            mask=mask,
+            mask,
+            context,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
-            scale=scale,
             bottleneck_dim=bottleneck_dim,
+            scale=scale,
         )
         super().__init__(new_flow, flows.StandardNormal(), sum(2 * layer.numel() for layer in maps), levels=1)
         self.backbone = network
         height, width = image_size
         self.image_size = (height, width)
-        self.score_dims = score_dims
-        self.score_fraction = score_fraction
-        self.layers = nn.ModuleList(reduced)
+        self.layers = nn.ModuleList(layers)
+        self.evidence = Evidence(len(tops) + len(wholes))
 
     @property
     def scores_are_likelihoods(self) -> bool:
-        """No: the score takes the leading directions alone."""
+        """No: the score is made of evidence of several kinds."""
         return False
 
     def train(self, mode: bool = True) -> FeatureMapFlowModel:
@@ -136,7 +176,7 @@ class FeatureMapFlowModel(FlowModel):
         return run_backbone(self.backbone, self.checked(images, size=self.image_size))
 
     def fit_features(self, maps: tuple[Tensor, ...]) -> None:
-        """Fit everything but the flow, and the scales that depend on it.
+        """Fit what comes before the flow.
 
         Args:
             maps: The feature maps of all training images, one tensor ``(N, C, h, w)`` for each layer; in main memory,
@@ -146,7 +186,7 @@ class FeatureMapFlowModel(FlowModel):
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
         """
         if len(maps[0]) < 3:
-            msg = f"A density of whole maps needs at least 3 training images, more are better; got {len(maps[0])}."
+            msg = f"A density of maps needs at least 3 training images, more are better; got {len(maps[0])}."
             raise ValueError(msg)
         for layer, layer_maps in zip(self.layers, maps, strict=True):
             layer.fit(layer_maps)  # type: ignore[operator]
@@ -173,25 +213,76 @@ class FeatureMapFlowModel(FlowModel):
         sides = (self.flow if flow is None else flow).flows
         return flows.independent(
             [
-                flows.density(side, self.base, reduced, rest.flatten(1).sum(1))
-                for side, (reduced, rest) in zip(sides, _pairs(inputs), strict=True)
+                flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=layer.whiten)  # type: ignore[arg-type]
+                for layer, side, (reduced, rest) in zip(self.layers, sides, _pairs(inputs), strict=True)
             ]
         )
 
-    def layer_maps(self, reduced: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each layer, its anomaly map and the share that the leading directions have in it.
+    def loss(self, inputs: Inputs, noise: float = 0.0) -> Tensor:
+        """Mean −log p of the flow's input per dimension, nats, ``()``, with noise added: what training makes small.
 
-        Yields:
-            Pairs of ``(N, h, w)``, nats. The values of all anomaly maps sum to −log p.
+        Of a flow of positions it is taken at some of them, drawn anew every time.
+
+        Args:
+            inputs: What :meth:`reduce` returned, reduced maps in any precision.
+            noise: Standard deviation of the noise.
         """
-        for side, (layer, rest) in zip(self.flow.flows, _pairs(reduced), strict=True):
-            shares = flows.shares(side, self.base, layer)
-            yield shares.sum(1) - rest, shares[:, : self.score_dims].sum(1)
+        losses = []
+        for flow, (reduced, _) in zip(self.flow.flows, _pairs(inputs), strict=True):
+            if isinstance(flow, flows.PositionFlow) and flow.context != "quadrant":
+                points, places, images = flows.draw_positions(reduced, _DRAWN)
+                points = _blurred(points.to(self.dtype), noise)
+                condition = flow.condition(reduced.to(self.dtype))
+                if condition is not None:
+                    # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
+                    condition = (condition + condition.std(0) * torch.randn_like(condition))[images]
+                z, log_det = flow.at(points, places, condition)
+            else:
+                z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
+            losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
+        return torch.stack(losses).mean()
 
-    def fit_map_scale(self, reduced: tuple[Tensor, ...]) -> None:
-        """Set the location and scale by which layers are brought together, from normal images' reduced maps."""
-        for layer, maps in zip(self.layers, self.layer_maps(reduced), strict=True):
-            layer.fit_scale(maps)  # type: ignore[operator]
+    def layer_maps(self, reduced: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        """Yield the anomaly map of each layer, ``(N, h, w)``, nats."""
+        for layer, flow, (maps, _) in zip(self.layers, self.flow.flows, _pairs(reduced), strict=True):
+            yield self._layer_map(layer, *flows.couple(flow, maps))  # type: ignore[arg-type]
+
+    def _layer_map(self, layer: MapLayer, latents: Tensor, scales: Tensor) -> Tensor:
+        # Without the constants of the whitening: where images differ more, all of them would look anomalous.
+        whitened, _ = layer.whiten(latents)
+        return (0.5 * whitened.square() - scales).sum(1)
+
+    @torch.no_grad()
+    def fit_whitening(self, reduced: tuple[Tensor, ...]) -> None:
+        """Fit the whitening behind the flow, and the scales of maps and evidence, with the flow's present weights.
+
+        Args:
+            reduced: What :meth:`reduce` returns for training images, reduced maps in any precision; in main memory, if
+                they are many.
+        """
+        statistics: list[Tensor] = []
+        for layer, flow, (maps, _) in zip(self.layers, self.flow.flows, _pairs(reduced), strict=True):
+            coupled = [flows.couple(flow, some.to(self.device, self.dtype)) for some in maps.split(_CHUNK)]
+            latents, scales = (torch.cat(parts) for parts in zip(*coupled, strict=True))
+            found = []
+            for rest, part in _folds(len(latents)):
+                layer.fit_whitening(latents[rest])  # type: ignore[operator]
+                found.append(self._layer_map(layer, latents[part], scales[part]))  # type: ignore[arg-type]
+            unseen = torch.cat(found)
+            layer.fit_scale(unseen)  # type: ignore[operator]
+            statistics += layer.statistics(unseen)  # type: ignore[operator]
+            layer.fit_whitening(latents)  # type: ignore[operator]
+        self.evidence.fit(torch.stack(statistics, dim=1))
+
+    def forget_whitening(self) -> None:
+        """Whiten nothing, as long as the weights of the flow change."""
+        for layer in self.layers:
+            layer.forget_whitening()  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.evidence.location.device
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
         """Score reduced maps.
@@ -201,24 +292,37 @@ class FeatureMapFlowModel(FlowModel):
             scorer: Not used: the score goes with the map.
 
         Returns:
-            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the layers' maps in units of their standard deviation over
-            normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and averaged; and
-            ``pred_score``, ``(N,)``: the mean of the leading directions' share over the positions where it is highest,
-            likewise in units of its standard deviation and averaged over the layers.
+            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
+            deviation over normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and
+            averaged; and ``pred_score``, ``(N,)``: the combined evidence.
         """
         del scorer
-        maps, scores = [], []
-        for layer, pair in zip(self.layers, self.layer_maps(inputs), strict=True):
-            whole, leading = layer.standardise(pair)  # type: ignore[operator]
-            maps.append(functional.interpolate(whole[:, None], self.image_size, mode="bicubic", align_corners=False))
-            leading = leading.flatten(1)
-            highest = leading.topk(max(1, round(self.score_fraction * leading.shape[1])), dim=1).values
-            scores.append(highest.mean(1))
-        score = torch.stack(scores).mean(0)
+        shown, statistics = [], []
+        for layer, maps in zip(self.layers, self.layer_maps(inputs), strict=True):
+            statistics += layer.statistics(maps)  # type: ignore[operator]
+            if layer.top:
+                maps = layer.standardise(maps)[:, None]  # type: ignore[operator]
+                shown.append(functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False))
+        score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
-        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(maps).mean(0))
+        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).mean(0))
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
     """Take what belongs to one layer after the other."""
     return zip(inputs[::2], inputs[1::2], strict=True)
+
+
+def _blurred(values: Tensor, noise: float) -> Tensor:
+    return values + noise * torch.randn_like(values) if noise else values
+
+
+def _folds(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some images and the others, as indices, until enough others came; drawn once for all."""
+    parts = torch.randperm(count, generator=torch.Generator().manual_seed(0)).chunk(min(_FOLDS, count))
+    scored = 0
+    for number, part in enumerate(parts):
+        if scored >= _SCORED:
+            return
+        yield torch.cat([*parts[:number], *parts[number + 1 :]]), part
+        scored += len(part)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One score from several kinds of evidence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_PRIOR_IMAGES = 4
+"""Images that the common spread counts as much as: from few images each kind's own is a guess."""
+
+
+class Evidence(nn.Module):
+    """The mean of several statistics of an image, each in units of its standard deviation over normal images.
+
+    Each statistic is higher for what is more anomalous, and sees other things: what one image shows in all of them adds
+    up, what is far out in a single one still counts by how far. The normal images are to be such that nothing else was
+    fitted to, otherwise their statistics are too small, and more so those that were fitted with more numbers.
+
+    From n images a standard deviation is uncertain by 1 / sqrt(2 n) of itself. It is a mean, therefore, of the
+    statistic's own and of a common one, relative to what is normal, that counts as much as 4 images.
+
+    Args:
+        kinds: E, the number of statistics.
+    """
+
+    location: Tensor
+    """Mean of each statistic over normal images, ``(E,)``; a buffer, as the other."""
+    spread: Tensor
+    """Their standard deviations, ``(E,)``."""
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(kinds))
+        self.register_buffer("spread", torch.ones(kinds))
+
+    def fit(self, statistics: Tensor) -> None:
+        """Set locations and spreads from the statistics of normal images, ``(n, E)``.
+
+        Raises:
+            ValueError: If there are fewer than two images, or a statistic is NaN or infinite.
+        """
+        n = len(statistics)
+        if n < 2:
+            msg = f"The spread of a score needs at least 2 normal images, got {n}."
+            raise ValueError(msg)
+        if not bool(torch.isfinite(statistics).all()):
+            msg = "A statistic of a normal image is NaN or infinite: has the flow diverged? Lower learning_rate."
+            raise ValueError(msg)
+        statistics = statistics.double()
+        location = statistics.mean(0)
+        size = location.abs().clamp(min=1e-12)
+        own = (statistics.std(0) / size).square()
+        shrunk = ((n - 1) * own + _PRIOR_IMAGES * own.mean()) / (n - 1 + _PRIOR_IMAGES)
+        self.location.copy_(location)
+        self.spread.copy_((size * shrunk.sqrt()).clamp(min=1e-6))
+
+    def forward(self, statistics: Tensor) -> Tensor:
+        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images."""
+        return ((statistics - self.location) / self.spread).mean(1)
