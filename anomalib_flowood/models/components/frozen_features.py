@@ -88,10 +88,10 @@ class FrozenFeatures(_Base):
     least_images: ClassVar[int] = 2
     """Training images without which there is nothing to fit."""
 
-    @property
-    def least_steps(self) -> int:
-        """Training steps of an epoch, at least: few images are drawn again and again."""
-        return 0
+    def epoch_steps(self, images: int) -> int | None:
+        """Return the training steps of an epoch with so many images, drawn with replacement; ``None``: each one once."""
+        del images
+        return None
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
@@ -143,7 +143,10 @@ class FrozenFeatures(_Base):
             self.keep_reference(tuple(part[:count] for part in prepared))
         if not random:
             dataset = FeatureDataset(prepared, labels)
-            train_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.least_steps))
+            train_on(
+                trainer,
+                feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.epoch_steps(len(dataset))),
+            )
 
     def _check_number(self, images: int) -> None:
         """Refuse too few training images before the backbone has seen any."""

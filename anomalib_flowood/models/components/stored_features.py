@@ -57,20 +57,21 @@ class FeatureDataset(Dataset):
         return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
 
 
-def feature_loader(dataset: FeatureDataset, batch_size: int, *, shuffle: bool, batches: int = 0) -> DataLoader:
+def feature_loader(
+    dataset: FeatureDataset, batch_size: int, *, shuffle: bool, batches: int | None = None
+) -> DataLoader:
     """Return a loader that takes whole batches out of stored features.
 
     Args:
         dataset: The features.
         batch_size: Images of a batch.
         shuffle: Draw them in another order every time.
-        batches: The fewest batches: where there are fewer, images are drawn with replacement.
+        batches: So many batches of images drawn with replacement, in the place of every image once.
     """
     order: Sampler[int] = SequentialSampler(dataset)
     if shuffle:
-        drawn = batches * batch_size
-        few = drawn > len(dataset)
-        order = RandomSampler(dataset, replacement=few, num_samples=drawn if few else None)
+        drawn = None if batches is None else batches * batch_size
+        order = RandomSampler(dataset, replacement=drawn is not None, num_samples=drawn)
     return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 

@@ -24,8 +24,6 @@ from .torch_model import POSITION, FeatureMapFlowModel
 
 logger = logging.getLogger(__name__)
 
-_LEAST_STEPS = 100
-
 
 @lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
@@ -54,7 +52,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
             learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
-        max_epochs: Epochs to train when the trainer names no limit. An epoch has a hundred steps at least.
+        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions sees as many as there
+            are in the coarsest shown maps of all images, in at most 500 steps.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
@@ -94,7 +93,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         score_fraction: float = 0.01,
         feature_noise: float = 0.3,
         cache_gib: float = 2.0,
-        max_epochs: int = 8,
+        max_epochs: int = 10,
         learning_rate: float = 3e-3,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -161,10 +160,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
         return tuple(part.half() if part.ndim == 4 else part for part in self.model.reduce(features))
 
-    @property
-    def least_steps(self) -> int:
-        """A hundred steps of an epoch, where there is something to train."""
-        return _LEAST_STEPS if self._trainable else 0
+    def epoch_steps(self, images: int) -> int | None:
+        """As many as take each position of the coarsest shown map once, up to a limit; as usual, if nothing trains."""
+        return self.model.epoch_steps(images) if self._trainable else None
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``."""

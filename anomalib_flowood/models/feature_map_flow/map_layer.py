@@ -44,7 +44,8 @@ class MapLayer(nn.Module):
         super().__init__()
         self.name = name
         self.top, self.whole = top, whole
-        self.most = max(1, round(top_fraction * math.prod(shape[1:])))
+        self.size = shape[1:]
+        self.most = max(1, round(top_fraction * math.prod(self.size)))
         self.descriptors = Descriptors(channels, name)
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])

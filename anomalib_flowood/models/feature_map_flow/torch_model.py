@@ -37,6 +37,8 @@ _CHUNK = 64
 """Images whose latents are computed at once."""
 _DRAWN = 512
 """Positions of each layer in a training step."""
+_MOST_STEPS = 500
+"""Of an epoch: with thousands of images it need not see every position."""
 
 
 def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: object) -> flows.SideBySide:
@@ -149,6 +151,7 @@ class FeatureMapFlowModel(FlowModel):
         self.image_size = (height, width)
         self.layers = nn.ModuleList(layers)
         self.evidence = Evidence(len(tops) + len(wholes))
+        self._rows = sum(layer.size[0] for layer in layers if layer.top)
 
     @property
     def scores_are_likelihoods(self) -> bool:
@@ -218,6 +221,21 @@ class FeatureMapFlowModel(FlowModel):
             ]
         )
 
+    def epoch_steps(self, images: int) -> int | None:
+        """Return the steps in which training sees as many positions as the coarsest shown map has in so many images.
+
+        ``None`` if the flow trains on whole maps.
+        """
+        if not self._draws(self.flow.flows[0]):
+            return None
+        positions = min(math.prod(layer.size) for layer in self.layers if layer.top)  # type: ignore[union-attr, arg-type]
+        return max(1, min(_MOST_STEPS, round(images * positions / _DRAWN)))
+
+    @staticmethod
+    def _draws(flow: nn.Module) -> bool:
+        """Whether a flow trains on single positions."""
+        return isinstance(flow, flows.PositionFlow) and flow.context != "quadrant"
+
     def loss(self, inputs: Inputs, noise: float = 0.0) -> Tensor:
         """Mean −log p of the flow's input per dimension, nats, ``()``, with noise added: what training makes small.
 
@@ -229,7 +247,7 @@ class FeatureMapFlowModel(FlowModel):
         """
         losses = []
         for flow, (reduced, _) in zip(self.flow.flows, _pairs(inputs), strict=True):
-            if isinstance(flow, flows.PositionFlow) and flow.context != "quadrant":
+            if self._draws(flow):
                 points, places, images = flows.draw_positions(reduced, _DRAWN)
                 points = _blurred(points.to(self.dtype), noise)
                 condition = flow.condition(reduced.to(self.dtype))
@@ -294,18 +312,20 @@ class FeatureMapFlowModel(FlowModel):
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
             deviation over normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and
-            averaged; and ``pred_score``, ``(N,)``: the combined evidence.
+            averaged, with weights in proportion to their rows: finer ones say better where; and ``pred_score``, ``(N,)``: the combined evidence.
         """
         del scorer
-        shown, statistics = [], []
+        shown: Tensor | float = 0.0
+        statistics: list[Tensor] = []
         for layer, maps in zip(self.layers, self.layer_maps(inputs), strict=True):
             statistics += layer.statistics(maps)  # type: ignore[operator]
             if layer.top:
                 maps = layer.standardise(maps)[:, None]  # type: ignore[operator]
-                shown.append(functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False))
+                maps = functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False)
+                shown = shown + maps * (layer.size[0] / self._rows)  # type: ignore[index, operator]
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
-        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).mean(0))
+        return InferenceBatch(pred_score=score, anomaly_map=shown)
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
