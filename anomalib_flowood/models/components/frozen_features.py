@@ -89,7 +89,7 @@ class FrozenFeatures(_Base):
     """Training images without which there is nothing to fit."""
 
     def epoch_steps(self, images: int) -> int | None:
-        """Return the training steps of an epoch with so many images, drawn with replacement; ``None``: each one once."""
+        """Return the steps of an epoch with so many images, drawn with replacement; ``None`` for each one once."""
         del images
         return None
 

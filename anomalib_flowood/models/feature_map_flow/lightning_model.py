@@ -52,8 +52,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
             learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
-        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions sees as many as there
-            are in the coarsest shown maps of all images, in at most 500 steps.
+        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions sees as many as
+            the coarsest shown maps of all images have, in 500 steps at most.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.

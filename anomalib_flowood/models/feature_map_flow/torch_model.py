@@ -312,7 +312,8 @@ class FeatureMapFlowModel(FlowModel):
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
             deviation over normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and
-            averaged, with weights in proportion to their rows: finer ones say better where; and ``pred_score``, ``(N,)``: the combined evidence.
+            averaged, with weights in proportion to their rows: finer ones say better where. And ``pred_score``,
+            ``(N,)``: the combined evidence.
         """
         del scorer
         shown: Tensor | float = 0.0
