@@ -118,6 +118,17 @@ def _unsqueeze(node: Any) -> Any:
     return ops.reshape(node.input_value(0), ops.concat(shape, 0), special_zero=False)
 
 
+def _broadcast(node: Any) -> Any:
+    """A product with ones of that shape: the plugin turns a repetition into another, but for that of integers."""
+    from openvino import opset13 as ops
+
+    value, shape = node.input_values()[:2]
+    if node.get_attributes()["mode"] not in ("numpy", "bidirectional") or node.get_input_size() > 2:
+        return None
+    ones = ops.broadcast(np.int32(1), shape, broadcast_spec="NUMPY")
+    return ops.multiply(value, ops.convert(ones, "f32"))
+
+
 def _matmul(node: Any) -> Any:
     """A 1 x 1 convolution in the place of a product with a constant matrix."""
     from openvino import opset13 as ops
@@ -194,6 +205,7 @@ _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "MaxPool": _max_pool,
     "Pad": _pad,
     "Unsqueeze": _unsqueeze,
+    "Broadcast": _broadcast,
     "MatMul": _matmul,
     "Interpolate": _interpolate,
     "Transpose": _resize,
