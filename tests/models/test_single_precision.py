@@ -57,15 +57,24 @@ GRAPHS = {
             np.array([2, 1, 0]),
         ),
     ),
+    "transpositions_in_a_row": (
+        (-1, 6, 5),
+        lambda x: ops.matmul(
+            weights(5, 4, 6),
+            ops.transpose(ops.transpose(ops.exp(x), np.array([0, 2, 1])), np.array([1, 2, 0])),
+            False,
+            False,
+        ),
+    ),
     "repetition": (
         (-1, 1, 7),
-        lambda x: ops.add(ops.broadcast(ops.exp(x), np.array([1, 6, 1]), broadcast_spec="BIDIRECTIONAL"), weights(6, 7)),
+        lambda x: ops.add(
+            ops.broadcast(ops.exp(x), np.array([1, 6, 1]), broadcast_spec="BIDIRECTIONAL"), weights(6, 7)
+        ),
     ),
     "repetition_of_constants": (
         (-1, 5),
-        lambda x: ops.concat(
-            [ops.exp(x), ops.broadcast(weights(1, 4), ops.concat([_rows(x), np.array([4])], 0))], 1
-        ),
+        lambda x: ops.concat([ops.exp(x), ops.broadcast(weights(1, 4), ops.concat([_rows(x), np.array([4])], 0))], 1),
     ),
     "upsampling": (
         (-1, 2, 7, 5),

@@ -185,6 +185,20 @@ def _resize(node: Any) -> Any:
     return ops.interpolate(images, size, "bilinear_pillow", "sizes", axes=np.array([2, 3]))
 
 
+def _transpose(node: Any) -> Any:
+    """One transposition in the place of two in a row, of which the plugin would make one."""
+    from openvino import opset13 as ops
+
+    inner = node.input_value(0).get_node()
+    if inner.get_type_name() != "Transpose":
+        return _resize(node)
+    orders = [each.input_value(1).get_node() for each in (inner, node)]
+    if any(order.get_type_name() != "Constant" or not order.data.size for order in orders):
+        return None
+    first, second = (order.data.astype(np.int64) for order in orders)
+    return ops.transpose(inner.input_value(0), first[second])
+
+
 def _depends_on_size(value: Any, images: Any) -> bool:
     """Whether a value is made of the shape of the images and of constants alone."""
     left, seen = [value], set()
@@ -208,5 +222,5 @@ _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "Broadcast": _broadcast,
     "MatMul": _matmul,
     "Interpolate": _interpolate,
-    "Transpose": _resize,
+    "Transpose": _transpose,
 }
