@@ -318,7 +318,8 @@ class Whitening(_Layer):
 
     Args:
         dims_in: One shape, of any rank.
-        directions: The most directions k that a fit takes; it takes one for two samples at most, and no more than a sample has numbers.
+        directions: The most directions k that a fit takes; one for two samples at most, and no more than there
+            are numbers.
         dims_c: FrEIA's convention; none are supported.
 
     Raises:
