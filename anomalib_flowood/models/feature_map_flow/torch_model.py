@@ -51,6 +51,8 @@ def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, *
 class FeatureMapFlowModel(FlowModel):
     """Density of the feature maps of a frozen network, one flow per layer; says what does not belong, and where.
 
+    With ``context="mean"`` it is the density of the maps of images whose mean vector is given.
+
     Every position of a layer's map of C channels gets a descriptor of 2 C numbers
     (:class:`~anomalib_flowood.features.Descriptors`), of which the flow models the D principal directions over all
     positions and training images; the others have an isotropic Gaussian
