@@ -255,7 +255,7 @@ class FeatureMapFlowModel(FlowModel):
                 condition = flow.condition(reduced.to(self.dtype))
                 if condition is not None:
                     # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
-                    condition = (condition + condition.std(0) * torch.randn_like(condition))[images]
+                    condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
                 z, log_det = flow.at(points, places, condition)
             else:
                 z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
