@@ -29,10 +29,12 @@ from anomalib_flowood.models.components import (
 )
 
 SETTINGS = {
-    "backbone": BACKBONE, "pre_trained": False, "layers": [1, 2], "image_size": [48, 48], "subspace_dim": 4,
-    "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3, "score_dims": 2, "score_fraction": 0.1,
-    "max_epochs": 1, "visualizer": False,
+    "backbone": BACKBONE, "pre_trained": False, "map_layers": [1, 2], "score_layers": [2], "image_size": [48, 48],
+    "subspace_dim": 4, "layout_dims": 2, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3,
+    "score_fraction": 0.1, "max_epochs": 1, "visualizer": False,
 }  # fmt: skip
+MOST = [14, 4]
+"""A tenth of the positions of each layer."""
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
@@ -124,7 +126,7 @@ def test_export_takes_the_checkpoints_settings_and_another_level(trained, tmp_pa
     )
     (path,) = tmp_path.rglob("model.pt")
     exported = torch.load(path, weights_only=False)["model"]
-    assert exported.model.score_fraction == 0.1
+    assert [layer.most for layer in exported.model.layers] == MOST
     assert exported.post_processor.alpha == 0.3
 
 
@@ -139,10 +141,10 @@ def test_a_record_of_a_test_has_the_checkpoints_settings(trained, capsys):
     ("args", "message"),
     [
         (
-            ["--model.score_fraction", "1.0"],
-            "score_fraction is 0.1 there and 1.0 here",
+            ["--model.score_fraction", "0.01"],
+            "score_fraction is 0.1 there and 0.01 here",
         ),  # the default: given all the same
-        (["--model", "FeatureMapFlow", "--model.score_dims=3"], "score_dims is 2 there and 3 here"),
+        (["--model", "FeatureMapFlow", "--model.layout_dims=3"], "layout_dims is 2 there and 3 here"),
         (["--model", "PixelFlow"], "written by FeatureMapFlow, so PixelFlow cannot load it"),
         (["--model", "Dfm", "--model.pre_trained=false"], "written by FeatureMapFlow, so Dfm cannot load it"),
         (["--model.post_processor.alpha", "0.01"], "alpha=0.01 takes at least 100"),
@@ -186,7 +188,7 @@ def test_from_python_too(trained):
     path = trained / "model.ckpt"
     detector = open_checkpoint(path)
     assert isinstance(detector, FeatureMapFlow)
-    assert detector.model.score_fraction == 0.1
+    assert [layer.most for layer in detector.model.layers] == MOST
     assert anomalib_flowood.open_checkpoint is open_checkpoint
     with pytest.raises(SettingsError, match=r"score_fraction is 0.1 there and 0.5 here.*What may change: cache_gib"):
         open_checkpoint(path, score_fraction=0.5)
@@ -198,10 +200,10 @@ def test_from_python_too(trained):
 
 def test_the_engine_mixes_no_settings(trained, tmp_path):
     module, path = data(trained), trained / "model.ckpt"
-    given = {name: value for name, value in SETTINGS.items() if not name.startswith("score_")}
+    given = {name: value for name, value in SETTINGS.items() if name not in ("layout_dims", "score_fraction")}
     for run in ("test", "predict", "validate", "fit"):
         with pytest.raises(
-            SettingsError, match=r"model.ckpt was trained.*score_dims is 2 there and 16 here; score_frac"
+            SettingsError, match=r"model.ckpt was trained.*layout_dims is 2 there and 128 here; score_frac"
         ):
             getattr(engine(tmp_path), run)(FeatureMapFlow(**given), datamodule=module, ckpt_path=path)
     # What counts in training alone may differ, and the level is the detector's own where it was chosen.
@@ -247,7 +249,7 @@ def save_random(folder):
 
 def test_a_setting_that_an_old_checkpoint_lacks_is_not_compared(trained, tmp_path):
     checkpoint = torch.load(trained / "model.ckpt", weights_only=True)
-    del checkpoint["hyper_parameters"]["layout_dims"]
+    del checkpoint["hyper_parameters"]["feature_noise"]
     del checkpoint["state_dict"]["post_processor.calibrated_for"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     old = open_checkpoint(tmp_path / "old.ckpt")

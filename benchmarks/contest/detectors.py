@@ -199,7 +199,7 @@ def cflow_loss(detector: AnomalibModule, images: Tensor) -> Tensor:
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
 
-FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 4}, "EmbeddingFlow": {"coupling_layers": 6}}
+FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
 """Arguments that give one of our detectors a flow to train, should its defaults have none."""
 
 _OURS = {
@@ -256,27 +256,29 @@ BASELINES = (*MODELS, *VARIANTS)
 ON_EMBEDDINGS = ("EmbeddingFlow", *(name for name, of in VARIANTS.items() if of == "EmbeddingFlow"), *MODELS)
 """Detectors on the embeddings of `EmbeddingFlow`."""
 
-_RESNET = {"subnet": "resnet", "hidden_channels": 64}
-
 _CHANGES: list[dict[str, Any]] = [
-    *({"mask": mask} for mask in ("checkerboard", "horizontal", "channel")),
-    {"subnet": "mlp"},
-    _RESNET,
-    *({"bottleneck_dim": dim} for dim in (8, 32)),
-    {"coupling_layers": 8},
-    {"feature_noise": 0.0},
+    *({"context": context} for context in ("none", "quadrant")),
+    {"subnet": "bottleneck"},
+    {"scale": "tanh"},
+    {"hidden_channels": 64},
+    *({"coupling_layers": layers} for layers in (0, 4)),
+    {"subspace_dim": 32},
     {"layout_dims": 0},
-    *({"layers": layers} for layers in (("blocks.6",), ("blocks.4", "blocks.6"), ("blocks.2",))),
+    {"feature_noise": 0.0},
+    *({"score_fraction": fraction} for fraction in (0.001, 0.1)),
+    *({"map_layers": layers} for layers in (("blocks.2",), ("blocks.4",), ("blocks.4", "blocks.6"))),
+    *({"score_layers": layers} for layers in ((), ("blocks.4",), ("blocks.6",))),
 ]
 
 
-PRODUCT_MASKS = ("cycle", "checkerboard", "horizontal", "channel")
+PRODUCT_MASKS = ("position", "cycle", "checkerboard", "horizontal", "channel")
 PRODUCT_NETWORKS: dict[str, dict[str, Any]] = {
-    **{f"K = {dim}": {"bottleneck_dim": dim} for dim in (8, 32, 128)},
+    **{f"K = {dim}": {"subnet": "bottleneck", "bottleneck_dim": dim} for dim in (8, 32)},
     "mlp": {"subnet": "mlp"},
-    "resnet": _RESNET,
 }
-PRODUCT_LAYERS: dict[str, dict[str, Any]] = {"blocks.4": {}, "blocks.6": {"layers": ("blocks.6",)}}
+PRODUCT_LAYERS: dict[str, dict[str, Any]] = {
+    layer: {"map_layers": (layer,), "score_layers": (layer,)} for layer in ("blocks.4", "blocks.6")
+}
 
 
 def variant(changes: dict[str, Any]) -> Detector:
@@ -284,9 +286,7 @@ def variant(changes: dict[str, Any]) -> Detector:
     usual = {name: parameter.default for name, parameter in signature(FeatureMapFlow).parameters.items()}
     changes = {key: value for key, value in changes.items() if usual[key] != value}
     name = ", ".join(
-        f"{key}={'+'.join(value) if isinstance(value, tuple) else value}"
-        for key, value in changes.items()
-        if key != "hidden_channels"  # that of convolutions counts something else than that of linear layers
+        f"{key}={('+'.join(value) or 'none') if isinstance(value, tuple) else value}" for key, value in changes.items()
     )
     return Detector(name or "defaults", partial(_feature_map_flow, **changes), ours=True, random=True)
 

@@ -39,7 +39,7 @@ def small_contest(monkeypatch):
     def flow(backbone, size, kind):
         calls.append("flow")
         return FeatureMapFlow(
-            BACKBONE, (1, 2), False, (size, size), subspace_dim=4, coupling_layers=2, hidden_channels=8,
+            BACKBONE, (1, 2), (2,), False, (size, size), subspace_dim=4, coupling_layers=2, hidden_channels=8,
             bottleneck_dim=3, max_epochs=1, **detectors.components(BACKBONE, size),
         )  # fmt: skip
 

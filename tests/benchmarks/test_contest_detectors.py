@@ -12,26 +12,39 @@ from benchmarks.contest import coreset, detectors
 def test_ablation_changes_one_thing_at_a_time():
     variants = detectors.one_change()
     assert next(iter(variants)) == "defaults"
-    assert {"mask=checkerboard", "subnet=mlp", "bottleneck_dim=8", "layers=blocks.4+blocks.6"} <= set(variants)
-    assert "mask=checkerboard, subnet=resnet" not in detectors.one_change()
+    assert {"context=none", "subnet=bottleneck", "map_layers=blocks.4+blocks.6", "score_layers=none"} <= set(variants)
+    assert not any("," in name for name in variants)
 
 
 def test_ablation_has_every_mask_with_every_network_on_every_layer():
     cells = list(product(detectors.PRODUCT_MASKS, detectors.PRODUCT_NETWORKS, detectors.PRODUCT_LAYERS))
     names = [detectors.product_variant(*cell).name for cell in cells]
-    assert len(set(names)) == len(cells) == 40
+    assert len(set(names)) == len(cells) == 30
     assert set(names) <= set(detectors.ablation())
-    assert "mask=checkerboard, subnet=resnet" in names
-    assert "defaults" in names
-    assert "mask=checkerboard, subnet=resnet, layers=blocks.6" in names
-    changed = detectors.ablation()["mask=horizontal, bottleneck_dim=8, layers=blocks.6"].build.keywords
-    assert changed == {"mask": "horizontal", "bottleneck_dim": 8, "layers": ("blocks.6",)}
+    assert "map_layers=blocks.4, score_layers=blocks.4" in names
+    assert "mask=checkerboard, map_layers=blocks.6, score_layers=blocks.6" in names
+    name = "mask=horizontal, subnet=bottleneck, bottleneck_dim=8, map_layers=blocks.6, score_layers=blocks.6"
+    changed = detectors.ablation()[name].build.keywords
+    layers = {"map_layers": ("blocks.6",), "score_layers": ("blocks.6",)}
+    assert changed == {"mask": "horizontal", "subnet": "bottleneck", "bottleneck_dim": 8, **layers}
+
+
+def test_every_variant_of_the_ablation_can_be_built():
+    small = {"hidden_channels": 8, "subspace_dim": 20, "pre_trained": False}
+    product_variants = [
+        detectors.product_variant("position", "K = 32", "blocks.4"),
+        detectors.product_variant("cycle", "K = 8", "blocks.6"),
+    ]
+    for variant in [*detectors.one_change().values(), *product_variants]:
+        changes = variant.build.keywords
+        layers = {name: ("blocks.3",) for name in ("map_layers", "score_layers") if changes.get(name)}
+        variant.build(BACKBONE, 64, "industrial", **small, **layers)
 
 
 def test_full_precision_changes_the_stored_features_alone():
     small = {"subspace_dim": 4, "layout_dims": 4, "bottleneck_dim": 3, "hidden_channels": 8}
-    usual = FeatureMapFlow(BACKBONE, (1, 2), False, (32, 32), **small)
-    full = detectors.FullPrecision(BACKBONE, (1, 2), False, (32, 32), **small)
+    usual = FeatureMapFlow(BACKBONE, (1, 2), (2,), False, (32, 32), **small)
+    full = detectors.FullPrecision(BACKBONE, (1, 2), (2,), False, (32, 32), **small)
     full.load_state_dict(usual.state_dict())
     images = torch.rand(9, 3, 32, 32)
     with torch.no_grad():

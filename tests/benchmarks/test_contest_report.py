@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.contest import report
 from benchmarks.contest.contest import COLUMNS
+from benchmarks.contest.detectors import product_variant
 from benchmarks.results import append_rows, finished, read_rows
 
 
@@ -21,8 +22,9 @@ def test_tables_from_a_few_rows(tmp_path):
         rows_of("industrial", "tiles", "Padim", 0, auroc=0.85, fpr95=0.3, aupro=0.9, **cost),
         rows_of("industrial", "tiles", "Fastflow", 0, auroc=0.8, epochs=12, stopped_by="time", **cost),
         rows_of("industrial", "tiles", "Dfm", 0, error="ValueError: broken"),
-        rows_of("ablation", "tiles", "mask=channel", 0, auroc=0.7, aupro=0.6, **cost),
-        rows_of("ablation", "tiles", "mask=channel, subnet=mlp", 0, auroc=0.71, aupro=0.61, **cost),
+        rows_of("ablation", "tiles", "layout_dims=0", 0, auroc=0.7, aupro=0.6, **cost),
+        rows_of("ablation", "tiles", product_variant("channel", "K = 32", "blocks.6").name, 0, auroc=0.71, aupro=0.61),
+        rows_of("ablation", "tiles", product_variant("channel", "mlp", "blocks.6").name, 0, auroc=0.72, aupro=0.62),
     ]
     for number in range(4):
         value = 0.5 + 0.1 * number
@@ -43,9 +45,9 @@ def test_tables_from_a_few_rows(tmp_path):
     assert "| EmbeddingFlow | **0.700** | **0.650** | **0.750** |" in text  # all, even, odd classes
     assert "| KNN | 0.650 | 0.600 | 0.700 |" in text
     assert "mnist, 1 class → fashion" in text
-    assert "| mask=channel | 0.700 |" in text
-    assert "| mask=channel, subnet=mlp |" not in text
-    assert "| channel | – | – | 0.700 / 0.600 | 0.710 / 0.610 | – |" in text
+    assert "| layout_dims=0 | 0.700 |" in text
+    assert "mask=channel" not in text
+    assert "| channel | – | 0.710 / 0.610 | 0.720 / 0.620 |" in text
     assert max(map(len, text.splitlines())) <= 100
     report.write(tmp_path, tmp_path / "into")
     assert (tmp_path / "into/cost.png").stat().st_size > 5000

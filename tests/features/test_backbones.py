@@ -110,7 +110,7 @@ def small_backbone(name: str, arguments: dict, folder: Path, trained_at: tuple[i
 def model(kind: str, name: str, size: tuple[int, int]) -> FeatureMapFlowModel | EmbeddingFlowModel:
     torch.manual_seed(0)
     if kind == "maps":
-        return FeatureMapFlowModel(name, None, size, layout_dims=1, **SMALL)
+        return FeatureMapFlowModel(name, image_size=size, layout_dims=1, **SMALL)
     return EmbeddingFlowModel(name, None, size, modes=1, **SMALL)
 
 
@@ -191,16 +191,20 @@ def test_both_detectors_choose_the_same_layer_by_stride():
     }
     assert {name: default_layers(name) for name in expected} == {name: [layer] for name, layer in expected.items()}
     chosen = model("maps", "test_efficientnet", (64, 64))
-    named = FeatureMapFlowModel("test_efficientnet", ("blocks.3",), (64, 64), layout_dims=1, **SMALL)
+    layers = ("blocks.2", "blocks.3"), ("blocks.3", "blocks.4")
+    named = FeatureMapFlowModel("test_efficientnet", *layers, (64, 64), layout_dims=1, **SMALL)
     named.load_state_dict(chosen.state_dict())
     assert default_layers("test_efficientnet") == ["blocks.3"]
+    assert [layer.name for layer in chosen.layers if layer.top] == list(layers[0])
+    assert [layer.name for layer in chosen.layers if layer.whole] == list(layers[1])
 
 
-def test_checkpoints_of_a_named_layer_and_of_none_are_alike(tmp_path):
+def test_checkpoints_of_named_layers_and_of_none_are_alike():
     arguments = {"backbone": "test_efficientnet", "image_size": (64, 64), "layout_dims": 1, **SMALL}
-    named, none = FeatureMapFlow(layers=("blocks.3",), **arguments), FeatureMapFlow(**arguments)
+    named = FeatureMapFlow(map_layers=("blocks.2", "blocks.3"), score_layers=("blocks.3", "blocks.4"), **arguments)
+    none = FeatureMapFlow(**arguments)
     none.load_state_dict(named.state_dict())
-    assert named.hparams["layers"] == ("blocks.3",)
+    assert named.hparams["map_layers"] == ("blocks.2", "blocks.3")
 
 
 def test_layers_of_branches_have_names_of_their_own():

@@ -125,8 +125,8 @@ def embedding_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
 
 
 def map_model(**kwargs) -> FeatureMapFlowModel:
-    small = {"layers": (1, 2), "image_size": (48, 56), "subspace_dim": 4, "layout_dims": 3, "coupling_layers": 4}
-    small |= {"hidden_channels": 8, "bottleneck_dim": 3, "pre_trained": False, "score_dims": 2}
+    small = {"map_layers": (1, 2), "score_layers": (2,), "image_size": (48, 56), "subspace_dim": 4, "layout_dims": 3}
+    small |= {"coupling_layers": 4, "hidden_channels": 8, "bottleneck_dim": 3, "pre_trained": False}
     return FeatureMapFlowModel(BACKBONE, **{**small, **kwargs})
 
 
@@ -142,33 +142,28 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
             features = model.extract(map_images(40, 5)) if not kept else ()
             if not kept:
                 model.fit_features(features)
-            for number, flow in enumerate(map_flows(model)):
+            for number, flow in enumerate(model.flow.flows):
                 fill(flow, number, gain=0.5)
             if not kept:
-                model.fit_map_scale(model.reduce(tuple(layer[:16] for layer in features)))
+                model.fit_whitening(model.reduce(tuple(layer[:16] for layer in features)))
             else:
                 restore(map_state(model), kept)
-                restore_scales(model, kept)
-            fitted = {} if kept else keep_fitted(map_state(model) | map_scales(model))
+            fitted = {} if kept else keep_fitted(map_state(model))
             model.to(dtype)
             test = map_images(6, 6).to(dtype)
             reduced = model.reduce(model.extract(test))
             density = model.density(reduced)
             result = model(test)
-            shares = {
-                f"{name} {number}": part + constant
-                for number, (whole, leading) in enumerate(model.layer_maps(reduced))
-                for name, part, constant in (("map", whole, 0), ("leading", leading, leading_constant(model, number)))
-            }
+            maps = {f"map {number}": layer for number, layer in enumerate(model.layer_maps(reduced))}
             return (
                 fitted
-                | shares
+                | maps
                 | {
                     "log_prob": model.log_prob(test),
                     "score": result.pred_score,
                     "anomaly map": result.anomaly_map[:, :, ::3, ::3],
                     "radius": density.radius,
-                    "parts": torch.stack([density.parts[:, 0], density.parts[:, 1:].sum(1)], dim=1),
+                    "parts": density.parts,
                 }
             )
 
@@ -190,49 +185,26 @@ def embedding_state(model: EmbeddingFlowModel) -> dict[str, Tensor]:
 
 
 def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
-    state = {}
+    state = {"score_location": model.evidence.location, "score_spread": model.evidence.spread}
     for number, layer in enumerate(model.layers):
         state[f"scale_{number}"] = layer.descriptors.scale
+        state |= {f"map_{name}_{number}": getattr(layer, name) for name in ("location", "spread")}
         for name in ("mean", "components", "variances", "tail_variance"):
             state[f"{name}_{number}"] = getattr(layer.subspace, name)
+        for name in ("mean", "factors"):
+            state[f"positions_{name}_{number}"] = getattr(layer.positions, name)
         for name in ("mean", "directions", "variances", "rest"):
-            state[f"layout_{name}_{number}"] = getattr(layer.whitening, name)
+            state[f"layout_{name}_{number}"] = getattr(layer.layout, name)
     return state
-
-
-def map_flows(model: FeatureMapFlowModel) -> list[nn.Module]:
-    return list(model.flow.flows)
-
-
-def map_scales(model: FeatureMapFlowModel) -> dict[str, Tensor]:
-    constants = torch.stack([leading_constant(model, number) for number in range(len(model.layers))])
-    where, spread = (torch.stack([getattr(layer, name) for layer in model.layers]) for name in ("location", "spread"))
-    scales = {"map_mean": where[:, 0], "map_std": spread[:, 0]}
-    return scales | {"score_mean": where[:, 1] + constants, "score_std": spread[:, 1]}
 
 
 def keep_fitted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"fitted {name}": value.clone() for name, value in state.items()}
 
 
-def leading_constant(model: FeatureMapFlowModel, number: int) -> Tensor:
-    """What 0.1.0 counted among the leading directions' share: their part of the log-determinants before the flow."""
-    layer = model.layers[number]
-    spread = -layer.whitening.log_det / layer.whitening.mean.numel()
-    return (0.5 * layer.subspace.variances.log() + spread)[: model.score_dims].sum()
-
-
 def restore(state: dict[str, Tensor], kept: Arrays) -> None:
     for name, value in state.items():
         value.copy_(torch.from_numpy(kept[f"fitted {name}"]))
-
-
-def restore_scales(model: FeatureMapFlowModel, kept: Arrays) -> None:
-    for kind, name in enumerate(("map", "score")):
-        for number, layer in enumerate(model.layers):
-            constant = leading_constant(model, number) if name == "score" else 0
-            layer.location[kind] = kept[f"fitted {name}_mean"][number] - constant
-            layer.spread[kind] = kept[f"fitted {name}_std"][number]
 
 
 # -- baselines of the contest: fitted, then scored --------------------------------------------------------------------
@@ -241,7 +213,8 @@ def restore_scales(model: FeatureMapFlowModel, kept: Arrays) -> None:
 def baseline_case(name: str) -> Callable[[torch.dtype, Arrays | None], Arrays]:
     def run(dtype: torch.dtype, kept: Arrays | None) -> Arrays:
         del kept
-        small = {"image_size": (48, 48), "pre_trained": False, "layers": (1, 2)}
+        small = {"image_size": (48, 48), "pre_trained": False}
+        small |= {f"{kind}layers": (1, 2) for kind in (("map_", "score_") if name == "GaussianMap" else ("",))}
         if name in MODELS:
             model = MODELS[name](BACKBONE, map_dims=4, **small, **({"subspace_dim": 6} if name == "PPCA" else {}))
         elif name == "GaussianMap":
@@ -256,7 +229,7 @@ def baseline_case(name: str) -> Callable[[torch.dtype, Arrays | None], Arrays]:
                 features = tuple(layer.half().double() for layer in features)  # as FeatureMapFlow keeps them
             model.fit_features(features)
             if name == "GaussianMap":
-                model.fit_map_scale(model.reduce(features))
+                model.fit_whitening(model.reduce(features))
             return {"score": model(images(6, 48, 4).to(dtype)).pred_score}
 
     return run
@@ -273,8 +246,11 @@ CASES: dict[str, Callable[[torch.dtype, Arrays | None], Arrays]] = {
     "embeddings pooled": embedding_case(layers=(), modes=1, feature_noise=0.0, subnet="bottleneck"),
     "embeddings typicality": embedding_case(score="typicality", feature_noise=0.3),
     "maps": map_case(),
-    "maps checkerboard": map_case(mask="checkerboard", subnet="resnet", score_fraction=0.3),
-    "maps without layout": map_case(layout_dims=0, mask="channel", subnet="mlp"),
+    "maps quadrant": map_case(context="quadrant", subnet="bottleneck", scale="tanh"),
+    "maps cycle": map_case(mask="cycle", subnet="bottleneck"),
+    "maps checkerboard": map_case(mask="checkerboard", subnet="resnet", scale="tanh", score_fraction=0.3),
+    "maps without layout": map_case(layout_dims=0, mask="channel", scale="tanh", score_layers=()),
+    "maps without couplings": map_case(coupling_layers=0),
     **{f"baseline {name}": baseline_case(name) for name in (*MODELS, "GaussianMixture", "GaussianMap")},
 }
 

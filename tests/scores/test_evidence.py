@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+
+from anomalib_flowood.scores import Evidence
+
+
+def statistics(n: int, kinds: int = 3, seed: int = 0) -> torch.Tensor:
+    """Of normal images: kinds whose means and relative deviations differ by far."""
+    drawn = torch.randn(n, kinds, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.tensor([50.0, 8.0, -2000.0][:kinds]) * (1 + torch.tensor([0.1, 0.02, 0.3][:kinds]) * drawn)
+
+
+def fitted(values: torch.Tensor) -> Evidence:
+    evidence = Evidence(values.shape[1]).double()
+    evidence.fit(values)
+    return evidence
+
+
+def test_before_a_fit_it_is_the_mean():
+    values = torch.randn(5, 2)
+    torch.testing.assert_close(Evidence(2)(values), values.mean(1))
+
+
+def test_from_many_images_each_kind_is_in_units_of_its_own_deviation():
+    values = statistics(20_000)
+    evidence = fitted(values)
+    torch.testing.assert_close(evidence.location, values.mean(0))
+    torch.testing.assert_close(evidence.spread, values.std(0), rtol=0.02, atol=0)
+    scores = evidence(values)
+    torch.testing.assert_close(scores.mean(), torch.zeros_like(scores[0]), rtol=0, atol=1e-9)
+    assert float(scores.std()) == pytest.approx(3**-0.5, rel=0.03)  # kinds are independent here
+    # A kind counts by how many of its deviations it is off, whatever its units.
+    for kind in range(3):
+        moved = values.mean(0) + 6 * values.std(0) * (torch.arange(3) == kind)
+        assert float(evidence(moved[None])) == pytest.approx(2, rel=0.02)
+
+
+def test_from_few_images_the_spread_is_drawn_to_what_is_common():
+    values = statistics(5)
+    relative = values.std(0) / values.mean(0).abs()
+    evidence = fitted(values)
+    found = evidence.spread / values.mean(0).abs()
+    # 4 degrees of freedom of its own, 4 images of all.
+    torch.testing.assert_close(found.square(), (relative.square() + relative.square().mean()) / 2)
+    assert float(found.max() / found.min()) < float(relative.max() / relative.min()) / 3
+    # Of one kind there is nothing else to be drawn to.
+    alone = fitted(values[:, :1])
+    torch.testing.assert_close(alone.spread, values[:, :1].std(0))
+
+
+def test_a_kind_that_does_not_vary_counts_without_dominating():
+    values = statistics(40)
+    values[:, 1] = 8.0
+    evidence = fitted(values)
+    assert float(evidence.spread[1]) > 8 * 0.01
+    assert fitted(torch.full((4, 2), 3.0)).spread.tolist() == pytest.approx([1e-6, 1e-6])
+
+
+def test_it_does_not_depend_on_the_units_of_a_kind():
+    values, test = statistics(7), statistics(20, seed=1)
+    factors = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
+    torch.testing.assert_close(fitted(values * factors)(test * factors), fitted(values)(test))
+
+
+def test_it_is_fitted_in_double_precision_and_travels_with_a_checkpoint():
+    values = 1e5 + statistics(30)
+    evidence = Evidence(3)
+    evidence.fit(values.float())
+    torch.testing.assert_close(evidence.location.double(), values.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(evidence.spread.double(), fitted(values).spread, rtol=1e-3, atol=0)
+    assert evidence.spread.dtype == torch.float32
+    again = Evidence(3)
+    again.load_state_dict(evidence.state_dict())
+    torch.testing.assert_close(again(values.float()), evidence(values.float()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.zeros(0, 2), "needs at least 2 normal images, got 0"),
+        (torch.zeros(1, 2), "needs at least 2 normal images, got 1"),
+        (torch.tensor([[1.0, 2.0], [math.nan, 1.0]]), "NaN or infinite: has the flow diverged"),
+        (torch.tensor([[1.0, 2.0], [3.0, math.inf]]), "NaN or infinite: has the flow diverged"),
+    ],
+)
+def test_what_has_no_spread_is_refused_and_changes_nothing(values, message):
+    evidence = Evidence(2)
+    with pytest.raises(ValueError, match=message):
+        evidence.fit(values)
+    assert evidence.location.tolist() == [0, 0]
+    assert evidence.spread.tolist() == [1, 1]
+
+
+def test_nan_stays_nan():
+    assert fitted(statistics(9))(torch.tensor([[1.0, math.nan, 2.0]], dtype=torch.float64)).isnan().all()
