@@ -22,7 +22,7 @@ def test_a_mask_and_a_network_in_flows_on_pixels_and_on_maps(added):
     images = torch.rand(3, 3, 6, 6)
     assert detector.model.log_prob(images).shape == (3,)
     detector.model.log_prob(images).sum().backward()
-    assert feature_map_flow(**added).model.log_prob(torch.rand(2, 3, 48, 48)).shape == (2,)
+    assert feature_map_flow(**{"mask": "cycle", **added}).model.log_prob(torch.rand(2, 3, 48, 48)).shape == (2,)
 
 
 def test_a_base_of_a_density():
