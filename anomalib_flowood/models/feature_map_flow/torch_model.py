@@ -216,10 +216,7 @@ class FeatureMapFlowModel(FlowModel):
         return self.reduce(self.extract(images))
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
-        """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns.
-
-        With context ``mean`` it is that of an image with such a mean.
-        """
+        """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns."""
         sides = (self.flow if flow is None else flow).flows
         return flows.independent(
             [
