@@ -67,11 +67,13 @@ class FeatureMapFlowModel(FlowModel):
         a(p) = sum over d of 1/2 z(d, p)^2 - log-scales of the couplings at (d, p)
 
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
-    other directions. The maps of
-    ``map_layers`` are shown. The image score is the mean of several kinds of evidence
+    other directions. The maps of ``map_layers`` are shown. The image score is the mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
     small defects, and the mean of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their
     scales are those of training images that the whitening has not seen: it is fitted to some, and scores the others.
+
+    In the place of single positions a flow can transform the whole map, with a mask that is named
+    (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
 
     Arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, but for what training takes.
 
