@@ -113,10 +113,8 @@ class FeatureMapFlowModel(FlowModel):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        tops, wholes = (
-            layer_indices(backbone, default_layers(backbone, strides) if names is None else names)
-            for names, strides in ((map_layers, _MAP_STRIDES), (score_layers, _SCORE_STRIDES))
-        )
+        tops = _indices(backbone, map_layers, _MAP_STRIDES)
+        wholes = _indices(backbone, score_layers, _SCORE_STRIDES)
         if not tops:
             msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
             raise ValueError(msg)
@@ -126,29 +124,14 @@ class FeatureMapFlowModel(FlowModel):
             maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
+        kinds = [{"top": index in tops, "whole": index in wholes, "top_fraction": score_fraction} for index in indices]
         layers = [
-            MapLayer(
-                name,
-                layer.shape[1],
-                shape,
-                layout_dims,
-                top=index in tops,
-                whole=index in wholes,
-                top_fraction=score_fraction,
-            )
-            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
+            MapLayer(name, layer.shape[1], shape, layout_dims, **kind)
+            for name, layer, shape, kind in zip(names, maps, shapes, kinds, strict=True)
         ]
-        new_flow = partial(
-            _new_flow,
-            shapes,
-            mask,
-            context,
-            subnet=subnet,
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-            scale=scale,
-        )
+        arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
+        arguments |= {"hidden_channels": hidden_channels, "scale": scale}
+        new_flow = partial(_new_flow, shapes, mask, context, **arguments)
         super().__init__(new_flow, flows.StandardNormal(), sum(2 * layer.numel() for layer in maps), levels=1)
         self.backbone = network
         height, width = image_size
@@ -331,6 +314,11 @@ class FeatureMapFlowModel(FlowModel):
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=shown)
+
+
+def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
+    """Places of layers among those of a backbone; where none are given, of the last ones of some strides."""
+    return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
