@@ -10,61 +10,74 @@ from PIL import Image
 from torch.distributions import MultivariateNormal
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
-from anomalib_flowood import FeatureMapFlow, OneClass
+from anomalib_flowood import FeatureMapFlow, OneClass, flows
 from anomalib_flowood.flows import MASKS
 from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
 SMALL = {
-    "subspace_dim": 3,
+    "subspace_dim": 4,
     "layout_dims": 4,
     "coupling_layers": 5,
     "hidden_channels": 6,
     "bottleneck_dim": 2,
 }
+FLOWS = [{"context": "none"}, {"context": "mean"}, {"context": "quadrant"}, {"scale": "tanh"}] + [
+    {"mask": mask, "subnet": subnet, "scale": scale}
+    for mask in MASKS
+    for subnet, scale in (("bottleneck", "tanh"), ("mlp", "none"))
+]
 
 
 def model(**kwargs) -> FeatureMapFlowModel:
     torch.manual_seed(0)
-    arguments = {"layers": (2, 1), "image_size": (40, 56), "pre_trained": False, **SMALL, **kwargs}
+    layers = {"map_layers": (1, 2), "score_layers": (2,)}
+    arguments = {**layers, "image_size": (40, 56), "pre_trained": False, **SMALL, **kwargs}
     model = FeatureMapFlowModel(BACKBONE, **arguments).double().eval()
-    randomise_flow(model, scale=0.3)
+    if arguments["coupling_layers"]:
+        randomise_flow(model, scale=0.3)
     images = torch.rand(30, 3, 40, 56, dtype=torch.float64)
     with torch.no_grad():
-        model.fit_features(model.extract(images))
+        maps = model.extract(images)
+        model.fit_features(maps)
+        model.fit_whitening(model.reduce(maps))
     return model
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("subnet", ["bottleneck", "mlp", "resnet"])
-def test_the_maps_sum_to_minus_log_p(mask, subnet):
-    density = model(mask=mask, subnet=subnet)
-    images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
-    maps = density.layer_maps(density.reduce(density.extract(images)))
-    torch.testing.assert_close(sum(layer.flatten(1).sum(1) for layer, _ in maps), -density.log_prob(images))
+def some(count: int = 3, seed: int = 1) -> torch.Tensor:
+    return torch.rand(count, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_leading_directions_share_is_the_whole_but_for_the_rest_where_all_lead():
-    density = model(score_dims=SMALL["subspace_dim"])
-    reduced = density.reduce(density.extract(torch.rand(2, 3, 40, 56).double()))
-    for (whole, leading), rest in zip(density.layer_maps(reduced), reduced[1::2], strict=True):
-        torch.testing.assert_close(leading, whole + rest)
+@pytest.mark.parametrize("flow", FLOWS, ids=str)
+def test_the_maps_sum_to_minus_log_p_of_the_subspace_but_for_a_constant(flow):
+    density = model(**flow)
+    reduced = density.reduce(density.extract(some(5)))
+    outside = sum(rest.flatten(1).sum(1) for rest in reduced[1::2])
+    sums = sum(layer.flatten(1).sum(1) for layer in density.layer_maps(reduced))
+    constant = sums + density.log_prob_of(reduced) - outside
+    torch.testing.assert_close(constant, constant[:1].expand(5))
 
 
-def descriptors(layer: torch.Tensor) -> torch.Tensor:
-    """A feature vector and the mean of its neighbours' directions, position by position; (N, 2 C, h, w)."""
-    unit = layer / layer.norm(dim=1, keepdim=True)
-    height, width = layer.shape[2:]
-    rows = []
-    for row in range(height):
-        for column in range(width):
-            near = unit[:, :, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
-            rows.append(torch.cat([layer[:, :, row, column], near.mean((2, 3))], dim=1))
-    return torch.stack(rows, dim=2).unflatten(2, (height, width))
+@pytest.mark.parametrize("flow", FLOWS, ids=str)
+def test_the_log_determinant_of_flow_and_whitening_is_that_of_the_jacobian(flow):
+    density = model(map_layers=(2,), subspace_dim=2, **flow)
+    (layer,), (side,) = density.layers, density.flow.flows
+    x, _ = density.reduce(density.extract(some(1)))
+    base = flows.StandardNormal()
+    # With context mean the density is that for images of such a mean, which is given.
+    condition = side.condition(x) if isinstance(side, flows.PositionFlow) else None
+
+    def transformed(x):
+        return layer.whiten(side(x, None if condition is None else [condition])[0])[0]
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: transformed(x).flatten(), x).flatten(1)
+    whole = flows.density(side, base, x, after=layer.whiten)
+    expected = base.log_prob(transformed(x)) + torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(whole.log_prob, expected)
 
 
 def test_the_flow_is_one_invertible_network_over_all_layers():
-    density = model()
-    maps = density.reduce(density.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64)))[::2]
+    density = model(mask="cycle")
+    maps = density.reduce(density.extract(some()))[::2]
     assert [layer.shape[2:] for layer in maps] == [(10, 14), (5, 7)]  # odd sizes among them
     latents, log_det = density.flow(maps)
     parts = [flow(layer) for layer, flow in zip(maps, density.flow.flows, strict=True)]
@@ -76,67 +89,136 @@ def test_the_flow_is_one_invertible_network_over_all_layers():
         torch.testing.assert_close(again, layer)
 
 
-def test_without_couplings_whole_maps_have_the_density_of_probabilistic_pca():
-    """Of all descriptors of an image: a Gaussian of whole maps in the subspace, an isotropic one outside."""
-    gaussian = model(layers=(2,), coupling_layers=0)
+def test_without_couplings_it_is_a_gaussian_of_all_descriptors():
+    """In the subspace: by its whitening matrix, found column by column; an isotropic one outside."""
+    gaussian = model(map_layers=(2,), coupling_layers=0)
     assert not list(gaussian.flow.parameters())
-    maps = gaussian.extract(torch.rand(2, 3, 40, 56, dtype=torch.float64))
     (layer,) = gaussian.layers
-    subspace, layout = layer.subspace, layer.whitening
-    centred = descriptors(maps[0]) * layer.descriptors.scale[:, None, None] - subspace.mean[:, None, None]
-    standardised = torch.einsum("dc,nchw->ndhw", subspace.components, centred)
-    outside = centred - torch.einsum("dc,ndhw->nchw", subspace.components, standardised)
-    standardised = standardised / subspace.variances.sqrt()[:, None, None]
-    torch.testing.assert_close(layout.directions @ layout.directions.T, torch.eye(4).double(), atol=1e-4, rtol=0)
-    covariance = layout.directions.T @ torch.diag(layout.variances - layout.rest) @ layout.directions
-    covariance = covariance + layout.rest * torch.eye(layout.directions.shape[1])
-    whole = MultivariateNormal(layout.mean.flatten(), covariance).log_prob(standardised.flatten(1))
-    tail, positions = subspace.tail_variance, 5 * 7
-    left = subspace.components.shape[1] - 3
-    rest = -0.5 * outside.square().flatten(1).sum(1) / tail - 0.5 * positions * left * torch.log(2 * torch.pi * tail)
-    expected = whole - 0.5 * positions * subspace.variances.log().sum() + rest
-    torch.testing.assert_close(gaussian.log_prob_of(gaussian.reduce(maps)), expected, rtol=1e-6, atol=1e-4)
+    reduced, rest = gaussian.reduce(gaussian.extract(some()))
+    origin = layer.whiten(torch.zeros(1, 4, 5, 7).double())[0].flatten()
+    unit = torch.eye(140).double().unflatten(1, (4, 5, 7))
+    matrix = layer.whiten(unit)[0].flatten(1) - origin
+    mean = torch.linalg.solve(matrix.T, -origin)
+    precision = matrix @ matrix.T
+    expected = MultivariateNormal(mean, precision_matrix=precision).log_prob(reduced.flatten(1))
+    torch.testing.assert_close(gaussian.log_prob_of((reduced, rest)), expected + rest.flatten(1).sum(1))
 
 
-def test_whitened_training_maps_have_unit_variance_along_every_direction():
-    density = model(layers=(2,))
-    images = torch.rand(30, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    maps = density.extract(images)
-    density.fit_features(maps)
-    whitened, _ = density.reduce(maps)
-    directions = density.layers[0].whitening.directions
-    along = whitened.flatten(1) @ directions.T
-    torch.testing.assert_close(along.var(0), torch.ones(4).double(), rtol=1e-3, atol=0)
-    assert whitened.mean(0).abs().max() < 1e-5
-    # The rest has unit variance on average over its dimensions.
-    left = whitened.flatten(1) - along @ directions
-    assert left.var(0).sum().item() == pytest.approx(left.shape[1] - 4, rel=1e-3)
+def test_whitened_latents_of_training_images_have_unit_variance_at_every_position():
+    density = model(map_layers=(2,), layout_dims=0)
+    many = some(400)
+    reduced = density.reduce(density.extract(many))
+    density.fit_whitening(reduced)
+    (layer,), (flow,) = density.layers, density.flow.flows
+    whitened, _ = layer.positions.transform(flow(reduced[0])[0])
+    for position in whitened.flatten(2).unbind(2):
+        torch.testing.assert_close(position.mean(0), torch.zeros(4).double(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.cov(position.T), torch.eye(4).double(), atol=0.1, rtol=0)
+
+
+def test_the_whitening_is_forgotten_while_the_flow_trains():
+    density = model()
+    reduced = density.reduce(density.extract(some()))
+    density.forget_whitening()
+    for layer, flow, maps in zip(density.layers, density.flow.flows, reduced[::2], strict=True):
+        latents, _ = flow(maps)
+        whitened, log_det = layer.whiten(latents)
+        torch.testing.assert_close(whitened, latents)
+        assert (log_det == 0).all()
+
+
+def test_scales_are_those_of_images_that_the_whitening_has_not_seen():
+    density = model(coupling_layers=0)
+    trained, others = (density.reduce(density.extract(some(30, seed))) for seed in (5, 6))
+    density.fit_whitening(trained)
+
+    def score(reduced):
+        return density.predict(reduced).pred_score.mean()
+
+    # Images of the same kind are about 0; those that were fitted to are less.
+    assert abs(score(others)) < 0.5
+    assert score(trained) < score(others) - 1
+
+
+def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored():
+    density = model()
+    reduced = density.reduce(density.extract(some(70)))
+    density.fit_whitening(reduced)
+    exact = density.predict(reduced).pred_score
+    density.fit_whitening(tuple(part.half() if part.ndim == 4 else part for part in reduced))
+    assert (density.predict(reduced).pred_score - exact).abs().max() < 0.01 * exact.std()
 
 
 def test_few_images_get_few_layout_directions():
-    density = model(layers=(2,), layout_dims=8)
-    density.fit_features(density.extract(torch.rand(12, 3, 40, 56, dtype=torch.float64)))
-    assert (density.layers[0].whitening.directions.norm(dim=1) > 0).sum() == 2  # one for five images
+    density = model(map_layers=(2,), layout_dims=8)
+    density.fit_whitening(density.reduce(density.extract(some(9))))
+    assert (density.layers[0].layout.directions.norm(dim=1) > 0).sum() == 4  # one for two images
+
+
+def test_three_images_are_enough():
+    density = model()
+    maps = density.extract(some(3))
+    density.fit_features(maps)
+    density.fit_whitening(density.reduce(maps))
+    assert torch.isfinite(density(some(4, seed=2)).pred_score).all()
 
 
 def test_layers_are_brought_to_a_common_scale():
     density = model()
-    reduced = density.reduce(density.extract(torch.rand(20, 3, 40, 56, dtype=torch.float64)))
-    density.fit_map_scale(reduced)
-    for layer, maps in zip(density.layers, density.layer_maps(reduced), strict=True):
-        for scaled in layer.standardise(maps):
-            assert scaled.mean().item() == pytest.approx(0, abs=1e-9)
-            assert scaled.std().item() == pytest.approx(1, abs=1e-9)
+    for layer, maps in zip(density.layers, density.layer_maps(density.reduce(density.extract(some(40)))), strict=True):
+        scaled = layer.standardise(maps)
+        assert abs(scaled.mean().item()) < 0.5
+        assert 0.5 < scaled.std().item() < 2
 
 
-def test_the_score_is_the_mean_where_the_leading_directions_are_least_likely():
-    density = model(score_fraction=0.1, score_dims=2, layers=(2,))
-    images = torch.rand(3, 3, 40, 56, dtype=torch.float64)
+def test_the_score_is_made_of_tops_of_the_shown_maps_and_means_of_the_others():
+    density = model(map_layers=(1,), score_layers=(2,), score_fraction=0.1)
+    images = some()
     batch = density(images)
     assert batch.anomaly_map.shape == (3, 1, 40, 56)
-    ((_, leading),) = density.layer_maps(density.reduce(density.extract(images)))
-    expected = leading.flatten(1).sort(dim=1).values[:, -4:].mean(1)  # of 5 x 7
+    fine, coarse = density.layer_maps(density.reduce(density.extract(images)))
+    top = fine.flatten(1).sort(dim=1).values[:, -14:].mean(1)  # of 10 x 14
+    statistics = torch.stack([top, coarse.mean((1, 2))], dim=1)
+    evidence = density.evidence
+    expected = ((statistics - evidence.location) / evidence.spread).mean(1)
     torch.testing.assert_close(batch.pred_score, expected)
+
+
+def test_finer_maps_count_more():
+    density = model()
+    images = some()
+    maps = zip(density.layers, density.layer_maps(density.reduce(density.extract(images))), strict=True)
+    fine, coarse = (
+        torch.nn.functional.interpolate(layer.standardise(part)[:, None], (40, 56), mode="bicubic")
+        for layer, part in maps
+    )
+    torch.testing.assert_close(density(images).anomaly_map, (2 * fine + coarse) / 3)
+
+
+def test_a_flow_of_positions_trains_on_some_of_them_and_one_of_maps_on_all():
+    for flow, steps in (({}, 7), ({"context": "none"}, 7), ({"context": "quadrant"}, None), ({"mask": "cycle"}, None)):
+        density = model(**flow)
+        assert density.epoch_steps(100) == steps  # 100 images of 5 x 7 positions, 512 at once
+        loss = density.loss(density.reduce(density.extract(some(8))), noise=0.3)
+        loss.backward()
+        assert loss.ndim == 0
+        assert all(parameter.grad is not None for parameter in density.flow.parameters())
+    assert model().epoch_steps(1) == 1
+    assert model().epoch_steps(10**6) == 500
+
+
+def test_training_makes_held_out_positions_more_likely(tmp_path):
+    module = data(tmp_path)
+    detector = feature_map_flow(max_epochs=6, coupling_layers=6, hidden_channels=32)
+    run = engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    images = detector.pre_processor.transform(module.val_data.__getitems__(list(range(16))).image)
+    untrained = feature_map_flow(max_epochs=6, coupling_layers=6, hidden_channels=32).model.flow
+    with torch.no_grad():
+        reduced = detector.model.eval().reduce(detector.model.extract(images))
+        trained = detector.model.loss(reduced)
+        detector.model.flow = untrained
+        assert trained < detector.model.loss(reduced) - 0.05
 
 
 def test_a_bright_spot_is_found_where_it_is(tmp_path):
@@ -153,15 +235,17 @@ def test_a_bright_spot_is_found_where_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"layers": ("block.2",)}, "Unknown layer of test_efficientnet 'block.2'. Did you mean 'blocks.2'"),
-        ({"layers": ()}, "must name at least one layer"),
-        ({"layers": (1, 1)}, "no layer twice"),
+        ({"map_layers": ("block.2",)}, "Unknown layer of test_efficientnet 'block.2'. Did you mean 'blocks.2'"),
+        ({"map_layers": ()}, "must name at least one layer"),
+        ({"score_layers": (1, 1)}, "no layer twice"),
+        ({"context": "men"}, "Did you mean 'mean'"),
+        ({"scale": "non"}, "Did you mean 'none'"),
         ({"mask": "cicle"}, "Did you mean 'cycle'"),
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
-        ({"score_dims": 0}, "score_dims must be at least 1"),
+        ({"subspace_dim": 0}, "subspace_dim must be at least 1"),
         ({"layout_dims": -1}, "layout_dims must be at least 0"),
-        ({"image_size": (8, 8)}, "has 1 x 1 positions.*Use larger images"),
-        ({"bottleneck_dim": 10_000}, "squeezes nothing"),
+        ({"image_size": (8, 8), "mask": "cycle"}, "4, 1, 1.*height and a width of at least 2"),
+        ({"bottleneck_dim": 10_000, "subnet": "bottleneck"}, "squeezes nothing"),
     ],
 )
 def test_bad_configurations(kwargs, message):
@@ -171,7 +255,7 @@ def test_bad_configurations(kwargs, message):
 
 def test_the_error_for_an_unknown_layer_lists_those_that_exist():
     with pytest.raises(ValueError, match="Known: blocks.0.*blocks.2"):
-        feature_map_flow(layers=("layer3",))
+        feature_map_flow(map_layers=("layer3",))
 
 
 def test_too_few_training_images_are_refused(tmp_path):
@@ -182,7 +266,7 @@ def test_too_few_training_images_are_refused(tmp_path):
 
 
 def test_more_directions_than_positions_are_refused():
-    density = model(layers=(2,), subspace_dim=30)
+    density = FeatureMapFlowModel(BACKBONE, (2,), (2,), (40, 56), pre_trained=False, subspace_dim=30).double()
     maps = density.extract(torch.rand(3, 3, 40, 56, dtype=torch.float64))
     with pytest.raises(
         ValueError,
@@ -197,12 +281,12 @@ def test_images_of_another_size_are_refused():
 
 
 def test_a_token_grid_counts_as_a_map():
-    vit = FeatureMapFlowModel("test_vit", layers=(-1,), image_size=(160, 160), pre_trained=False, **SMALL).eval()
+    vit = FeatureMapFlowModel("test_vit", image_size=(160, 160), pre_trained=False, **SMALL).eval()
+    assert len(vit.layers) == 1  # of one stride all
     images = torch.rand(12, 3, 160, 160)
     vit.fit_features(vit.extract(images))
-    ((whole, _),) = vit.layer_maps(vit.reduce(vit.extract(images)))
+    (whole,) = vit.layer_maps(vit.reduce(vit.extract(images)))
     assert whole.shape == (12, 10, 10)
-    torch.testing.assert_close(whole.flatten(1).sum(1), -vit.log_prob(images), rtol=1e-4, atol=1e-2)
 
 
 def png(path: Path, pixels: np.ndarray) -> None:
@@ -264,15 +348,6 @@ def test_a_corrupt_file_in_the_middle_of_a_fit_is_named_and_loses_nothing(tmp_pa
     assert checkpoints <= set((tmp_path / "results").rglob("*.ckpt"))
 
 
-def test_half_precision_changes_no_score_that_matters():
-    density = model(layers=(2,)).float()
-    maps = density.extract(torch.rand(40, 3, 40, 56))
-    exact = density.predict(density.reduce(maps)).pred_score
-    stored = tuple(layer.half() for layer in maps)
-    halved = density.predict(tuple(part.half().float() for part in density.reduce(stored))).pred_score
-    assert (exact - halved).abs().max() < 0.02 * exact.std()
-
-
 def test_constant_features_are_refused():
     density = model()
     with pytest.raises(ValueError, match="features of layer blocks.* do not vary"):
@@ -287,22 +362,21 @@ def test_defaults():
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_a_resumed_fit_measures_the_layers_scales_with_the_final_weights(augmented, tmp_path):
+def test_a_resumed_fit_whitens_with_the_final_weights(augmented, tmp_path):
     module = data(tmp_path, train_augmentations=RandomHorizontalFlip(0.0) if augmented else None)
     run = engine(tmp_path)
     run.fit(feature_map_flow(max_epochs=1, learning_rate=0.02), datamodule=module)
     path = run.trainer.checkpoint_callback.best_model_path
     before = FeatureMapFlow.load_from_checkpoint(path)
-    resumed = feature_map_flow(max_epochs=4)
+    resumed = feature_map_flow(max_epochs=4, learning_rate=0.02)
     engine(tmp_path).fit(resumed, datamodule=module, ckpt_path=path)
     batch = module.train_data.__getitems__(list(range(len(module.train_data))))
     images = resumed.pre_processor.transform(batch.image)
-
-    def locations(model):
-        with torch.no_grad():
-            pairs = model.eval().layer_maps(model.reduce(model.extract(images)))
-            return torch.stack([torch.stack([part.mean() for part in pair]) for pair in pairs])
-
-    measured = torch.stack([layer.location for layer in resumed.model.layers])
-    moved = (locations(resumed.model) - locations(before.model)).abs()
-    assert ((measured - locations(resumed.model)).abs() < 0.05 * moved).all()
+    with torch.no_grad():
+        reduced = resumed.model.eval().reduce(resumed.model.extract(images))
+        for model, white in ((resumed.model, True), (before.model.eval(), False)):
+            for number, flow in enumerate(model.flow.flows):
+                layer = resumed.model.layers[number]
+                whitened, _ = layer.positions.transform(flow(reduced[2 * number])[0])
+                centred = whitened.mean(0).abs().max() < 0.02  # half precision in between
+                assert bool(centred) == white

@@ -33,8 +33,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
         map_layers: Layers whose maps are shown, by timm's module names or indices; their most anomalous positions are
             evidence. ``None`` for the last ones of stride 8 and 16, or less.
-        score_layers: Layers whose maps are evidence as a whole; ``None`` for the last ones of stride 16 and 32, or
-            less. There is one flow for each layer of either kind.
+        score_layers: Layers whose maps are evidence as a whole, an empty list for none; ``None`` for the last ones of
+            stride 16 and 32, or less. There is one flow for each layer of either kind.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
@@ -43,7 +43,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         mask: ``position``, a flow of single positions with weights that all of them share; or the coupling mask of a
             flow of whole maps: {masks}.
         context: What a flow of positions is told of the rest of the image: {contexts}.
-        subnet: s,t-network: {subnets}.
+        subnet: s,t-network: {subnets}; of single positions a fully connected one, ``mlp`` or ``bottleneck``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network, and of the context ``quadrant``.
         coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
         hidden_channels: Width of the s,t-networks.
@@ -52,8 +52,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
             learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
-        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions sees as many as
-            the coarsest shown maps of all images have, in 500 steps at most.
+        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions has as many steps
+            as show it each position of the coarsest of ``map_layers`` once, 500 at most; with context ``quadrant``, or
+            with a mask of whole maps, every image is seen once.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.

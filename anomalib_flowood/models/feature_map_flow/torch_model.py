@@ -51,6 +51,8 @@ def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, *
 class FeatureMapFlowModel(FlowModel):
     """Density of the feature maps of a frozen network, one flow per layer; says what does not belong, and where.
 
+    With ``context="mean"`` it is the density of the maps of images whose mean vector is given.
+
     Every position of a layer's map of C channels gets a descriptor of 2 C numbers
     (:class:`~anomalib_flowood.features.Descriptors`), of which the flow models the D principal directions over all
     positions and training images; the others have an isotropic Gaussian
@@ -65,11 +67,13 @@ class FeatureMapFlowModel(FlowModel):
         a(p) = sum over d of 1/2 z(d, p)^2 - log-scales of the couplings at (d, p)
 
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
-    other directions. The maps of
-    ``map_layers`` are shown. The image score is the mean of several kinds of evidence
+    other directions. The maps of ``map_layers`` are shown. The image score is the mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
     small defects, and the mean of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their
     scales are those of training images that the whitening has not seen: it is fitted to some, and scores the others.
+
+    In the place of single positions a flow can transform the whole map, with a mask that is named
+    (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
 
     Arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, but for what training takes.
 
@@ -109,10 +113,8 @@ class FeatureMapFlowModel(FlowModel):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        tops, wholes = (
-            layer_indices(backbone, default_layers(backbone, strides) if names is None else names)
-            for names, strides in ((map_layers, _MAP_STRIDES), (score_layers, _SCORE_STRIDES))
-        )
+        tops = _indices(backbone, map_layers, _MAP_STRIDES)
+        wholes = _indices(backbone, score_layers, _SCORE_STRIDES)
         if not tops:
             msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
             raise ValueError(msg)
@@ -122,29 +124,14 @@ class FeatureMapFlowModel(FlowModel):
             maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
+        kinds = [{"top": index in tops, "whole": index in wholes, "top_fraction": score_fraction} for index in indices]
         layers = [
-            MapLayer(
-                name,
-                layer.shape[1],
-                shape,
-                layout_dims,
-                top=index in tops,
-                whole=index in wholes,
-                top_fraction=score_fraction,
-            )
-            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
+            MapLayer(name, layer.shape[1], shape, layout_dims, **kind)
+            for name, layer, shape, kind in zip(names, maps, shapes, kinds, strict=True)
         ]
-        new_flow = partial(
-            _new_flow,
-            shapes,
-            mask,
-            context,
-            subnet=subnet,
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-            scale=scale,
-        )
+        arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
+        arguments |= {"hidden_channels": hidden_channels, "scale": scale}
+        new_flow = partial(_new_flow, shapes, mask, context, **arguments)
         super().__init__(new_flow, flows.StandardNormal(), sum(2 * layer.numel() for layer in maps), levels=1)
         self.backbone = network
         height, width = image_size
@@ -253,7 +240,7 @@ class FeatureMapFlowModel(FlowModel):
                 condition = flow.condition(reduced.to(self.dtype))
                 if condition is not None:
                     # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
-                    condition = (condition + condition.std(0) * torch.randn_like(condition))[images]
+                    condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
                 z, log_det = flow.at(points, places, condition)
             else:
                 z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
@@ -327,6 +314,11 @@ class FeatureMapFlowModel(FlowModel):
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=shown)
+
+
+def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
+    """Places of layers among those of a backbone; where none are given, of the last ones of some strides."""
+    return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:

@@ -140,7 +140,7 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         """Return how many epochs to train on so many images: the fewer the images, the more epochs.
 
         From some number of epochs on a flow learns its images by heart. With 180, 900 and 9,000 images held-out ones
-        had the fewest bits per dimension after about 40 to 80, 30 to 50 and 10 epochs.
+        had the fewest bits per dimension after about 40 to 80, 30 to 50 and 10 to 20 epochs.
         """
         return max(1, min(_MOST_EPOCHS, round(_EPOCHS_OF_ONE / math.sqrt(max(1, images)))))
 
