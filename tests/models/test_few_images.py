@@ -24,7 +24,7 @@ SMALL = {"backbone": BACKBONE, "pre_trained": False, "image_size": (64, 64)}
 DETECTORS = {
     "PixelFlow": lambda: PixelFlow(image_size=(12, 12), channels=1, max_epochs=2),
     "EmbeddingFlow": lambda: EmbeddingFlow(**SMALL),
-    "FeatureMapFlow": lambda: FeatureMapFlow(**{**SMALL, "image_size": (96, 96)}, visualizer=False),
+    "FeatureMapFlow": lambda: FeatureMapFlow(**{**SMALL, "image_size": (160, 160)}, visualizer=False),
 }
 NOT_YET = pytest.mark.xfail(reason="128 directions of EmbeddingFlow take more than 128 images", strict=False)
 NAMES = [pytest.param(name, marks=NOT_YET if name == "EmbeddingFlow" else ()) for name in DETECTORS]

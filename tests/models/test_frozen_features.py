@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
 import weakref
+from itertools import chain
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from model_helpers import data, embedding_flow, engine, feature_map_flow
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import EmbeddingFlow
-from anomalib_flowood.models.components.stored_features import FeatureStore
+from anomalib_flowood.models.components.stored_features import FeatureDataset, FeatureStore, feature_loader
 
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0])
@@ -20,6 +21,28 @@ def test_stored_features_are_what_was_put_in(cache_gib, caplog):
     assert torch.equal(store.features[0], torch.cat(parts))
     assert store.features[1].shape == (9,)
     assert ("kept in a temporary file" in caplog.text) == (cache_gib == 0)
+
+
+def test_batches_of_stored_features_are_every_image_once_or_so_many_drawn_anew():
+    numbers = torch.arange(10)
+    dataset = FeatureDataset((numbers[:, None].float(), numbers), numbers % 2)
+
+    def epoch(**arguments):
+        loader = feature_loader(dataset, 4, **arguments)
+        batches = list(loader)
+        assert len(loader) == len(batches)
+        for batch in batches:
+            assert torch.equal(batch.features[0][:, 0].long(), batch.features[1])
+            assert torch.equal(batch.gt_label, batch.features[1] % 2)
+        return [batch.features[1].tolist() for batch in batches]
+
+    assert epoch(shuffle=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert sorted(chain(*epoch(shuffle=True))) == list(range(10))
+    for batches in (1, 7):
+        drawn = epoch(shuffle=True, batches=batches)
+        assert [len(batch) for batch in drawn] == [4] * batches
+        assert drawn != epoch(shuffle=True, batches=batches)
+    assert set(chain(*epoch(shuffle=True, batches=40))) == set(range(10))  # all of them, sooner or later
 
 
 def test_a_fit_with_features_on_disk_is_the_same_fit(tmp_path):

@@ -130,7 +130,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             score_fraction=score_fraction,
         )
         self._reference: tuple[Tensor, ...] = ()
-        self._whitened_step = -1
+        self._whitened: tuple[int, ...] | None = None
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -155,7 +155,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     def keep_reference(self, features: tuple[Tensor, ...]) -> None:
         """Keep reduced maps of some images, in the order of the loader that shuffled them, for the whitening."""
         self._reference = features
-        self._whitened_step = -1
+        self._whitened = None
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
@@ -181,6 +181,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Forget the whitening, which is of other weights."""
         super().on_train_epoch_start()
         self.model.forget_whitening()
+        self._whitened = None
 
     def on_validation_start(self) -> None:
         """Fit the whitening with the last weights, before validation images are scored and calibrated."""
@@ -195,17 +196,18 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             self._fit_whitening()
 
     def on_train_end(self) -> None:
-        """Fit the whitening where training ended before its last epoch did."""
+        """Fit the whitening where training ended before its last epoch did, or a callback has averaged weights."""
         super().on_train_end()
         self._fit_whitening()
 
     def _fit_whitening(self) -> None:
         # Once for the same weights: what a validation has calibrated stays to the last bit.
-        if self._whitened_step == self.trainer.global_step or not self._reference:
+        weights = tuple(parameter._version for parameter in self.model.flow.parameters())
+        if self._whitened == weights or not self._reference:
             return
         if self._shows_progress:
             logger.info("Fitting the whitening behind the flow to %d images.", len(self._reference[0]))
-        self._whitened_step = self.trainer.global_step
+        self._whitened = weights
         training = self.model.training
         self.model.eval()
         self.model.fit_whitening(self._reference)
