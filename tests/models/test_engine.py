@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every detector through anomalib's engine: fit, test, predict, checkpoints, export."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -81,13 +83,14 @@ def test_a_nan_validation_score_sets_no_threshold(tmp_path):
 
 
 @each_detector
-@pytest.mark.parametrize(("trainer", "epochs"), [({}, 2), ({"max_epochs": 3}, 3), ({"max_steps": 5}, 2)])
+@pytest.mark.parametrize(("trainer", "epochs"), [({}, 2), ({"max_epochs": 3}, 3), ({"max_steps": 5}, None)])
 def test_the_trainers_limit_is_obeyed_and_the_models_is_the_default(name, trainer, epochs, tmp_path):
     run = engine(tmp_path, **trainer)
     run.fit(DETECTORS[name](), datamodule=data(tmp_path))
-    assert run.trainer.current_epoch == epochs
     if "max_steps" in trainer:
         assert run.trainer.global_step == 5
+        epochs = math.ceil(5 / run.trainer.num_training_batches)
+    assert run.trainer.current_epoch == epochs
 
 
 def test_an_explicit_thousand_epochs_is_a_thousand(tmp_path):
@@ -223,7 +226,8 @@ def test_onnx_and_openvino_exports_agree_with_the_tested_scores(name, cases):
             assert np.array_equal(outputs["pred_label"], batch.pred_label)
             if batch.anomaly_map is not None:
                 exported = np.squeeze(outputs["anomaly_map"], axis=1)
-                np.testing.assert_allclose(exported, batch.anomaly_map, rtol=1e-4, atol=1e-5)
+                # Noise is off by thousands of deviations, between which single precision leaves less of a pixel.
+                np.testing.assert_allclose(exported, batch.anomaly_map, rtol=1e-4, atol=1e-4)
 
 
 def test_without_validation_scores_stay_raw_and_there_are_no_labels(tmp_path, caplog):
