@@ -261,7 +261,8 @@ def test_complexity_compares_the_flows_robust_bits_with_the_compressors(channels
     compressed = compressed_bits(images).double() / density.dims
     beyond = torch.from_numpy(nats) / math.log(2) / density.dims + 8 - compressed
     found = Complexity(density).statistics(density, (x,))
-    torch.testing.assert_close(found, torch.stack([beyond, compressed], 1), rtol=1e-6, atol=1e-6)
+    # PyTorch's distribution has its constant in single precision.
+    torch.testing.assert_close(found, torch.stack([beyond, compressed], 1), rtol=1e-5, atol=1e-5)
 
 
 def smooth_images(count, channels, size=16):
