@@ -168,7 +168,7 @@ def test_the_latent_shell_has_a_radius_of_the_square_root_of_the_dimension(dims)
 
 def small_embedding_model(score):
     kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "hidden_channels": 8}
-    kwargs |= {"modes": 3}
+    kwargs |= {"modes": 3, "coupling_layers": 6}
     model = EmbeddingFlowModel("test_efficientnet", layers=[], score=score, **kwargs).double().eval()
     model.base.centres.copy_(5 * torch.randn(3, 6).repeat(8, 1))
     randomise_flow(model)
