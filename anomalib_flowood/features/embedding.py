@@ -77,7 +77,7 @@ class Embedding(nn.Module):
         grids = [_to_grid(layer) for layer in maps]
         self.layouts = nn.ModuleList(Layout(layer.shape[1], map_dims) for layer in grids)
         self.part_dims = [pooled.shape[1]] + [
-            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type, misc]
+            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type]
             for layout, grid in zip(self.layouts, grids, strict=True)
         ]
         self.dims = sum(self.part_dims)

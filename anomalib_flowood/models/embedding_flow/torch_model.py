@@ -155,9 +155,8 @@ class EmbeddingFlowModel(FlowModel):
 
     def blur(self, coordinates: Tensor) -> Tensor:
         """Add the noise to standardised coordinates, ``(N, k)``, on which the flow trains."""
-        shares = [
-            (gaussian.tail_variance / gaussian.variances[: gaussian.directions]).sqrt() for gaussian in self.gaussians
-        ]
+        gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
+        shares = [(part.tail_variance / part.variances[: part.directions]).sqrt() for part in gaussians]
         return coordinates + torch.cat(shares) * torch.randn_like(coordinates)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
