@@ -20,11 +20,12 @@ from anomalib_flowood.cli import main
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SMALL = {"backbone": BACKBONE, "pre_trained": False, "image_size": (64, 64)}
+FEW_STEPS = {"max_epochs": 1, "limit_train_batches": 2}
 # All other settings are the default ones.
 DETECTORS = {
     "PixelFlow": lambda: PixelFlow(image_size=(12, 12), channels=1, max_epochs=2),
     "EmbeddingFlow": lambda: EmbeddingFlow(**SMALL),
-    "FeatureMapFlow": lambda: FeatureMapFlow(**{**SMALL, "image_size": (96, 96)}, visualizer=False),
+    "FeatureMapFlow": lambda: FeatureMapFlow(**{**SMALL, "image_size": (160, 160)}, visualizer=False),
 }
 LEAST = {"PixelFlow": 1, "EmbeddingFlow": 2, "FeatureMapFlow": 3}
 
@@ -51,7 +52,7 @@ def parts(folder: Path, normal: int, test: int = 8) -> Path:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_forty_images_are_enough_for_every_detector_as_it_is(name, tmp_path):
     module = OneClass(parts(tmp_path / "parts", 40), "good")
-    detector, run = DETECTORS[name](), engine(tmp_path)
+    detector, run = DETECTORS[name](), engine(tmp_path, **FEW_STEPS)
     run.fit(detector, datamodule=module)
     assert (len(module.train_data), len(module.val_data)) == (30, 10)
     post_processor = detector.post_processor
@@ -71,12 +72,12 @@ def test_forty_images_are_enough_for_every_detector_as_it_is(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize("normal", [2, 3, 5, 10, 12, 20])
+@pytest.mark.parametrize("normal", [2, 3, 5, 12])
 def test_fewer_images_fit_or_are_refused_before_the_backbone_sees_them(name, normal, tmp_path, monkeypatch):
     module, detector = OneClass(parts(tmp_path / "parts", normal), "good"), DETECTORS[name]()
     fitted = normal - max(1, normal // 4)
     if fitted >= LEAST[name]:
-        run = engine(tmp_path)
+        run = engine(tmp_path, **FEW_STEPS)
         run.fit(detector, datamodule=module)
         assert len(detector.post_processor.calibration) == normal - fitted
         assert detector.post_processor.level == 1 / (1 + normal - fitted)
