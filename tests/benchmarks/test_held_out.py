@@ -11,7 +11,6 @@ from anomalib_flowood import EmbeddingFlow
 from benchmarks.held_out import SHARES, decide, rows_of
 
 
-@pytest.mark.xfail(reason="128 directions of EmbeddingFlow take more than 128 images", strict=False)
 def test_rows_of_a_folder(tmp_path):
     rng = np.random.default_rng(0)
     for place, count, mean in (("train/good", 20, 90), ("test/good", 6, 90), ("test/bad", 6, 160)):
