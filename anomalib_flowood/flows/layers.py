@@ -318,7 +318,8 @@ class Whitening(_Layer):
 
     Args:
         dims_in: One shape, of any rank.
-        directions: The most directions k that a fit takes; it takes one for two samples at most.
+        directions: The most directions k that a fit takes; one for two samples at most, and no more than there
+            are numbers.
         dims_c: FrEIA's convention; none are supported.
 
     Raises:
@@ -359,7 +360,7 @@ class Whitening(_Layer):
         samples = samples.flatten(1)
         centre = samples.mean(0)
         total = samples.var(0).sum()
-        rank = min(len(self.directions), n // _POINTS_PER_DIRECTION)
+        rank = min(len(self.directions), n // _POINTS_PER_DIRECTION, samples.shape[1])
         pca = PCA(n_components=rank, random_state=0).fit((samples - centre).cpu().numpy()) if rank else None
         kept = torch.from_numpy(pca.explained_variance_).to(total) if pca else total.new_zeros(0)
         rest = ((total - kept.sum()) / max(1, samples.shape[1] - rank)).clamp(min=1e-6)

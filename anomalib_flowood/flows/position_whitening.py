@@ -107,14 +107,12 @@ class PositionWhitening(InvertibleModule):
     @full_precision
     def transform(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``."""
-        vectors = x.flatten(2).permute(2, 1, 0)  # (h * w, D, N)
-        mean = self.mean[:, :, None]
-        if rev:
-            y = torch.linalg.solve_triangular(self.factors, vectors, upper=False) + mean
-        else:
-            y = self.factors @ (vectors - mean)
+        mean = self.mean.T.reshape(self.shape)
+        vectors = (x if rev else x - mean).flatten(2).permute(2, 1, 0)  # (h * w, D, N)
+        y = torch.linalg.solve_triangular(self.factors, vectors, upper=False) if rev else self.factors @ vectors
+        y = y.permute(2, 1, 0).unflatten(2, self.shape[1:])
         log_det = self.log_dets.sum().expand(x.shape[0])
-        return y.permute(2, 1, 0).unflatten(2, self.shape[1:]), -log_det if rev else log_det
+        return (y + mean, -log_det) if rev else (y, log_det)
 
     def forward(
         self,

@@ -259,9 +259,9 @@ def test_whitening_makes_a_gaussian_of_probabilistic_pca_standard(directions):
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_whitening_takes_one_direction_for_five_samples_and_remembers_them():
+def test_whitening_takes_one_direction_for_two_samples_and_remembers_them():
     layer = Whitening([(6,)], 4).double()
-    layer.fit(image(12, 6))
+    layer.fit(image(5, 6))
     assert (layer.directions.norm(dim=1) > 0).tolist() == [True, True, False, False]
     fresh = Whitening([(6,)], 4).double()
     fresh.load_state_dict(saved(layer))
@@ -270,3 +270,11 @@ def test_whitening_takes_one_direction_for_five_samples_and_remembers_them():
         layer.fit(image(1, 6))
     with pytest.raises(ValueError, match="directions must be at least 0"):
         Whitening([(6,)], -1)
+
+
+def test_whitening_takes_no_more_directions_than_there_are_numbers():
+    layer, x = Whitening([(3,)], 8).double(), image(40, 3)
+    layer.fit(x)
+    assert (layer.directions.norm(dim=1) > 0).tolist() == [True] * 3 + [False] * 5
+    y, _ = call(layer)(x)
+    torch.testing.assert_close(torch.cov(y.T), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)

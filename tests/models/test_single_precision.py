@@ -25,6 +25,10 @@ def linear(x, inputs, outputs, *, transposed=False):
     return ops.relu(ops.add(ops.matmul(x, matrix, False, transposed), weights(outputs)))
 
 
+def _rows(x):
+    return ops.gather(ops.shape_of(x, output_type="i64"), np.array([0]), np.int64(0))
+
+
 # Each ends in a convolution, before which OpenVINO lowers whatever it may.
 GRAPHS = {
     "linear": ((-1, 24), lambda x: linear(linear(x, 24, 40), 40, 9, transposed=True)),
@@ -46,6 +50,32 @@ GRAPHS = {
         lambda x: ops.pad(ops.exp(x), np.array([0, 0, 0, 1]), np.array([0, 0, 1, 0]), "constant", np.float32(0)),
     ),
     "unsqueeze": ((-1, 8, -1), lambda x: ops.add(ops.unsqueeze(ops.exp(x), np.array([1, -1])), weights(8, 1, 1))),
+    "linear_at_each_position": (
+        (-1, 6, 20),
+        lambda x: ops.transpose(
+            ops.matmul(weights(20, 4, 6), ops.transpose(ops.exp(x), np.array([2, 1, 0])), False, False),
+            np.array([2, 1, 0]),
+        ),
+    ),
+    "transpositions_in_a_row": (
+        (-1, 6, 5),
+        lambda x: ops.matmul(
+            weights(5, 4, 6),
+            ops.transpose(ops.transpose(ops.exp(x), np.array([0, 2, 1])), np.array([1, 2, 0])),
+            False,
+            False,
+        ),
+    ),
+    "repetition": (
+        (-1, 1, 7),
+        lambda x: ops.add(
+            ops.broadcast(ops.exp(x), np.array([1, 6, 1]), broadcast_spec="BIDIRECTIONAL"), weights(6, 7)
+        ),
+    ),
+    "repetition_of_constants": (
+        (-1, 5),
+        lambda x: ops.concat([ops.exp(x), ops.broadcast(weights(1, 4), ops.concat([_rows(x), np.array([4])], 0))], 1),
+    ),
     "upsampling": (
         (-1, 2, 7, 5),
         lambda x: ops.interpolate(ops.relu(x), np.array([28, 30]), "cubic", "sizes", axes=np.array([2, 3])),
@@ -113,9 +143,11 @@ def test_names_of_outputs_are_kept(tmp_path):
     [
         lambda: pixel_flow(mask="horizontal", subnet="highway", coupling_layers=2),
         lambda: pixel_flow(architecture="glow", coupling_layers=1, bottleneck_dim=5),
-        lambda: feature_map_flow(backbone="resnet18", layers=None, coupling_layers=2),
+        lambda: feature_map_flow(backbone="resnet18", map_layers=None, score_layers=None, coupling_layers=2),
+        lambda: feature_map_flow(mask="cycle", subnet="resnet", coupling_layers=1),
+        lambda: feature_map_flow(context="quadrant", coupling_layers=4),
     ],
-    ids=["highway", "glow", "resnet18"],
+    ids=["highway", "glow", "resnet18", "maps", "quadrant"],
 )
 def test_no_layer_of_other_networks_is_lowered(build, tmp_path):
     detector = build()

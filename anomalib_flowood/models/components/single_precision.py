@@ -118,6 +118,17 @@ def _unsqueeze(node: Any) -> Any:
     return ops.reshape(node.input_value(0), ops.concat(shape, 0), special_zero=False)
 
 
+def _broadcast(node: Any) -> Any:
+    """A product with ones of that shape: the plugin turns a repetition into another, but for that of integers."""
+    from openvino import opset13 as ops
+
+    value, shape = node.input_values()[:2]
+    if node.get_attributes()["mode"] not in ("numpy", "bidirectional") or node.get_input_size() > 2:
+        return None
+    ones = ops.broadcast(np.int32(1), shape, broadcast_spec="NUMPY")
+    return ops.multiply(value, ops.convert(ones, "f32"))
+
+
 def _matmul(node: Any) -> Any:
     """A 1 x 1 convolution in the place of a product with a constant matrix."""
     from openvino import opset13 as ops
@@ -174,6 +185,20 @@ def _resize(node: Any) -> Any:
     return ops.interpolate(images, size, "bilinear_pillow", "sizes", axes=np.array([2, 3]))
 
 
+def _transpose(node: Any) -> Any:
+    """One transposition in the place of two in a row, of which the plugin would make one."""
+    from openvino import opset13 as ops
+
+    inner = node.input_value(0).get_node()
+    if inner.get_type_name() != "Transpose":
+        return _resize(node)
+    orders = [each.input_value(1).get_node() for each in (inner, node)]
+    if any(order.get_type_name() != "Constant" or not order.data.size for order in orders):
+        return None
+    first, second = (order.data.astype(np.int64) for order in orders)
+    return ops.transpose(inner.input_value(0), first[second])
+
+
 def _depends_on_size(value: Any, images: Any) -> bool:
     """Whether a value is made of the shape of the images and of constants alone."""
     left, seen = [value], set()
@@ -194,7 +219,8 @@ _REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "MaxPool": _max_pool,
     "Pad": _pad,
     "Unsqueeze": _unsqueeze,
+    "Broadcast": _broadcast,
     "MatMul": _matmul,
     "Interpolate": _interpolate,
-    "Transpose": _resize,
+    "Transpose": _transpose,
 }
