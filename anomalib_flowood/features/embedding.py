@@ -14,6 +14,7 @@ from torch.nn import functional
 from anomalib_flowood.flows import full_precision
 
 from .backbones import PooledAndMaps, run_backbone
+from .catalogue import default_layers, feature_layers
 
 _GRID = 7
 """Positions to a side to which larger maps are pooled, or just above."""
@@ -36,7 +37,8 @@ class Embedding(nn.Module):
     Args:
         backbone: A timm name or ``local-dir:FOLDER``, see :mod:`anomalib_flowood.features.catalogue`.
         layers: Layers by timm's module names (``blocks.4``) or indices; by default the one of
-            :func:`anomalib_flowood.features.default_layers`. An empty list for the pooled features alone.
+            :func:`anomalib_flowood.features.default_layers`, where things are, and the network's last, what they are.
+            An empty list for the pooled features alone.
         image_size: Height and width of the images; by default the size that the backbone was trained at.
         pre_trained: Load the backbone's weights.
         map_dims: Principal directions of each layer's feature vectors; all where a layer has fewer channels.
@@ -48,6 +50,8 @@ class Embedding(nn.Module):
 
     dims: int
     """D, the numbers of an embedding."""
+    part_dims: list[int]
+    """Those of its parts: of the pooled features, then of each layout."""
     image_size: tuple[int, int]
     """Height and width of the images."""
 
@@ -64,6 +68,7 @@ class Embedding(nn.Module):
         if map_dims < 1:
             msg = f"map_dims must be at least 1, got {map_dims}."
             raise ValueError(msg)
+        layers = _default_layers(backbone) if layers is None else layers
         self.network = PooledAndMaps(backbone, layers, pre_trained=pre_trained, image_size=image_size)
         height, width = image_size or self.network.pretrained_cfg["input_size"][-2:]
         self.image_size = (height, width)
@@ -71,10 +76,11 @@ class Embedding(nn.Module):
             pooled, *maps = self.network(torch.zeros(1, 3, height, width))
         grids = [_to_grid(layer) for layer in maps]
         self.layouts = nn.ModuleList(Layout(layer.shape[1], map_dims) for layer in grids)
-        self.dims = pooled.shape[1] + sum(
-            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type, misc]
+        self.part_dims = [pooled.shape[1]] + [
+            len(layout.directions) * grid[0, 0].numel()  # type: ignore[arg-type]
             for layout, grid in zip(self.layouts, grids, strict=True)
-        )
+        ]
+        self.dims = sum(self.part_dims)
 
     def train(self, mode: bool = True) -> Embedding:
         """Set the mode; the backbone is frozen, its batch norms included."""
@@ -164,6 +170,12 @@ class Layout(nn.Module):
     def forward(self, layer: Tensor) -> Tensor:
         """Project a map, ``(N, C, h, w)``, of this module's device and precision: ``(N, d, h, w)``."""
         return functional.conv2d(layer - self.mean[:, None, None], self.directions[:, :, None, None])
+
+
+def _default_layers(backbone: str) -> list[str]:
+    """Return the last layer of stride 16 or less, as :func:`default_layers` does, and the last one of all."""
+    last = list(feature_layers(backbone))[-1]
+    return list(dict.fromkeys([*default_layers(backbone), last]))
 
 
 def _to_grid(layer: Tensor) -> Tensor:

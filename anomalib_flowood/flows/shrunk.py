@@ -19,11 +19,11 @@ _SHAPED_BY_FIT = ("components", "variances")
 
 
 class ShrunkGaussian(nn.Module):
-    """N(m, (1 - s) S + s v I) with the sample covariance S, its mean variance v and the shrinkage s of OAS.
+    """N(m, (1 - s) S + (s + a) v I): sample covariance S, its mean variance v, the shrinkage s of OAS, noise a.
 
     S of n points has at most n - 1 directions, so that the covariance, D by D, is kept as these directions, the shrunk
-    variances along them, and the one variance s v of all others. That is exact, takes no more memory than the points,
-    and has the form of probabilistic PCA without its choice of a number of directions. Two points are enough.
+    variances along them, and the one variance (s + a) v of all others. That is exact, takes no more memory than the
+    points, and has the form of probabilistic PCA without its choice of a number of directions. Two points are enough.
 
     Source: Chen, Wiesel, Eldar and Hero 2010 (Oracle Approximating Shrinkage), IEEE Transactions on Signal Processing
     58(10), equation 23; as scikit-learn has it.
@@ -32,9 +32,10 @@ class ShrunkGaussian(nn.Module):
         dims: D.
         directions: Leading directions whose coordinates :meth:`forward` returns for another density to model; the
             Gaussian has the rest.
+        noise: a, variance of noise that is added to every direction, in units of their mean variance.
 
     Raises:
-        ValueError: If there are more directions than dimensions.
+        ValueError: If there are more directions than dimensions, or the noise is negative.
     """
 
     mean: Tensor
@@ -44,14 +45,18 @@ class ShrunkGaussian(nn.Module):
     variances: Tensor
     """Variances along them, ``(r,)``."""
     tail_variance: Tensor
-    """Variance along all other directions, ``()``."""
+    """Variance along all other directions, which shrinking and noise add to that along every one, (s + a) v; ``()``."""
 
-    def __init__(self, dims: int, directions: int = 0) -> None:
+    def __init__(self, dims: int, directions: int = 0, noise: float = 0.0) -> None:
         super().__init__()
         if not 0 <= directions <= dims:
             msg = f"directions must lie between 0 and the {dims} dimensions of a point, got {directions}."
             raise ValueError(msg)
+        if not noise >= 0:
+            msg = f"noise must be at least 0, got {noise}."
+            raise ValueError(msg)
         self.directions = directions
+        self.noise = noise
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("components", torch.eye(directions, dims))
         self.register_buffer("variances", torch.ones(directions))
@@ -78,16 +83,42 @@ class ShrunkGaussian(nn.Module):
             msg = f"The {len(points)} {what} are all alike, or constant: give more varied images."
             raise ValueError(msg)
         shrinkage, level = _oas(variances, dims, len(points))
-        variances = (1 - shrinkage) * variances + shrinkage * level
+        tail = (shrinkage + self.noise) * level
+        variances = (1 - shrinkage) * variances + tail
         missing = self.directions - len(variances)
         if missing > 0:
             components = _completed(components, missing)
-            variances = torch.cat([variances, variances.new_full((missing,), shrinkage * level)])
+            variances = torch.cat([variances, variances.new_full((missing,), tail)])
         like = self.mean
         self.mean.copy_(mean)
         self.components = components.to(like)
         self.variances = variances.to(like)
-        self.tail_variance.copy_(torch.tensor(shrinkage * level))
+        self.tail_variance.fill_(tail)
+
+    @full_precision
+    def coordinates(self, points: Tensor) -> Tensor:
+        """Return coordinates along the leading directions before they are standardised: of ``(N, D)``, ``(N, k)``."""
+        return (points - self.mean) @ self.components[: self.directions].T
+
+    def turn(self, covariance: Tensor) -> Tensor:
+        """Let another covariance hold along the leading directions, shrunk as far as the one before.
+
+        So several Gaussians can share what is left of a covariance once each has a mean of its own.
+
+        Args:
+            covariance: Of what :meth:`coordinates` returns, ``(k, k)``.
+
+        Returns:
+            The matrix that brings these coordinates to the standardised ones of :meth:`forward`, ``(k, k)``.
+        """
+        k, tail = self.directions, self.tail_variance.double().cpu()
+        variances, turn = (
+            torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(covariance.double().cpu().numpy())
+        )
+        variances = self._kept().cpu() * variances.clamp(min=0) + tail
+        self.components[:k] = (turn.T.to(self.components) @ self.components[:k]).to(self.components)
+        self.variances[:k] = variances.to(self.variances)
+        return turn / variances.sqrt()
 
     @full_precision
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,14 +134,16 @@ class ShrunkGaussian(nn.Module):
         k, dims = self.directions, len(self.mean)
         centred = points - self.mean
         coordinates = centred @ self.components.T
-        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
         standard = coordinates * self.variances.rsqrt()
         constant = (
             (dims - k) * math.log(2 * math.pi)
             + self.variances.log().sum()
             + (dims - len(self.variances)) * self.tail_variance.log()
         )
-        square = standard[:, k:].square().sum(1) + outside / self.tail_variance
+        square = standard[:, k:].square().sum(1)
+        if len(self.variances) < dims:  # else what is outside would be rounding alone
+            outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+            square = square + outside / self.tail_variance
         return standard[:, :k], -0.5 * square - 0.5 * constant
 
     def log_prob(self, points: Tensor) -> Tensor:
@@ -135,16 +168,21 @@ class ShrunkGaussian(nn.Module):
         centred = (points - self.mean).double()
         coordinates = centred @ self.components.double().T
         tail = self.tail_variance.double()
-        # Without point i: mean m - c / (n - 1), covariance n / (n - 1) ((1 - s) S - (1 - s) c c^T / (n - 1)) + s v I.
+        # Without point i: mean m - c / (n - 1), covariance n / (n - 1) (1 - s) (S - c c^T / (n - 1)) + (s + a) v I.
         variances = (self.variances.double() - tail).clamp(min=0) * n / (n - 1) + tail
-        level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims  # v: shrinking keeps it
-        change = (1 - tail / level) * n / (n - 1) ** 2
+        change = self._kept() * n / (n - 1) ** 2
         outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
         square = (coordinates.square() / variances).sum(1) + outside / tail
         left = (1 - change * square).clamp(min=_LEAST)
         volume = variances.log().sum() + (dims - len(variances)) * tail.log() + left.log()
         distance = square / left * (n / (n - 1)) ** 2
         return -0.5 * (distance + volume + dims * math.log(2 * math.pi))
+
+    def _kept(self) -> Tensor:
+        """What is kept of the sample covariance, 1 - s: shrinking leaves its mean as it is, noise adds to that."""
+        tail, dims = self.tail_variance.double(), len(self.mean)
+        level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims
+        return 1 + self.noise - (1 + self.noise) * tail / level
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take as many directions as were saved."""

@@ -160,6 +160,12 @@ def test_more_images_are_held_out_of_more(images: int, ratio: float | None) -> N
     assert held_out(images, ratio) <= held_out(images + 1, ratio) <= held_out(images, ratio) + 1
 
 
+def test_the_data_module_says_how_many_are_held_out(clothes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        OneClass(clothes, 0).setup()
+    assert "class '0' of clothes: 38 images to fit to, 12 held out to calibrate on." in caplog.messages
+
+
 def test_the_data_module_says_what_makes_more_validation_images(tmp_path: Path, clothes: Path) -> None:
     def advice(**kwargs) -> tuple[str, OneClass]:
         data = OneClass(clothes, 0, **kwargs)  # 50 images

@@ -256,7 +256,7 @@ def test_an_embedding_flow_shows_the_nearest_images_of_its_worst_mistakes(tmp_pa
     # Two of the outside images are inside images, so that these are their own nearest ones.
     outside = torch.cat([inside[[7, 3]], torch.rand(7, 3, 32, 32, generator=generator).round()])
     with torch.no_grad():
-        detector.model.fit_embeddings(detector.model.embed(detector.pre_processor.transform(inside)))
+        detector.model.fit_features(detector.model.extract(detector.pre_processor.transform(inside)))
     page = explain(fitted(detector), {"inside": inside, "outside": outside}, tmp_path)
     check_page(page, ["histograms", "nearest"])
     entry = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))["sets"]["outside"]

@@ -16,8 +16,8 @@ def points(n, dims=7, seed=0):
     return (x * torch.linspace(3, 0.2, dims, dtype=torch.float64)) @ turn + 5
 
 
-def fitted(x, directions=0):
-    gaussian = ShrunkGaussian(x.shape[1], directions).double()
+def fitted(x, directions=0, noise=0.0):
+    gaussian = ShrunkGaussian(x.shape[1], directions, noise).double()
     gaussian.fit(x)
     return gaussian
 
@@ -27,24 +27,26 @@ def covariance(gaussian):
     return u.T @ torch.diag(gaussian.variances - tail) @ u + tail * torch.eye(u.shape[1]).to(u)
 
 
-@given(n=st.integers(2, 40), dims=st.integers(2, 12), share=st.floats(0, 1), seed=st.integers(0, 5))
-def test_it_is_the_gaussian_of_scikit_learn_with_few_points_and_with_many(n, dims, share, seed):
-    x, others = points(n, dims, seed), points(9, dims, seed + 1)
-    gaussian, oas = fitted(x, round(share * dims)), OAS().fit(x.numpy())
-    torch.testing.assert_close(covariance(gaussian), torch.from_numpy(oas.covariance_))
-    expected = MultivariateNormal(x.mean(0), torch.from_numpy(oas.covariance_)).log_prob(others)
+@given(n=st.integers(2, 40), dims=st.integers(2, 12), share=st.floats(0, 1), noise=st.sampled_from([0.0, 2.0]))
+def test_it_is_the_gaussian_of_scikit_learn_with_few_points_and_with_many(n, dims, share, noise):
+    x, others = points(n, dims), points(9, dims, seed=1)
+    gaussian = fitted(x, round(share * dims), noise)
+    theirs = torch.from_numpy(OAS().fit(x.numpy()).covariance_)
+    theirs += noise * theirs.diagonal().mean() * torch.eye(dims)
+    torch.testing.assert_close(covariance(gaussian), theirs)
+    expected = MultivariateNormal(x.mean(0), theirs).log_prob(others)
     torch.testing.assert_close(gaussian.log_prob(others), expected)
     leading, rest = gaussian(others)
     assert leading.shape == (9, gaussian.directions)
     torch.testing.assert_close(StandardNormal().log_prob(leading) + rest, expected)
 
 
-@given(n=st.integers(3, 20), dims=st.integers(2, 12), directions=st.integers(0, 2), seed=st.integers(0, 5))
-def test_each_point_is_left_out_of_its_own_density(n, dims, directions, seed):
-    x = points(n, dims, seed)
-    gaussian = fitted(x, directions)
+@given(n=st.integers(3, 20), dims=st.integers(2, 12), directions=st.integers(0, 2), noise=st.sampled_from([0.0, 2.0]))
+def test_each_point_is_left_out_of_its_own_density(n, dims, directions, noise):
+    x = points(n, dims)
+    gaussian = fitted(x, directions, noise)
     level = torch.cov(x.T, correction=0).diagonal().mean()
-    shrinkage = gaussian.tail_variance / level
+    shrinkage = gaussian.tail_variance / level - noise
     for i, found in enumerate(gaussian.leave_one_out(x)):
         others = torch.cat([x[:i], x[i + 1 :]])
         theirs = (1 - shrinkage) * torch.cov(others.T, correction=0) + gaussian.tail_variance * torch.eye(dims)
@@ -88,3 +90,18 @@ def test_points_in_few_directions_have_a_finite_density():
 def test_more_directions_than_dimensions_are_refused():
     with pytest.raises(ValueError, match="directions must lie between 0 and the 7 dimensions of a point, got 8"):
         ShrunkGaussian(7, 8)
+
+
+def test_noise_below_zero_is_refused():
+    with pytest.raises(ValueError, match="noise must be at least 0, got -0.1"):
+        ShrunkGaussian(7, noise=-0.1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_the_covariance_of_all_points_along_the_leading_directions_changes_nothing(noise):
+    x = points(30)
+    gaussian = fitted(x, 3, noise)
+    before, leading = gaussian.log_prob(x), gaussian.coordinates(x)
+    matrix = gaussian.turn(torch.cov(leading.T, correction=0))
+    torch.testing.assert_close(gaussian.log_prob(x), before)
+    torch.testing.assert_close(leading @ matrix, gaussian(x)[0])

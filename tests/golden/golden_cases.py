@@ -106,6 +106,7 @@ def embedding_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
             if not kept:
                 model.fit_features(model.extract(images(60, 48, 3)))
             else:
+                restore_gaussians(model, kept)
                 restore(embedding_state(model), kept)
             fill(model.flow, 0)
             fitted = {} if kept else keep_fitted(embedding_state(model))
@@ -179,9 +180,12 @@ def embedding_state(model: EmbeddingFlowModel) -> dict[str, Tensor]:
         for number, layout in enumerate(model.embedding.layouts)
         for name in ("mean", "directions")
     }
-    subspace = {name: getattr(model.subspace, name) for name in ("mean", "components", "variances", "tail_variance")}
-    base = {"centres": model.base.centres, "log_weights": model.base.log_weights}
-    return maps | subspace | base | {"noise_variance": model.noise_variance}
+    gaussians = {
+        f"{name}_{number}": value
+        for number, gaussian in enumerate(model.gaussians)
+        for name, value in gaussian.state_dict().items()
+    }
+    return maps | gaussians | {"centres": model.base.centres, "log_weights": model.base.log_weights}
 
 
 def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
@@ -205,6 +209,13 @@ def keep_fitted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def restore(state: dict[str, Tensor], kept: Arrays) -> None:
     for name, value in state.items():
         value.copy_(torch.from_numpy(kept[f"fitted {name}"]))
+
+
+def restore_gaussians(model: EmbeddingFlowModel, kept: Arrays) -> None:
+    """As many directions as the fit had found."""
+    for number, gaussian in enumerate(model.gaussians):
+        names = gaussian.state_dict()
+        gaussian.load_state_dict({name: torch.from_numpy(kept[f"fitted {name}_{number}"]) for name in names})
 
 
 # -- baselines of the contest: fitted, then scored --------------------------------------------------------------------

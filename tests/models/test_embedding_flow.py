@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
-from model_helpers import BACKBONE, data, embedding_flow, engine, randomise_flow
+from model_helpers import BACKBONE, embedding_flow, randomise_flow
 from sklearn.cluster import KMeans
+from sklearn.covariance import OAS
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from anomalib_flowood import EmbeddingFlow
-from anomalib_flowood.flows import GaussianMixture, PrincipalSubspace
+from anomalib_flowood.flows import GaussianMixture, ShrunkGaussian
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 
 
@@ -18,17 +19,18 @@ def fitted(
 ) -> tuple[EmbeddingFlowModel, torch.Tensor]:
     """A model whose embeddings are random vectors of `dims` numbers, of several kinds, instead of a network's.
 
-    Fitted to them in the given order.
+    They have two parts of unlike length. Fitted to them in the given order.
     """
     small = {"coupling_layers": 4, "hidden_channels": 8, "modes": 1, "feature_noise": 0.0, "image_size": (32, 32)}
     clusterings = kwargs.pop("clusterings", 8)
     model = EmbeddingFlowModel(BACKBONE, (), pre_trained=False, subspace_dim=k, **{**small, **kwargs})
     model.base = GaussianMixture(k, kwargs.get("modes", 1), clusterings)
     model.dims = dims
-    model.subspace = PrincipalSubspace(dims, k)
+    model.embedding.part_dims = parts = [dims // 4, dims - dims // 4]
+    model.gaussians = torch.nn.ModuleList(ShrunkGaussian(part, k // 2, model.gaussians[0].noise) for part in parts)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, dims, generator=generator) * torch.linspace(2, 0.1, dims) + 3
-    x[::2, :2] += 6
+    x[::2, [0, 7]] += 6
     model.double()
     model.fit_embeddings(x.double()[torch.randperm(n, generator=torch.Generator().manual_seed(order))])
     return model, x.double()
@@ -36,46 +38,64 @@ def fitted(
 
 def covariance(model: EmbeddingFlowModel) -> torch.Tensor:
     """Of one mode of the density, from the model's buffers."""
-    u, q = model.subspace.components, model.subspace.tail_variance
-    matrix = u.T @ torch.diag(model.subspace.variances) @ u + q * (torch.eye(model.dims) - u.T @ u)
+    blocks = []
+    for gaussian in model.gaussians:
+        u, tail = gaussian.components, gaussian.tail_variance
+        blocks.append(u.T @ torch.diag(gaussian.variances - tail) @ u + tail * torch.eye(u.shape[1]))
+    matrix = torch.block_diag(*blocks)
     return (matrix + matrix.T) / 2
 
 
-def test_with_one_mode_and_a_fresh_flow_the_density_is_probabilistic_pca():
-    model, x = fitted()
-    expected = MultivariateNormal(x.mean(0), covariance(model)).log_prob(x)
-    torch.testing.assert_close(model.density(model.subspace(x)).log_prob, expected)
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
-    torch.testing.assert_close(model.subspace.variances, eigenvalues[:6].flip(0))
-    torch.testing.assert_close(model.subspace.tail_variance, eigenvalues[6:].mean())
-
-
-def test_with_a_fresh_flow_the_density_is_a_mixture_of_gaussians_with_noise():
-    model, x = fitted(modes=7, feature_noise=0.5)
-    shift = (model.base.centres * model.subspace.variances.sqrt()) @ model.subspace.components
-    mixture = MixtureSameFamily(
-        Categorical(logits=model.base.log_weights), MultivariateNormal(model.subspace.mean + shift, covariance(model))
+def centres(model: EmbeddingFlowModel) -> torch.Tensor:
+    """Means of the density's modes."""
+    moved = model.base.centres.split([gaussian.directions for gaussian in model.gaussians], dim=1)
+    pairs = zip(model.gaussians, moved, strict=True)
+    return torch.cat(
+        [g.mean + (m * g.variances[: m.shape[1]].sqrt()) @ g.components[: m.shape[1]] for g, m in pairs], 1
     )
-    torch.testing.assert_close(model.density(model.subspace(x)).log_prob, mixture.log_prob(x))
+
+
+def density(model: EmbeddingFlowModel, x: torch.Tensor) -> torch.Tensor:
+    return model.density(model.split(x)).log_prob
+
+
+def test_with_one_mode_the_parts_have_the_shrunk_gaussians_of_scikit_learn():
+    model, x = fitted()
+    expected = 0
+    for part in x.split([6, 18], dim=1):
+        oas = OAS().fit(part.numpy())
+        expected = expected + MultivariateNormal(part.mean(0), torch.from_numpy(oas.covariance_)).log_prob(part)
+    torch.testing.assert_close(density(model, x), expected)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12, 400])
+def test_with_a_fresh_flow_the_density_is_a_mixture_of_gaussians_with_few_images_and_with_many(n):
+    model, x = fitted(n, modes=7, feature_noise=0.5)
+    kinds = MultivariateNormal(centres(model), covariance(model))
+    mixture = MixtureSameFamily(Categorical(logits=model.base.log_weights), kinds)
+    others = x.flip(0) + 0.3
+    torch.testing.assert_close(density(model, others), mixture.log_prob(others))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_noise_is_added_to_every_direction_alike(noise):
-    clean, _ = fitted(modes=7)
+    clean, x = fitted(modes=7)
     model, _ = fitted(modes=7, feature_noise=noise)
-    added = noise * clean.subspace.variances.mean()
-    torch.testing.assert_close(model.subspace.variances, clean.subspace.variances + added)
-    torch.testing.assert_close(model.subspace.tail_variance, clean.subspace.tail_variance + added)
-    # What the flow trains on has unit variance within a mode again: that of the images plus the noise.
+    for before, after, part in zip(clean.gaussians, model.gaussians, x.split([6, 18], dim=1), strict=True):
+        added = noise * part.var(0, correction=0).mean()
+        torch.testing.assert_close(after.variances, before.variances + added)
+        torch.testing.assert_close(after.tail_variance, before.tail_variance + added)
+    # What the flow trains on has the variance of the density again, but for what shrinking takes.
     blurred = model.blur(torch.zeros(20_000, 6, dtype=torch.float64))
-    torch.testing.assert_close(blurred.var(0) * model.subspace.variances, added.expand(6), rtol=0.05, atol=1e-12)
+    variances = torch.cat([gaussian.variances[:3] for gaussian in model.gaussians])
+    expected = torch.cat([gaussian.tail_variance.expand(3) for gaussian in model.gaussians])
+    torch.testing.assert_close(blurred.var(0) * variances, expected, rtol=0.05, atol=1e-12)
 
 
 def test_modes_are_the_kinds_of_training_images():
     model, x = fitted(modes=2)
     kinds = torch.stack([x[::2].mean(0), x[1::2].mean(0)])
-    centres = model.subspace.mean + (model.base.centres * model.subspace.variances.sqrt()) @ model.subspace.components
-    found = torch.cdist(kinds, centres)
+    found = torch.cdist(kinds, centres(model))
     assert float(found.min(1).values.max()) < 0.5 < 5 < float(found.max(1).values.min())
     torch.testing.assert_close(model.base.log_weights.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
@@ -84,7 +104,7 @@ def test_few_images_have_few_modes_and_the_same_density():
     few, x = fitted(n=35, modes=50, clusterings=1)  # 35 images are enough for 3
     assert len(few.base.centres.unique(dim=0)) == 3
     three, _ = fitted(n=35, modes=3, clusterings=1)
-    torch.testing.assert_close(few.density(few.subspace(x)).log_prob, three.density(three.subspace(x)).log_prob)
+    torch.testing.assert_close(density(few, x), density(three, x))
 
 
 def test_clusters_are_found_by_one_thread(monkeypatch):
@@ -113,7 +133,7 @@ def test_clusterings_count_alike_and_where_they_start_matters_less():
     def spread(clusterings: int) -> float:
         """Of log p over fits to the same images in another order, with which k-means starts elsewhere."""
         models = [fitted(modes=7, clusterings=clusterings, order=order)[0] for order in range(8)]
-        return float(torch.stack([model.density(model.subspace(x)).log_prob for model in models]).std(0).mean())
+        return float(torch.stack([density(model, x) for model in models]).std(0).mean())
 
     assert spread(8) < 0.6 * spread(1)
 
@@ -122,43 +142,40 @@ def test_images_that_are_the_same_leave_no_mode_empty():
     model, x = fitted(n=600, modes=50)
     model.fit_embeddings(x[:20].repeat(30, 1))  # 20 images, 30 times each: at most 20 of 50 clusters have images
     assert torch.isfinite(model.base.centres).all()
-    assert torch.isfinite(model.density(model.subspace(x)).log_prob).all()
+    assert torch.isfinite(density(model, x)).all()
     torch.testing.assert_close(model.base.log_weights.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_log_density_follows_a_change_of_variables():
-    # Against autograd: the whole map from embedding to (z, scaled residual) is linear but for the flow.
-    model, x = fitted(modes=5, feature_noise=0.1)
+    # Against autograd: the whole map from embedding to (z, scaled rest) is linear but for the flow.
+    model, x = fitted(modes=5)
     randomise_flow(model, scale=0.3)
-    k, basis = len(model.subspace.components), torch.linalg.svd(model.subspace.components)[2]
 
     def latent(e):
-        whitened, _ = model.subspace(e[None])
-        rest = (e - model.subspace.mean) @ basis[k:].T / model.subspace.tail_variance.sqrt()
-        return torch.cat([model.flow(whitened)[0][0], rest])
+        leading, _ = model.split(e[None])
+        rest = [
+            (part - g.mean) @ (g.components[3:].T / g.variances[3:].sqrt())  # the points have all directions
+            for g, part in zip(model.gaussians, e.split([6, 18]), strict=True)
+        ]
+        return torch.cat([model.flow(leading)[0][0], *rest])
 
     for e in x[:3]:
         jacobian = torch.autograd.functional.jacobian(latent, e)
-        z, rest = latent(e).split([k, len(e) - k])
+        z, rest = latent(e).split([6, len(e) - 6])
         kernels = model.base.log_weights - 0.5 * (z - model.base.centres).square().sum(1)
         expected = torch.logsumexp(kernels, dim=0) - 0.5 * rest.square().sum() - 0.5 * len(e) * math.log(2 * math.pi)
         expected = expected + torch.linalg.slogdet(jacobian)[1]
-        torch.testing.assert_close(model.density(model.subspace(e[None])).log_prob[0], expected)
+        torch.testing.assert_close(density(model, e[None])[0], expected)
 
 
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        (
-            torch.randn(6, 24),
-            "6 principal directions need more than 6 training images, got 6: .*subspace_dim to at most 3",
-        ),
-        (torch.randn(1, 24), "need more than 6 training images, got 1: give more images, at least 4"),
-        (torch.ones(50, 24), "vary in 0 directions only, fewer than subspace_dim=6"),
-        (torch.randn(50, 3) @ torch.randn(3, 24), "vary in 3 directions only, fewer than subspace_dim=6"),
+        (torch.randn(1, 24), "needs at least 2 training images, got 1"),
+        (torch.ones(50, 24), "The 50 training images are all alike"),
     ],
 )
-def test_embeddings_without_such_a_subspace(embeddings, message):
+def test_embeddings_without_a_covariance(embeddings, message):
     model, _ = fitted()
     with pytest.raises(ValueError, match=message):
         model.fit_embeddings(embeddings.double())
@@ -170,13 +187,13 @@ def test_embeddings_have_length_one_and_the_backbone_stays_frozen():
     assert not any(parameter.requires_grad for parameter in model.embedding.network.parameters())
     images = torch.rand(12, 3, 32, 32)
     features = model.extract(images)
-    assert [tuple(part.shape) for part in features] == [(12, 256), (12, 48, 2, 2)]
+    assert [tuple(part.shape) for part in features] == [(12, 256), (12, 48, 2, 2), (12, 64, 1, 1)]
     model.embedding.fit(features)
     embeddings = model.embed(images)
-    assert embeddings.shape == (12, model.dims) == (12, 256 + 32 * 4)
+    assert embeddings.shape == (12, model.dims) == (12, 256 + 32 * 4 + 32)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(12))
-    # Pooled features and layout have the same say.
-    torch.testing.assert_close(embeddings[:, :256].norm(dim=1), torch.full((12,), 0.5**0.5))
+    for part in embeddings.split([256, 128, 32], dim=1):  # each has the same say
+        torch.testing.assert_close(part.norm(dim=1), torch.full((12,), 3**-0.5))
 
 
 def test_layers_that_do_not_exist_are_named():
@@ -186,7 +203,7 @@ def test_layers_that_do_not_exist_are_named():
         embedding_flow(layers=[1, 1])
 
 
-@pytest.mark.parametrize("wrong", [{"modes": 0}, {"map_dims": 0}, {"feature_noise": -0.1}])
+@pytest.mark.parametrize("wrong", [{"modes": 0}, {"map_dims": 0}, {"subspace_dim": 0}, {"feature_noise": -0.1}])
 def test_settings_below_their_least_value(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
         embedding_flow(**wrong)
@@ -204,19 +221,26 @@ def test_nan_pixels_are_refused():
         embedding_flow().model(images)
 
 
-def test_the_subspace_must_be_smaller_than_the_embedding():
-    with pytest.raises(ValueError, match="subspace_dim must be below the 384 numbers of an embedding, got 5000"):
-        embedding_flow(subspace_dim=5000)
+def test_a_score_of_several_flows_needs_couplings():
+    with pytest.raises(ValueError, match="'ensemble' compares several trained flows, and there are no couplings"):
+        embedding_flow(score="ensemble", coupling_layers=0)
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_the_default_is_fitted_to_few_images_without_training(images):
+    detector = EmbeddingFlow(backbone=BACKBONE, pre_trained=False, image_size=(32, 32))
+    assert not list(detector.model.flow.parameters())
+    seen = torch.rand(images, 3, 32, 32)
+    with torch.no_grad():
+        detector.model.fit_features(detector.extract(seen))
+        near, far = detector.model.log_prob(seen), detector.model.log_prob(torch.rand(8, 3, 32, 32) * 0.2)
+    assert near.isfinite().all()
+    assert near.min() > far.max()
 
 
 def test_resnet_subnets_need_images():
     with pytest.raises(ValueError, match="'resnet' is convolutional"):
         embedding_flow(subnet="resnet")
-
-
-def test_a_subspace_larger_than_the_training_set_stops_the_fit(tmp_path):
-    with pytest.raises(ValueError, match="need more than 200 training images, got 96"):
-        engine(tmp_path).fit(embedding_flow(subspace_dim=200), datamodule=data(tmp_path))
 
 
 def test_defaults_follow_the_backbone():
@@ -225,4 +249,4 @@ def test_defaults_follow_the_backbone():
     resize, normalize = detector.pre_processor.transform.transforms
     assert tuple(resize.size) == (224, 224)
     assert list(normalize.mean) == [0.5, 0.5, 0.5]
-    assert detector.model.dims == 1280 + 32 * 7 * 7
+    assert detector.model.dims == 1280 + 2 * 32 * 7 * 7

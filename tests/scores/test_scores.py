@@ -168,7 +168,7 @@ def test_the_latent_shell_has_a_radius_of_the_square_root_of_the_dimension(dims)
 
 def small_embedding_model(score):
     kwargs = {"pre_trained": False, "image_size": (32, 32), "subspace_dim": 6, "hidden_channels": 8}
-    kwargs |= {"modes": 3}
+    kwargs |= {"modes": 3, "coupling_layers": 6}
     model = EmbeddingFlowModel("test_efficientnet", layers=[], score=score, **kwargs).double().eval()
     model.base.centres.copy_(5 * torch.randn(3, 6).repeat(8, 1))
     randomise_flow(model)
@@ -261,7 +261,8 @@ def test_complexity_compares_the_flows_robust_bits_with_the_compressors(channels
     compressed = compressed_bits(images).double() / density.dims
     beyond = torch.from_numpy(nats) / math.log(2) / density.dims + 8 - compressed
     found = Complexity(density).statistics(density, (x,))
-    torch.testing.assert_close(found, torch.stack([beyond, compressed], 1), rtol=1e-6, atol=1e-6)
+    # PyTorch's distribution has its constant in single precision.
+    torch.testing.assert_close(found, torch.stack([beyond, compressed], 1), rtol=1e-5, atol=1e-5)
 
 
 def smooth_images(count, channels, size=16):

@@ -122,6 +122,7 @@ class SourcedDataModule(AnomalibDataModule):
             msg = f"{what} needs at least 2 training images, of which one is for validation, but {cause}."
             raise ValueError(msg)
         parts = train_and_val(rows, self.train_limit, self.val_split_ratio, self.seed)
+        logger.info("%s: %d images to fit to, %d held out to calibrate on.", what, *map(len, parts))
         chosen = np.union1d(*parts)
         store = images.select(chosen)
         self._begin_reading(store, stage)

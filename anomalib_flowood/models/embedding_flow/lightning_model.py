@@ -29,28 +29,29 @@ from .torch_model import EmbeddingFlowModel
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Normalizing flow on the embeddings of a frozen, pretrained network.
 
-    For whole images that do not belong: another class, another data set. One density over the whole embedding, which
-    holds the pooled features and the layout of a feature map: a RealNVP flow in the principal subspace, a Gaussian in
-    the rest.
+    For whole images that do not belong: another class, another data set, a part that is broken or missing. One density
+    over the whole embedding, which holds the pooled features and the layout of feature maps: a mixture of Gaussians
+    with a full, shrunk covariance, which takes seconds to fit, from two images up. Couplings on top are off by default.
 
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
         layers: Layers whose layout counts beside the pooled features, by timm's module names or indices; ``None`` for
-            the last one of stride 16 or less (or of the finest stride there is), an empty list for none.
+            the last one of stride 16 or less (or of the finest stride there is) and the network's last, an empty list
+            for none.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
         map_dims: Principal directions of each layer's feature vectors.
-        subspace_dim: Principal directions in which the flow works; below the number of training images.
-        modes: Gaussians that a run of k-means finds for the flow's base distribution; at most one for ten training
-            images.
-        feature_noise: Variance of the noise on training embeddings, in units of their mean variance over the principal
-            directions.
+        subspace_dim: Leading directions along which kinds of images have means of their own and couplings work; pooled
+            features and layouts have an even share each.
+        modes: Kinds that a run of k-means finds; at most one for ten training images.
+        feature_noise: Variance of the noise on embeddings in every direction, in units of their mean variance.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains.
+        coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains; with some
+            it is no better on any data that the project measured.
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
-        score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows. See docs/scores.md.
+        score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows, of couplings. See docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
@@ -79,7 +80,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
-        coupling_layers: int = 6,
+        coupling_layers: int = 0,
         hidden_channels: int = 128,
         scale: str = "tanh",
         score: str = "nll",
@@ -120,7 +121,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return self.model.extract(images)
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit embedding, subspace and base distribution."""
+        """Fit embedding, Gaussians and kinds."""
         self.model.fit_features(features)
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -6,29 +6,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import FlowModel
 
 _FIT_IMAGES = 10_000
-"""Most training images from which subspace and base are fitted, for the time and the memory it takes."""
+"""Most training images from which the density is fitted, for the time and the memory it takes."""
 
 
 class EmbeddingFlowModel(FlowModel):
-    """Density of a frozen network's embeddings: a flow in their principal subspace, a Gaussian in the rest.
+    """Density of a frozen network's embeddings: a mixture of Gaussians with a full, shrunk covariance.
 
-    What an embedding is, :class:`~anomalib_flowood.features.Embedding` says, and how its density is split,
-    :class:`~anomalib_flowood.flows.PrincipalSubspace`. The flow is a RealNVP, whose base distribution is a mixture of
-    Gaussians (:class:`~anomalib_flowood.flows.GaussianMixture`): what is inside comes in several kinds. Directions of
-    the subspace are those of the covariance within these kinds.
+    What an embedding is, :class:`~anomalib_flowood.features.Embedding` says. Its parts, the pooled features and the
+    layouts of maps, have a covariance each (:class:`~anomalib_flowood.flows.ShrunkGaussian`), so that a part in which
+    normal images differ much does not blur what the others say. What is inside comes in several kinds, and along the
+    leading directions of each part the Gaussians have means of their own
+    (:class:`~anomalib_flowood.flows.GaussianMixture`), which share the covariance within kinds. The density is that of
+    embeddings with some noise (``feature_noise``), which keeps few images from being learned by heart, and distances
+    from becoming blind to the directions in which kinds differ.
 
-    The density is that of embeddings with some noise, of variance a = ``feature_noise`` * s in every direction of the
-    embedding, s the mean variance within kinds over the directions of the subspace. It keeps few images from being
-    learned by heart.
+    With couplings, a RealNVP between the leading directions and the mixture refines that; it trains on embeddings with
+    the variance that noise and shrinking add.
 
     Arguments are those of :class:`~anomalib_flowood.EmbeddingFlow`, but for what training takes.
 
@@ -40,8 +41,6 @@ class EmbeddingFlowModel(FlowModel):
     parts = 3
 
     base: flows.GaussianMixture
-    noise_variance: Tensor
-    """a, ``()``."""
 
     def __init__(
         self,
@@ -55,33 +54,37 @@ class EmbeddingFlowModel(FlowModel):
         modes: int = 256,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
-        coupling_layers: int = 6,
+        coupling_layers: int = 0,
         hidden_channels: int = 128,
-        scale: str = "tanh",
         bottleneck_dim: int = 16,
+        scale: str = "tanh",
         score: str = "nll",
     ) -> None:
-        if not feature_noise >= 0:
-            msg = f"feature_noise must be at least 0, got {feature_noise}."
-            raise ValueError(msg)
+        for argument, value, least in (("subspace_dim", subspace_dim, 1), ("feature_noise", feature_noise, 0)):
+            if not value >= least:
+                msg = f"{argument} must be at least {least}, got {value}."
+                raise ValueError(msg)
+        embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)
+        share = max(1, subspace_dim // len(embedding.part_dims))
+        gaussians = [flows.ShrunkGaussian(dims, min(share, dims), feature_noise) for dims in embedding.part_dims]
+        leading = sum(gaussian.directions for gaussian in gaussians)
         new_flow = partial(
             flows.vector_flow,
-            subspace_dim,
+            leading,
             subnet=subnet,
             coupling_layers=coupling_layers,
             hidden_channels=hidden_channels,
-            scale=scale,
             bottleneck_dim=bottleneck_dim,
+            scale=scale,
         )
-        embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)
-        if subspace_dim >= embedding.dims:
-            msg = f"subspace_dim must be below the {embedding.dims} numbers of an embedding, got {subspace_dim}."
+        super().__init__(new_flow, flows.GaussianMixture(leading, modes), embedding.dims, levels=1, score=score)
+        if self.scorer.flows and not coupling_layers:
+            msg = (
+                f"Score {score!r} compares several trained flows, and there are no couplings: set coupling_layers to 6."
+            )
             raise ValueError(msg)
-        super().__init__(new_flow, flows.GaussianMixture(subspace_dim, modes), embedding.dims, levels=1, score=score)
         self.embedding = embedding
-        self.subspace = flows.PrincipalSubspace(embedding.dims, subspace_dim)
-        self.feature_noise = feature_noise
-        self.register_buffer("noise_variance", torch.zeros(()))
+        self.gaussians = nn.ModuleList(gaussians)
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return what embeddings are made of.
@@ -116,35 +119,49 @@ class EmbeddingFlowModel(FlowModel):
         self.fit_embeddings(self.embedding.embed_stored(features))
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
-        """Fit the principal subspace, the variance of the rest, and the base distribution.
+        """Fit the Gaussians of the parts, and the kinds.
 
         Args:
             embeddings: Training embeddings, ``(N, D)``.
 
         Raises:
-            ValueError: If there are too few of them, or they are all alike.
+            ValueError: If there are fewer than two of them, or they are all alike.
         """
-        self.subspace.fit(embeddings, what="training images")
-        covariance = self.base.fit(self.subspace.coordinates(embeddings))
-        variances, turn = map(torch.from_numpy, np.linalg.eigh(covariance.numpy()))
-        tail = self.subspace.tail_variance.to(variances)
-        variances = torch.maximum(variances, tail)
-        noise = self.feature_noise * variances.mean()
-        self.noise_variance.copy_(noise)
-        self.subspace.rotate(turn, variances + noise, tail + noise)
-        self.base.transform(turn / (variances + noise).sqrt())
+        pairs = self._pairs(embeddings)
+        for gaussian, part in pairs:
+            gaussian.fit(part, what="training images")
+        within = self.base.fit(torch.cat([gaussian.coordinates(part) for gaussian, part in pairs], dim=1))
+        within *= 1 - 1 / len(embeddings)  # over n, as the Gaussians' covariances
+        blocks, start = [], 0
+        for gaussian, _ in pairs:
+            own = slice(start, start + gaussian.directions)
+            blocks.append(gaussian.turn(within[own, own]))
+            start = own.stop
+        self.base.transform(torch.block_diag(*blocks))
 
-    def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Embed features, as :meth:`extract` returns them, and split the density as the subspace does.
+    def split(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the density of embeddings, ``(N, D)``, into leading directions and the rest.
 
         Returns:
-            Standardised coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``, nats.
+            Standardised coordinates along the leading directions of all parts, ``(N, k)``, and all of the log-density
+            but theirs, ``(N,)``, nats.
         """
-        return self.subspace(self.embedding(features))
+        leading, rests = zip(*(gaussian(part) for gaussian, part in self._pairs(embeddings)), strict=True)
+        return torch.cat(leading, dim=1), sum(rests[1:], rests[0])
+
+    def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Embed features, as :meth:`extract` returns them, and split their density as :meth:`split` does."""
+        return self.split(self.embedding(features))
 
     def blur(self, coordinates: Tensor) -> Tensor:
         """Add the noise to standardised coordinates, ``(N, k)``, on which the flow trains."""
-        return coordinates + (self.noise_variance / self.subspace.variances).sqrt() * torch.randn_like(coordinates)
+        gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
+        shares = [(part.tail_variance / part.variances[: part.directions]).sqrt() for part in gaussians]
+        return coordinates + torch.cat(shares) * torch.randn_like(coordinates)
+
+    def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
+        """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
+        return list(zip(self.gaussians, embeddings.split(self.embedding.part_dims, dim=1), strict=True))  # type: ignore[arg-type]
 
     def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embed pre-processed images, ``(N, 3, H, W)``, as :meth:`prepare` does; errors as for :meth:`extract`."""
