@@ -45,7 +45,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         context: What a flow of positions is told of the rest of the image: {contexts}.
         subnet: s,t-network: {subnets}; of single positions a fully connected one, ``mlp`` or ``bottleneck``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network, and of the context ``quadrant``.
-        coupling_layers: Number of couplings. Without any it is a whitened Gaussian, and nothing trains.
+        coupling_layers: Number of couplings, say 10. By default there are none: it is a whitened Gaussian, fitted in one
+            pass, and nothing trains.
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
@@ -83,12 +84,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         pre_trained: bool = True,
         image_size: tuple[int, int] = (224, 224),
         subspace_dim: int = 64,
-        layout_dims: int = 128,
+        layout_dims: int = 256,
         mask: str = POSITION,
         context: str = "mean",
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
-        coupling_layers: int = 10,
+        coupling_layers: int = 0,
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
