@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -47,4 +48,5 @@ class SmallestPValue(Score):
     def combine(self, statistics: Tensor) -> Tensor:
         """−log of the smallest p-value, nats, ``(N,)``."""
         tails = (statistics - self.threshold) / self.scale
-        return (tails + tails.new_tensor(self.weights).log() - tails.new_tensor(_TAIL).log()).amax(1)
+        weights = torch.tensor(self.weights, dtype=tails.dtype, device=tails.device)
+        return (tails + weights.log() - math.log(_TAIL)).amax(1)
