@@ -52,6 +52,7 @@ def density(
     x: Tensor,
     rest: Tensor | None = None,
     condition: Tensor | None = None,
+    *,
     after: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Density:
     """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, and a rest that is known already.

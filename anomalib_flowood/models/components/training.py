@@ -88,7 +88,7 @@ class FlowTraining(_Base):
         """What the density of a training batch is computed from, with the noise that training adds."""
         raise NotImplementedError
 
-    def loss(self, inputs: Inputs) -> Tensor:
+    def training_loss(self, inputs: Inputs) -> Tensor:
         """Return the mean −log p per dimension, nats, ``()``."""
         return -self.model.density(inputs).log_prob.mean() / self.model.dims
 
@@ -99,7 +99,7 @@ class FlowTraining(_Base):
             TrainingDivergedError: If it is NaN or infinite.
         """
         inputs = self.training_inputs(batch)
-        loss = self.loss(inputs)
+        loss = self.training_loss(inputs)
         self.log("train_loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
         others = self.model.scorer.training_loss(self.model, inputs)
         if others is not None:

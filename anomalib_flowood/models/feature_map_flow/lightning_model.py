@@ -45,8 +45,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         context: What a flow of positions is told of the rest of the image: {contexts}.
         subnet: s,t-network: {subnets}; of single positions a fully connected one, ``mlp`` or ``bottleneck``.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network, and of the context ``quadrant``.
-        coupling_layers: Number of couplings, say 10. By default there are none: it is a whitened Gaussian, fitted in one
-            pass, and nothing trains.
+        coupling_layers: Number of couplings, say 10. By default there are none: it is a whitened Gaussian, fitted in
+            one pass, and nothing trains.
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
@@ -174,7 +174,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """The same, in the precision in which it is stored."""
         return super().inputs_of(batch)
 
-    def loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def training_loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Mean −log p per dimension of the flow's input, with noise on it; nats, ``()``."""
         return self.model.loss(inputs, self.feature_noise)
 

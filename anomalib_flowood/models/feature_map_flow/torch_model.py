@@ -124,10 +124,10 @@ class FeatureMapFlowModel(FlowModel):
             maps = run_backbone(network, torch.zeros(1, 3, *image_size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
-        kinds = [{"top": index in tops, "whole": index in wholes, "top_fraction": score_fraction} for index in indices]
+        new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction)
         layers = [
-            MapLayer(name, layer.shape[1], shape, layout_dims, **kind)
-            for name, layer, shape, kind in zip(names, maps, shapes, kinds, strict=True)
+            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes)
+            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
         ]
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
@@ -215,7 +215,7 @@ class FeatureMapFlowModel(FlowModel):
         """
         if not self._draws(self.flow.flows[0]):
             return None
-        positions = min(math.prod(layer.size) for layer in self.layers if layer.top)  # type: ignore[union-attr, arg-type]
+        positions = min(math.prod(layer.size) for layer in self.layers if layer.top)  # type: ignore[arg-type]
         return max(1, min(_MOST_STEPS, round(images * positions / _DRAWN)))
 
     @staticmethod
@@ -237,11 +237,11 @@ class FeatureMapFlowModel(FlowModel):
             if self._draws(flow):
                 points, places, images = flows.draw_positions(reduced, _DRAWN)
                 points = _blurred(points.to(self.dtype), noise)
-                condition = flow.condition(reduced.to(self.dtype))
+                condition = flow.condition(reduced.to(self.dtype))  # type: ignore[operator]
                 if condition is not None:
                     # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
                     condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
-                z, log_det = flow.at(points, places, condition)
+                z, log_det = flow.at(points, places, condition)  # type: ignore[operator]
             else:
                 z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
             losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
@@ -303,17 +303,16 @@ class FeatureMapFlowModel(FlowModel):
             ``(N,)``: the combined evidence.
         """
         del scorer
-        shown: Tensor | float = 0.0
-        statistics: list[Tensor] = []
+        shown, statistics = [], []
         for layer, maps in zip(self.layers, self.layer_maps(inputs), strict=True):
             statistics += layer.statistics(maps)  # type: ignore[operator]
             if layer.top:
                 maps = layer.standardise(maps)[:, None]  # type: ignore[operator]
                 maps = functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False)
-                shown = shown + maps * (layer.size[0] / self._rows)  # type: ignore[index, operator]
+                shown.append(maps * (layer.size[0] / self._rows))  # type: ignore[index, operator]
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
-        return InferenceBatch(pred_score=score, anomaly_map=shown)
+        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).sum(0))
 
 
 def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
