@@ -309,7 +309,7 @@ class FeatureMapFlowModel(FlowModel):
             if layer.top:
                 maps = layer.standardise(maps)[:, None]  # type: ignore[operator]
                 maps = functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False)
-                shown.append(maps * (layer.size[0] / self._rows))  # type: ignore[index, operator]
+                shown.append(maps * (layer.size[0] / self._rows))  # type: ignore[index]
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).sum(0))
