@@ -203,7 +203,7 @@ def test_the_engine_mixes_no_settings(trained, tmp_path):
     given = {name: value for name, value in SETTINGS.items() if name not in ("layout_dims", "score_fraction")}
     for run in ("test", "predict", "validate", "fit"):
         with pytest.raises(
-            SettingsError, match=r"model.ckpt was trained.*layout_dims is 2 there and 128 here; score_frac"
+            SettingsError, match=r"model.ckpt was trained.*layout_dims is 2 there and 256 here; score_frac"
         ):
             getattr(engine(tmp_path), run)(FeatureMapFlow(**given), datamodule=module, ckpt_path=path)
     # What counts in training alone may differ, and the level is the detector's own where it was chosen.

@@ -87,7 +87,7 @@ def test_every_part_runs_and_is_not_run_again(sets, monkeypatch):
     rows = rows.set_index(["part", "detector"])
     timed = rows.loc["mask_time"]
     assert timed["fit_s"].between(0.3, 3).all()
-    assert (timed["train_images"] == 54).all()
+    assert (timed["train_images"] == 45).all()
     assert (timed["test_images"] == 40).all()
     epochs = rows.loc["mask_epochs"]
     assert (epochs["epochs"] == 1).all()
