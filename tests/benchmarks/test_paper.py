@@ -91,7 +91,7 @@ def test_every_part_runs_and_is_not_run_again(sets, monkeypatch):
     assert (timed["test_images"] == 40).all()
     epochs = rows.loc["mask_epochs"]
     assert (epochs["epochs"] == 1).all()
-    assert (epochs["images_seen"] == 36).all()
+    assert (epochs["images_seen"] == 30).all()
     bottleneck = rows.loc[("bottleneck", "K = 2")]
     assert bottleneck["epochs"] == 2  # the flow's own
     assert 0 <= bottleneck["coadaptation"] <= 1
