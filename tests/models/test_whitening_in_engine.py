@@ -19,12 +19,21 @@ def whitening(detector) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in named if any(part in name.split(".") for part in PARTS)}
 
 
-def assert_own(detector) -> None:
-    """The whitening is that of the present weights and of the images of the fit."""
+def observed(**kwargs):
+    """A detector, which lets go what it is fitted to, and what that was."""
+    detector = feature_map_flow(**kwargs)
+    keep, seen = detector.keep_reference, []
+    detector.keep_reference = lambda features: (seen.append(features), keep(features))
+    return detector, seen
+
+
+def assert_own(detector, seen) -> None:
+    """The whitening is that of the present weights and of the images of the fit, which are let go."""
+    assert detector._reference == ()
     found = whitening(detector)
     assert float(detector.model.evidence.location.abs().min()) > 0
     detector.model.eval()
-    detector.model.fit_whitening(detector._reference)
+    detector.model.fit_whitening(seen[-1])
     torch.testing.assert_close(found, whitening(detector))
 
 
@@ -44,11 +53,11 @@ CALIBRATED = {"the last epoch", "early stopping", "a limit in time"}
 def test_however_a_training_ends_the_whitening_is_that_of_its_weights(end, tmp_path):
     arguments = {name: value() if callable(value) else value for name, value in ENDS[end].items()}
     # Without batch norms, for whose sake Lightning would train on, averaged weights come last of all.
-    detector, module = feature_map_flow(backbone="test_convnext", max_epochs=3), data(tmp_path)
+    (detector, seen), module = observed(backbone="test_convnext", max_epochs=3), data(tmp_path)
     run = engine(tmp_path, **arguments)
     run.fit(detector, datamodule=module)
     assert detector.post_processor.calibrated == (end in CALIBRATED)
-    assert_own(detector)
+    assert_own(detector, seen)
     if end in CALIBRATED:
         again = open_checkpoint(run.trainer.checkpoint_callback.best_model_path)
         assert again.post_processor.calibrated
@@ -59,9 +68,9 @@ def test_a_resumed_fit_whitens_anew(tmp_path):
     module, run = data(tmp_path), engine(tmp_path)
     run.fit(feature_map_flow(max_epochs=1), datamodule=module)
     path = run.trainer.checkpoint_callback.best_model_path
-    resumed = feature_map_flow(max_epochs=2)
+    resumed, seen = observed(max_epochs=2)
     engine(tmp_path).fit(resumed, datamodule=module, ckpt_path=path)
     before = whitening(open_checkpoint(path))
     assert not torch.equal(before["evidence.location"], resumed.model.evidence.location)
     assert resumed.post_processor.calibrated
-    assert_own(resumed)
+    assert_own(resumed, seen)

@@ -200,6 +200,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Fit the whitening where training ended before its last epoch did, or a callback has averaged weights."""
         super().on_train_end()
         self._fit_whitening()
+        self._reference = ()  # so that the stored features are let go
 
     def _fit_whitening(self) -> None:
         # Once for the same weights: what a validation has calibrated stays to the last bit.
@@ -207,7 +208,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         if self._whitened == weights or not self._reference:
             return
         if self._shows_progress:
-            logger.info("Fitting the whitening behind the flow to %d images.", len(self._reference[0]))
+            logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]))
         self._whitened = weights
         training = self.model.training
         self.model.eval()
