@@ -25,6 +25,11 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
 
 
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The callbacks of a trainer, which has them without a type."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def training_loaders(trainer: Trainer) -> list[Any]:
     """The loaders of a fit's training images, as a data module makes them or as they were given.
 

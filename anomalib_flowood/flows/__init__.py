@@ -12,8 +12,8 @@ from .couplings import (
     native_form,
     quadrant_size,
 )
-from .density import Density, SideBySide, couple, density, independent, shares
-from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze, Whitening
+from .density import Density, SideBySide, couple, density, independent
+from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
 from .pixels import (
     LEVELS,
@@ -25,7 +25,6 @@ from .pixels import (
     dequantize,
 )
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
-from .position_whitening import PositionWhitening
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
 from .shrunk import ShrunkGaussian
@@ -42,6 +41,7 @@ from .subnets import (
     subnet_constructor,
 )
 from .subspace import PrincipalSubspace
+from .whitening import PositionWhitening, Whitening
 
 __all__ = [
     "ARCHITECTURES",
@@ -101,7 +101,6 @@ __all__ = [
     "quadrants",
     "register_mask",
     "register_subnet",
-    "shares",
     "start_at_zero",
     "subnet_constructor",
     "vector_flow",

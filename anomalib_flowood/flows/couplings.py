@@ -153,9 +153,9 @@ class AffineCoupling(InvertibleModule):
         jac: bool = True,
     ) -> tuple[tuple[Tensor], Tensor]:
         """Transform the changed values; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del c, jac
+        del jac
         (x,) = x_or_z
-        y, s = self.couple(x, rev=rev)
+        y, s = self.couple(x, rev, *(c or ()))
         log_det = s.flatten(1).sum(1)
         return (y,), -log_det if rev else log_det
 

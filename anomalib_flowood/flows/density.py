@@ -11,7 +11,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
-from .bases import Base, StandardNormal, StudentT
+from .bases import Base
 from .positions import PositionFlow
 
 
@@ -102,25 +102,6 @@ def couple(couplings: SequenceINN, x: Tensor, condition: Tensor | None = None) -
         x, s = coupling.couple(x, **given)
         scales = scales + coupling.spread(s)
     return x, scales
-
-
-def shares(
-    couplings: SequenceINN, base: StandardNormal | StudentT, x: Tensor, condition: Tensor | None = None
-) -> Tensor:
-    """Split −log p(x) among the values of x: couplings scale and shift each value on its own.
-
-    Args:
-        couplings: Couplings, and nothing else.
-        base: A base of independent latents.
-        x: ``(N, ...)``.
-        condition: As :func:`couple` has it.
-
-    Returns:
-        ``-log p_base(z_i) - sum of the log-scales of value i over the couplings``, nats, of the shape of x. Its sum is
-        −log p(x).
-    """
-    z, scales = couple(couplings, x, condition)
-    return -base.elementwise(z) - scales
 
 
 class SideBySide(InvertibleModule):

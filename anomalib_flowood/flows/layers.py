@@ -8,13 +8,11 @@ and forgets across checkpoints whether it has started.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,11 +21,8 @@ from .precision import full_precision
 _CONSTANT = 1e-5
 """Standard deviation below which a channel counts as constant: half a grey level is a hundred times as much."""
 
-_POINTS_PER_DIRECTION = 2
-"""With fewer points for each direction, whitening would learn them by heart."""
 
-
-class _Layer(InvertibleModule):
+class Layer(InvertibleModule):
     """One tensor in, one tensor out.
 
     Args:
@@ -67,7 +62,7 @@ class _Layer(InvertibleModule):
         return (y,), log_det
 
 
-class _ImageLayer(_Layer):
+class _ImageLayer(Layer):
     """One image in, one image out.
 
     Args:
@@ -303,96 +298,3 @@ class InvertibleConv1x1(_ImageLayer):
         y = (weight @ x.flatten(2)).unflatten(2, self.shape[1:])
         log_det = (self.shape[1] * self.shape[2] * self.log_s.sum()).expand(x.shape[0])
         return y, -log_det if rev else log_det
-
-
-class Whitening(_Layer):
-    """Remove what varies from sample to sample as a whole, and keep the shape: a vector stays a vector, a map a map.
-
-    With the leading principal directions W over the training samples (k of them, variances u), the mean variance r of
-    the rest and the mean m::
-
-        w = (x - m) / sqrt(r) + W (1 / sqrt(u) - 1 / sqrt(r)) W^T (x - m)
-
-    is symmetric and invertible. With a standard normal for w it is the Gaussian of probabilistic PCA (Tipping and
-    Bishop 1999, section 3). Before a fit it is the identity.
-
-    Args:
-        dims_in: One shape, of any rank.
-        directions: The most directions k that a fit takes; one for two samples at most, and no more than there
-            are numbers.
-        dims_c: FrEIA's convention; none are supported.
-
-    Raises:
-        ValueError: If there is more than one input, a condition, or k is negative.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    variances: Tensor
-    rest: Tensor
-
-    def __init__(
-        self,
-        dims_in: Iterable[tuple[int, ...]],
-        directions: int,
-        dims_c: Iterable[tuple[int, ...]] | None = None,
-    ) -> None:
-        super().__init__(dims_in, dims_c)
-        if directions < 0:
-            msg = f"directions must be at least 0, got {directions}."
-            raise ValueError(msg)
-        self.register_buffer("mean", torch.zeros(self.shape))
-        self.register_buffer("directions", torch.zeros(directions, math.prod(self.shape)))
-        self.register_buffer("variances", torch.ones(directions))
-        self.register_buffer("rest", torch.ones(()))
-
-    @full_precision
-    def fit(self, samples: Tensor) -> None:
-        """Fit mean, directions and variances to samples, ``(n, ...)``.
-
-        Raises:
-            ValueError: If there are fewer than two.
-        """
-        n = len(samples)
-        if n < 2:
-            msg = f"Whitening is fitted to at least 2 samples, got {n}."
-            raise ValueError(msg)
-        samples = samples.flatten(1)
-        centre = samples.mean(0)
-        total = samples.var(0).sum()
-        rank = min(len(self.directions), n // _POINTS_PER_DIRECTION, samples.shape[1])
-        pca = PCA(n_components=rank, random_state=0).fit((samples - centre).cpu().numpy()) if rank else None
-        kept = torch.from_numpy(pca.explained_variance_).to(total) if pca else total.new_zeros(0)
-        rest = ((total - kept.sum()) / max(1, samples.shape[1] - rank)).clamp(min=1e-6)
-        self.mean.copy_(centre.unflatten(0, self.shape))
-        self.rest.copy_(rest)
-        # Directions that are not used are zero, and their variances without effect.
-        self.directions.zero_()
-        self.variances.copy_(rest.expand_as(self.variances))
-        if pca:
-            self.directions[:rank] = torch.from_numpy(pca.components_).to(self.directions)
-            self.variances[:rank] = torch.maximum(kept, rest)
-
-    def forget(self) -> None:
-        """Be the identity again."""
-        self.mean.zero_()
-        self.directions.zero_()
-        self.variances.fill_(1)
-        self.rest.fill_(1)
-
-    @property
-    def log_det(self) -> Tensor:
-        """Log-determinant of the forward direction, the same for every sample; ``()``."""
-        return -0.5 * ((self.variances / self.rest).log().sum() + self.mean.numel() * self.rest.log())
-
-    @full_precision
-    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
-        """Whiten ``x``, or undo it."""
-        power = 0.5 if rev else -0.5
-        scale = self.rest**power
-        centred = x if rev else x - self.mean
-        coordinates = centred.flatten(1) @ self.directions.T
-        leading = (coordinates * (self.variances**power - scale)) @ self.directions
-        y = centred * scale + leading.unflatten(1, self.shape)
-        log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
-        return (y + self.mean, -log_det) if rev else (y, log_det)

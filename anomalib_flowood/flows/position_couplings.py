@@ -160,21 +160,6 @@ class PositionCoupling(AffineCoupling):
         fed = torch.zeros_like(s[:, :1]).expand(-1, self.fed.shape[0], *s.shape[2:])
         return torch.cat([fed, s], dim=1).index_select(1, self.order)
 
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Transform; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del jac
-        (x,) = x_or_z
-        (condition,) = c or (None,)
-        y, s = self.couple(x, rev, condition)
-        log_det = s.flatten(1).sum(1)
-        return (y,), -log_det if rev else log_det
-
 
 class QuadrantContextCoupling(PositionCoupling):
     """Coupling of the positions of one quadrant, told K numbers that are squeezed out of the quadrant before.

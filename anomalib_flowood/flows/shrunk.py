@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .fitted import ShapedByFit, principal_directions
 from .precision import full_precision
 
-_LEAST = 1e-10
-"""Variance, as a share of the largest, below which the points do not vary in a direction."""
 
-_SHAPED_BY_FIT = ("components", "variances")
-
-
-class ShrunkGaussian(nn.Module):
+class ShrunkGaussian(ShapedByFit):
     """N(m, (1 - s) S + (s + a) v I): sample covariance S, its mean variance v, the shrinkage s of OAS, noise a.
 
     S of n points has at most n - 1 directions, so that the covariance, D by D, is kept as these directions, the shrunk
@@ -37,6 +32,8 @@ class ShrunkGaussian(nn.Module):
     Raises:
         ValueError: If there are more directions than dimensions, or the noise is negative.
     """
+
+    shaped_by_fit = ("components", "variances")
 
     mean: Tensor
     """m, ``(D,)``; a buffer, as the others."""
@@ -77,7 +74,7 @@ class ShrunkGaussian(nn.Module):
             raise ValueError(msg)
         points = points.double().cpu()
         mean = points.mean(0)
-        variances, components = _principal(points - mean)
+        variances, components = principal_directions(points - mean)
         dims = len(mean)
         if not len(variances) or float(variances.sum()) <= 1e-12 * dims * float(points.square().mean()):
             msg = f"The {len(points)} {what} are all alike, or constant: give more varied images."
@@ -151,62 +148,11 @@ class ShrunkGaussian(nn.Module):
         leading, rest = self(points)
         return rest - 0.5 * (leading.square().sum(1) + self.directions * math.log(2 * math.pi))
 
-    @full_precision
-    def leave_one_out(self, points: Tensor) -> Tensor:
-        """Log-density of each of the points of the last fit under the Gaussian of the others.
-
-        The shrinkage is that of all points; the rest is exact, by a change of rank one. So a score of normal images
-        can be brought to scale without any that are held out.
-
-        Args:
-            points: The points of the fit, ``(n, D)``.
-
-        Returns:
-            Nats, ``(n,)``.
-        """
-        n, dims = len(points), len(self.mean)
-        centred = (points - self.mean).double()
-        coordinates = centred @ self.components.double().T
-        tail = self.tail_variance.double()
-        # Without point i: mean m - c / (n - 1), covariance n / (n - 1) (1 - s) (S - c c^T / (n - 1)) + (s + a) v I.
-        variances = (self.variances.double() - tail).clamp(min=0) * n / (n - 1) + tail
-        change = self._kept() * n / (n - 1) ** 2
-        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-        square = (coordinates.square() / variances).sum(1) + outside / tail
-        left = (1 - change * square).clamp(min=_LEAST)
-        volume = variances.log().sum() + (dims - len(variances)) * tail.log() + left.log()
-        distance = square / left * (n / (n - 1)) ** 2
-        return -0.5 * (distance + volume + dims * math.log(2 * math.pi))
-
     def _kept(self) -> Tensor:
         """What is kept of the sample covariance, 1 - s: shrinking leaves its mean as it is, noise adds to that."""
         tail, dims = self.tail_variance.double(), len(self.mean)
         level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims
         return 1 + self.noise - (1 + self.noise) * tail / level
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take as many directions as were saved."""
-        for name in _SHAPED_BY_FIT:
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                setattr(self, name, torch.empty_like(getattr(self, name)).new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the principal directions of points, ``(n, D)``, whose mean is 0, by the smaller of two matrices.
-
-    Returns:
-        Variances, ``(r,)``, the largest first, and directions, ``(r, D)``; without those in which nothing varies.
-    """
-    n, dims = centred.shape
-    few = n <= dims
-    square = (centred @ centred.T if few else centred.T @ centred) / n
-    # In NumPy, where eigensolvers are faster on the CPU.
-    variances, vectors = (torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(square.numpy()))
-    kept = variances > _LEAST * max(float(variances[0]), 0.0)
-    variances, vectors = variances[kept], vectors[:, kept]
-    return variances, (vectors.T @ centred) / (n * variances).sqrt()[:, None] if few else vectors.T
 
 
 def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:

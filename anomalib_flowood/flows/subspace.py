@@ -89,23 +89,6 @@ class PrincipalSubspace(nn.Module):
         self.tail_variance.copy_(torch.maximum(left, _TAIL_FLOOR * explained[-1]))
 
     @full_precision
-    def coordinates(self, points: Tensor) -> Tensor:
-        """Return the coordinates of vectors, ``(N, D)``, before they are standardised; ``(N, k)``."""
-        return (points - self.mean) @ self.components.T
-
-    def rotate(self, turn: Tensor, variances: Tensor, tail_variance: Tensor) -> None:
-        """Take other directions of the same subspace, and other variances.
-
-        Args:
-            turn: An orthogonal matrix, ``(k, k)``: ``coordinates @ turn`` are the new ones.
-            variances: Variances along the new directions, ``(k,)``.
-            tail_variance: Variance of the rest, ``()``.
-        """
-        self.components.copy_(turn.T @ self.components.to(turn))
-        self.variances.copy_(variances)
-        self.tail_variance.copy_(tail_variance)
-
-    @full_precision
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Split the density of points.
 

@@ -18,7 +18,8 @@ class Evidence(nn.Module):
     fitted to, otherwise their statistics are too small, and more so those that were fitted with more numbers.
 
     From n images a standard deviation is uncertain by 1 / sqrt(2 n) of itself. It is a mean, therefore, of the
-    statistic's own and of a common one, relative to what is normal, that counts as much as 4 images.
+    statistic's own and of a common one, relative to what is normal, that counts as much as 4 images. A statistic whose
+    mean is less than its spread, so that it has no size to compare, has no part in that.
 
     Args:
         kinds: E, the number of statistics.
@@ -51,7 +52,9 @@ class Evidence(nn.Module):
         location = statistics.mean(0)
         size = location.abs().clamp(min=1e-12)
         own = (statistics.std(0) / size).square()
-        shrunk = ((n - 1) * own + _PRIOR_IMAGES * own.mean()) / (n - 1 + _PRIOR_IMAGES)
+        sized = own < 1
+        common = torch.where(sized, own[sized].mean(), own)
+        shrunk = ((n - 1) * own + _PRIOR_IMAGES * common) / (n - 1 + _PRIOR_IMAGES)
         self.location.copy_(location)
         self.spread.copy_((size * shrunk.sqrt()).clamp(min=1e-6))
 

@@ -6,7 +6,6 @@ Whatever a flow is better at than these, it has earned by itself.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from anomalib.data import InferenceBatch
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from anomalib_flowood import flows
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import check_images
 
@@ -113,36 +112,21 @@ class PPCAModel(EmbeddingModel):
     """−log p per dimension of probabilistic PCA (Tipping and Bishop 1999): one Gaussian, isotropic in all but a few
     directions."""
 
-    location: Tensor
-    directions: Tensor
-    variances: Tensor
-    rest: Tensor
-
     def __init__(self, *args: Any, subspace_dim: int = DIRECTIONS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.subspace_dim = subspace_dim
-        for name in ("location", "directions", "variances", "rest"):  # sized by what is fitted
-            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self.most = subspace_dim
+        self.subspace = flows.PrincipalSubspace(self.embedding.dims, subspace_dim)
 
     def fit(self, embeddings: Tensor) -> None:
         """Fit mean, leading directions, and the mean variance of the rest, to ``(N, D)``."""
-        points = embeddings.double().cpu()
-        k = min(self.subspace_dim, max(1, len(points) // 2), points.shape[1] - 1)
-        pca = PCA(n_components=k, random_state=0).fit(points.numpy())
-        self.location, self.directions, self.variances = (
-            torch.from_numpy(fitted).to(embeddings.device)
-            for fitted in (pca.mean_, pca.components_, pca.explained_variance_)
-        )
-        self.rest = (points.var(0).sum().to(embeddings.device) - self.variances.sum()) / (points.shape[1] - k)
+        directions = min(self.most, max(1, len(embeddings) // 2))
+        self.subspace = flows.PrincipalSubspace(self.embedding.dims, directions).to(embeddings)
+        self.subspace.fit(embeddings)
 
     def distance(self, embeddings: Tensor) -> Tensor:
         """Score embeddings ``(N, D)``."""
-        k, dims = self.directions.shape
-        centred = embeddings.double() - self.location
-        along = centred @ self.directions.T
-        outside = (centred.square().sum(1) - along.square().sum(1)).clamp(min=0)
-        constant = dims * math.log(2 * math.pi) + self.variances.log().sum() + (dims - k) * self.rest.log()
-        return ((along.square() / self.variances).sum(1) + outside / self.rest + constant) / (2 * dims)
+        coordinates, rest = self.subspace(embeddings)
+        return -(flows.StandardNormal().log_prob(coordinates) + rest) / self.embedding.dims
 
 
 class Baseline(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]

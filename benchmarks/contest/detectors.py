@@ -199,39 +199,26 @@ def cflow_loss(detector: AnomalibModule, images: Tensor) -> Tensor:
 # Names
 # ---------------------------------------------------------------------------------------------------------------------
 
-FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
-"""Arguments that give one of our detectors a flow to train, should its defaults have none."""
-
 _OURS = {
     "FeatureMapFlow": Detector("FeatureMapFlow", _feature_map_flow, ours=True, random=True),
     "EmbeddingFlow": Detector("EmbeddingFlow", _embedding_flow, ours=True, random=True, maps=False),
 }
 
+_FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
+"""Arguments that give our detectors a flow, of which they have none by default."""
 
-def _trains(name: str) -> bool:
-    """Whether a detector of ours trains a flow by default."""
-    model = {"FeatureMapFlow": FeatureMapFlow, "EmbeddingFlow": EmbeddingFlow}[name]
-    return signature(model).parameters["coupling_layers"].default != 0
-
-
-_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{name} ({'no flow' if _trains(name) else 'flow'})": (name, {"coupling_layers": 0} if _trains(name) else flow)
-    for name, flow in FLOWS.items()
-}
-"""Variants of our detectors: without the flow that they train by default, or with one where they train none."""
-
-TRAINED = dict((of, name) if _trains(of) else (name, of) for name, (of, _) in _VARIANTS.items())
+TRAINED = {f"{name} (flow)": name for name in _FLOWS}
 """Detectors that train a flow, and what they are without it."""
 
 
-def _variant(name: str, of: str, arguments: dict[str, Any]) -> Detector:
+def _with_flow(name: str, of: str) -> Detector:
     usual = _OURS[of]
-    return replace(usual, name=name, build=partial(usual.build, **arguments), ours=False, variant_of=of)
+    return replace(usual, name=name, build=partial(usual.build, **_FLOWS[of]), ours=False, variant_of=of)
 
 
 _ALL = [
     *_OURS.values(),
-    *(_variant(name, *variant) for name, variant in _VARIANTS.items()),
+    *(_with_flow(name, of) for name, of in TRAINED.items()),
     Detector("Fastflow", _fastflow, random=True, held_out_loss=flow_loss),
     Detector("Patchflow", _patchflow, random=True, held_out_loss=flow_loss),
     Detector("Cflow", _cflow, random=True, held_out_loss=cflow_loss),

@@ -41,10 +41,10 @@ def test_mahalanobis_agrees_with_sklearn(embeddings):
 @pytest.mark.parametrize("images", [40, 9])
 def test_ppca_is_a_gaussian(embeddings, images):
     model, test, train = fitted("PPCA", embeddings)
-    model.subspace_dim = 12
+    model.most = 12
     train = train[:images].double()
     model.fit(train)
-    k, dims = len(model.directions), train.shape[1]
+    k, dims = len(model.subspace.components), train.shape[1]
     assert k == min(12, images // 2)
     values, vectors = np.linalg.eigh(np.cov(train.numpy().T))
     values[: dims - k] = values[: dims - k].mean()

@@ -4,6 +4,8 @@
 import torch
 from torch import nn
 
+from anomalib_flowood.flows import couple
+
 
 def randomise(module: nn.Module, scale: float = 0.3, seed: int = 0) -> nn.Module:
     """Replace all weights, which start at the identity, by random ones; float64."""
@@ -30,3 +32,9 @@ def check_log_det(flow, x: torch.Tensor) -> None:
         jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0].flatten(), image)
         matrix = jacobian.reshape(image.numel(), image.numel())
         torch.testing.assert_close(value, torch.linalg.slogdet(matrix)[1], rtol=1e-8, atol=1e-8)
+
+
+def shares(couplings, base, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+    """Split −log p(x) among the values of x; of the shape of x."""
+    z, scales = couple(couplings, x, condition)
+    return -base.elementwise(z) - scales

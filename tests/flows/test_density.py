@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from flow_helpers import check_inverse, randomise
+from flow_helpers import check_inverse, randomise, shares
 
 from anomalib_flowood.flows import (
     MASKS,
@@ -13,7 +13,6 @@ from anomalib_flowood.flows import (
     density,
     independent,
     map_flow,
-    shares,
     vector_flow,
 )
 

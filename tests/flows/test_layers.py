@@ -262,7 +262,7 @@ def test_whitening_makes_a_gaussian_of_probabilistic_pca_standard(directions):
 def test_whitening_takes_one_direction_for_two_samples_and_remembers_them():
     layer = Whitening([(6,)], 4).double()
     layer.fit(image(5, 6))
-    assert (layer.directions.norm(dim=1) > 0).tolist() == [True, True, False, False]
+    assert len(layer.directions) == 2
     fresh = Whitening([(6,)], 4).double()
     fresh.load_state_dict(saved(layer))
     assert torch.equal(call(fresh)(image(3, 6))[0], call(layer)(image(3, 6))[0])
@@ -275,6 +275,6 @@ def test_whitening_takes_one_direction_for_two_samples_and_remembers_them():
 def test_whitening_takes_no_more_directions_than_there_are_numbers():
     layer, x = Whitening([(3,)], 8).double(), image(40, 3)
     layer.fit(x)
-    assert (layer.directions.norm(dim=1) > 0).tolist() == [True] * 3 + [False] * 5
+    assert len(layer.directions) == 3
     y, _ = call(layer)(x)
     torch.testing.assert_close(torch.cov(y.T), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)

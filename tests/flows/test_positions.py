@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from flow_helpers import check_inverse, check_log_det, randomise
+from flow_helpers import check_inverse, check_log_det, randomise, shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from anomalib_flowood.flows import (
     encode_places,
     position_flow,
     quadrants,
-    shares,
 )
 from anomalib_flowood.flows.position_couplings import split_by_digit
 

@@ -63,18 +63,6 @@ def test_the_density_follows_a_change_of_variables():
         torch.testing.assert_close((StandardNormal().log_prob(w) + rest)[0], expected)
 
 
-def test_other_directions_of_the_same_subspace_are_the_same_subspace():
-    subspace, x = fitted()
-    coordinates = subspace.coordinates(x)
-    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    subspace.rotate(turn, torch.ones(3).double(), torch.tensor(0.5).double())
-    torch.testing.assert_close(subspace.coordinates(x), coordinates @ turn)
-    w, rest = subspace(x)
-    torch.testing.assert_close(w, coordinates @ turn)
-    outside = (x - subspace.mean).square().sum(1) - coordinates.square().sum(1)
-    torch.testing.assert_close(rest, -0.5 * (outside / 0.5 + 4 * torch.log(torch.tensor(torch.pi)).double()))
-
-
 def test_it_follows_to_and_loads_what_it_saved():
     subspace, x = fitted()
     fresh = PrincipalSubspace(7, 3)

@@ -10,7 +10,7 @@ a change that means to change scores may do.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +104,9 @@ def embedding_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
         fill_backbone(model.embedding.network)
         with torch.no_grad():
             if not kept:
-                model.fit_features(model.extract(images(60, 48, 3)))
+                model.fit_features(model.extract(images(24, 48, 3)))  # each has a direction in the file
             else:
-                restore_gaussians(model, kept)
+                restore_shapes(model.gaussians, kept)
                 restore(embedding_state(model), kept)
             fill(model.flow, 0)
             fitted = {} if kept else keep_fitted(embedding_state(model))
@@ -148,6 +148,7 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
             if not kept:
                 model.fit_whitening(model.reduce(tuple(layer[:16] for layer in features)))
             else:
+                restore_shapes((layer.layout for layer in model.layers), kept, "layout_")
                 restore(map_state(model), kept)
             fitted = {} if kept else keep_fitted(map_state(model))
             model.to(dtype)
@@ -197,8 +198,7 @@ def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
             state[f"{name}_{number}"] = getattr(layer.subspace, name)
         for name in ("mean", "factors"):
             state[f"positions_{name}_{number}"] = getattr(layer.positions, name)
-        for name in ("mean", "directions", "variances", "rest"):
-            state[f"layout_{name}_{number}"] = getattr(layer.layout, name)
+        state |= {f"layout_{name}_{number}": value for name, value in layer.layout.state_dict().items()}
     return state
 
 
@@ -211,11 +211,11 @@ def restore(state: dict[str, Tensor], kept: Arrays) -> None:
         value.copy_(torch.from_numpy(kept[f"fitted {name}"]))
 
 
-def restore_gaussians(model: EmbeddingFlowModel, kept: Arrays) -> None:
-    """As many directions as the fit had found."""
-    for number, gaussian in enumerate(model.gaussians):
-        names = gaussian.state_dict()
-        gaussian.load_state_dict({name: torch.from_numpy(kept[f"fitted {name}_{number}"]) for name in names})
+def restore_shapes(modules: Iterable[nn.Module], kept: Arrays, prefix: str = "") -> None:
+    """Let modules have as many directions as their fit had found, before they are restored."""
+    for number, module in enumerate(modules):
+        names = module.state_dict()
+        module.load_state_dict({name: torch.from_numpy(kept[f"fitted {prefix}{name}_{number}"]) for name in names})
 
 
 # -- baselines of the contest: fitted, then scored --------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_whitened_latents_of_training_images_have_unit_variance_at_every_positio
     reduced = density.reduce(density.extract(many))
     density.fit_whitening(reduced)
     (layer,), (flow,) = density.layers, density.flow.flows
-    whitened, _ = layer.positions.transform(flow(reduced[0])[0])
+    whitened, _ = layer.positions.transform(flow(reduced[0])[0], rev=False)
     for position in whitened.flatten(2).unbind(2):
         torch.testing.assert_close(position.mean(0), torch.zeros(4).double(), atol=1e-6, rtol=0)
         torch.testing.assert_close(torch.cov(position.T), torch.eye(4).double(), atol=0.1, rtol=0)
@@ -152,7 +152,7 @@ def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored(
 def test_few_images_get_few_layout_directions():
     density = model(map_layers=(2,), layout_dims=8)
     density.fit_whitening(density.reduce(density.extract(some(9))))
-    assert (density.layers[0].layout.directions.norm(dim=1) > 0).sum() == 4  # one for two images
+    assert len(density.layers[0].layout.directions) == 4  # one for two images
 
 
 def test_three_images_are_enough():
@@ -377,6 +377,6 @@ def test_a_resumed_fit_whitens_with_the_final_weights(augmented, tmp_path):
         for model, white in ((resumed.model, True), (before.model.eval(), False)):
             for number, flow in enumerate(model.flow.flows):
                 layer = resumed.model.layers[number]
-                whitened, _ = layer.positions.transform(flow(reduced[2 * number])[0])
+                whitened, _ = layer.positions.transform(flow(reduced[2 * number])[0], rev=False)
                 centred = whitened.mean(0).abs().max() < 0.02  # half precision in between
                 assert bool(centred) == white

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from anomalib_flowood.trainers import train_on, training_loaders, validate_on, validation_loaders
+from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from .flow_module import FlowModule
 from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
@@ -185,7 +185,7 @@ class FrozenFeatures(_Base):
             total = min(total, limit)
         store, labels = FeatureStore(len(loader.dataset), self.cache_gib), []  # type: ignore[arg-type]
         batches: Iterable[Batch] = islice(loader, total)
-        watchers = [watch for callback in trainer.callbacks if (watch := getattr(callback, "on_extract", None))]  # type: ignore[attr-defined]
+        watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
             batches = track(batches, f"Extracting {what} features", total=total)
         for number, batch in enumerate(batches):

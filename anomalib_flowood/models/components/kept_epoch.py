@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_flowood import flows
-from anomalib_flowood.trainers import trainer_of, validation_loaders
+from anomalib_flowood.trainers import callbacks_of, trainer_of, validation_loaders
 
 from .flow_model import FlowModel
 
@@ -131,11 +131,10 @@ class KeptEpoch(_Base):
 
     def _chosen_elsewhere(self) -> str:
         """What else chooses an epoch, as a clause; nothing if nothing does."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = (WeightAveraging, StochasticWeightAveraging)
         names = [
             type(callback).__name__
-            for callback in callbacks
+            for callback in callbacks_of(self.trainer)
             if getattr(callback, "monitor", None) or isinstance(callback, averaging)
         ]
         return f"{' and '.join(names)} of the trainer chooses weights" if names else ""

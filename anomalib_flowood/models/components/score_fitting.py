@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import Progress
 
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import trainer_of
+from anomalib_flowood.trainers import callbacks_of, trainer_of
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -114,11 +114,11 @@ class ScoreFitting(_Base):
         """Whether the weights may be the last ones: at the end of the last epoch, or of any that may be chosen."""
         trainer = self.trainer
         loop = trainer.fit_loop
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
             return True
         if not loop.epoch_loop.batch_progress.is_last_batch:
             return False
-        if any(getattr(callback, "monitor", None) for callback in callbacks):  # early stopping, the best checkpoint
+        # Early stopping, or the best checkpoint.
+        if any(getattr(callback, "monitor", None) for callback in callbacks_of(trainer)):
             return True
         return loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs

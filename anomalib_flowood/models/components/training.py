@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import training_loaders
+from anomalib_flowood.trainers import callbacks_of, training_loaders
 
 from .flow_model import FlowModel, check_precision
 
@@ -56,7 +56,7 @@ class FlowTraining(_Base):
         if trainer is None:
             return
         loop = trainer.fit_loop
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        timers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
         timed = any(timer.time_remaining() is not None for timer in timers)  # others measure only
         if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
             self._epochs_by_images = self.max_epochs is None and bool(self._trainable)

@@ -84,6 +84,18 @@ class MapLayer(nn.Module):
         latents, of_layout = self.layout.transform(latents, rev=False)
         return latents, of_positions + of_layout
 
+    def anomaly_map(self, latents: Tensor, scales: Tensor) -> Tensor:
+        """Return anomaly maps, ``(N, h, w)``, nats.
+
+        The constants of the whitening are left out: where images differ more, all of them would look anomalous.
+
+        Args:
+            latents: Those of the flow, ``(N, D, h, w)``.
+            scales: Log-scales of the couplings at each position, ``(N, h, w)``.
+        """
+        whitened, _ = self.whiten(latents)
+        return 0.5 * whitened.square().sum(1) - scales
+
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
         self.location.copy_(maps.mean())

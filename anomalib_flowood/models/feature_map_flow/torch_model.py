@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 from anomalib.data import InferenceBatch
+from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,11 +43,11 @@ _MOST_STEPS = 500
 """Of an epoch: with thousands of images it need not see every position."""
 
 
-def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: object) -> flows.SideBySide:
+def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: Any) -> flows.SideBySide:
     """Build one flow for each layer, side by side."""
     if mask == POSITION:
-        return flows.SideBySide(flows.position_flow(shape, context=context, **arguments) for shape in shapes)  # type: ignore[arg-type]
-    return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)  # type: ignore[arg-type]
+        return flows.SideBySide(flows.position_flow(shape, context=context, **arguments) for shape in shapes)
+    return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)
 
 
 class FeatureMapFlowModel(FlowModel):
@@ -138,7 +140,9 @@ class FeatureMapFlowModel(FlowModel):
         self.image_size = (height, width)
         self.layers = nn.ModuleList(layers)
         self.evidence = Evidence(len(tops) + len(wholes))
-        self._rows = sum(layer.size[0] for layer in layers if layer.top)
+        shown = [layer.size for layer in layers if layer.top]
+        self._rows = sum(height for height, _ in shown)
+        self._coarsest = min(math.prod(size) for size in shown)
 
     @property
     def scores_are_likelihoods(self) -> bool:
@@ -200,28 +204,29 @@ class FeatureMapFlowModel(FlowModel):
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns."""
-        sides = (self.flow if flow is None else flow).flows
         return flows.independent(
             [
-                flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=layer.whiten)  # type: ignore[arg-type]
-                for layer, side, (reduced, rest) in zip(self.layers, sides, _pairs(inputs), strict=True)
+                flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=layer.whiten)
+                for layer, side, reduced, rest in self._sides(inputs, flow)
             ]
         )
+
+    def _sides(
+        self, inputs: Inputs, flow: InvertibleModule | None = None
+    ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
+        """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
+        sides = (self.flow if flow is None else flow).flows
+        # A list of modules has modules of any kind to mypy.
+        return zip(self.layers, sides, inputs[::2], inputs[1::2], strict=True)  # type: ignore[arg-type]
 
     def epoch_steps(self, images: int) -> int | None:
         """Return the steps in which training sees as many positions as the coarsest shown map has in so many images.
 
         ``None`` if the flow trains on whole maps.
         """
-        if not self._draws(self.flow.flows[0]):
+        if not _draws(self.flow.flows[0]):
             return None
-        positions = min(math.prod(layer.size) for layer in self.layers if layer.top)  # type: ignore[arg-type]
-        return max(1, min(_MOST_STEPS, round(images * positions / _DRAWN)))
-
-    @staticmethod
-    def _draws(flow: nn.Module) -> bool:
-        """Whether a flow trains on single positions."""
-        return isinstance(flow, flows.PositionFlow) and flow.context != "quadrant"
+        return max(1, min(_MOST_STEPS, round(images * self._coarsest / _DRAWN)))
 
     def loss(self, inputs: Inputs, noise: float = 0.0) -> Tensor:
         """Mean −log p of the flow's input per dimension, nats, ``()``, with noise added: what training makes small.
@@ -233,15 +238,15 @@ class FeatureMapFlowModel(FlowModel):
             noise: Standard deviation of the noise.
         """
         losses = []
-        for flow, (reduced, _) in zip(self.flow.flows, _pairs(inputs), strict=True):
-            if self._draws(flow):
+        for _, flow, reduced, _ in self._sides(inputs):
+            if _draws(flow):
                 points, places, images = flows.draw_positions(reduced, _DRAWN)
                 points = _blurred(points.to(self.dtype), noise)
-                condition = flow.condition(reduced.to(self.dtype))  # type: ignore[operator]
+                condition = flow.condition(reduced.to(self.dtype))
                 if condition is not None:
                     # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
                     condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
-                z, log_det = flow.at(points, places, condition)  # type: ignore[operator]
+                z, log_det = flow.at(points, places, condition)
             else:
                 z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
             losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
@@ -249,13 +254,8 @@ class FeatureMapFlowModel(FlowModel):
 
     def layer_maps(self, reduced: tuple[Tensor, ...]) -> Iterator[Tensor]:
         """Yield the anomaly map of each layer, ``(N, h, w)``, nats."""
-        for layer, flow, (maps, _) in zip(self.layers, self.flow.flows, _pairs(reduced), strict=True):
-            yield self._layer_map(layer, *flows.couple(flow, maps))  # type: ignore[arg-type]
-
-    def _layer_map(self, layer: MapLayer, latents: Tensor, scales: Tensor) -> Tensor:
-        # Without the constants of the whitening: where images differ more, all of them would look anomalous.
-        whitened, _ = layer.whiten(latents)
-        return (0.5 * whitened.square() - scales).sum(1)
+        for layer, flow, maps, _ in self._sides(reduced):
+            yield layer.anomaly_map(*_coupled(flow, maps))
 
     @torch.no_grad()
     def fit_whitening(self, reduced: tuple[Tensor, ...]) -> None:
@@ -266,28 +266,25 @@ class FeatureMapFlowModel(FlowModel):
                 they are many.
         """
         statistics: list[Tensor] = []
-        for layer, flow, (maps, _) in zip(self.layers, self.flow.flows, _pairs(reduced), strict=True):
-            coupled = [flows.couple(flow, some.to(self.device, self.dtype)) for some in maps.split(_CHUNK)]
+        for layer, flow, maps, _ in self._sides(reduced):
+            like = layer.location
+            coupled = [_coupled(flow, some.to(like)) for some in maps.split(_CHUNK)]
             latents, scales = (torch.cat(parts) for parts in zip(*coupled, strict=True))
+            del coupled  # as large as the latents
             found = []
             for rest, part in _folds(len(latents)):
-                layer.fit_whitening(latents[rest])  # type: ignore[operator]
-                found.append(self._layer_map(layer, latents[part], scales[part]))  # type: ignore[arg-type]
+                layer.fit_whitening(latents[rest])
+                found.append(layer.anomaly_map(latents[part], scales[part]))
             unseen = torch.cat(found)
-            layer.fit_scale(unseen)  # type: ignore[operator]
-            statistics += layer.statistics(unseen)  # type: ignore[operator]
-            layer.fit_whitening(latents)  # type: ignore[operator]
+            layer.fit_scale(unseen)
+            statistics += layer.statistics(unseen)
+            layer.fit_whitening(latents)
         self.evidence.fit(torch.stack(statistics, dim=1))
 
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
         for layer in self.layers:
             layer.forget_whitening()  # type: ignore[operator]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.evidence.location.device
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
         """Score reduced maps.
@@ -304,12 +301,13 @@ class FeatureMapFlowModel(FlowModel):
         """
         del scorer
         shown, statistics = [], []
-        for layer, maps in zip(self.layers, self.layer_maps(inputs), strict=True):
-            statistics += layer.statistics(maps)  # type: ignore[operator]
+        for layer, flow, reduced, _ in self._sides(inputs):
+            maps = layer.anomaly_map(*_coupled(flow, reduced))
+            statistics += layer.statistics(maps)
             if layer.top:
-                maps = layer.standardise(maps)[:, None]  # type: ignore[operator]
+                maps = layer.standardise(maps)[:, None]
                 maps = functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False)
-                shown.append(maps * (layer.size[0] / self._rows))  # type: ignore[index]
+                shown.append(maps * (layer.size[0] / self._rows))
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).sum(0))
@@ -320,9 +318,15 @@ def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequenc
     return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
 
 
-def _pairs(inputs: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Take what belongs to one layer after the other."""
-    return zip(inputs[::2], inputs[1::2], strict=True)
+def _draws(flow: InvertibleModule) -> TypeGuard[flows.PositionFlow]:
+    """Whether a flow trains on single positions."""
+    return isinstance(flow, flows.PositionFlow) and flow.context != "quadrant"
+
+
+def _coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``."""
+    latents, scales = flows.couple(flow, maps)
+    return latents, scales.sum(1)
 
 
 def _blurred(values: Tensor, noise: float) -> Tensor:

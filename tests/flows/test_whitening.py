@@ -21,8 +21,8 @@ def maps(n, shape=SHAPE, seed=0):
     return (torch.einsum("npd,pde->npe", noise, mixing) + means).transpose(1, 2).unflatten(2, (height, width))
 
 
-def fitted(x, **kwargs):
-    layer = PositionWhitening([tuple(x.shape[1:])], **kwargs).double()
+def fitted(x):
+    layer = PositionWhitening([tuple(x.shape[1:])]).double()
     layer.fit(x)
     return layer
 
@@ -35,44 +35,37 @@ def call(module):
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
     n=st.integers(2, 9),
-    prior=st.sampled_from([0.1, 1.0, 10.0]),
 )
-def test_inverse_and_log_determinant(shape, n, prior):
+def test_inverse_and_log_determinant(shape, n):
     x = maps(n, shape)
-    module = call(fitted(x, prior=prior))
+    module = call(fitted(x))
     check_inverse(module, x[:2], tolerance=1e-8)
     check_log_det(module, x[:2])
 
 
 def test_with_a_standard_normal_each_position_has_a_gaussian_of_its_own():
-    x, prior = maps(20), 0.5
-    layer, new = fitted(x, prior=prior), maps(4, seed=1)
+    x, new = maps(20), maps(4, seed=1)
+    layer = fitted(x)
     vectors = x.flatten(2)
     scatters = [(part - part.mean(0)).T @ (part - part.mean(0)) for part in vectors.unbind(2)]
     shared = torch.stack(scatters).mean(0) / 19
-    w, _ = layer.transform(new)
+    w, _ = layer.transform(new, rev=False)
     found = StandardNormal().elementwise(w).sum(1) + layer.log_dets
     for place, scatter in enumerate(scatters):
-        covariance = (scatter + prior * 3 * shared) / (19 + prior * 3)
+        covariance = (scatter + 3 * shared) / (19 + 3)
         gaussian = MultivariateNormal(vectors[:, :, place].mean(0), covariance)
         expected = gaussian.log_prob(new.flatten(2)[:, :, place])
         torch.testing.assert_close(found.flatten(1)[:, place], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_large_prior_leaves_positions_their_means():
-    layer = fitted(maps(20), prior=1e9)
-    torch.testing.assert_close(layer.factors, layer.factors[:1].expand_as(layer.factors))
-    assert layer.mean.std(0).min() > 0.5
-
-
 def test_two_images_are_enough():
     x = maps(2)
-    assert fitted(x).transform(x)[0].isfinite().all()
+    assert fitted(x).transform(x, rev=False)[0].isfinite().all()
 
 
 def test_before_a_fit_it_is_the_identity():
     x = maps(3)
-    w, log_det = PositionWhitening([SHAPE]).double().transform(x)
+    w, log_det = PositionWhitening([SHAPE]).double().transform(x, rev=False)
     assert torch.equal(w, x)
     assert torch.equal(log_det, torch.zeros(3).double())
 
@@ -81,7 +74,7 @@ def test_maps_in_half_precision_fit_a_model_in_single():
     x = maps(20).half()
     layer = PositionWhitening([SHAPE])
     layer.fit(x)
-    whitened = layer.transform(x.float())[0].flatten(2)
+    whitened = layer.transform(x.float(), rev=False)[0].flatten(2)
     torch.testing.assert_close(whitened.mean(0), torch.zeros(3, 8), rtol=0, atol=1e-3)
 
 
@@ -89,7 +82,7 @@ def test_state_round_trip():
     x = maps(9)
     layer, other = fitted(x), PositionWhitening([SHAPE]).double()
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.transform(x)[0], layer.transform(x)[0])
+    assert torch.equal(other.transform(x, rev=False)[0], layer.transform(x, rev=False)[0])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +90,6 @@ def test_state_round_trip():
     [
         (lambda: PositionWhitening([(4,)]), "takes one map"),
         (lambda: PositionWhitening([SHAPE], dims_c=[(2,)]), "no condition"),
-        (lambda: PositionWhitening([SHAPE], prior=0), "prior must be positive, got 0"),
         (lambda: fitted(maps(1)), "at least 2 images, got 1"),
         (lambda: fitted(torch.ones(5, *SHAPE).double()), "all the same"),
         (lambda: fitted(torch.full((5, *SHAPE), torch.nan).double()), "NaN or infinite"),

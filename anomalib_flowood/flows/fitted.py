@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What modules share that are fitted in closed form: principal directions, and buffers whose shape the fit finds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LEAST = 1e-10
+"""Variance, as a share of the largest, below which points do not vary in a direction."""
+
+
+class ShapedByFit(nn.Module):
+    """Mixin for modules that keep as many directions as their fit finds, and take as many as a checkpoint has."""
+
+    shaped_by_fit: ClassVar[tuple[str, ...]]
+    """Names of the buffers whose shape is known after a fit."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.shaped_by_fit:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def principal_directions(centred: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Find the principal directions of points whose mean is 0, by the smaller of two matrices: exact, and fast.
+
+    Args:
+        centred: ``(n, D)``, in main memory.
+        most: The most directions to return; by default all in which the points vary.
+
+    Returns:
+        Variances over n, ``(r,)``, the largest first, and directions, ``(r, D)``.
+    """
+    n, dims = centred.shape
+    few = n <= dims
+    square = (centred @ centred.T if few else centred.T @ centred) / n
+    # In NumPy, where eigensolvers are faster on the CPU.
+    variances, vectors = (torch.from_numpy(part).flip(-1)[..., :most] for part in np.linalg.eigh(square.numpy()))
+    kept = variances > _LEAST * max(float(variances[0]), 0.0) if len(variances) else variances > 0
+    variances, vectors = variances[kept], vectors[:, kept]
+    return variances, (vectors.T @ centred) / (n * variances).sqrt()[:, None] if few else vectors.T

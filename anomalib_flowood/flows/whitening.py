@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gaussians as invertible layers: of whole samples, and of each position of a map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .fitted import ShapedByFit, principal_directions
+from .layers import Layer
+from .precision import full_precision
+
+_POINTS_PER_DIRECTION = 2
+"""With fewer points for each direction, whitening would learn them by heart."""
+
+_RIDGE = 1e-6
+"""Of the mean variance, added to every variance: a number that is constant stays invertible."""
+
+
+class Whitening(ShapedByFit, Layer):
+    """Remove what varies from sample to sample as a whole, and keep the shape: a vector stays a vector, a map a map.
+
+    With the leading principal directions W over the training samples (k of them, variances u), the mean variance r of
+    the rest and the mean m::
+
+        w = (x - m) / sqrt(r) + W (1 / sqrt(u) - 1 / sqrt(r)) W^T (x - m)
+
+    is symmetric and invertible. With a standard normal for w it is the Gaussian of probabilistic PCA (Tipping and
+    Bishop 1999, section 3). Before a fit it is the identity.
+
+    Args:
+        dims_in: One shape, of any rank.
+        directions: The most directions k that a fit takes; one for two samples at most, and no more than there
+            are numbers.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If there is more than one input, a condition, or k is negative.
+    """
+
+    shaped_by_fit = ("directions", "variances")
+
+    mean: Tensor
+    """m, of the shape of a sample; a buffer, as the others."""
+    directions: Tensor
+    """W^T, ``(k, ...)`` with a row for each; k is known after a fit."""
+    variances: Tensor
+    """u, ``(k,)``."""
+    rest: Tensor
+    """r, ``()``."""
+
+    def __init__(
+        self,
+        dims_in: Iterable[tuple[int, ...]],
+        directions: int,
+        dims_c: Iterable[tuple[int, ...]] | None = None,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        if directions < 0:
+            msg = f"directions must be at least 0, got {directions}."
+            raise ValueError(msg)
+        self.most = directions
+        self.register_buffer("mean", torch.zeros(self.shape))
+        self.register_buffer("directions", torch.zeros(0, math.prod(self.shape)))
+        self.register_buffer("variances", torch.ones(0))
+        self.register_buffer("rest", torch.ones(()))
+
+    @full_precision
+    def fit(self, samples: Tensor) -> None:
+        """Fit mean, directions and variances to samples, ``(n, ...)``.
+
+        Raises:
+            ValueError: If there are fewer than two.
+        """
+        n = len(samples)
+        if n < 2:
+            msg = f"Whitening is fitted to at least 2 samples, got {n}."
+            raise ValueError(msg)
+        samples = samples.flatten(1)
+        centre = samples.mean(0)
+        variances, directions = principal_directions(
+            (samples - centre).cpu(), min(self.most, n // _POINTS_PER_DIRECTION)
+        )
+        variances = variances.to(samples) * n / (n - 1)
+        left = samples.var(0).sum() - variances.sum()
+        rest = (left / max(1, samples.shape[1] - len(variances))).clamp(min=1e-6)
+        self.mean.copy_(centre.unflatten(0, self.shape))
+        self.rest.copy_(rest)
+        self.directions = directions.to(self.mean)
+        self.variances = torch.maximum(variances, rest).to(self.mean)
+
+    def forget(self) -> None:
+        """Be the identity again."""
+        self.mean.zero_()
+        self.rest.fill_(1)
+        self.directions = self.directions.new_zeros(0, self.mean.numel())
+        self.variances = self.variances.new_ones(0)
+
+    @property
+    def log_det(self) -> Tensor:
+        """Log-determinant of the forward direction, the same for every sample; ``()``."""
+        return -0.5 * ((self.variances / self.rest).log().sum() + self.mean.numel() * self.rest.log())
+
+    @full_precision
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """Whiten ``x``, or undo it."""
+        power = 0.5 if rev else -0.5
+        scale = self.rest**power
+        centred = x if rev else x - self.mean
+        y = centred * scale
+        if len(self.directions):  # OpenVINO multiplies with no empty matrix
+            coordinates = centred.flatten(1) @ self.directions.T
+            leading = (coordinates * (self.variances**power - scale)) @ self.directions
+            y = y + leading.unflatten(1, self.shape)
+        log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
+        return (y + self.mean, -log_det) if rev else (y, log_det)
+
+
+class PositionWhitening(Layer):
+    """Whiten each position of a map by a mean and a covariance of its own: what belongs there becomes standard normal.
+
+    With a standard normal for what comes out, it is the Gaussian for each position of Defard et al. (2021, "PaDiM",
+    section 3.2). Their covariances of few images need a ridge; here each is shrunk towards the mean W of all positions'
+    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18). With the scatter S_p
+    of position p over n images, D numbers at each::
+
+        C_p = (S_p + D W) / (n - 1 + D),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
+
+    so that W counts as D images, the fewest that determine a covariance. Before a fit it is the identity.
+
+    Args:
+        dims_in: One map shape, ``[(D, h, w)]``.
+        dims_c: FrEIA's convention; none are supported.
+
+    Raises:
+        ValueError: If the input is no map, or there is a condition.
+    """
+
+    mean: Tensor
+    """m, ``(h * w, D)``; a buffer, as the other."""
+    factors: Tensor
+    """L_p^-1, lower triangular, ``(h * w, D, D)``."""
+
+    def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        if len(self.shape) != 3:
+            msg = f"PositionWhitening takes one map (D, h, w), got the shape {self.shape}."
+            raise ValueError(msg)
+        dims, height, width = self.shape
+        self.register_buffer("mean", torch.zeros(height * width, dims))
+        self.register_buffer("factors", torch.eye(dims).repeat(height * width, 1, 1))
+
+    def fit(self, samples: Tensor) -> None:
+        """Fit means and covariances.
+
+        Args:
+            samples: Maps of training images, ``(n, D, h, w)``; in main memory, if they are many.
+
+        Raises:
+            ValueError: If there are fewer than two, they are all the same, or a value is NaN or infinite.
+        """
+        n, dims = len(samples), self.shape[0]
+        if n < 2:
+            msg = f"A Gaussian for each position is fitted to at least 2 images, got {n}."
+            raise ValueError(msg)
+        vectors = samples.flatten(2).permute(2, 0, 1).to(self.mean.dtype)  # (h * w, n, D)
+        means = vectors.mean(1)
+        centred = vectors - means[:, None]
+        scatters = (centred.mT @ centred).double()
+        shared = scatters.mean(0) / (n - 1)
+        if not bool(shared.isfinite().all()) or float(shared.trace()) <= 0:
+            msg = f"The {n} maps hold NaN or infinite values, or are all the same."
+            raise ValueError(msg)
+        ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
+        covariances = (scatters + dims * shared) / (n - 1 + dims) + ridge
+        # In NumPy, matrix after matrix: PyTorch's batched factorisations have hung on some CPUs.
+        lower = np.linalg.cholesky(covariances.cpu().numpy())
+        self.factors.copy_(torch.from_numpy(np.linalg.inv(lower)).tril())
+        self.mean.copy_(means)
+
+    def forget(self) -> None:
+        """Be the identity again."""
+        self.mean.zero_()
+        self.factors.copy_(torch.eye(self.shape[0]))
+
+    @property
+    def log_dets(self) -> Tensor:
+        """Log-determinant of the forward direction at each position, ``(h, w)``."""
+        return self.factors.diagonal(dim1=1, dim2=2).log().sum(1).unflatten(0, self.shape[1:])
+
+    @full_precision
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``."""
+        mean = self.mean.T.reshape(self.shape)
+        vectors = (x if rev else x - mean).flatten(2).permute(2, 1, 0)  # (h * w, D, N)
+        y = torch.linalg.solve_triangular(self.factors, vectors, upper=False) if rev else self.factors @ vectors
+        y = y.permute(2, 1, 0).unflatten(2, self.shape[1:])
+        log_det = self.log_dets.sum().expand(x.shape[0])
+        return (y + mean, -log_det) if rev else (y, log_det)
