@@ -73,7 +73,12 @@ class Descriptors(nn.Module):
         Returns:
             Scaled descriptors, ``(N, 2 C, h, w)``, of the module's device and precision.
         """
-        return _describe(maps.to(self.scale)) * self.scale[:, None, None]
+        return self.unscaled(maps) * self.scale[:, None, None]
+
+    @full_precision
+    def unscaled(self, maps: Tensor) -> Tensor:
+        """Describe maps as :meth:`forward` does, without scaling, which what comes next may do at no cost."""
+        return _describe(maps.to(self.scale))
 
     def _draw(self, maps: Tensor) -> Tensor:
         """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``."""

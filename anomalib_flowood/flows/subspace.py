@@ -111,3 +111,17 @@ class PrincipalSubspace(nn.Module):
         constant = (dims - k) * torch.log(2 * math.pi * self.tail_variance) + self.variances.log().sum()
         # One product and one sum with constants, which an OpenVINO model keeps in single precision.
         return coordinates * scale, outside * (-0.5 / self.tail_variance) - 0.5 * constant
+
+    @full_precision
+    def coordinates(self, points: Tensor, scale: Tensor) -> Tensor:
+        """Return the standardised coordinates of the positions of maps, and nothing else: by one affine map.
+
+        Args:
+            points: ``(N, D, h, w)``, not scaled yet.
+            scale: By what their numbers are to be multiplied first, ``(D,)``.
+
+        Returns:
+            ``(N, k, h, w)``, as :meth:`forward` returns them for what is scaled.
+        """
+        directions = self.components * self.variances.rsqrt()[:, None]
+        return functional.conv2d(points, (directions * scale)[:, :, None, None], -(directions @ self.mean))

@@ -110,12 +110,12 @@ class Whitening(ShapedByFit, Layer):
         """Whiten ``x``, or undo it."""
         power = 0.5 if rev else -0.5
         scale = self.rest**power
-        centred = x if rev else x - self.mean
-        y = centred * scale
+        y = x if rev else x - self.mean
         if len(self.directions):  # OpenVINO multiplies with no empty matrix
-            coordinates = centred.flatten(1) @ self.directions.T
-            leading = (coordinates * (self.variances**power - scale)) @ self.directions
-            y = y + leading.unflatten(1, self.shape)
+            flat = y.flatten(1)
+            coordinates = (flat @ self.directions.T) * (self.variances**power / scale - 1)
+            y = torch.addmm(flat, coordinates, self.directions).unflatten(1, self.shape)
+        y = y * scale
         log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
         return (y + self.mean, -log_det) if rev else (y, log_det)
 

@@ -47,6 +47,15 @@ def some(count: int = 3, seed: int = 1) -> torch.Tensor:
     return torch.rand(count, 3, 40, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("flow", [{}, {"coupling_layers": 0}, {"mask": "cycle"}], ids=str)
+def test_images_are_scored_as_what_their_density_is_made_of(flow):
+    """By one affine map in the place of several, and without the rest of the density."""
+    detector = model(**flow)
+    fast, slow = detector(some()), detector.predict(detector.inputs(some()))
+    torch.testing.assert_close(fast.pred_score, slow.pred_score, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fast.anomaly_map, slow.anomaly_map, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("flow", FLOWS, ids=str)
 def test_the_maps_sum_to_minus_log_p_of_the_subspace_but_for_a_constant(flow):
     density = model(**flow)

@@ -67,6 +67,10 @@ class MapLayer(nn.Module):
         """
         return self.subspace(self.descriptors(maps))
 
+    def reduced(self, maps: Tensor) -> Tensor:
+        """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
+        return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
+
     def fit_whitening(self, latents: Tensor) -> None:
         """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``."""
         self.positions.fit(latents)
@@ -94,7 +98,8 @@ class MapLayer(nn.Module):
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
         """
         whitened, _ = self.whiten(latents)
-        return 0.5 * whitened.square().sum(1) - scales
+        # A norm, in which no tensor as large as the latents holds their squares.
+        return 0.5 * torch.linalg.vector_norm(whitened, dim=1).square() - scales
 
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -287,11 +287,17 @@ class FeatureMapFlowModel(FlowModel):
             layer.forget_whitening()  # type: ignore[operator]
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
-        """Score reduced maps.
+        """Score reduced maps, as :meth:`forward` scores images.
 
         Args:
             inputs: What :meth:`reduce` returned.
             scorer: Not used: the score goes with the map.
+        """
+        del scorer
+        return self._judge(inputs[::2])
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Score pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`.
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
@@ -299,18 +305,21 @@ class FeatureMapFlowModel(FlowModel):
             averaged, with weights in proportion to their rows: finer ones say better where. And ``pred_score``,
             ``(N,)``: the combined evidence.
         """
-        del scorer
+        layers: list[MapLayer] = list(self.layers)  # type: ignore[arg-type]
+        return self._judge([layer.reduced(maps) for layer, maps in zip(layers, self.extract(images), strict=True)])
+
+    def _judge(self, reduced: Sequence[Tensor]) -> InferenceBatch:
         shown, statistics = [], []
-        for layer, flow, reduced, _ in self._sides(inputs):
-            maps = layer.anomaly_map(*_coupled(flow, reduced))
+        flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
+        for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
+            maps = layer.anomaly_map(*_coupled(flow, latents))
             statistics += layer.statistics(maps)
-            if layer.top:
-                maps = layer.standardise(maps)[:, None]
-                maps = functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False)
-                shown.append(maps * (layer.size[0] / self._rows))
+            if layer.top:  # weighted where it is small
+                maps = (layer.standardise(maps) * (layer.size[0] / self._rows))[:, None]
+                shown.append(functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False))
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
-        return InferenceBatch(pred_score=score, anomaly_map=torch.stack(shown).sum(0))
+        return InferenceBatch(pred_score=score, anomaly_map=sum(shown[1:], shown[0]))
 
 
 def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
