@@ -17,6 +17,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory):
+    """Detectors by name, each fitted once and exported once in each way, of which tests change nothing."""
+    import torch
+    from model_helpers import DETECTORS, Case
+
+    smaller = {"pixel_flow": {}, "embedding_flow": {"coupling_layers": 2}, "feature_map_flow": {"coupling_layers": 2}}
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(0)
+            made[name] = Case(tmp_path_factory.mktemp(name), DETECTORS[name](**smaller[name]))
+        return made[name]
+
+    return get
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     import torch

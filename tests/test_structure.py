@@ -30,6 +30,7 @@ FLOORS = (
     ("scores", "metrics"),
     ("data",),
     ("models",),
+    ("inference",),
     ("report",),
     ("explain",),
     ("benchmark",),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,14 @@ def read_header(path: str | Path) -> tuple[int, int, int]:
         return kind.height, kind.width, kind.channels
 
 
-def read_image(path: str | Path, max_value: int | None = None) -> torch.Tensor:
+def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.Tensor:
     """Read an image file as 8 bits a channel, as the camera was held.
 
     Transparency is dropped, as anomalib drops it. EXIF orientation is applied. Files of more than 8 bits are scaled,
     not clipped, from their whole range of values; of a file with several pages or frames the first is read.
 
     Args:
-        path: Path of the file.
+        path: Path of the file, or its content.
         max_value: What white is in files of 16 bits that do not say so themselves: 4095 if a camera of 12 bits wrote
             them. By default all 16 bits are used, 65535.
 
@@ -104,10 +105,10 @@ def read_image(path: str | Path, max_value: int | None = None) -> torch.Tensor:
     low, high = values.min(), values.max()
     if low < 0 or high > white or np.isnan(high):
         msg = (
-            f"Cannot read the image {path}: its values run from {low} to {high}, where 0 to {white:.0f} is expected."
-            f"{remedy}"
+            f"Cannot read the image {_named(path)}: its values run from {low} to {high}, where 0 to {white:.0f} is "
+            f"expected.{remedy}"
         )
-        raise UnreadableImageError(msg, path)
+        raise UnreadableImageError(msg, _named(path))
     scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)  # half the memory of doubles
     return torch.from_numpy(255 - scaled if inverted else scaled)
 
@@ -160,12 +161,12 @@ def _largest_value(path: str) -> int | None:
     return int(_read_values(path)[0].max())
 
 
-def _read_values(path: str | Path) -> tuple[np.ndarray, float | None, bool]:
+def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bool]:
     """Upright values, ``(C, H, W)``, as they are in the file; what white is in them; whether that is black instead."""
     with _opened(path) as image:
         kind = _kind(image)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
-            _warn_of_pages(path)
+            _warn_of_pages(_named(path))
         # Before the pixels are decoded, when Pillow forgets both.
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _MIN_IS_WHITE
         orientation = _orientation(image)
@@ -215,16 +216,17 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _deep_values(path: str | Path, kind: str) -> np.ndarray:
+def _deep_values(path: str | Path | bytes, kind: str) -> np.ndarray:
     """16 bits of a file with several channels, ``(1 or 3, H, W)``: Pillow would keep the upper 8."""
     if kind == "TIFF":
-        with tifffile.TiffFile(path) as file:
+        with tifffile.TiffFile(BytesIO(path) if isinstance(path, bytes) else path) as file:
             page: Any = file.pages[0]
             values = page.asarray()
             if page.axes.endswith("S"):
                 values = values.transpose(2, 0, 1)
     else:
-        values = imagecodecs.png_decode(Path(path).read_bytes()).transpose(2, 0, 1)
+        content = path if isinstance(path, bytes) else Path(path).read_bytes()
+        values = imagecodecs.png_decode(content).transpose(2, 0, 1)
     return values[: 3 if len(values) >= 3 else 1]
 
 
@@ -239,10 +241,10 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(values)
 
 
-def _warn_of_pages(path: str | Path) -> None:
+def _warn_of_pages(path: str) -> None:
     """Say once in a process that only first pages are read."""
     if not _told_of_pages:
-        _told_of_pages.append(str(path))
+        _told_of_pages.append(path)
         logger.warning("%s has several pages: the first alone is read, of this file and of others like it.", path)
 
 
@@ -250,9 +252,13 @@ _told_of_pages: list[str] = []
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def _opened(path: str | Path | bytes) -> Iterator[Any]:
     """Open an image file; whatever goes wrong with it is an :class:`UnreadableImageError` with its path."""
     try:
+        if isinstance(path, bytes):
+            with Image.open(BytesIO(path)) as image:
+                yield image
+            return
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
             msg = "it is no regular file"
             raise OSError(msg)
@@ -261,5 +267,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
-        msg = f"Cannot read the image {path}: {error}"
-        raise UnreadableImageError(msg, path) from error
+        msg = f"Cannot read the image {_named(path)}: {error}"
+        raise UnreadableImageError(msg, _named(path)) from error
+
+
+def _named(path: str | Path | bytes) -> str:
+    return "that was given" if isinstance(path, bytes) else str(path)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded detector, and what it says of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomalib_flowood import conformal
+from anomalib_flowood.inference.images import each_image, resized
+from anomalib_flowood.models.components.export_check import Runtime
+
+BATCH_SIZE = 32
+"""The most images that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a detector says of N images, in the order in which they were given.
+
+    Attributes:
+        paths: Their files; empty texts where there are none.
+        score: In [0, 1], above 0.5 exactly where the label is 1, ``(N,)``; the raw score of a detector that was never
+            validated.
+        raw_score: What the detector computes, of which p-values are, ``(N,)``; higher is more anomalous.
+        p_value: Conformal p-values, ``(N,)``, float64: :func:`anomalib_flowood.conformal.p_values`; ``None`` without a
+            calibration. ``p_value < alpha`` are labels at any level.
+        label: Whether they are anomalous at the detector's level, ``(N,)``; ``None`` without a calibration.
+        anomaly_map: In [0, 1], with 0.5 at the threshold of pixels, ``(N, H, W)`` at the detector's size; ``None`` of
+            detectors that judge whole images.
+    """
+
+    paths: tuple[str, ...]
+    score: np.ndarray
+    raw_score: np.ndarray
+    p_value: np.ndarray | None
+    label: np.ndarray | None
+    anomaly_map: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class Detector:
+    """A trained detector that scores images: :func:`anomalib_flowood.load` makes one.
+
+    Args:
+        runtime: What computes.
+        size: Height and width that images are resized to beforehand; ``None`` leaves them as they are.
+        calibration: Raw scores of normal images, ``(n,)``; nothing where there are none.
+        level: The largest p-value that is labelled anomalous.
+        max_value: What white was in files of 16 bits in training.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        size: tuple[int, int] | None,
+        calibration: Sequence[float] = (),
+        level: float | None = None,
+        max_value: int | None = None,
+    ) -> None:
+        self.runtime = runtime
+        self.size = size
+        self.calibration = torch.tensor(calibration, dtype=torch.float64)
+        self.level = level
+        self.max_value = max_value
+
+    def score(self, images: Any, *, maps: bool = True) -> Scores:
+        """Score images, one or many.
+
+        Args:
+            images: Files, folders, arrays, tensors, Pillow images, or any iterable of these, a generator too: see
+                :func:`~anomalib_flowood.inference.images.each_image`.
+            maps: Whether to keep anomaly maps, which take most of the memory: 200 KB an image at 224 x 224 pixels.
+
+        Returns:
+            What is said of them, with a first axis for a single image, too.
+
+        Raises:
+            FileNotFoundError: If a folder holds no image.
+            UnreadableImageError: If a file cannot be read; it names it.
+            ValueError: If an array has no shape or values of images, or an image has no score.
+            TypeError: If something is no image.
+        """
+        parts = [part if maps else replace(part, anomaly_map=None) for part in self.score_batches(images)]
+        if not parts:
+            none = np.empty(0, dtype=np.float32)
+            calibrated = len(self.calibration) > 0
+            return Scores(
+                (), none, none, none.astype(float) if calibrated else None, none > 0 if calibrated else None, None
+            )
+        columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "paths"}
+        joined: Any = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
+        return Scores(paths=sum((part.paths for part in parts), ()), **joined)
+
+    def score_batches(self, images: Any) -> Iterator[Scores]:
+        """Score images batch by batch: no more than 32 are in memory, whatever their number.
+
+        Arguments and errors as for :meth:`score`.
+
+        Yields:
+            What is said of the next images.
+        """
+        count, _, height, width = self.runtime.shape
+        size = (height or self.size[0], width or self.size[1]) if self.size else None
+        read = each_image(images, self.max_value)
+        while chunk := list(islice(((path, resized(image, size)) for path, image in read), count or BATCH_SIZE)):
+            paths = tuple(path for path, _ in chunk)
+            pixels = [image for _, image in chunk]
+            if len({image.shape for image in pixels}) > 1:  # a detector without a size of its own
+                for path, image in chunk:
+                    yield self._scores((path,), image[None])
+            else:
+                yield self._scores(paths, np.stack(pixels))
+
+    def drift_p_value(self, raw_scores: np.ndarray) -> float:
+        """Whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""
+        return conformal.drift_p_value(self.calibration, torch.from_numpy(np.asarray(raw_scores, dtype=np.float64)))
+
+    def _scores(self, paths: tuple[str, ...], images: np.ndarray) -> Scores:
+        given = len(images)
+        count = self.runtime.shape[0] or given
+        if given < count:  # a graph of a fixed batch size
+            images = np.concatenate([images, np.repeat(images[-1:], count - given, axis=0)])
+        outputs = {name: np.asarray(value)[:given] for name, value in self.runtime.run(images).items()}
+        score = outputs["pred_score"].reshape(given)
+        raw = outputs.get("raw_score", score).reshape(given)
+        maps = outputs.get("anomaly_map")
+        p_value = label = None
+        if len(self.calibration):
+            p_value = conformal.p_values(self.calibration, torch.from_numpy(raw.astype(np.float64))).numpy()
+            label = p_value <= self.level
+        maps = None if maps is None else maps.reshape(given, *maps.shape[-2:])
+        return Scores(paths, score, raw, p_value, label, maps)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as users have them: files, folders, arrays, Pillow's images, and iterables of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from anomalib_flowood.data import image_files, read_image
+
+_CHANNELS = (1, 3, 4)
+_WHITE = {"uint8": 255, "uint16": 65535}
+
+
+def each_image(given: Any, max_value: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Go through images one by one, each as the detectors' own data sets read it.
+
+    Args:
+        given: A file or a folder; the content of a file, bytes; an image of Pillow's; an array or a tensor, one image
+            or several: ``(H, W)``, ``(H, W, C)``, ``(C, H, W)``, ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``,
+            where C is 1, 3 or 4, and the fourth is dropped; or an iterable of these. Arrays are ``uint8``, ``uint16``,
+            or floats in [0, 1]. ``(3, H, W)`` is one image in colour, not three grey ones.
+        max_value: What white is in 16 bits: see :func:`~anomalib_flowood.data.read_image`.
+
+    Yields:
+        The path, empty where there is none, and the image, ``(1 or 3, H, W)``, float32 in [0, 1].
+
+    Raises:
+        FileNotFoundError: If a folder holds no image.
+        UnreadableImageError: If a file cannot be read.
+        ValueError: If an array has another shape, or values that are NaN or out of range.
+        TypeError: If something is no image.
+    """
+    if isinstance(given, str | Path):
+        path = Path(given)
+        files = image_files(path) if path.is_dir() else [path]
+        if not files:
+            msg = f"There are no images in {path}."
+            raise FileNotFoundError(msg)
+        for file in files:
+            yield str(file), _scaled(read_image(file, max_value).numpy(), 255)
+    elif isinstance(given, bytes):
+        yield "", _scaled(read_image(given, max_value).numpy(), 255)
+    elif isinstance(given, Image.Image):
+        yield str(getattr(given, "filename", "")), _of_pillow(given, max_value)
+    elif isinstance(given, np.ndarray | Tensor):
+        array = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+        for image in _split(array):
+            yield "", _of_array(image, max_value)
+    elif isinstance(given, Iterable):
+        for item in given:
+            yield from each_image(item, max_value)
+    else:
+        kind = type(given).__name__
+        msg = f"{kind} is no image: give a file, a folder, an array, a Pillow image, or a list of these."
+        raise TypeError(msg)
+
+
+def _split(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Images of shape ``(C, H, W)`` out of an array of any layout."""
+    shape = array.shape
+    if array.ndim == 2:
+        yield array[None]
+    elif array.ndim == 3 and shape[2] in _CHANNELS and shape[0] not in _CHANNELS:
+        yield array.transpose(2, 0, 1)
+    elif array.ndim == 3 and shape[0] in _CHANNELS and shape[2] not in _CHANNELS:
+        yield array
+    elif array.ndim == 3 and shape[0] not in _CHANNELS:
+        yield from array[:, None]
+    elif array.ndim == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+        yield from array.transpose(0, 3, 1, 2)
+    elif array.ndim == 4 and shape[1] in _CHANNELS and shape[3] not in _CHANNELS:
+        yield from array
+    else:
+        msg = (
+            f"An array of shape {shape} is no image and no batch of images, or leaves open where its channels are: "
+            "give (H, W), (H, W, C), (C, H, W), (N, H, W), (N, H, W, C) or (N, C, H, W), with 1, 3 or 4 channels C."
+        )
+        raise ValueError(msg)
+
+
+def _of_array(image: np.ndarray, max_value: int | None) -> np.ndarray:
+    image = image[:3] if len(image) == 4 else image
+    if not image.size:
+        msg = f"An image of shape {image.shape} has no pixels."
+        raise ValueError(msg)
+    if np.issubdtype(image.dtype, np.floating):
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # also where it is NaN
+            msg = f"Floats of images lie in [0, 1]; these run from {low:g} to {high:g}. Divide them by what white is."
+            raise ValueError(msg)
+        return np.ascontiguousarray(image, dtype=np.float32)
+    if image.dtype.name not in _WHITE:
+        msg = f"Images are arrays of uint8, uint16, or floats in [0, 1], not of {image.dtype}."
+        raise ValueError(msg)
+    white = _WHITE[image.dtype.name]
+    if white == 255:
+        return _scaled(image, 255)
+    white = max_value or white
+    if int(image.max()) > white:
+        msg = f"Values of an array of 16 bits run to {image.max()}, and white was {white} in training."
+        raise ValueError(msg)
+    return _scaled(np.rint(image * np.float32(255 / white)), 255)  # as a file of 16 bits is read
+
+
+def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
+    """Its pixels as the camera was held; transparency is dropped, as it is of files."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _of_array(np.asarray(image).astype(np.uint16)[None], max_value)
+    if image.mode == "F":
+        return _of_array(np.asarray(image)[None], max_value)
+    if image.mode == "I":
+        msg = "Of a Pillow image of mode I nobody knows what white is: give its file, or an array of uint16."
+        raise ValueError(msg)
+    pixels = np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
+    return _scaled(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), 255)
+
+
+def _scaled(values: np.ndarray, white: int) -> np.ndarray:
+    scaled = np.ascontiguousarray(values, dtype=np.float32)
+    return scaled / np.float32(white)
+
+
+def resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Resize an image as training did, and spread one channel over three: ``(3, H, W)``."""
+    if size is not None and image.shape[1:] != size:
+        image = functional.resize(torch.from_numpy(image), list(size), antialias=True).numpy()
+    return np.broadcast_to(image, (3, *image.shape[1:]))

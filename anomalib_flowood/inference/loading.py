@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors out of checkpoints and exports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anomalib_flowood.exported import read_description
+from anomalib_flowood.inference.detector import Detector
+from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
+from anomalib_flowood.models.components.export_check import (
+    Runtime,
+    onnx_runtime,
+    openvino_runtime,
+    reference,
+    torch_runtime,
+)
+
+_SUFFIXES = {".pt", ".onnx", ".xml", ".json"}
+
+
+def load(path: str | Path) -> Detector:
+    """Load a trained detector to score images with, on the CPU.
+
+    Args:
+        path: A checkpoint (``model.ckpt``), an export (``model.xml``, ``model.onnx``, ``model.pt``, or the
+            ``model.json`` beside it), or the folder of an export. OpenVINO computes in single precision.
+
+    Returns:
+        The detector, which reads and resizes images as its training did, and has its calibration.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it.
+        ValueError: If a folder holds several exports; if a file is none of these; if a torch export is to be loaded,
+            which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule.
+        CheckpointError: If a checkpoint is broken.
+        ModuleNotFoundError: If the runtime of an export is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        msg = f"There is no {path} (looked for it from {Path.cwd()})."
+        raise FileNotFoundError(msg)
+    if path.is_dir():
+        path = _export_in(path)
+    if path.suffix == ".ckpt":
+        return of_module(open_checkpoint(path))
+    if path.suffix not in _SUFFIXES:
+        msg = f"{path} is neither a checkpoint (.ckpt) nor an export (.xml, .onnx, .pt, or the .json beside it)."
+        raise ValueError(msg)
+    known = read_description(path)
+    size = known["image_size"]
+    return Detector(
+        _runtime(path.with_name(known["file"]), known),
+        tuple(size) if size else None,
+        known["calibration_scores"],
+        known["level"],
+        known["max_value"],
+    )
+
+
+def of_module(module: Any) -> Detector:
+    """Score with a trained detector that is in memory.
+
+    Args:
+        module: One of the detectors of this package. It is put into evaluation mode, and onto the CPU.
+    """
+    module = module.eval().to("cpu")
+    post_processor = module.post_processor
+    calibrated = isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated
+    size: Any = module.input_size
+    return Detector(
+        Runtime(lambda images: reference(module, torch.from_numpy(images))),
+        tuple(size) if size else None,
+        post_processor.calibration.tolist() if calibrated else (),
+        post_processor.level if calibrated else None,
+        getattr(module, "max_value", None),
+    )
+
+
+def _export_in(folder: Path) -> Path:
+    """The one export in a folder."""
+    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES - {".json"})
+    found = [file for file in found if not file.stem.endswith("_raw") or file.suffix != ".onnx"]
+    if not found:
+        msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
+        raise FileNotFoundError(msg)
+    if len(found) > 1:
+        msg = f"There are several exported models in {folder}, name one: {', '.join(file.name for file in found)}."
+        raise ValueError(msg)
+    return found[0]
+
+
+def _runtime(path: Path, known: dict[str, Any]) -> Runtime:
+    if known["export_type"] == "torch":
+        if os.environ.get("TRUST_REMOTE_CODE", "0").lower() not in {"1", "true"}:
+            msg = (
+                f"Loading {path} runs the code in it. If you trust whoever gave it to you, set TRUST_REMOTE_CODE=1 in "
+                "the environment, as for anomalib's TorchInferencer; a checkpoint holds no code."
+            )
+            raise ValueError(msg)
+        return torch_runtime(path)
+    if known["export_type"] == "onnx":
+        return onnx_runtime(path)
+    return openvino_runtime(path, raw=known["raw_score"]["tensor"] == "raw_score")

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaded detectors: any kind of image, any runtime, the same decisions as the engine's predictions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import engine
+from PIL import Image
+
+import anomalib_flowood
+from anomalib_flowood import exported
+from anomalib_flowood.inference.images import each_image
+
+SIZE = (60, 41)
+
+
+@pytest.fixture(scope="module")
+def case(cases):
+    return cases("feature_map_flow")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, *SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pixels) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(case):
+    return anomalib_flowood.load(case.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def expected(loaded, folder):
+    return loaded.score(folder)
+
+
+def same(got, want):
+    for name in ("score", "raw_score", "p_value", "label", "anomaly_map"):
+        assert np.array_equal(getattr(got, name), getattr(want, name)), name
+
+
+def test_scores_are_those_of_the_engine(case, expected, folder):
+    batches = engine(case.folder).predict(case.detector, data_path=folder, return_predictions=True)
+    assert expected.paths == tuple(path for batch in batches for path in batch.image_path)
+    assert expected.paths == tuple(str(folder / f"{number}.png") for number in range(5))
+    for ours, name in (
+        ("raw_score", "raw_score"),
+        ("score", "pred_score"),
+        ("p_value", "p_value"),
+        ("label", "pred_label"),
+    ):
+        theirs = torch.cat([getattr(batch, name) for batch in batches])
+        np.testing.assert_allclose(getattr(expected, ours), theirs, rtol=1e-5)
+    assert expected.anomaly_map.shape == (5, 48, 48)
+
+
+def test_images_may_be_given_in_any_way(loaded, expected, folder, pixels):
+    files = sorted(folder.iterdir())
+    same(loaded.score(pixels), expected)
+    same(loaded.score(pixels.transpose(0, 3, 1, 2)), expected)
+    same(loaded.score(pixels.astype(np.float32) / np.float32(255)), expected)
+    same(loaded.score(torch.from_numpy(pixels)), expected)
+    same(loaded.score(list(pixels)), expected)
+    same(loaded.score(image.transpose(2, 0, 1) for image in pixels), expected)
+    same(loaded.score([Image.fromarray(image) for image in pixels]), expected)
+    same(loaded.score(files), expected)
+    same(loaded.score(file.read_bytes() for file in files), expected)
+    same(loaded.score([str(files[0]), pixels[1], Image.open(files[2]), pixels[3:]]), expected)
+    assert loaded.score(files[3]).raw_score == pytest.approx(expected.raw_score[3:4], rel=1e-5)
+    assert loaded.score(files, maps=False).anomaly_map is None
+    assert len(loaded.score([])) == 0
+
+
+def test_grey_images_and_16_bits_are_read_as_files_are(tmp_path):
+    grey = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
+    deep = (grey.astype(np.uint16) * 16) + 7
+    for given in (grey, grey[None], grey[..., None], Image.fromarray(grey), np.stack([grey] * 5)[:1]):
+        ((_, image),) = each_image(given)
+        assert np.array_equal(image, grey[None] / np.float32(255))
+    assert len(list(each_image(np.stack([grey] * 5)))) == 5
+    for suffix in ("png", "tif"):
+        file = tmp_path / f"deep.{suffix}"
+        Image.fromarray(deep).save(file)
+        with Image.open(file) as opened:
+            ways = [next(each_image(given, 4103))[1] for given in (file, file.read_bytes(), deep, opened)]
+        assert all(np.array_equal(way, ways[0]) for way in ways)
+
+
+def test_no_more_than_a_batch_is_read_ahead(loaded):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield np.zeros((*SIZE, 3), np.uint8)
+
+    first = next(loaded.score_batches(endless()))
+    assert len(first) == len(taken) == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (np.full((8, 8, 3), 200.0), ValueError, r"lie in \[0, 1\]; these run from 200 to 200"),
+        (np.full((8, 8), np.nan), ValueError, "lie in"),
+        (np.zeros((8, 8), np.int64), ValueError, "not of int64"),
+        (np.zeros((3, 8, 3), np.uint8), ValueError, r"shape \(3, 8, 3\).*leaves open"),
+        (np.zeros((2, 5, 8, 8), np.uint8), ValueError, "no batch of images"),
+        (np.zeros((0, 8), np.uint8), ValueError, "no pixels"),
+        ("nowhere.png", ValueError, r"Cannot read the image nowhere\.png"),
+        (b"no image", ValueError, "Cannot read the image that was given"),
+        (7, TypeError, "int is no image"),
+    ],
+)
+def test_what_is_no_image_is_refused(given, error, says):
+    with pytest.raises(error, match=says):
+        list(each_image(given))
+
+
+@pytest.mark.parametrize("export_type", ["torch", "onnx", "openvino"])
+def test_every_export_decides_as_the_checkpoint_does(export_type, case, expected, folder, monkeypatch):
+    runtime = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}[export_type]
+    pytest.importorskip(runtime, reason="ONNX and OpenVINO are the extra anomalib-flowood[export]")
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = case.export(export_type)
+    for way in (path, path.parent, path.with_suffix(".json")):
+        detector = anomalib_flowood.load(way)
+    got = detector.score(folder)
+    assert got.paths == expected.paths
+    np.testing.assert_allclose(got.raw_score, expected.raw_score, rtol=1e-4)
+    np.testing.assert_allclose(got.score, expected.score, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(got.p_value, expected.p_value)
+    assert np.array_equal(got.label, expected.label)
+    assert np.array_equal(got.p_value, exported.p_values(path, got.raw_score))
+    assert detector.drift_p_value(got.raw_score) == exported.drift_p_value(path, got.raw_score)
+
+
+def test_what_cannot_be_loaded_is_named(case, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
+    with pytest.raises(FileNotFoundError, match="There is no .*nothing"):
+        anomalib_flowood.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no exported model"):
+        anomalib_flowood.load(tmp_path)
+    with pytest.raises(ValueError, match="TRUST_REMOTE_CODE=1"):
+        anomalib_flowood.load(case.export("torch"))
+    for name in ("a.xml", "b.onnx", "b_raw.onnx"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"several exported models .*: a\.xml, b\.onnx"):
+        anomalib_flowood.load(tmp_path)
+    other = tmp_path / "notes.txt"
+    other.touch()
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        anomalib_flowood.load(other)
+
+
+def test_the_package_loads_nothing_for_it():
+    code = "import sys, anomalib_flowood; sys.exit(any(m in sys.modules for m in ('torch', 'anomalib', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
