@@ -64,6 +64,30 @@ def validate_on(trainer: Trainer, loader: DataLoader) -> None:
     _replace_loader(trainer.fit_loop.epoch_loop.val_loop, loader)
 
 
+def forget_iterator(trainer: Trainer) -> None:
+    """Let a fit that has begun draw the order of its first epoch anew, when it comes to that; errors as above.
+
+    The order has been drawn if a scheduler has asked for the number of steps.
+    """
+    _field(trainer.fit_loop, "_combined_loader")
+    trainer.fit_loop._combined_loader = None
+
+
+def skip_batches(trainer: Trainer, batches: int) -> None:
+    """Pass over the first batches of an epoch that a resumed fit is about to go on with.
+
+    Args:
+        trainer: The trainer of the fit, which has made its iterator and counts these batches itself.
+        batches: How many.
+
+    Raises:
+        RuntimeError: If this version of Lightning keeps its iterator elsewhere.
+    """
+    iterator = _field(_field(trainer.fit_loop, "_data_fetcher"), "iterator")
+    for _ in range(batches):
+        next(iterator, None)
+
+
 def _replace_loader(loop: Any, loader: DataLoader) -> None:
     source = _source(loop)
     _field(source, "instance")

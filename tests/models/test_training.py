@@ -2,9 +2,10 @@
 from datetime import timedelta
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Timer
-from model_helpers import TRAINER, pixel_flow
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, Timer, WeightAveraging
+from model_helpers import DETECTORS, TRAINER, data, embedding_flow, engine, feature_map_flow, pixel_flow
 
 
 class Clock(Timer):
@@ -28,3 +29,63 @@ def test_only_a_trainer_without_any_limit_gets_the_detectors(limits, epochs, tmp
     detector = pixel_flow(max_epochs=2)
     detector.trainer = Trainer(**{**TRAINER, **limits}, default_root_dir=tmp_path, logger=False)
     assert detector.trainer.fit_loop.max_epochs == epochs
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(
+    ("limits", "settings", "message"),
+    [
+        ({"max_epochs": 0}, {}, "max_epochs of the trainer has to be above 0"),
+        ({"max_steps": 0}, {}, "max_steps has to be above 0"),
+        ({"limit_train_batches": 0}, {}, "limit_train_batches has to be above 0"),
+        ({}, {"max_epochs": 0}, r"max_epochs of \w+Flow has to be above 0"),
+        ({}, {"max_epochs": -1}, r"max_epochs of \w+Flow has to be above 0"),
+        ({"callbacks": [EMAWeightAveraging()]}, {}, "EMAWeightAveraging averages and exchanges .* calibration"),
+        ({"callbacks": [WeightAveraging(use_buffers=False)]}, {}, "Use StochasticWeightAveraging"),
+    ],
+)
+def test_what_would_train_nothing_or_spoil_what_is_fitted_is_refused_at_the_start(
+    detector, limits, settings, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path, **limits).fit(DETECTORS[detector](**settings), datamodule=data(tmp_path))
+
+
+def scrambled(detector):
+    """The backbone's batch norms, with statistics as training leaves them; fresh ones are what a reset gives."""
+    norms = [part for part in detector.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.copy_(torch.randn_like(norm.running_mean))
+        norm.running_var.copy_(torch.rand_like(norm.running_var) + 0.5)
+        norm.num_batches_tracked.fill_(7)
+    return norms
+
+
+@pytest.mark.parametrize("new", [embedding_flow, feature_map_flow])
+def test_averaged_weights_leave_the_backbone_as_it_is(new, tmp_path):
+    detector = new(max_epochs=3, coupling_layers=2)
+    norms = scrambled(detector)
+    before = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    engine(tmp_path, callbacks=[averaging]).fit(detector, datamodule=data(tmp_path))
+    assert norms
+    for norm, kept in zip(norms, before, strict=True):
+        assert all(torch.equal(value, kept[name]) for name, value in norm.named_buffers())
+        assert norm.momentum is not None
+    assert len(detector.post_processor.calibration) == 24
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("limits", [{"overfit_batches": 2}, {"overfit_batches": 0.5}, {"fast_dev_run": True}])
+def test_trial_trainings_work(detector, limits, tmp_path):
+    trained = DETECTORS[detector]()
+    engine(tmp_path, **limits).fit(trained, datamodule=data(tmp_path))
+    assert trained.post_processor.calibrated == ("fast_dev_run" not in limits)
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 2}, {"limit_val_batches": 0}, {"check_val_every_n_epoch": 5}])
+def test_a_fit_that_calibrates_nothing_says_so(limits, tmp_path, caplog):
+    trained = pixel_flow()
+    engine(tmp_path, **limits).fit(trained, datamodule=data(tmp_path))
+    assert not trained.post_processor.calibrated
+    assert "The fit ended without a calibration" in caplog.text

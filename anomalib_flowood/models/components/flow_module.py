@@ -22,6 +22,7 @@ from .export import CheckedExport
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
 from .restoring import Restoring
+from .resuming import Resuming
 from .score_fitting import ScoreFitting
 from .training import FlowTraining
 
@@ -29,7 +30,7 @@ _MAX_VALUE = "anomalib_flowood_max_value"
 
 
 # No subclass of `AnomalibModule`, of which anomalib lists direct ones only.
-class FlowModule(FlowTraining, ScoreFitting, Restoring, CheckedExport):
+class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.

@@ -116,9 +116,9 @@ class FrozenFeatures(_Base):
         callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]
         return [ImagesOnly(callback) if callback is self.pre_processor else callback for callback in callbacks]
 
-    def on_fit_start(self) -> None:
+    def begin_fit(self) -> None:
         """Extract, fit, and train on what was stored."""
-        super().on_fit_start()
+        super().begin_fit()
         self._train_on_stored()
         self._validate_on_stored()
 

@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from anomalib.data.dataclasses.generic import UpdateMixin
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,12 @@ class FeatureDataset(Dataset):
         """Return the number of images."""
         return len(self.features[0])
 
-    def __getitem__(self, indices: Sequence[int]) -> FeatureBatch:
-        """Return the features of several images as one batch."""
+    def __getitem__(self, index: int) -> FeatureBatch:
+        """Return the features of one image, as a batch."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> FeatureBatch:
+        """Return the features of several images as one batch: what a loader calls for each of its batches."""
         index = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[index]
         return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
@@ -72,7 +76,13 @@ def feature_loader(
     if shuffle:
         drawn = None if batches is None else batches * batch_size
         order = RandomSampler(dataset, replacement=drawn is not None, num_samples=drawn)
-    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+    # With the batch size told to the loader, so that Lightning can put another sampler in place of this one.
+    return DataLoader(dataset, batch_size, sampler=order, collate_fn=_ready)
+
+
+def _ready(batch: FeatureBatch) -> FeatureBatch:
+    """Collate nothing: the dataset gives batches."""
+    return batch
 
 
 class FeatureStore:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_flowood.scores.score import Inputs
 from anomalib_flowood.trainers import callbacks_of, training_loaders
@@ -40,6 +43,8 @@ class FlowTraining(_Base):
     learning_rate: float
     _epochs_by_images = False
     """Whether the present fit has no limit but what the detector sets by the number of training images."""
+    _frozen_norms: tuple[tuple[_BatchNorm, dict[str, Tensor]], ...] = ()
+    """Batch norms that no training may change, and what they hold, where a callback would reset them."""
 
     @property
     def trainer(self) -> Trainer:
@@ -65,11 +70,75 @@ class FlowTraining(_Base):
     def setup(self, stage: str) -> None:
         """Set the number of epochs by the number of training images, which is known now, if nothing else says it."""
         super().setup(stage)
+        if stage == TrainerFn.FITTING:
+            self._check_trainer()
         if stage == TrainerFn.FITTING and self._epochs_by_images:
             self._epochs_by_images = False  # once: the trainer has a limit from now on
             loaders = training_loaders(self.trainer)
             images = sum(len(loader.dataset) for loader in loaders if hasattr(loader, "dataset"))
             self.trainer.fit_loop.max_epochs = self.epochs_for(images)
+
+    def _check_trainer(self) -> None:
+        """Refuse, before anything is trained, what would train nothing or spoil what is fitted.
+
+        Raises:
+            ValueError: If so, with what to set instead.
+        """
+        trainer: Any = self.trainer
+        limits = {f"max_epochs of {type(self).__name__}": self.max_epochs is None or self.max_epochs >= 1}
+        limits |= {"max_epochs of the trainer": trainer.fit_loop.max_epochs != 0, "max_steps": trainer.max_steps != 0}
+        limits |= {"limit_train_batches": trainer.limit_train_batches != 0}
+        for name, trains in limits.items():
+            if not trains:
+                msg = f"{name} has to be above 0: nothing would be trained, and an untrained flow scores at random."
+                raise ValueError(msg)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, WeightAveraging):
+                msg = (
+                    f"{type(callback).__name__} averages and exchanges not weights alone but whatever a fit finds in "
+                    "one piece, calibration included (buffers, whatever use_buffers says). Use "
+                    "StochasticWeightAveraging, or train without averaging."
+                )
+                raise ValueError(msg)
+
+    def on_train_start(self) -> None:
+        """Let the learning rate follow the length that the training has now, with all that was resumed."""
+        super().on_train_start()
+        self._follow_length()
+        averaging = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(self.trainer))
+        trained = {module for flow in self.model.trained_flows for module in flow.modules()} if averaging else set()
+        self._frozen_norms = tuple(
+            (module, {name: value.clone() for name, value in module.named_buffers()})
+            for module in self.modules()
+            if averaging and isinstance(module, _BatchNorm) and module not in trained
+        )
+
+    def _follow_length(self) -> None:
+        """Set a cosine to the number of steps, which is known only now: stored features, or a resumed training.
+
+        It was set by the number of batches of images, or is a checkpoint's, of a training that was to end earlier.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, CosineAnnealingLR) or steps in {float("inf"), 0, scheduler.T_max}:
+                continue
+            scheduler.T_max = int(steps)
+            share = (1 + math.cos(math.pi * min(1.0, scheduler.last_epoch / steps))) / 2
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["lr"] = rate * share
+
+    def on_train_epoch_start(self) -> None:
+        """Give batch norms of a frozen network back what StochasticWeightAveraging resets, to estimate it anew."""
+        super().on_train_epoch_start()
+        for module, kept in self._frozen_norms:
+            for name, value in kept.items():
+                setattr(module, name, value.clone())
+
+    def on_train_end(self) -> None:
+        """Let go what was kept."""
+        super().on_train_end()
+        self._frozen_norms = ()
 
     def epochs_for(self, images: int) -> int:
         """How many epochs to train on so many images, where neither the trainer nor ``max_epochs`` says it."""
@@ -137,7 +206,7 @@ class FlowTraining(_Base):
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
+        scheduler = CosineAnnealingLR(optimizer, T_max=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

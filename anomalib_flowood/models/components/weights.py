@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,8 @@ from torch import Tensor
 from .checkpoints import check_finite, plain
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
@@ -97,8 +100,17 @@ class CheckedWeights(_Base):
         return keys
 
     def on_fit_end(self) -> None:
-        """Keep no calibration that is of other weights than the final ones."""
+        """Keep no calibration that is of other weights than the final ones; say so where there is none."""
         super().on_fit_end()
+        trainer: Any = self.trainer
+        processor = self.post_processor
+        missing = isinstance(processor, ConformalPostProcessor) and not processor.calibrated
+        if missing and not trainer.fast_dev_run and trainer.is_global_zero:
+            logger.warning(
+                "The fit ended without a calibration, since no validation followed the last weights (max_steps or "
+                "max_time in the midst of an epoch, limit_val_batches=0, check_val_every_n_epoch): there are raw "
+                "scores alone, no labels and no p-values. `flowood validate --ckpt_path`, or Engine.validate, calibrates."
+            )
         self.check_weights()
 
     def on_test_start(self) -> None:

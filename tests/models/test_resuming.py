@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An interrupted training goes on to the very weights of an uninterrupted one; a finished one goes on to the end."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from anomalib.callbacks.checkpoint import ModelCheckpoint
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from model_helpers import data, embedding_flow, engine, feature_map_flow, pixel_flow
+
+KINDS = {
+    "pixels": pixel_flow,
+    "embeddings": partial(embedding_flow, coupling_layers=2),
+    "embeddings, nothing trains": partial(embedding_flow, coupling_layers=0),
+    "maps": partial(feature_map_flow, coupling_layers=2),
+    "maps, nothing trains": partial(feature_map_flow, coupling_layers=0),
+}
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(Callback):
+    """Ends a training before its optimizer steps, or before a batch begins."""
+
+    def __init__(self, step, hook):
+        self.step = step
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+class Rates(Callback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def fit(folder, kind, *callbacks, seed=0, ckpt_path=None, **limits):
+    torch.manual_seed(seed)
+    detector = KINDS[kind]()
+    engine(folder, callbacks=list(callbacks), **limits).fit(detector, datamodule=data(folder), ckpt_path=ckpt_path)
+    return detector
+
+
+def differing(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return [name for name in one if one[name].numpy().tobytes() != other[name].numpy().tobytes()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_goes_on_exactly_from_any_checkpoint(kind, tmp_path):
+    each = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1)
+    ends = ModelCheckpoint(tmp_path / "epochs", "{epoch}", save_top_k=-1)
+    whole = fit(tmp_path, kind, each, ends)
+    steps = (2,) if "nothing" in kind else (2, 5) if kind != "maps" else (3, 10)
+    paths = [tmp_path / "epochs/epoch=0.ckpt", *(tmp_path / f"steps/step={step}.ckpt" for step in steps)]
+    for path in paths:
+        assert differing(whole, fit(tmp_path, kind, seed=99, ckpt_path=path)) == [], path
+
+
+@pytest.mark.parametrize("kind", ["pixels", "embeddings", "maps"])
+@pytest.mark.parametrize(("step", "hook"), [(4, "on_train_batch_start"), (1, "on_before_zero_grad")])
+def test_a_training_goes_on_exactly_from_where_it_was_killed(kind, step, hook, tmp_path):
+    whole = fit(tmp_path, kind)
+    saved = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(KilledError):
+        fit(tmp_path, kind, saved, Kill(step, hook))
+    assert differing(whole, fit(tmp_path, kind, seed=99, ckpt_path=saved.ckpt_path)) == []
+
+
+def test_a_training_that_is_limited_in_steps_goes_on_exactly(tmp_path):
+    ends = ModelCheckpoint(tmp_path / "epochs", "{epoch}", save_top_k=-1)
+    whole = fit(tmp_path, "pixels", ends, max_steps=6)
+    again = fit(tmp_path, "pixels", seed=99, ckpt_path=tmp_path / "epochs/epoch=0.ckpt", max_steps=6)
+    assert differing(whole, again) == []
+
+
+def test_what_cannot_go_on_exactly_is_said(tmp_path, caplog):
+    each = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=3)
+    fit(tmp_path, "pixels", each)  # with three batches in an epoch
+    caplog.clear()
+    fit(tmp_path, "pixels", ckpt_path=tmp_path / "steps/step=3.ckpt")
+    assert "after the last batch of an epoch and before its validation" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pixels", "maps"])
+def test_a_longer_training_follows_the_cosine_of_its_new_length(kind, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    ends = ModelCheckpoint(tmp_path / "epochs", "{epoch}", save_top_k=-1)
+    first, more, whole = Rates(), Rates(), Rates()
+    fit(tmp_path, kind, first, ends, max_epochs=2)
+    detector = fit(tmp_path, kind, more, max_epochs=4, ckpt_path=tmp_path / "epochs/epoch=1.ckpt")
+    fit(tmp_path, kind, whole, max_epochs=4)
+    count = len(whole.rates)
+    expected = [
+        detector.learning_rate * (1 + torch.tensor(torch.pi * i / count).cos().item()) / 2 for i in range(count)
+    ]
+    assert whole.rates == pytest.approx(expected, abs=1e-9)
+    assert more.rates == pytest.approx(expected[count // 2 :], abs=1e-9)
+    assert first.rates[0] > first.rates[-1] > 0
