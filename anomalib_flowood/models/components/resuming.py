@@ -100,10 +100,11 @@ class Resuming(_Base):
         states = getattr(self, "_states", None)
         if states is None or "epoch" not in states:
             return
-        epoch, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+        loop: Any = trainer.fit_loop  # whose counts are not typed
+        progress = loop.epoch_loop.batch_progress
+        epoch, batches = loop.epoch_progress.current, progress.current
         now = states["batch"] if batches.ready > batches.processed else self._generators()
         within = epoch.ready > epoch.processed
-        progress = trainer.fit_loop.epoch_loop.batch_progress
         checkpoint[_KEY] = {
             "unvalidated": within and progress.is_last_batch and batches.completed < batches.processed,
             "fit": states["fit"],
@@ -122,8 +123,8 @@ class Resuming(_Base):
         if self._drawn is not None and self._drawn["unvalidated"]:
             logger.warning(
                 "The checkpoint was written after the last batch of an epoch and before its validation, which "
-                "Lightning leaves out when it goes on: the weights will not be those of an uninterrupted training. A checkpoint "
-                "from within an epoch, or from its end (every_n_epochs), is continued exactly."
+                "Lightning leaves out when it goes on: the weights will not be those of an uninterrupted training. A "
+                "checkpoint from within an epoch, or from its end (every_n_epochs), is continued exactly."
             )
 
     def _generators(self) -> dict[str, Tensor]:

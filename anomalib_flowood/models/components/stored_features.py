@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from anomalib.data.dataclasses.generic import UpdateMixin
@@ -80,7 +81,7 @@ def feature_loader(
     return DataLoader(dataset, batch_size, sampler=order, collate_fn=_ready)
 
 
-def _ready(batch: FeatureBatch) -> FeatureBatch:
+def _ready(batch: Any) -> Any:
     """Collate nothing: the dataset gives batches."""
     return batch
 

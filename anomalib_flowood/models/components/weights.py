@@ -109,7 +109,8 @@ class CheckedWeights(_Base):
             logger.warning(
                 "The fit ended without a calibration, since no validation followed the last weights (max_steps or "
                 "max_time in the midst of an epoch, limit_val_batches=0, check_val_every_n_epoch): there are raw "
-                "scores alone, no labels and no p-values. `flowood validate --ckpt_path`, or Engine.validate, calibrates."
+                "scores alone, no labels and no p-values. `flowood validate --ckpt_path`, or Engine.validate, "
+                "calibrates."
             )
         self.check_weights()
 
