@@ -1,6 +1,6 @@
 # make quickstart   install into .venv, get the data, compare four detectors, show a table and a picture
 # make seeds        the same comparison over three seeds, for mean and spread
-# make speed        what anomalib's engine costs the detectors
+# make speed        what engine, fits and inference cost over the bare work, and whether the bars are held
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another",
 #                   on another backbone and size with ARGS="--backbone tf_efficientnet_lite1 --image-size 240"
