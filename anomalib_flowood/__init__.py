@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from . import models
     from .data import CrossDataset, OneClass
     from .inference import load
+    from .inference.estimator import FlowOutlierDetector
     from .models import *  # noqa: F403
     from .models.components import open_checkpoint
 
-    __all__ = ["CrossDataset", "OneClass", "load", "open_checkpoint"]
+    __all__ = ["CrossDataset", "FlowOutlierDetector", "OneClass", "load", "open_checkpoint"]
     __all__ += models.__all__  # type: ignore[has-type]  # which imports this module
 
 __version__ = "0.2.0"
 
-_MODULES = {"CrossDataset": "data", "OneClass": "data", "load": "inference", "open_checkpoint": "models.components"}
+_MODULES = {
+    "CrossDataset": "data",
+    "FlowOutlierDetector": "inference.estimator",
+    "OneClass": "data",
+    "load": "inference",
+    "open_checkpoint": "models.components",
+}
 """Where to find what is offered here, but for the detectors, which ``models`` knows."""
 
 

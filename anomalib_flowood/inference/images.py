@@ -38,25 +38,35 @@ def each_image(given: Any, max_value: int | None = None) -> Iterator[tuple[str, 
         ValueError: If an array has another shape, or values that are NaN or out of range.
         TypeError: If something is no image.
     """
+    for image in single_images(given):
+        if isinstance(image, np.ndarray):
+            yield "", _of_array(image, max_value)
+        elif isinstance(image, Image.Image):
+            yield str(getattr(image, "filename", "")), _of_pillow(image, max_value)
+        else:
+            name = "" if isinstance(image, bytes) else str(image)
+            yield name, _scaled(read_image(image, max_value).numpy(), 255)
+
+
+def single_images(given: Any) -> Iterator[str | Path | bytes | Image.Image | np.ndarray]:
+    """Take images apart without reading a file: paths, bytes, Pillow's images, and arrays of ``(C, H, W)``.
+
+    Arguments and errors as for :func:`each_image`, but for those of files and values.
+    """
     if isinstance(given, str | Path):
         path = Path(given)
         files = image_files(path) if path.is_dir() else [path]
         if not files:
             msg = f"There are no images in {path}."
             raise FileNotFoundError(msg)
-        for file in files:
-            yield str(file), _scaled(read_image(file, max_value).numpy(), 255)
-    elif isinstance(given, bytes):
-        yield "", _scaled(read_image(given, max_value).numpy(), 255)
-    elif isinstance(given, Image.Image):
-        yield str(getattr(given, "filename", "")), _of_pillow(given, max_value)
+        yield from files
+    elif isinstance(given, bytes | Image.Image):
+        yield given
     elif isinstance(given, np.ndarray | Tensor):
-        array = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
-        for image in _split(array):
-            yield "", _of_array(image, max_value)
+        yield from _split(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
     elif isinstance(given, Iterable):
         for item in given:
-            yield from each_image(item, max_value)
+            yield from single_images(item)
     else:
         kind = type(given).__name__
         msg = f"{kind} is no image: give a file, a folder, an array, a Pillow image, or a list of these."

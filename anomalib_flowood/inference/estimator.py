@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detectors by scikit-learn's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils.validation import check_is_fitted
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_flowood import models
+from anomalib_flowood.conformal import DEFAULT_ALPHA
+from anomalib_flowood.data.datamodules.splits import train_and_val
+from anomalib_flowood.data.decoding import plain_max_value
+from anomalib_flowood.inference.detector import Scores
+from anomalib_flowood.inference.images import each_image, resized, single_images
+from anomalib_flowood.inference.loading import of_module
+from anomalib_flowood.models.components import ConformalPostProcessor
+from anomalib_flowood.names import check_known
+
+
+class FlowOutlierDetector(OutlierMixin, BaseEstimator):
+    """A detector of this package as a scikit-learn estimator of outliers.
+
+    Signs are scikit-learn's: what is normal has the higher scores, and is 1; what is anomalous is -1.
+
+    Args:
+        detector: ``"EmbeddingFlow"``, ``"FeatureMapFlow"`` or ``"PixelFlow"``.
+        arguments: Those of the detector, by name.
+        alpha: The level of :meth:`predict`: the largest share of normal images that is called anomalous, in
+            expectation; what others call contamination, but of images that ``fit`` has not seen.
+        random_state: Seed of the split into images to fit to and images to calibrate on, and of the training.
+
+    Attributes:
+        module_: The fitted detector.
+        offset_: ``decision_function`` is ``score_samples - offset_``; the threshold that the held-out images set.
+    """
+
+    def __init__(
+        self,
+        detector: str = "EmbeddingFlow",
+        *,
+        arguments: dict[str, Any] | None = None,
+        alpha: float = DEFAULT_ALPHA,
+        random_state: int | None = 0,
+    ) -> None:
+        self.detector = detector
+        self.arguments = arguments
+        self.alpha = alpha
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> FlowOutlierDetector:  # noqa: N803  (scikit-learn's name)
+        """Fit to normal images, of which some are held out to calibrate on.
+
+        Args:
+            X: A folder, an array, or other images: see :func:`~anomalib_flowood.inference.images.each_image`.
+            y: Not used.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``.
+        """
+        del y
+        check_known("detector", [self.detector], models.__all__)
+        images = list(single_images(X))
+        if len(images) < 2:
+            msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
+            raise ValueError(msg)
+        train, val = train_and_val(np.arange(len(images)), None, None, self.random_state)
+        with isolate_rng(), TemporaryDirectory() as folder:
+            if self.random_state is not None:
+                seed_everything(self.random_state, verbose=False)
+            arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
+            module = getattr(models, self.detector)(**arguments | (self.arguments or {}))
+            white = plain_max_value([image for image in images if isinstance(image, str | Path)])
+            loaders = [_loader(module, [images[row] for row in rows], white) for rows in (train, val)]
+            engine = Engine(
+                default_root_dir=folder,
+                devices=1,
+                logger=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+            engine.fit(module, *loaders)
+        module.max_value = white  # which a fit takes from a data module
+        self.module_ = module
+        self.offset_ = -float(module.post_processor.image_threshold)
+        return self
+
+    def score(self, X: Any) -> Scores:  # noqa: N803
+        """Scores, p-values, labels and maps: :meth:`anomalib_flowood.inference.Detector.score`."""
+        check_is_fitted(self)
+        return of_module(self.module_).score(X)
+
+    def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Raw scores with the sign turned, ``(N,)``: higher is more normal."""
+        check_is_fitted(self)
+        return -of_module(self.module_).score(X, maps=False).raw_score.astype(np.float64)
+
+    def decision_function(self, X: Any) -> np.ndarray:  # noqa: N803
+        """How far images are on the normal side of the threshold, ``(N,)``; negative of what is anomalous."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Decide: 1 of what is normal, -1 of what is anomalous, ``(N,)``."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that samples are images, and no rows of a table."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        return tags
+
+
+class _Normal(Dataset):
+    """Normal images, read one by one as they are asked for, as :class:`Detector` reads them."""
+
+    def __init__(self, images: Sequence[Any], size: tuple[int, int] | None, max_value: int | None) -> None:
+        self.images, self.size, self.max_value = images, size, max_value
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        ((_, image),) = each_image(self.images[index], self.max_value)
+        return ImageItem(image=torch.tensor(resized(image, self.size)), gt_label=torch.tensor(0))
+
+
+def _loader(module: Any, images: Sequence[Any], max_value: int | None) -> DataLoader:
+    size = module.input_size
+    data = _Normal(images, tuple(size) if size else None, max_value)
+    return DataLoader(data, batch_size=module.images_at_once, collate_fn=ImageBatch.collate)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The detectors as scikit-learn has them."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import estimator_checks
+from sklearn.utils.estimator_checks import check_estimator
+
+from anomalib_flowood import FlowOutlierDetector
+
+SMALL = {"backbone": "test_efficientnet", "pre_trained": False, "image_size": (32, 32), "subspace_dim": 8}
+
+
+def grey(count: int, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).integers(0, 20, (count, 32, 32), dtype=np.uint8)
+    return noise + np.linspace(40, 180, 32).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> FlowOutlierDetector:
+    return FlowOutlierDetector(arguments=SMALL).fit(grey(90, 0))
+
+
+def test_signs_are_those_of_scikit_learn(fitted):
+    normal, odd = grey(40, 1), 255 - grey(5, 2)
+    scores = fitted.score_samples(np.concatenate([normal, odd]))
+    assert scores[:40].min() > scores[40:].max()
+    decisions = fitted.decision_function(normal)
+    assert np.array_equal(decisions, scores[:40] - fitted.offset_)
+    assert np.array_equal(fitted.predict(normal), np.where(decisions >= 0, 1, -1))
+    assert (fitted.predict(odd) == -1).all()
+    assert (fitted.predict(normal) == 1).mean() > 0.5
+    found = fitted.score(normal)
+    assert np.array_equal(found.label, fitted.predict(normal) == -1)
+    assert np.array_equal(-found.raw_score.astype(float), scores[:40])
+
+
+def test_a_fitted_one_is_kept_and_repeated(fitted, tmp_path):
+    images = grey(3, 3)
+    kept = pickle.loads(pickle.dumps(fitted))
+    assert np.array_equal(kept.score_samples(images), fitted.score_samples(images))
+    for number, image in enumerate(grey(90, 0)):
+        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
+    again = clone(fitted).fit(tmp_path)  # the same images from a folder
+    assert np.array_equal(again.score_samples(images), fitted.score_samples(images))
+    assert again.offset_ == fitted.offset_
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(ValueError, match="Unknown detector 'EmbedingFlow'. Did you mean"):
+        FlowOutlierDetector("EmbedingFlow").fit(grey(3, 0))
+    with pytest.raises(ValueError, match="two normal images at least, and got 1"):
+        FlowOutlierDetector().fit(grey(1, 0)[0])
+    with pytest.raises(NotFittedError):
+        FlowOutlierDetector().predict(grey(1, 0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "check_estimator_cloneable",
+        "check_estimator_repr",
+        "check_estimator_tags_renamed",
+        "check_get_params_invariance",
+        "check_mixin_order",
+        "check_no_attributes_set_in_init",
+        "check_parameters_default_constructible",
+        "check_set_params",
+        "check_valid_tag_types",
+        "check_do_not_raise_errors_in_init_or_set_param",
+    ],
+)
+def test_scikit_learn_checks_what_needs_no_table(name):
+    """All other checks fit rows of any numbers: `check_estimator` leaves them out, since tags say "no table"."""
+    getattr(estimator_checks, name)("FlowOutlierDetector", FlowOutlierDetector())
+
+
+@pytest.mark.filterwarnings("ignore:Can't test estimator")
+def test_scikit_learn_finds_nothing():
+    assert {check["status"] for check in check_estimator(FlowOutlierDetector(), on_skip=None)} == {"passed"}
