@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse.typing import PositiveFloat
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value
@@ -157,6 +159,32 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             default=None,
             help="Folder for predictions.csv and pictures; made if missing. By default a new one in the run's folder.",
         )
+
+    def add_watch_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``watch``."""
+        parser.add_argument("detector", type=Path, help="Checkpoint, or file or folder of an exported model.")
+        parser.add_argument("folder", type=Path, help="Folder that images arrive in.")
+        parser.add_argument(
+            "--output", type=Path, default=None, help="Table to append to; FOLDER/watch.csv if not given."
+        )
+        parser.add_argument("--aside", type=Path, default=None, help="Folder that anomalous images are moved to.")
+        parser.add_argument("--link", type=bool, default=False, help="Link to them from there in the place of moving.")
+        parser.add_argument("--interval", type=PositiveFloat, default=1.0, help="Seconds between two looks.")
+
+    def watch(self) -> None:
+        """Score what arrives in a folder, until the process is stopped."""
+        from anomalib_flowood.inference import load
+        from anomalib_flowood.inference.watching import Watcher
+
+        arguments = self.config["watch"]
+        folder = Path(str(arguments["folder"]))
+        table = Path(str(arguments["output"] or folder / "watch.csv"))
+        aside = arguments["aside"] and Path(str(arguments["aside"]))
+        watcher = Watcher(load(str(arguments["detector"])), folder, table, aside, link=arguments["link"])
+        print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
+        while True:
+            watcher.look()
+            time.sleep(arguments["interval"])
 
     def add_report_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``report``."""

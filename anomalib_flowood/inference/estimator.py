@@ -85,7 +85,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
             module = getattr(models, self.detector)(**arguments | (self.arguments or {}))
             white = plain_max_value([image for image in images if isinstance(image, str | Path)])
-            loaders = [_loader(module, [images[row] for row in rows], white) for rows in (train, val)]
+            to_fit, held_out = (_loader(module, [images[row] for row in rows], white) for rows in (train, val))
             engine = Engine(
                 default_root_dir=folder,
                 devices=1,
@@ -93,7 +93,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-            engine.fit(module, *loaders)
+            engine.fit(module, to_fit, held_out)
         module.max_value = white  # which a fit takes from a data module
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)

@@ -72,7 +72,6 @@ def test_what_cannot_be_fitted_is_refused():
         "check_parameters_default_constructible",
         "check_set_params",
         "check_valid_tag_types",
-        "check_do_not_raise_errors_in_init_or_set_param",
     ],
 )
 def test_scikit_learn_checks_what_needs_no_table(name):

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder into which images arrive: each is scored once, whenever the process is killed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from anomalib_flowood.data import image_files
+from anomalib_flowood.inference.detector import Detector
+
+COLUMNS = ("path", "size", "modified_ns", "time", "score", "raw_score", "p_value", "label", "error")
+
+Key = tuple[str, int, int]
+"""Which image a file holds: its path below the folder, its size, and when it was modified, in nanoseconds."""
+
+
+class Watcher:
+    """Scores the images that arrive in a folder, and appends a row for each to a table.
+
+    The row is on the disk before an anomalous image is set aside. So a process that is killed leaves no image without
+    both: the next one cuts off a row that was written in part, and sets aside what rows call anomalous and still lies
+    there. A name that is used again, for a file of another size or time, is another image.
+
+    Args:
+        detector: The detector.
+        folder: The folder, searched by the rule of :func:`~anomalib_flowood.data.image_files`.
+        table: The table, CSV; what it has is not scored again.
+        aside: Folder for anomalous images, in the folders that they arrived in; ``None`` leaves them where they are.
+        link: Whether to link to anomalous images from there, and not to move them.
+        patience: Seconds for which a file that cannot be read has to be unchanged to be taken for broken; until then it
+            may still be on its way.
+
+    Raises:
+        NotADirectoryError: If there is no such folder.
+        ValueError: If the table is something else.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        folder: str | Path,
+        table: str | Path,
+        aside: str | Path | None = None,
+        *,
+        link: bool = False,
+        patience: float = 60,
+    ) -> None:
+        self.detector = detector
+        self.folder = Path(folder)
+        self.table = Path(table)
+        self.aside = None if aside is None else Path(aside)
+        self.link = link
+        self.patience = patience
+        if not self.folder.is_dir():
+            msg = f"There is no folder {self.folder} (looked for it from {Path.cwd()})."
+            raise NotADirectoryError(msg)
+        self._anomalous = self._restore()
+        self._seen: dict[Path, Key] = {}
+
+    def look(self) -> list[Path]:
+        """Score the images that have not changed since the last look.
+
+        Returns:
+            Those that got a row.
+        """
+        seen, done = {}, []
+        for path in self._images():
+            key = self._key(path)
+            if key is None:  # gone, or moved by somebody else
+                continue
+            if key in self._anomalous:
+                if self._anomalous[key]:  # killed before it was set aside
+                    self._set_aside(path)
+            elif self._seen.get(path) == key and self._score(path, key):
+                done.append(path)
+            else:
+                seen[path] = key
+        self._seen = seen
+        return done
+
+    def _images(self) -> list[Path]:
+        files = image_files(self.folder)
+        if self.aside is None:
+            return files
+        aside = self.aside.resolve()  # may lie below the folder
+        return [file for file in files if not file.absolute().is_relative_to(aside)]
+
+    def _key(self, path: Path) -> Key | None:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        return path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns
+
+    def _score(self, path: Path, key: Key) -> bool:
+        """Give an image its row, unless it is still on its way."""
+        stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        try:
+            found = self.detector.score(path, maps=False)
+        except ValueError as error:  # of a broken file, or an image that has no score
+            if self._key(path) != key or time.time() - key[2] / 1e9 < self.patience:
+                return False
+            self._append((*key, stamp, "", "", "", "", str(error)))
+            self._anomalous[key] = False
+            return True
+        if self._key(path) != key:  # written to while it was read
+            return False
+        p_value = "" if found.p_value is None else float(found.p_value[0])
+        anomalous = found.label is not None and bool(found.label[0])
+        label = "" if found.label is None else int(anomalous)
+        self._append((*key, stamp, float(found.score[0]), float(found.raw_score[0]), p_value, label, ""))
+        self._anomalous[key] = anomalous
+        if anomalous:
+            self._set_aside(path)
+        return True
+
+    def _set_aside(self, path: Path) -> None:
+        if self.aside is None:
+            return
+        target = self.aside / path.relative_to(self.folder)
+        if self.link and target.is_symlink() and target.resolve() == path.resolve():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        number = 2
+        while os.path.lexists(target):  # of an earlier image of this name
+            target = (self.aside / path.relative_to(self.folder)).with_stem(f"{path.stem}-{number}")
+            number += 1
+        if self.link:
+            target.symlink_to(path.resolve())
+        else:
+            shutil.move(path, target)
+
+    def _append(self, row: tuple) -> None:
+        """Write a row so that it is on the disk when this returns."""
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerow(row)
+        with self.table.open("ab") as file:
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _restore(self) -> dict[Key, bool]:
+        """Read which images have a row, and whether it calls them anomalous; cut off a row that is not whole."""
+        content = self.table.read_bytes() if self.table.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            os.truncate(self.table, len(whole))
+        if not whole:
+            self.table.parent.mkdir(parents=True, exist_ok=True)
+            self._append(COLUMNS)
+            return {}
+        text = io.StringIO(whole.decode("utf-8", "surrogateescape"), newline="")
+        header, *rows = csv.reader(text)
+        if tuple(header) != COLUMNS:
+            msg = (
+                f"{self.table} is no table of `flowood watch`: its columns are {', '.join(header)}. Name another file."
+            )
+            raise ValueError(msg)
+        return {(row[0], int(row[1]), int(row[2])): row[7] == "1" for row in rows}

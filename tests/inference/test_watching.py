@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder that is watched: each image has one row, whenever the process was killed."""
+
+import csv
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_flowood import inference
+from anomalib_flowood.cli import main
+from anomalib_flowood.inference import Detector
+from anomalib_flowood.inference.watching import COLUMNS, Watcher
+from anomalib_flowood.models.components.export_check import Runtime
+
+
+class KilledError(BaseException):
+    """What no handler of errors stops."""
+
+
+@pytest.fixture
+def detector() -> Detector:
+    """The mean is the score, and more than that of all of 20 normal images is anomalous."""
+    runtime = Runtime(lambda images: {"pred_score": images.mean((1, 2, 3))})
+    return Detector(runtime, (8, 8), list(np.linspace(0.1, 0.4, 20)), 1 / 21)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "arriving"
+    folder.mkdir()
+    for number, grey in enumerate((30, 250, 60, 240)):
+        save(folder / f"{number}.png", grey)
+    return folder
+
+
+def save(path: Path, grey: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((10, 12, 3), grey, np.uint8)).save(path)
+
+
+def rows(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def looks(watcher: Watcher, times: int = 3) -> None:
+    for _ in range(times):
+        watcher.look()
+
+
+def test_what_arrives_is_scored_and_set_aside(detector, folder, tmp_path):
+    table, aside = tmp_path / "table.csv", folder / "anomalous"  # below the folder itself
+    watcher = Watcher(detector, folder, table, aside)
+    assert watcher.look() == []  # whoever writes them may not be done
+    assert watcher.look() == [folder / f"{number}.png" for number in range(4)]
+    save(folder / "lot" / "4.png", 255)
+    looks(watcher)
+    found = rows(table)
+    assert [row["path"] for row in found] == ["0.png", "1.png", "2.png", "3.png", "lot/4.png"]
+    assert [row["label"] for row in found] == ["0", "1", "0", "1", "1"]
+    assert float(found[1]["p_value"]) == 1 / 21
+    assert float(found[0]["score"]) == pytest.approx(30 / 255)
+    assert sorted(path.name for path in folder.glob("*.png")) == ["0.png", "2.png"]
+    assert sorted(str(path.relative_to(aside)) for path in aside.rglob("*.png")) == ["1.png", "3.png", "lot/4.png"]
+    save(folder / "1.png", 251)  # a name that is used again is another image
+    looks(watcher)
+    assert len(rows(table)) == 6
+    assert (aside / "1-2.png").exists()
+
+
+def test_links_stay_links(detector, folder, tmp_path):
+    aside = tmp_path / "aside"
+    for _ in range(2):
+        looks(Watcher(detector, folder, tmp_path / "table.csv", aside, link=True))
+    assert [path.name for path in sorted(aside.iterdir())] == ["1.png", "3.png"]
+    assert (aside / "1.png").resolve() == (folder / "1.png").resolve()
+    assert len(rows(tmp_path / "table.csv")) == 4
+
+
+@pytest.mark.parametrize("moment", ["before the row", "within the row", "after the row", "before the move"])
+def test_whenever_it_is_killed_each_image_has_one_row(moment, detector, folder, tmp_path, monkeypatch):
+    table, aside = tmp_path / "table.csv", tmp_path / "aside"
+    watcher = Watcher(detector, folder, table, aside)
+    watcher.look()
+    append = watcher._append
+
+    def killed(row: tuple) -> None:
+        if row[0] == "1.png" and moment != "before the move":
+            if moment == "after the row":
+                append(row)
+            elif moment == "within the row":
+                with table.open("ab") as file:
+                    file.write(b"1.png,123,4")
+            raise KilledError
+        append(row)
+
+    def no_move(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watcher, "_append", killed)
+        if moment == "before the move":
+            patch.setattr(shutil, "move", no_move)
+        with pytest.raises(KilledError):
+            watcher.look()
+    looks(Watcher(detector, folder, table, aside))
+    assert [(row["path"], row["label"]) for row in rows(table)] == [(f"{n}.png", str(n % 2)) for n in range(4)]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "2.png"]
+    assert sorted(path.name for path in aside.iterdir()) == ["1.png", "3.png"]
+
+
+def test_a_file_on_its_way_is_waited_for_and_a_broken_one_is_named(detector, folder, tmp_path):
+    table, whole = tmp_path / "table.csv", (folder / "0.png").read_bytes()
+    late, broken = folder / "late.png", folder / "broken.png"
+    late.write_bytes(whole[:40])
+    broken.write_bytes(whole[:40])
+    os.utime(broken, (1, 1))  # long unchanged
+    watcher = Watcher(detector, folder, table)
+    looks(watcher)
+    found = {row["path"]: row for row in rows(table)}
+    assert "late.png" not in found
+    assert "Cannot read the image" in found["broken.png"]["error"]
+    assert found["broken.png"]["label"] == ""
+    late.write_bytes(whole)
+    looks(watcher)
+    assert [row["label"] for row in rows(table) if row["path"] == "late.png"] == ["0"]
+
+
+def test_the_command_watches_until_it_is_stopped(detector, folder, tmp_path, monkeypatch):
+    def nap(seconds: float) -> None:
+        assert seconds == 0.5
+        if (aside / "3.png").exists():
+            raise KeyboardInterrupt
+
+    aside = tmp_path / "aside"
+    monkeypatch.setattr(inference, "load", lambda path: {"model.ckpt": detector}[path])
+    monkeypatch.setattr(time, "sleep", nap)
+    with pytest.raises(SystemExit, match="130"):
+        main(["watch", "model.ckpt", str(folder), "--aside", str(aside), "--interval", "0.5"])
+    assert len(rows(folder / "watch.csv")) == 4
+
+
+def test_another_table_is_refused(detector, folder, tmp_path):
+    table = tmp_path / "predictions.csv"
+    table.write_text("image_path,pred_score\na.png,1\n")
+    with pytest.raises(ValueError, match="is no table of `flowood watch`: its columns are image_path, pred_score"):
+        Watcher(detector, folder, table)
+    with pytest.raises(NotADirectoryError, match="no folder"):
+        Watcher(detector, tmp_path / "nowhere", table)
+    assert len(COLUMNS) == len(set(COLUMNS))
