@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 logger = logging.getLogger(__name__)
 
 
-def image_files(folder: str | Path) -> list[Path]:
+def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
     """Find the images below a folder, by the rule that all commands follow.
 
     An image is a regular file whose name has one of torchvision's ``IMG_EXTENSIONS``, in upper or lower case. What is
@@ -24,6 +24,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
     Args:
         folder: Folder to search.
+        tell: Whether to say what is left out.
 
     Returns:
         Paths of the images, which start with ``folder``, sorted; empty if there are none.
@@ -47,9 +48,9 @@ def image_files(folder: str | Path) -> list[Path]:
             again += found.setdefault(os.path.realpath(path), path) is not path
         else:
             odd.append(path)
-    if odd:
+    if odd and tell:
         logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
-    if again:
+    if again and tell:
         logger.info("Left out below %s: %d links to images that are there already.", top, again)
     return sorted(found.values())
 

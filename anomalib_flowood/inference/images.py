@@ -121,7 +121,10 @@ def _of_array(image: np.ndarray, max_value: int | None) -> np.ndarray:
 
 
 def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
-    """Its pixels as the camera was held; transparency is dropped, as it is of files."""
+    """Its pixels as the camera was held; transparency is dropped, as it is of files.
+
+    Of colours of 16 bits Pillow has kept the upper 8; their files are read with all.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return _of_array(np.asarray(image).astype(np.uint16)[None], max_value)

@@ -85,7 +85,7 @@ class Watcher:
         return done
 
     def _images(self) -> list[Path]:
-        files = image_files(self.folder)
+        files = image_files(self.folder, tell=False)  # not every second
         if self.aside is None:
             return files
         aside = self.aside.resolve()  # may lie below the folder
