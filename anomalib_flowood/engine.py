@@ -13,6 +13,8 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 
+from anomalib_flowood.processes import was_started
+
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""
 
@@ -49,7 +51,8 @@ class RunEngine(Engine):
             return self.trainer.test(model, test_dataloaders, datamodule=datamodule)
 
     def _setup_workspace(self, *args: Any, **kwargs: Any) -> None:
-        versioned = kwargs.pop("versioned_dir", False)
+        # Other processes than that of rank 0 find its folder under `latest`.
+        versioned = kwargs.pop("versioned_dir", False) and not was_started()
         arguments = self._cache.args
         root = arguments["default_root_dir"]
         super()._setup_workspace(*args, **kwargs)  # the folder that `latest` names

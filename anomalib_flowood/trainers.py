@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, Sampler
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -52,6 +54,29 @@ def prediction_loaders(trainer: Trainer) -> list[Any]:
         return []
     trainer.predict_loop.setup_data()
     return _listed(trainer.predict_dataloaders)
+
+
+def reduce_gradients(trainer: Trainer, there_are: bool) -> None:
+    """Let several processes share gradients, or, where nothing trains, do without: PyTorch refuses to wrap it then."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        vars(trainer.strategy).pop("configure_ddp", None)
+        if not there_are:
+            vars(trainer.strategy)["configure_ddp"] = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def is_dealt_once(sampler: Sampler) -> bool:
+    """Whether a sampler deals images out to processes without repeating any, as that of a prediction does."""
+    return isinstance(sampler, UnrepeatedDistributedSampler)
+
+
+def loader_of(trainer: Trainer, number: int = 0) -> Any:
+    """The loader that a validation or a test is reading, with the share of this process."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return _listed(loaders)[number]
 
 
 def train_on(trainer: Trainer, loader: DataLoader) -> None:

@@ -22,7 +22,9 @@ LONGEST_BODY = 45
 # From the ground up. What is in a line imports what is in the lines before it, and nothing else of the package.
 FLOORS = (
     ("",),
-    ("checks", "engine", "look", "names", "trainers"),
+    ("checks", "look", "names", "trainers"),
+    ("processes",),
+    ("engine",),
     ("conformal",),
     ("exported",),
     ("flows",),

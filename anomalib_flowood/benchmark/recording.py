@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from anomalib_flowood import processes
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
 
 
@@ -48,7 +49,6 @@ class ScoreRecorder(Callback):
         Raises:
             ValueError: If the detector gives neither a score nor a map, or the images have no labels.
         """
-        del trainer, batch_idx, dataloader_idx
         score: Any = getattr(outputs, "pred_score", None)
         anomaly_map: Any = getattr(outputs, "anomaly_map", None)
         if score is None and anomaly_map is None:
@@ -65,12 +65,17 @@ class ScoreRecorder(Callback):
         sources = [Path(path).parent.name or "test" for path in paths] if sources is None else sources
         labels = batch.gt_label.detach().flatten().cpu().int()
         columns = {"image_path": paths, "source": list(sources), "label": labels.numpy(), "score": raw.numpy()}
-        self._parts.append(pd.DataFrame(columns))
+        own = processes.own_rows(trainer, batch_idx, len(raw), dataloader_idx)
+        self._parts.append(pd.DataFrame(columns)[:own])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock before any metric is computed; bits per dimension, which no score needs, do not count."""
+        """Stop the clock before any metric is computed; bits per dimension, which no score needs, do not count.
+
+        Of several processes each gets the scores of all.
+        """
         del trainer
         self.seconds = time.perf_counter() - self._start - getattr(pl_module, "bits_seconds", 0.0)
+        self._parts = [processes.in_data_set_order(self.scores)]
 
     @property
     def scores(self) -> pd.DataFrame:

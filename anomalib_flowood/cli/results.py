@@ -13,6 +13,7 @@ from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
 
+from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
 from anomalib_flowood.engine import new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
@@ -32,7 +33,9 @@ class ResultsCLI(AnomalibCLI):
         output = config.get("output")
         if output is None:
             run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
-            with used_folder(new_folder(run / self.subcommand)) as folder:
+            made = processes.agreed_folder(self.subcommand, lambda: new_folder(run / self.subcommand))
+            # Another process than that of rank 0 leaves nothing in it.
+            with contextlib.nullcontext(made) if processes.was_started() else used_folder(made) as folder:
                 yield folder
         elif output.is_file() or output.suffix in {".csv", ".html"}:
             msg = f"--output {output} has to be a folder: several files are written into it."
@@ -50,7 +53,9 @@ class ResultsCLI(AnomalibCLI):
         print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has all settings.")
 
     def keep_results(self) -> None:
-        """Keep the results of a test as a benchmark keeps its own, for ``report``."""
+        """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""
+        if processes.rank():
+            return
         folder = Path(self.engine.trainer.default_root_dir)
         data = self._data_label()
         seed = self.config[self.subcommand]["seed_everything"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from .precision import full_precision
@@ -224,7 +224,7 @@ class ActNorm(_ImageLayer):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+        std, mean = _moments(x)
         self.bias.copy_(-mean.reshape(-1, 1, 1))
         self.log_scale.copy_(-torch.where(std > _CONSTANT, std, torch.ones_like(std)).log().reshape(-1, 1, 1))
         self.initialized.fill_(True)
@@ -237,6 +237,17 @@ class ActNorm(_ImageLayer):
         if rev:
             return x * torch.exp(-self.log_scale) - self.bias, -log_det
         return (x + self.bias) * torch.exp(self.log_scale), log_det
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean of each channel, ``(C,)``, over the batches of all processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return torch.std_mean(x, dim=(0, 2, 3), correction=0)
+    values = x.double().movedim(1, 0).flatten(1)
+    sums = torch.cat([values.sum(1), values.square().sum(1), values.new_full((1,), values.shape[1])])
+    distributed.all_reduce(sums)
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)
+    return (square - mean.square()).clamp(min=0).sqrt().to(x), mean.to(x)
 
 
 class InvertibleConv1x1(_ImageLayer):

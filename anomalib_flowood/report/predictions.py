@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from anomalib_flowood import conformal
+from anomalib_flowood import conformal, processes
 from anomalib_flowood.models.components import ConformalPostProcessor
 
 _SHOWN_PREDICTIONS = 10
@@ -30,6 +30,8 @@ def keep_predictions(
 ) -> Path | None:
     """Write ``predictions.csv``; print where it is, the most anomalous images, drift, and what could not be read.
 
+    Of several processes that of rank 0 does so, for all of them.
+
     Args:
         predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
         folder: Where to write.
@@ -38,16 +40,21 @@ def keep_predictions(
             ``error``, and a row without a score for each of them.
 
     Returns:
-        The file, or nothing if there were no predictions (``--return_predictions false``).
+        The file, or nothing if there were no predictions (``--return_predictions false``), and in other processes.
     """
     batches: list[Any] = []
     for item in predictions or ():
         batches.extend(item if isinstance(item, list) else [item])
-    if not batches and not errors:
+    # Each process has predicted some, and may have none.
+    errors = {path: text for some in processes.gathered_objects(dict(errors or {})) for path, text in some.items()}
+    table = processes.in_data_set_order(pd.concat([pd.DataFrame(), *map(_rows, batches)], ignore_index=True))
+    if processes.rank():
+        return None
+    scored = len(table)
+    if not scored and not errors:
         print("No predictions were returned, so there is nothing to write.")
         return None
-    tables = [_rows(batch) for batch in batches]
-    scored = sum(len(table) for table in tables)
+    tables = [table] if scored else []
     if errors:
         lost = {"image_path": list(errors), "pred_score": np.nan, "error": list(errors.values())}
         tables.append(pd.DataFrame(lost))

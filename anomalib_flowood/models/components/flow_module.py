@@ -14,6 +14,7 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from anomalib_flowood import processes
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.trainers import prediction_loaders, trainer_of
@@ -74,18 +75,20 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
         if trainer_of(self) is not None:
             self._read_alike()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
 
         As long as the score is not fitted, which it is at the end of training, −log p stands in for it.
         """
-        del batch_idx
         model, inputs = self.model, self.inputs_of(batch)
         batch.update(**model.predict(inputs, None if model.scorer.ready else model.nll)._asdict())
         losses = batch.pred_score if model.scores_are_likelihoods else model.nll(model, inputs)
-        losses = losses if batch.gt_label is None else losses[~batch.gt_label]
-        if losses.numel():
-            self.log("val_loss", losses.mean(), prog_bar=True, batch_size=losses.numel())
+        own = processes.own_rows(self.trainer, batch_idx, len(losses), dataloader_idx)
+        processes.cut(batch, own)
+        losses = losses[:own] if batch.gt_label is None else losses[:own][~batch.gt_label]
+        if losses.numel() or processes.ranks() > 1:  # that another process has some, this one cannot know
+            value = losses.mean() if losses.numel() else losses.new_zeros(())
+            self.log("val_loss", value, prog_bar=True, batch_size=losses.numel(), sync_dist=True)
         return batch
 
     def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -97,11 +100,17 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
         outputs: Any = super().test_step(batch, batch_idx, *args, **kwargs)
         metrics: list[Any] = [*self.evaluator.test_metrics] if isinstance(self.evaluator, Evaluator) else []
         if not self.model.scores_are_likelihoods or not any(isinstance(metric, BitsPerDim) for metric in metrics):
-            return outputs
+            return self._own(outputs, batch_idx, *args, **kwargs)
         start = self._clock()
         log_prob = -outputs.pred_score * self.model.dims
         outputs.bits_per_dim = self.model.bits_per_dim(outputs.image, log_prob=log_prob)
         self.bits_seconds += self._clock() - start
+        return self._own(outputs, batch_idx, *args, **kwargs)
+
+    def _own(self, outputs: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """A scored batch without the images that other processes score, too."""
+        own = processes.own_rows(self.trainer, batch_idx, len(outputs.pred_score), dataloader_idx)
+        processes.cut(outputs, own)
         return outputs
 
     def on_test_start(self) -> None:

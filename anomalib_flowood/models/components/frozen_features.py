@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from anomalib_flowood import processes
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from .flow_module import FlowModule
@@ -71,7 +71,8 @@ class ImagesOnly(Callback):
 class FrozenFeatures(_Base):
     """Mixin for detectors on a frozen backbone, to the left of :class:`FlowModule`.
 
-    When a fit starts, the backbone sees every training and validation image once. The detector fits what it needs on
+    When a fit starts, the backbone sees every training and validation image once, in the order of the data set; of
+    several processes each has a share, and gets the features of all. The detector fits what it needs on
     the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
     random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
 
@@ -138,9 +139,10 @@ class FrozenFeatures(_Base):
             self.fit_features(features)
         if random and not count:
             return
-        prepared = self._prepare_all(tuple(part[:count] for part in features) if random else features)
+        reference = _some(len(features[0]), count)
+        prepared = self._prepare_all(tuple(part[reference] for part in features) if random else features)
         if count:
-            self.keep_reference(tuple(part[:count] for part in prepared))
+            self.keep_reference(prepared if random else tuple(part[reference] for part in prepared))
         if not random:
             dataset = FeatureDataset(prepared, labels)
             train_on(
@@ -180,15 +182,15 @@ class FrozenFeatures(_Base):
         trainer: Trainer = self.trainer
         training = self.training
         self.eval()
-        total = len(loader)
-        if isinstance(limit, int):  # A share is applied to the stored features, by Lightning, at every epoch.
-            total = min(total, limit)
+        # A share is applied to the stored features, by Lightning, at every epoch.
+        own, counts = processes.shares(loader, limit if isinstance(limit, int) else None)
+        total = len(counts)
         store, labels = FeatureStore(len(loader.dataset), self.cache_gib), []  # type: ignore[arg-type]
-        batches: Iterable[Batch] = islice(loader, total)
+        batches: Iterable[Batch] = own
         watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
             batches = track(batches, f"Extracting {what} features", total=total)
-        for number, batch in enumerate(batches):
+        for number, (count, batch) in enumerate(zip(counts, batches, strict=True)):
             for watch in watchers:
                 watch(what, number, total)
             batch = trainer.strategy.batch_to_device(batch)
@@ -198,8 +200,9 @@ class FrozenFeatures(_Base):
                 image = transform(image)
             features = self.extract(image)
             _check_finite(features, batch, what)
-            store.append(features)
-            labels.append(batch.gt_label)
+            store.append(tuple(processes.gathered(part[:count]) for part in features))
+            label = batch.gt_label
+            labels.append(label if label is None else processes.gathered(label[:count].to(torch.uint8)).bool())
         self.train(training)
         if not labels:
             msg = f"There are no {what} images to extract features from."
@@ -213,6 +216,11 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store.features
+
+
+def _some(images: int, count: int) -> Tensor:
+    """Which images to take where not more than so many are wanted: always the same, from all over the data set."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 def _check_finite(features: tuple[Tensor, ...], batch: Any, what: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import CatMetric
 
-from anomalib_flowood import conformal
+from anomalib_flowood import conformal, processes
 from anomalib_flowood.checks import refuse_infinite, refuse_nan
 from anomalib_flowood.trainers import validation_loaders
 
@@ -72,8 +73,9 @@ class ConformalPostProcessor(PostProcessor):
         self.register_buffer("calibration", torch.empty(0))
         self.register_buffer("pixel_calibration", torch.empty(0))
         self.register_buffer("calibrated_for", torch.empty(0, dtype=torch.uint8))
-        self._validated = CatMetric(nan_strategy="disable")
-        self._validated_maxima = CatMetric(nan_strategy="disable")
+        # Brought together here, since a process may have no normal image.
+        new_list = partial(CatMetric, nan_strategy="disable", sync_on_compute=False)
+        self._validated, self._validated_minima, self._validated_maxima = new_list(), new_list(), new_list()
         self._scored_by = torch.empty(0, dtype=torch.uint8)
         self._warned_of = 0
 
@@ -189,9 +191,9 @@ class ConformalPostProcessor(PostProcessor):
         """Begin anew: only the last validation counts."""
         del trainer, pl_module
         self._validated.reset()
+        self._validated_minima.reset()
         self._validated_maxima.reset()
         self._scored_by = self._scored_by.new_empty(0)
-        self._pixel_min_max_metric.reset()
 
     def on_validation_batch_end(
         self,
@@ -211,10 +213,10 @@ class ConformalPostProcessor(PostProcessor):
             self._scored_by = fingerprint().to(self.calibrated_for.device)
         normal = ~outputs.gt_label.bool()
         self._validated.update(outputs.pred_score[normal].detach())
-        if outputs.anomaly_map is not None and bool(normal.any()):
-            maps: Any = InferenceBatch(anomaly_map=outputs.anomaly_map[normal])
-            self._validated_maxima.update(maps.anomaly_map.detach().flatten(1).amax(1))
-            self._pixel_min_max_metric.update(maps)
+        if outputs.anomaly_map is not None:
+            maps = outputs.anomaly_map[normal].detach().flatten(1)
+            self._validated_minima.update(maps.amin(1))
+            self._validated_maxima.update(maps.amax(1))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate on what was collected, unless it comes from an untrained model or a trial run.
@@ -225,13 +227,12 @@ class ConformalPostProcessor(PostProcessor):
         del pl_module
         if trainer.sanity_checking or _trial_run(trainer):
             return
-        maxima = _collected(self._validated_maxima) if self._validated_maxima.update_called else None
+        minima, maxima = _collected(self._validated_minima), _collected(self._validated_maxima)
         self.calibrate(_collected(self._validated), maxima)
         self.calibrated_for = self._scored_by
-        if self._pixel_min_max_metric.update_called:
-            low, high = self._pixel_min_max_metric.compute()
-            self.pixel_min.copy_(low)
-            self.pixel_max.copy_(high)
+        if len(maxima):
+            self.pixel_min.copy_(minima.min())
+            self.pixel_max.copy_(maxima.max())
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
@@ -334,9 +335,9 @@ def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tenso
 
 
 def _collected(metric: CatMetric) -> Tensor:
-    """What a metric was given, ``(n,)``: nothing is a list to it, and a single value a number."""
+    """What a metric was given in all processes, ``(n,)``: nothing is a list to it, and a single value a number."""
     values: Any = metric.compute() if metric.update_called else []
-    return torch.as_tensor(values).reshape(-1)
+    return processes.gathered(torch.as_tensor(values, dtype=metric.dtype, device=metric.device).reshape(-1))
 
 
 def _trial_run(trainer: Any) -> bool:

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import Progress
 
+from anomalib_flowood import processes
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import callbacks_of, trainer_of
+from anomalib_flowood.trainers import callbacks_of, trainer_of, training_loaders
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -44,9 +45,8 @@ class ScoreFitting(_Base):
     def on_train_epoch_end(self) -> None:
         """Fit the score where no validation did."""
         super().on_train_epoch_end()
-        trainer: Any = self.trainer  # whose loaders are not typed as iterables
         if not self.model.scorer.ready and self._training_ends():
-            self.fit_score(trainer.train_dataloader)
+            self.fit_score(self._training_loader())
 
     def on_train_end(self) -> None:
         """Say where the score could not be fitted."""
@@ -62,7 +62,12 @@ class ScoreFitting(_Base):
         super().on_validation_start()
         trainer: Any = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
-            self.fit_score(trainer.train_dataloader)
+            self.fit_score(self._training_loader())
+
+    def _training_loader(self) -> Any:
+        """The trainer's loader; of several processes each has the images of all, and not its share."""
+        trainer: Any = self.trainer
+        return trainer.train_dataloader if processes.ranks() == 1 else training_loaders(trainer)[0]
 
     def fit_score(self, loader: Iterable[Any]) -> None:
         """Fit the score with the present weights; a trained detector needs no training for it.
@@ -82,6 +87,7 @@ class ScoreFitting(_Base):
         training = self.model.training
         self.model.eval()
         scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
+        processes.from_rank_zero([*scorer.buffers()])  # each has drawn an order of its own
         self.model.train(training)
         if isinstance(self.post_processor, ConformalPostProcessor):
             self.post_processor.forget()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import callbacks_of, training_loaders
+from anomalib_flowood.trainers import callbacks_of, reduce_gradients, training_loaders
 
 from .flow_model import FlowModel, check_precision
 
@@ -60,6 +60,7 @@ class FlowTraining(_Base):
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is None:
             return
+        reduce_gradients(trainer, bool(self._trainable))
         loop = trainer.fit_loop
         timers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
         timed = any(timer.time_remaining() is not None for timer in timers)  # others measure only

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits, validates, tests and predicts in two processes; Lightning starts this file a second time."""
+
+import sys
+from pathlib import Path
+
+import torch
+from model_helpers import data, embedding_flow, feature_map_flow, pixel_flow
+
+from anomalib_flowood import processes
+from anomalib_flowood.benchmark import ScoreRecorder
+from anomalib_flowood.engine import RunEngine
+from anomalib_flowood.report.predictions import keep_predictions
+
+DETECTORS = {
+    "pixel_flow": lambda: pixel_flow(architecture="glow", coupling_layers=1, score="typicality", max_epochs=1),
+    "embedding_flow": lambda: embedding_flow(coupling_layers=0),
+    "feature_map_flow": lambda: feature_map_flow(coupling_layers=0),
+}
+LOADING = {"train_limit": 91, "test_limit": 25, "eval_batch_size": 8, "train_batch_size": 16}
+"""So that neither training, nor validation, nor test images can be dealt out evenly."""
+
+
+def run(folder: Path, name: str, detector, devices: int, *, fit: bool) -> dict:
+    """Do all there is to do; return what came of it, the same in every process."""
+    recorder = ScoreRecorder()
+    engine = RunEngine(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        default_root_dir=folder / f"{name}-{devices}",
+        callbacks=[recorder],
+        logger=False,
+        enable_progress_bar=False,
+    )
+    module = data(folder, **LOADING)
+    if fit:
+        engine.fit(detector, datamodule=module)
+    engine.validate(detector, datamodule=module)
+    metrics = engine.test(detector, datamodule=module)[0]
+    predicted = engine.predict(detector, datamodule=module)
+    out = folder / f"{name}-{devices}"
+    keep_predictions(predicted, out, detector.post_processor)
+    return {"metrics": metrics, "scores": recorder.scores, "state": dict(detector.state_dict())}
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for title, build in DETECTORS.items():
+        torch.manual_seed(0)
+        found = run(place, title, build(), 2, fit=True)
+        others = processes.gathered_objects(found["state"])
+        found["unlike"] = [key for key in others[0] if not _same(others[0][key], others[1][key])]
+        if not processes.rank():
+            torch.save(found, place / f"{title}.pt")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two processes give is what one gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from model_helpers import data
+from run_in_two_processes import DETECTORS, LOADING, run
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes have worked, all detectors one after the other."""
+    place = tmp_path_factory.mktemp("processes")
+    data(place)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, str(HERE / "run_in_two_processes.py"), str(place)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return place
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_two_processes_give_what_one_gives(folder, name):
+    two = torch.load(folder / f"{name}.pt", weights_only=False)
+    assert not two["unlike"]  # ActNorm starts alike, too
+    trained = name == "pixel_flow"  # by steps on twice as many images
+    torch.manual_seed(0)
+    detector = DETECTORS[name]()
+    if trained:
+        detector.load_state_dict(two["state"])
+    one = run(folder, name, detector, 1, fit=not trained)
+    if trained:  # its score is fitted to all images, wherever it is
+        module = data(folder, **LOADING)
+        module.setup()
+        detector.fit_score(module.train_dataloader())
+        for key, value in detector.model.scorer.named_buffers():
+            torch.testing.assert_close(two["state"][f"model.scorer.{key}"], value, rtol=1e-4, atol=1e-5)
+    tolerance = 1e-3 if name == "feature_map_flow" else 1e-4  # its maps are stored in 16 bits
+    for key, value in one["state"].items():
+        if value.is_floating_point():
+            close = torch.allclose(two["state"][key], value, rtol=tolerance, atol=1e-5, equal_nan=True)
+            assert close, key
+    calibration = two["state"]["post_processor.calibration"]
+    assert len(calibration) == len(one["state"]["post_processor.calibration"]) == 18
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for metric, value in one["metrics"].items():
+        assert two["metrics"][metric] == pytest.approx(value, rel=tolerance), metric
+    pd.testing.assert_frame_equal(two["scores"], one["scores"], rtol=tolerance)
+    assert len(one["scores"]) == 50
+    tables = [pd.read_csv(folder / f"{name}-{devices}" / "predictions.csv") for devices in (1, 2)]
+    pd.testing.assert_frame_equal(*tables, rtol=tolerance)
+    assert len(tables[0]) == 50
