@@ -185,7 +185,8 @@ class FrozenFeatures(_Base):
         # A share is applied to the stored features, by Lightning, at every epoch.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None)
         total = len(counts)
-        store, labels = FeatureStore(len(loader.dataset), self.cache_gib), []  # type: ignore[arg-type]
+        store = FeatureStore(len(loader.dataset), self.cache_gib)  # type: ignore[arg-type]
+        labels: list[Any] = []
         batches: Iterable[Batch] = own
         watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
