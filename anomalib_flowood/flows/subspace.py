@@ -81,7 +81,8 @@ class PrincipalSubspace(nn.Module):
                 "the same, or constant? Set subspace_dim lower, or give more varied images."
             )
             raise ValueError(msg)
-        total = precise.double().var(0).sum()
+        squares = torch.linalg.vector_norm(precise, dtype=torch.float64).square()
+        total = (squares - n * precise.mean(0, dtype=torch.float64).square().sum()) / (n - 1)
         left = (total - explained.sum()) / max(1, precise.shape[1] - k)
         self.mean.copy_(torch.from_numpy(pca.mean_))
         self.components.copy_(torch.from_numpy(pca.components_))
