@@ -13,6 +13,7 @@ import warnings
 from importlib.metadata import version
 
 from anomalib_flowood import __version__
+from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 
 
@@ -39,6 +40,7 @@ def _configure_logging() -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_path=False)
+    quieten(handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
@@ -62,8 +64,9 @@ def main(args: list[str] | None = None) -> None:
     if not given:
         print(_help(), file=sys.stderr)
         sys.exit(2)
-    _configure_logging()
-    _run(given)
+    with warnings.catch_warnings():
+        _configure_logging()
+        _run(given)
 
 
 def _run(args: list[str]) -> None:

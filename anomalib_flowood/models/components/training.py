@@ -219,7 +219,9 @@ class FlowTraining(_Base):
         """Clip as the trainer says; by default to a norm that only an outlier reaches."""
         if gradient_clip_val is None:
             for flow in self.model.trained_flows:
-                nn.utils.clip_grad_norm_(flow.parameters(), max_norm=50.0)
+                parameters = [*flow.parameters()]
+                if parameters:
+                    nn.utils.clip_grad_norm_(parameters, max_norm=50.0)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
