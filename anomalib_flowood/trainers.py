@@ -10,13 +10,18 @@ here and nowhere else, and the versions that have them bound those that this pac
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler
+
+from anomalib_flowood.files import whole_file
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -30,6 +35,42 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """The callbacks of a trainer, which has them without a type."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def save_whole(trainer: Trainer) -> None:
+    """Let a trainer's checkpoints appear whole or not at all, unless it was given a way of its own to write them.
+
+    Lightning's goes through ``TMPDIR``, from where a checkpoint is copied if that is another disk: one that is full by
+    then keeps a part of it, under the name of the whole.
+    """
+    writer: Any = trainer.strategy.checkpoint_io  # anomalib's loads in its own way, and saves in Lightning's
+    if type(writer).save_checkpoint is TorchCheckpointIO.save_checkpoint:
+        writer.save_checkpoint = save_checkpoint
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        checkpoint: What Lightning saves.
+        path: The file, on this machine's disks; its folder is made if missing. Lightning writes to other places.
+        storage_options: As for Lightning's ``CheckpointIO``.
+
+    Raises:
+        OSError: If it cannot be written, with its path.
+    """
+    if "://" in str(path) or storage_options is not None:
+        TorchCheckpointIO().save_checkpoint(checkpoint, path, storage_options)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file, file.open("wb") as opened:
+        try:
+            torch.save(checkpoint, opened)
+        except RuntimeError as error:  # of a writer that could not write on
+            reason = error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
+from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, set_markdown, set_table
 from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES
 
@@ -40,19 +42,22 @@ class Results:
                 ``score``; empty if the job failed.
         """
         self._results.append(result)
-        self.table.to_csv(self.folder / RESULTS, index=False)
-        if not scores.empty:
+        if not scores.empty:  # first, so that no row ever lacks its scores
             first = not self._scores
-            path = self.folder / SCORES
-            scores[SCORE_COLUMNS].to_csv(path, mode="w" if first else "a", header=first, index=False)
+            with whole_file(self.folder / SCORES) as file:
+                if not first:
+                    shutil.copyfile(self.folder / SCORES, file)
+                write_table(scores[SCORE_COLUMNS], file, mode="w" if first else "a", header=first)
             self._scores.append(scores)
+        with whole_file(self.folder / RESULTS) as file:
+            write_table(self.table, file)
 
     def finish(self, console: Console) -> None:
         """Draw, and print the table and where everything is."""
         if not self._results:
             return
         text = benchmark_markdown(self.table) + set_markdown(self.table)
-        (self.folder / "table.md").write_text(text, encoding="utf-8")
+        write_text(self.folder / "table.md", text)
         names = [RECORD, RESULTS, "table.md"]
         if self._scores:
             score_histograms(pd.concat(self._scores), self.folder / "scores.png")

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
+from typing import NoReturn
 
 from anomalib_flowood import __version__
 from anomalib_flowood.cli.noise import quieten
@@ -64,32 +70,35 @@ def main(args: list[str] | None = None) -> None:
     if not given:
         print(_help(), file=sys.stderr)
         sys.exit(2)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _ended_by_signals():
         _configure_logging()
         _run(given)
 
 
-def _run(args: list[str]) -> None:
-    from rich.console import Console
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a signal end the command with the status that says so, 128 and its number: 130 of Ctrl-C, 143 of SIGTERM.
 
-    # anomalib and timm warn about their own deprecated imports, which no user can mend.
-    with Console(stderr=True).status("loading anomalib"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        from anomalib_flowood.benchmark import BenchmarkError, readable
-        from anomalib_flowood.cli.commands import FlowoodCLI
-
+    Lightning takes both for the regular end of a training. What was being written is left out: see
+    :mod:`anomalib_flowood.files`.
+    """
+    # No other thread may handle signals.
+    takes_signals = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if takes_signals else None
     try:
-        FlowoodCLI(args)
+        yield
     except KeyboardInterrupt:
-        sys.exit(130)
-    # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a
-    # job that failed.
-    except (ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError) as error:
-        if os.environ.get("FLOWOOD_DEBUG") == "1":
-            raise
-        print(f"flowood: {readable(error)}", file=sys.stderr)
-        if not isinstance(error, BenchmarkError):
-            print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            sys.exit(128 + signal.SIGINT)
+        raise
+    finally:
+        if takes_signals:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End what runs, however deep."""
+    del frame
+    sys.exit(128 + number)

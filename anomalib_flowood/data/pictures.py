@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from anomalib_flowood.data.decoding import read_picture
 from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
+from anomalib_flowood.files import whole_file
 
 _FOLDERS: WeakKeyDictionary[Dataset, Path] = WeakKeyDictionary()
 
@@ -77,7 +78,8 @@ def save_pictures(
             continue
         path = output / _name(item.image_path or f"{dataloader_idx}-{batch_idx}-{number}.png", common)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with whole_file(path) as file:
+            picture.save(file)
 
 
 def _common_folder(dataset: Any) -> Path:

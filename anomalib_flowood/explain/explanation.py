@@ -15,6 +15,7 @@ from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
+from anomalib_flowood.files import write_text
 from anomalib_flowood.models.components import FlowModule, known_flows
 
 from .images import image_sets
@@ -119,7 +120,7 @@ def _explain(
         progress.advance(task)
 
     text = json.dumps(finite(numbers), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "explain.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "explain.json", text + "\n")
     names = [part.images.name for part in scored]
     introduction = (
         f"What a trained {numbers['detector']} makes of images from inside ({names[0]}, which it was trained to know) "

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from anomalib_flowood.files import write_text
 from anomalib_flowood.report.markup import render
 
 
@@ -40,5 +41,5 @@ def write_page(
         The path written.
     """
     text = render("explain.html", title=title, introduction=introduction, header=header, rows=rows, pictures=pictures)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path

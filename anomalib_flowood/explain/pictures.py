@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional
 
+from anomalib_flowood.files import whole_file
 from anomalib_flowood.look import PALETTE, short_name
 from anomalib_flowood.report.plots import draw_shares, whiskers
 
@@ -67,7 +68,8 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
             axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         figure.supxlabel("log-likelihood log p(x) in nats (right: more likely)", fontsize=10)
         figure.supylabel("share of images", fontsize=10)
-        figure.savefig(path, dpi=130)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130)
 
 
 def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
@@ -92,7 +94,8 @@ def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
         axes[0].set_ylabel("squared correlation of −t and x")
         figure.supxlabel("coupling layer, in order of application", fontsize=10)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
-        figure.savefig(path, dpi=130)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130)
 
 
 def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path: Path) -> None:
@@ -119,7 +122,8 @@ def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path
         for axis in axes[len(blocks) :]:
             axis.set_axis_off()
         _colourbar(figure, axes.tolist(), limit, "z")
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130, bbox_inches="tight")
 
 
 def draw_layers(
@@ -158,7 +162,8 @@ def draw_layers(
             titles = ["image", *(f"{symbol}, layer {number + 1}" for number in numbers), *[""] * len(rest)]
             _mosaic(axis, tiles, [short_name(name, 18) for name in images], titles)
         _colourbar(figure, axes.tolist(), limit, symbol)
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130, bbox_inches="tight")
 
 
 def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: Path) -> None:
@@ -178,7 +183,8 @@ def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: P
         )
         tiles = [_rgb(images, sizes[0]) for images in rows.values()]
         _mosaic(figure.subplots(), tiles, [short_name(name, 22) for name in rows], column_names)
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130, bbox_inches="tight")
 
 
 def _limit(maps: Sequence[Tensor]) -> float:

@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from anomalib_flowood.files import whole_file, write_text
+
 from .catalogue import LOCAL_DIR, backbone_config, pixels, size_of
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,8 @@ def save_local(name: str, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: some networks name a tensor twice, which the format refuses.
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in backbone.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole_file(folder / "model.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     kept = ("fixed_input_size", "interpolation", "crop_pct", "mean", "std", "pool_size")
     config = {
@@ -188,5 +191,5 @@ def save_local(name: str, folder: str | Path) -> Path:
     }
     if model_args := getattr(backbone, "pretrained_model_args", None):  # where a hub's folder changes the architecture
         config["model_args"] = model_args
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return folder

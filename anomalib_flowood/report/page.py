@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 from anomalib.data import AnomalibDataModule
 
+from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import MOST_SETS
 
 from .markup import render
@@ -95,7 +96,7 @@ def write_report(
     data = [_data_section(run, name, number, open_data) for number, name in enumerate(names, start=1)]
     for section in data:
         for number, (title, panel) in enumerate(section.pop("pictures"), start=1):
-            (pictures / f"{section['anchor']}-{number}{_slug(title)}.svg").write_text(panel, encoding="utf-8")
+            write_text(pictures / f"{section['anchor']}-{number}{_slug(title)}.svg", panel)
     text = render(
         "report.html",
         title=_title(run),
@@ -111,7 +112,7 @@ def write_report(
         run_settings=_yaml(run.record.get("settings", {})),
     )
     page = output / "index.html"
-    page.write_text(text, encoding="utf-8")
+    write_text(page, text)
     return page
 
 

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from anomalib_flowood.files import whole_file
 from anomalib_flowood.look import PALETTE, heading, short_name
 from anomalib_flowood.metrics import auroc, rate_text
 
@@ -75,7 +76,8 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
             ncols=min(len(ordered), columns + 1),
             frameon=False,
         )
-        figure.savefig(path, dpi=130)
+        with whole_file(path) as file:
+            figure.savefig(file, dpi=130)
     return Path(path)
 
 

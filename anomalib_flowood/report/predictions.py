@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from anomalib_flowood import conformal, processes
+from anomalib_flowood.files import whole_file, write_table
 from anomalib_flowood.models.components import ConformalPostProcessor
 
 _SHOWN_PREDICTIONS = 10
@@ -63,7 +64,8 @@ def keep_predictions(
         frame = frame.astype({"pred_label": "Int64"})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.csv"
-    frame.to_csv(path, index=False)
+    with whole_file(path) as file:
+        write_table(frame, file)
 
     console = Console()
     if scored:

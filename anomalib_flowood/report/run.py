@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 
 from anomalib_flowood.checks import refuse_nan
+from anomalib_flowood.files import unescaped, write_text
 
 RESULTS, SCORES, RECORD = "results.csv", "scores.csv", "run.json"
 """Names of the files."""
@@ -67,7 +68,7 @@ def write_record(
         "data": dict(data),
     }
     path = folder / RECORD
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
     return path
 
 
@@ -139,6 +140,7 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         if name in frame and not frame.empty and not pd.api.types.is_numeric_dtype(frame[name]):
             msg = f"{path}: the column {name} has to hold numbers."
             raise ValueError(msg)
+    frame = frame.assign(**{name: frame[name].map(unescaped) for name in texts if name in frame})
     return frame.assign(**{name: frame[name].fillna("") for name in ("image_path", "source") if name in frame})
 
 

@@ -15,6 +15,7 @@ import torch
 from anomalib.deploy.export import ExportType
 
 from anomalib_flowood.exported import description_path
+from anomalib_flowood.files import write_text
 
 from .export_check import raw_onnx_path, reference
 from .post_processor import ConformalPostProcessor
@@ -78,7 +79,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
 def write_description(path: Path, description: dict[str, Any]) -> None:
     """Write ``model.json`` beside an export."""
     text = json.dumps(_plain(description), indent=1, allow_nan=False)
-    description_path(path).write_text(f"{text}\n", encoding="utf-8")
+    write_text(description_path(path), f"{text}\n")
 
 
 def _plain(value: Any) -> Any:

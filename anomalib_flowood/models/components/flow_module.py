@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from anomalib_flowood import processes
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
-from anomalib_flowood.trainers import prediction_loaders, trainer_of
+from anomalib_flowood.trainers import prediction_loaders, save_whole, trainer_of
 
 from .export import CheckedExport
 from .flow_model import FlowModel
@@ -53,6 +53,7 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
     def setup(self, stage: str) -> None:
         """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
         super().setup(stage)
+        save_whole(self.trainer)
         if stage == TrainerFn.FITTING:
             self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
         else:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that are killed, stopped or out of room: what is left loads or is absent, and the status says what was."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pandas as pd
+import pytest
+import torch
+from model_helpers import data, engine, pixel_flow
+
+from anomalib_flowood.cli import main
+from anomalib_flowood.files import escaped, unescaped, whole_file, write_table, write_text
+from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
+from anomalib_flowood.trainers import save_checkpoint
+
+PIXELS = "--model.image_size=[12,12] --model.channels=1 --model.coupling_layers=4 --model.hidden_channels=16"
+TRAIN = f"""train --model PixelFlow {PIXELS} --model.bottleneck_dim=3 --data CrossDataset --data.in_distribution=ramps
+    --data.out_of_distribution=[squares] --data.val_split_ratio=0.2 --trainer.accelerator=cpu
+    --trainer.enable_progress_bar=false""".split()
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that nothing is imported anew")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def started(arguments: list[str]) -> int:
+    """Run a command in a process of its own, which has imported everything."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main(arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        status = 99
+    os._exit(status)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@forks
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(number, status, here):
+    child = started([*TRAIN, "--trainer.max_epochs=100000"])
+    wait_for(lambda: checkpoints(here))
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    for path in checkpoints(here):
+        read_checkpoint(path)
+    assert not list(here.rglob(".*.ckpt"))
+
+
+@forks
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_training_leaves_checkpoints_that_load(seed, here):
+    child = started([*TRAIN, "--trainer.max_epochs=100000"])
+    wait_for(lambda: checkpoints(here))
+    time.sleep(0.1 * seed + 0.03)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert checkpoints(here)
+    for path in checkpoints(here):
+        read_checkpoint(path)
+
+
+def test_an_interrupt_while_importing_has_its_status_and_no_traceback():
+    code = (
+        "import sys, signal, threading, time, _thread\n"
+        "from anomalib_flowood.cli import main\n"
+        "threading.Timer(0.5, _thread.interrupt_main).start()\n"
+        "main(['train', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+@forks
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    path = tmp_path / "model.ckpt"
+    save_checkpoint({"a": torch.zeros(10)}, path)
+    child = os.fork()
+    if not child:
+        status = 255
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            save_checkpoint({"a": torch.zeros(1_000_000)}, path)
+        except OSError as error:
+            status = error.errno if error.filename == str(path) else 254
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+    assert len(torch.load(path)["a"]) == 10
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_detectors_save_whole_files_in_anomalibs_engine_too(tmp_path):
+    run = engine(tmp_path, max_epochs=1)
+    run.fit(pixel_flow(), datamodule=data(tmp_path))
+    assert run.trainer.strategy.checkpoint_io.save_checkpoint is save_checkpoint
+    assert checkpoints(tmp_path)
+
+
+def test_a_file_that_fails_is_as_it_was(tmp_path):
+    path = tmp_path / "page.html"
+    write_text(path, "before")
+
+    def fails() -> None:
+        with whole_file(path) as file:
+            file.write_text("half of")
+            raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OSError, match="no space"):
+        fails()
+    with patch.object(os, "fsync", side_effect=OSError("disk gone")), pytest.raises(OSError, match="disk gone"):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_tables_hold_no_formulas_and_are_read_as_they_were(tmp_path):
+    texts = ["=1+1", "+1", "-1", "@a", "\tb", "'=1", "plain", "a=b", "'quoted"]
+    write_table(pd.DataFrame({"name": texts, "value": [-1.5] * len(texts)}), tmp_path / "a.csv")
+    read = pd.read_csv(tmp_path / "a.csv", dtype={"name": str})
+    assert not read["name"].str.match(r"[=+\-@\t\r]").any()
+    assert read["name"].map(unescaped).tolist() == texts
+    assert (read["value"] == -1.5).all()
+    assert escaped(-1.5) == -1.5
