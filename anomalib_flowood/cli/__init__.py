@@ -102,3 +102,27 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     """End what runs, however deep."""
     del frame
     sys.exit(128 + number)
+
+
+def _run(args: list[str]) -> None:
+    from rich.console import Console
+
+    # anomalib and timm warn about their own deprecated imports, which no user can mend.
+    with Console(stderr=True).status("loading anomalib"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        from anomalib_flowood.benchmark import BenchmarkError, readable
+        from anomalib_flowood.cli.commands import FlowoodCLI
+
+    try:
+        FlowoodCLI(args)
+    # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a
+    # job that failed.
+    except (ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError) as error:
+        if os.environ.get("FLOWOOD_DEBUG") == "1":
+            raise
+        print(f"flowood: {readable(error)}", file=sys.stderr)
+        if not isinstance(error, BenchmarkError):
+            print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
+        sys.exit(1)

@@ -56,7 +56,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
