@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -82,20 +82,38 @@ def _ended_by_signals() -> Iterator[None]:
     Lightning takes both for the regular end of a training. What was being written is left out: see
     :mod:`anomalib_flowood.files`.
     """
-    # No other thread may handle signals.
-    takes_signals = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if takes_signals else None
     try:
-        yield
+        with _handled_by(_terminate, signal.SIGTERM):
+            yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)
         raise
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
+    """Let signals be handled so for a while, in the main thread, which alone can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
     finally:
-        if takes_signals:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process at once: what is half imported does not survive an exception, and nothing has been written."""
+    del frame
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")  # the cursor, which a spinner has hidden
+        sys.stderr.flush()
+    os._exit(128 + number)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -108,7 +126,11 @@ def _run(args: list[str]) -> None:
     from rich.console import Console
 
     # anomalib and timm warn about their own deprecated imports, which no user can mend.
-    with Console(stderr=True).status("loading anomalib"), warnings.catch_warnings():
+    with (
+        _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
+        Console(stderr=True).status("loading anomalib"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
