@@ -29,6 +29,40 @@ def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callabl
         raise ValueError(msg)
 
 
+_MOST = {
+    "cache_gib": 2**20,
+    "coupling_layers": 1_000,
+    "feature_noise": 1e6,
+    "hidden_channels": 65_536,
+    "bottleneck_dim": 65_536,
+    "layout_dims": 65_536,
+    "map_dims": 65_536,
+    "modes": 65_536,
+    "subspace_dim": 65_536,
+}
+"""The largest value of arguments that say how much is to be built: far more than is of use, and not too much to try."""
+
+
+def check_sizes(**sizes: float | None) -> None:
+    """Refuse sizes that nobody means, before anything is built.
+
+    Args:
+        **sizes: Values by the arguments' names; ``None`` for a detector's own choice.
+
+    Raises:
+        ValueError: If one is too large, or NaN; ``cache_gib`` also if it is negative.
+    """
+    for argument, value in sizes.items():
+        if value is None:
+            continue
+        if not value <= _MOST[argument]:
+            msg = f"{argument} must be at most {_MOST[argument]:,.0f}, got {value}."
+            raise ValueError(msg)
+        if argument == "cache_gib" and value < 0:
+            msg = f"cache_gib must be at least 0, got {value}."
+            raise ValueError(msg)
+
+
 def refuse_infinite(values: Tensor, images: str, what: str, so: str) -> None:
     """Refuse values that nothing can be fitted on.
 

@@ -148,6 +148,58 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
     return float(stats.ks_2samp(calibration.flatten().numpy(), scores.flatten().numpy()).pvalue)
 
 
+CONTAMINATION_LEVEL = 0.01
+"""Of how many clean calibrations in expectation, at most, a warning says that they look contaminated."""
+
+
+def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
+    """p-value of the hypothesis that no calibration score lies apart above the others, and how many do if any.
+
+    Where excesses over the lower quartile have a power law's tail, the logarithms' spacings i (e_i - e_(i+1)), from the
+    largest score down, are independent and exponential with one mean (Rényi 1953). A spacing among the upper tenth is
+    compared with all below it, down to the median: the chance to be so large is (1 + d / rest)^-(number below), times
+    the number of places looked at (Bonferroni). Lighter tails, such as a Gaussian's, have smaller spacings above than
+    below, which makes the test conservative. No test can tell contamination from a tail without saying what tails are.
+
+    Anomalies that lie among normal images, one by one at all distances, or that are more than a tenth are not seen.
+
+    Args:
+        calibration: Scores of calibration images, ``(n,)``, finite.
+
+    Returns:
+        The p-value, 1 for fewer than 20 images; how many scores lie above the gap.
+    """
+    ascending = calibration.detach().cpu().double().sort().values
+    images = len(ascending)
+    places, deep = images // 10, images // 2
+    if places < 2:
+        return 1.0, 0
+    excesses = (ascending.flip(0)[: deep + 1] - torch.quantile(ascending, 0.25)).clamp(min=1e-300)
+    spacings = torch.arange(1, deep + 1) * -excesses.log().diff()
+    below = spacings.flip(0).cumsum(0).flip(0)[1 : places + 1].clamp(min=1e-300)
+    others = deep - torch.arange(1, places + 1)
+    chances = (1 + spacings[:places] / below).pow(-others)
+    place = int(chances.argmin())
+    return min(1.0, places * float(chances[place])), place + 1
+
+
+def looks_contaminated(calibration: Tensor) -> str:
+    """Say that calibration scores look contaminated, and what it costs; nothing where they do not.
+
+    Args:
+        calibration: As for :func:`contamination_p_value`.
+    """
+    p_value, apart = contamination_p_value(calibration)
+    if p_value >= CONTAMINATION_LEVEL:
+        return ""
+    return (
+        f"{apart} of {calibration.numel()} normal validation images score far above the others (p = {p_value:.1g}): "
+        "are there anomalies among them? They raise the threshold, in the worst case so far that nothing is called "
+        "anomalous. Look at them (`flowood predict` on the validation images names the highest scores) and take out "
+        "what is not normal"
+    )
+
+
 def false_alarm_rates(
     scores: ArrayLike, calibration_images: int, alpha: float = 0.05, splits: int = 200, seed: int = 0
 ) -> np.ndarray:

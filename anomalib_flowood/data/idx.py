@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_flowood.data.images import Images
+
+_MOST_BYTES = 2**32
+"""The largest file that is read; MNIST's has 47 million."""
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -27,21 +31,27 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if len(head) == 4 else b""
+            # Two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as 4 bytes.
+            if head[:3] != b"\x00\x00\x08" or len(head) < 4 or len(sizes) < 4 * head[3]:
+                msg = f"{path} is no idx file of bytes: it starts with {head.hex(' ') or 'nothing'}."
+                raise ValueError(msg)
+            shape = tuple(int(size) for size in np.frombuffer(sizes, dtype=">u4"))
+            expected = math.prod(shape)
+            if expected > _MOST_BYTES:
+                msg = f"{path} announces {expected:,} values; up to {_MOST_BYTES:,} are read into memory."
+                raise ValueError(msg)
+            content = bytearray(file.read(expected))
+            more = bool(file.read(1))  # and no further: a small file may inflate to more than there is memory
     except (OSError, EOFError, zlib.error) as error:
         msg = f"Cannot read {path}: {error}"
         raise ValueError(msg) from error
-    # Two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as 4 bytes.
-    header = 4 + 4 * content[3] if len(content) >= 4 else 4
-    if content[:3] != b"\x00\x00\x08" or len(content) < header:
-        msg = f"{path} is no idx file of bytes: it starts with {content[:4].hex(' ') or 'nothing'}."
+    if more or len(content) != expected:
+        holds = "more" if more else f"{len(content):,}"
+        msg = f"{path} is damaged: its header announces {expected:,} values, it holds {holds}."
         raise ValueError(msg)
-    shape = tuple(int(size) for size in np.frombuffer(content[4:header], dtype=">u4"))
-    expected = int(np.prod(shape))
-    if len(content) - header != expected:
-        msg = f"{path} is damaged: its header announces {expected:,} values, it holds {len(content) - header:,}."
-        raise ValueError(msg)
-    return np.frombuffer(bytearray(content), dtype=np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def find_idx(folder: Path, split: str, kind: str) -> Path | None:

@@ -78,6 +78,7 @@ class ConformalPostProcessor(PostProcessor):
         self._validated, self._validated_minima, self._validated_maxima = new_list(), new_list(), new_list()
         self._scored_by = torch.empty(0, dtype=torch.uint8)
         self._warned_of = 0
+        self._warned_of_contamination = False
 
     @property
     def alpha(self) -> float:
@@ -144,6 +145,10 @@ class ConformalPostProcessor(PostProcessor):
         both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
         refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
         self._check_images(len(scores))
+        warning = conformal.looks_contaminated(scores)
+        if warning and not self._warned_of_contamination:
+            logger.warning("%s.", warning)
+        self._warned_of_contamination = bool(warning)
         self.calibration = scores.detach().to(self.calibration).sort().values
         self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
         self.calibrated_for = self.calibrated_for.new_empty(0)

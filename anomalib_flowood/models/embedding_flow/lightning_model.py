@@ -13,6 +13,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from torch import Tensor
 
+from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import SCALES, SUBNETS
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
@@ -91,6 +92,15 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_sizes(
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
+            subspace_dim=subspace_dim,
+            map_dims=map_dims,
+            modes=modes,
+            feature_noise=feature_noise,
+        )
         super().__init__(
             pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,

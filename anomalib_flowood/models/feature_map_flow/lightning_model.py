@@ -15,6 +15,7 @@ from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUROC
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
@@ -102,6 +103,15 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_sizes(
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
+            subspace_dim=subspace_dim,
+            layout_dims=layout_dims,
+            feature_noise=feature_noise,
+            cache_gib=cache_gib,
+        )
         super().__init__(
             pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,

@@ -14,6 +14,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
+from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import ARCHITECTURES, LOGIT_ALPHA, MASKS, SCALES, SUBNETS
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, KeptEpoch
 from anomalib_flowood.names import lists_names
@@ -105,6 +106,11 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_sizes(
+            coupling_layers=coupling_layers,
+            hidden_channels=hidden_channels,
+            bottleneck_dim=bottleneck_dim,
+        )
         super().__init__(
             pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
