@@ -64,5 +64,7 @@ def write_table(frame: pd.DataFrame, path: str | Path, **kwargs: Any) -> None:
         path: The file, of :func:`whole_file` for one that appears whole.
         **kwargs: Those of :meth:`pandas.DataFrame.to_csv`.
     """
-    texts = {name: frame[name].map(escaped) for name in frame.select_dtypes(exclude=["number", "bool"])}
+    texts: dict[str, Any] = {
+        str(name): frame[name].map(escaped) for name in frame.select_dtypes(exclude=["number", "bool"])
+    }
     frame.assign(**texts).to_csv(path, index=False, **kwargs)
