@@ -223,10 +223,11 @@ def all_sets(rows: pd.DataFrame) -> str:
     extra |= {f"{FEW} images": column(table["few"])} if table["few"].notna().any() else {}
     extra |= {"one model": column(table["unified"])} if table["unified"].notna().any() else {}
     extra["fit s"] = [short_number(pd.Series([value])) for value in table["fit_s"]]
-    seeds = ", ".join(str(seed) for seed in sorted(whole(some)["seed"].unique()))
+    numbers = sorted(whole(some)["seed"].unique())
+    seeds = f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     stand = some["stand"].iloc[0]
     said = (
-        f"Image AUROC with the defaults, a model for each folder ({stand} pixels; seed {seeds} where a seed "
+        f"Image AUROC with the defaults, a model for each folder ({stand} pixels; {seeds} where a seed "
         f"matters); the means with a model for {FEW} training images of each, and with one model for all; seconds of a "
         "fit to about 300 images:"
     )
