@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, get the data, compare four detectors, show a table and a picture
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what engine, fits and inference cost over the bare work, and whether the bars are held
+# make scale        what a second process gains in a fit, and that the same comes of it
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another",
 #                   on another backbone and size with ARGS="--backbone tf_efficientnet_lite1 --image-size 240"
@@ -30,7 +31,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed contest suite scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale contest suite scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -42,6 +43,9 @@ seeds: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 
 speed: .venv/offline fashion-mnist
 	$(BIN)/python benchmarks/speed.py
+
+scale: .venv/offline
+	$(BIN)/python -m benchmarks.scale processes $(ARGS)
 
 # Repeat it to go on where it was interrupted.
 contest: .venv/offline fashion-mnist
