@@ -12,7 +12,7 @@ from rich.console import Console
 
 from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, set_markdown, set_table
-from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES
+from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
 
 
 class Results:
@@ -27,6 +27,29 @@ class Results:
         self.log = self.folder / "benchmark.log"
         self._results: list[dict[str, Any]] = []
         self._scores: list[pd.DataFrame] = []
+
+    def restore(self) -> None:
+        """Take in the jobs that an earlier benchmark has finished in the folder; errors as for :func:`read_run`.
+
+        Failed jobs are left out, and so are scores of a job that was interrupted before it had its row.
+        """
+        if not (self.folder / RESULTS).is_file():
+            return
+        run = read_run(self.folder)
+        done = run.results[run.results["error"] == ""].drop(columns="error")
+        self._results = [{str(name): value for name, value in row.items()} for row in done.to_dict("records")]
+        if not run.scores.empty:
+            self._scores = [run.scores]
+            with whole_file(self.folder / SCORES) as file:
+                write_table(run.scores[SCORE_COLUMNS], file)
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether there is a job's row already.
+
+        Args:
+            row: What is known of it before it has run.
+        """
+        return any(all(result.get(name) == value for name, value in row.items()) for result in self._results)
 
     @property
     def table(self) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,13 @@ import pandas as pd
 import torch
 import yaml
 from anomalib.pipelines.benchmark import Benchmark as AnomalibBenchmark
-from anomalib.pipelines.components import Runner
 from anomalib.pipelines.components.runners import SerialRunner
 from anomalib.pipelines.components.runners.serial import SerialExecutionError
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from anomalib_flowood.engine import new_folder
+from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import rate_text
 from anomalib_flowood.names import check_known
 from anomalib_flowood.report import JobProgress
@@ -33,6 +34,8 @@ from .results import Results
 logger = logging.getLogger(__name__)
 
 _ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+_CONFIGURATION = "benchmark.yaml"
+"""The configuration in the folder of a benchmark, by which it can go on."""
 
 
 class BenchmarkError(SerialExecutionError):
@@ -46,23 +49,44 @@ class Benchmark(AnomalibBenchmark):
         """Run the benchmark that a configuration file describes.
 
         Args:
-            args: ``config`` is the file's path; without arguments the command line is parsed.
+            args: ``config`` is the file's path, or ``resume`` the folder of an earlier run that is to go on; without
+                arguments the command line is parsed.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the configuration is wrong; nothing has been trained then.
             BenchmarkError: If jobs failed; the results of all others have been written.
         """
+        args = self.get_parser().parse_args() if args is None else args
         config = self._get_args(args)
         for runner in self._setup_runners(config):
+            runner.resumed = args.get("resume")
             runner.run(config["benchmark"])
 
+    @staticmethod
+    def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
+        """Describe the arguments, of which one has to be given."""
+        parser = ArgumentParser() if parser is None else parser
+        parser.add_argument("--config", type=Path | None, default=None, help="Configuration file.")
+        parser.add_argument(
+            "--resume",
+            type=Path | None,
+            default=None,
+            help="Folder of an interrupted benchmark, which goes on there: jobs that are finished are not run again.",
+        )
+        return parser
+
     def _get_args(self, args: Namespace | None) -> dict:
-        if args is None:
-            args = self.get_parser().parse_args()
-        path = Path(str(args.config))
+        args = Namespace() if args is None else args
+        resumed = args.get("resume")
+        if (args.get("config") is None) == (resumed is None):
+            msg = "Give either --config FILE, for a new benchmark, or --resume FOLDER, for one that is to go on."
+            raise ValueError(msg)
+        path = Path(str(args.config)) if resumed is None else Path(resumed) / _CONFIGURATION
         if not path.is_file():
             msg = f"There is no configuration file {path}."
+            if resumed is not None:
+                msg += " --resume takes the folder, runs/benchmark/…, that `flowood benchmark` has made."
             raise FileNotFoundError(msg)
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -76,7 +100,7 @@ class Benchmark(AnomalibBenchmark):
         return config
 
     @staticmethod
-    def _setup_runners(args: dict) -> list[Runner]:
+    def _setup_runners(args: dict) -> list[BenchmarkRunner]:  # type: ignore[override]  # list is invariant
         """One runner for all accelerators, so that everything is checked before anything is trained."""
         given = args.get("accelerator", "auto")
         accelerators = [str(name) for name in (given if isinstance(given, list) else [given])]
@@ -92,6 +116,9 @@ class Benchmark(AnomalibBenchmark):
 
 class BenchmarkRunner(SerialRunner):
     """Runs the jobs one after the other, and says all along which one and how far."""
+
+    resumed: Path | None = None
+    """Folder of an earlier run that is to go on."""
 
     def run(self, args: dict, prev_stage_results: Any = None) -> pd.DataFrame:
         """Check all jobs, then run them.
@@ -113,22 +140,13 @@ class BenchmarkRunner(SerialRunner):
             with _logs_to(None):
                 jobs = [job for job in self.generator(args, prev_stage_results) if isinstance(job, BenchmarkJob)]
                 _check_jobs(jobs, progress)
-            record = Results(new_folder(Path("runs") / BenchmarkJob.name))
-            write_record(
-                record.folder,
-                BenchmarkJob.name,
-                detectors={job.detector: job.config["model"] for job in jobs},
-                data={job.data: job.config["data"] for job in jobs},
-                settings={
-                    "seeds": list(dict.fromkeys(job.seed for job in jobs)),
-                    "accelerators": list(dict.fromkeys(job.accelerator for job in jobs)),
-                    "trainer": args.get("trainer") or {},
-                },
-            )
+            record = self._record(args, jobs)
             failed: list[str] = []
             try:
                 with _logs_to(record.log):
                     for number, job in enumerate(jobs, start=1):
+                        if record.has(job.row()):
+                            continue
                         progress.start_job(number, len(jobs), job.title)
                         job.progress = progress
                         error = _run_job(job, record, progress)
@@ -143,6 +161,30 @@ class BenchmarkRunner(SerialRunner):
             msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"
             raise BenchmarkError(msg)
         return record.table
+
+    def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Results:
+        """Write down what is to run, in a new folder, or take in what has finished in that of an earlier run."""
+        if self.resumed is not None:
+            record = Results(self.resumed)
+            record.restore()
+            return record
+        record = Results(new_folder(Path("runs") / BenchmarkJob.name))
+        accelerators = list(dict.fromkeys(job.accelerator for job in jobs))
+        write_record(
+            record.folder,
+            BenchmarkJob.name,
+            detectors={job.detector: job.config["model"] for job in jobs},
+            data={job.data: job.config["data"] for job in jobs},
+            settings={
+                "seeds": list(dict.fromkeys(job.seed for job in jobs)),
+                "accelerators": accelerators,
+                "trainer": args.get("trainer") or {},
+            },
+        )
+        # By way of JSON, as in run.json: a path is a text.
+        config = json.loads(json.dumps({"accelerator": accelerators, "benchmark": args}, default=str))
+        write_text(record.folder / _CONFIGURATION, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        return record
 
 
 def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:

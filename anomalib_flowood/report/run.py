@@ -140,7 +140,8 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         if name in frame and not frame.empty and not pd.api.types.is_numeric_dtype(frame[name]):
             msg = f"{path}: the column {name} has to hold numbers."
             raise ValueError(msg)
-    frame = frame.assign(**{name: frame[name].map(unescaped) for name in texts if name in frame})
+    written = frame.select_dtypes(exclude=["number", "bool"])
+    frame = frame.assign(**{str(name): column.map(unescaped) for name, column in written.items()})
     return frame.assign(**{name: frame[name].fillna("") for name in ("image_path", "source") if name in frame})
 
 

@@ -36,6 +36,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     (run,) = (here / "runs" / "benchmark").iterdir()
     assert {file.name for file in run.iterdir()} == {
         "benchmark.log",
+        "benchmark.yaml",
         "results.csv",
         "run.json",
         "scores.csv",
@@ -194,3 +195,67 @@ def test_a_wrong_value_in_the_last_entry_is_found_first(
 
 def test_the_error_is_anomalibs_too() -> None:
     assert issubclass(BenchmarkError, SerialExecutionError)
+
+
+def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished jobs are kept to the last digit; the failed one and those that were not reached are run."""
+    seeds, stops = [], True
+
+    def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
+        seeds.append(self.seed)
+        if stops and self.seed == 2:
+            raise ValueError("broken")
+        if stops and self.seed == 3:
+            raise KeyboardInterrupt
+        columns = {"image_path": ["a/b.png", "-c.png"], "source": ["=a", "NA"], "label": [0, 1]}
+        scores = pd.DataFrame({**columns, "score": [0.1 + self.seed / 7, 1 / 3]})
+        self.scores = scores.assign(detector=self.detector, data=self.data, seed=self.seed)
+        return {**self.row(), "AUROC": 1 / 3, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0, "note": "-x"}
+
+    monkeypatch.setattr(BenchmarkJob, "run", run)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self: None)
+    section = {
+        "seed": {"grid": [1, 2, 3]},
+        "model": {**DFM, "name": "=DFM"},
+        "data": folder(images),
+    }
+    Path("bench.yaml").write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": section}))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", "--config", "bench.yaml"])
+    assert exit_info.value.code == 130
+    (path,) = here.glob("runs/benchmark/*")
+    before = pd.read_csv(path / "scores.csv")
+    orphan = before.assign(seed=3)  # killed between the scores and the row of a job
+    pd.concat([before, orphan]).to_csv(path / "scores.csv", index=False)
+
+    stops = False
+    Path("bench.yaml").unlink()
+    main(["benchmark", "--resume", str(path)])
+    assert seeds == [1, 2, 3, 2, 3]
+    assert list(here.glob("runs/benchmark/*")) == [path]
+    results, scores = pd.read_csv(path / "results.csv"), pd.read_csv(path / "scores.csv")
+    assert list(results["seed"]) == [1, 2, 3]
+    assert "error" not in results
+    assert set(results["detector"]) == {"'=DFM"}
+    assert set(results["note"]) == {"'-x"}
+    pd.testing.assert_frame_equal(scores[:2], before, check_exact=True)
+    assert list(scores["seed"]) == [1, 1, 2, 2, 3, 3]
+    main(["benchmark", "--resume", str(path)])
+    assert len(seeds) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --config FILE"),
+        (["--config", "a.yaml", "--resume", "b"], "either --config FILE"),
+        (["--resume", "gone"], "no configuration file gone/benchmark.yaml. --resume takes the folder"),
+    ],
+)
+def test_a_benchmark_is_new_or_goes_on(
+    here: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", *arguments])
+    assert exit_info.value.code == 1
+    assert message in " ".join(capsys.readouterr().err.split())
