@@ -48,7 +48,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        detector: str = "EmbeddingFlow",
+        detector: str = models.DEFAULT_DETECTOR,
         *,
         arguments: dict[str, Any] | None = None,
         alpha: float = DEFAULT_ALPHA,

@@ -14,6 +14,9 @@ from .pixel_flow import PixelFlow
 
 __all__ = ["EmbeddingFlow", "FeatureMapFlow", "PixelFlow"]
 
+DEFAULT_DETECTOR = EmbeddingFlow.__name__
+"""Where none is named: it is fitted in seconds, to few images, too."""
+
 anomalib_models.ALLOWED_MODULES.update({"anomalib_flowood", "anomalib_flowood.models"})
 for _name in __all__:
     setattr(anomalib_models, _name, globals()[_name])

@@ -189,10 +189,13 @@ def test_auroc_of_pixels_takes_little_memory() -> None:
     maps = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).reshape(16, 1, 512, 512)
     masks = maps > 2
     auroc(maps[:1], masks[:1])
-    with Peak(anonymous, 0.001) as peak:
-        auroc(maps, masks)
-    assert peak.above_rest is not None
-    assert peak.above_rest < 6 * maps.nbytes
+    peaks = []
+    for _ in range(3):  # the least: what other tests' threads take at the same time only adds to it
+        with Peak(anonymous, 0.001) as peak:
+            auroc(maps, masks)
+        assert peak.above_rest is not None
+        peaks.append(peak.above_rest)
+    assert min(peaks) < 6 * maps.nbytes
     metric = AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_")
     metric.update(ImageBatch(image=torch.zeros(16, 3, 2, 2), anomaly_map=maps, gt_mask=masks.squeeze(1)))
     assert sum(state.nbytes for state in (*metric.preds, *metric.target)) == 5 * maps.numel()
