@@ -19,8 +19,6 @@ _WARNINGS = (
     ".*module\\(s\\) in eval mode",  # a frozen backbone
     ".*returned `None`, this fit will run with no optimizer",  # a density fitted in closed form
     "The dirpath has changed",  # results of a prediction have a folder of their own
-    ".*anomalib.models.components.dinov2",
-    "Importing from timm.models.layers",
 )
 
 

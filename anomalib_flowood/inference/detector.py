@@ -29,7 +29,7 @@ class Scores:
             validated.
         raw_score: What the detector computes, of which p-values are, ``(N,)``; higher is more anomalous.
         p_value: Conformal p-values, ``(N,)``, float64: :func:`anomalib_flowood.conformal.p_values`; ``None`` without a
-            calibration. ``p_value < alpha`` are labels at any level.
+            calibration. ``p_value <= level`` is the label at any level.
         label: Whether they are anomalous at the detector's level, ``(N,)``; ``None`` without a calibration.
         anomaly_map: In [0, 1], with 0.5 at the threshold of pixels, ``(N, H, W)`` at the detector's size; ``None`` of
             detectors that judge whole images.

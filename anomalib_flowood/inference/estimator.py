@@ -22,7 +22,6 @@ from anomalib_flowood import models
 from anomalib_flowood.conformal import DEFAULT_ALPHA
 from anomalib_flowood.data.datamodules.splits import train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
-from anomalib_flowood.inference.detector import Scores
 from anomalib_flowood.inference.images import each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
@@ -98,11 +97,6 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)
         return self
-
-    def score(self, X: Any) -> Scores:  # noqa: N803
-        """Scores, p-values, labels and maps: :meth:`anomalib_flowood.inference.Detector.score`."""
-        check_is_fitted(self)
-        return of_module(self.module_).score(X)
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
         """Raw scores with the sign turned, ``(N,)``: higher is more normal."""

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from anomalib_flowood.data import image_files
+from anomalib_flowood.files import escaped, unescaped
 from anomalib_flowood.inference.detector import Detector
 
 COLUMNS = ("path", "size", "modified_ns", "time", "score", "raw_score", "p_value", "label", "error")
@@ -139,7 +140,7 @@ class Watcher:
     def _append(self, row: tuple) -> None:
         """Write a row so that it is on the disk when this returns."""
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerow(row)
+        csv.writer(text, lineterminator="\n").writerow(map(escaped, row))
         with self.table.open("ab") as file:
             file.write(text.getvalue().encode("utf-8", "surrogateescape"))
             file.flush()
@@ -162,4 +163,4 @@ class Watcher:
                 f"{self.table} is no table of `flowood watch`: its columns are {', '.join(header)}. Name another file."
             )
             raise ValueError(msg)
-        return {(row[0], int(row[1]), int(row[2])): row[7] == "1" for row in rows}
+        return {(unescaped(row[0]), int(row[1]), int(row[2])): row[7] == "1" for row in rows}

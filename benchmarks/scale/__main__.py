@@ -21,7 +21,7 @@ from benchmarks.results import put_between
 
 from . import processes
 
-HERE = Path(__file__).parent
+README = Path(__file__).with_name("README.md")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +35,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--size", type=int, nargs=2, default=(768, 1024), metavar=("HEIGHT", "WIDTH"), help="of these")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--detectors", nargs="+", choices=processes.DETECTORS, default=processes.DETECTORS)
-    run.add_argument("--into", type=Path, default=HERE, help="folder of README.md")
     return parser
 
 
@@ -64,9 +63,8 @@ def main() -> int:
     )
     text = processes.table(rows, said)
     console.print(text, markup=False, highlight=False)
-    readme = arguments.into / "README.md"
-    if readme.is_file() and put_between(readme, "processes", text):
-        console.print(f"Written: {readme}", markup=False, highlight=False)
+    if put_between(README, "processes", text):
+        console.print(f"Written: {README}", markup=False, highlight=False)
     return 0
 
 

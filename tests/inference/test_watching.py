@@ -155,3 +155,12 @@ def test_another_table_is_refused(detector, folder, tmp_path):
     with pytest.raises(NotADirectoryError, match="no folder"):
         Watcher(detector, tmp_path / "nowhere", table)
     assert len(COLUMNS) == len(set(COLUMNS))
+
+
+def test_names_are_no_formulas_in_the_table(detector, folder, tmp_path):
+    save(folder / "=1+1.png", 30)
+    table = tmp_path / "table.csv"
+    looks(Watcher(detector, folder, table))
+    assert "'=1+1.png" in [row["path"] for row in rows(table)]
+    looks(Watcher(detector, folder, table))  # which knows it again
+    assert len(rows(table)) == 5

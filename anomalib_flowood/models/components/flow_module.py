@@ -92,26 +92,20 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
             self.log("val_loss", value, prog_bar=True, batch_size=losses.numel(), sync_dist=True)
         return batch
 
-    def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch; where the score is a likelihood, put its ``bits_per_dim``, ``(N,)``, beside it.
 
         Those of pixels take more evaluations of the flow, which the score does without: nothing is computed unless a
         metric wants them, and ``bits_seconds`` says how long it took.
         """
-        outputs: Any = super().test_step(batch, batch_idx, *args, **kwargs)
+        outputs: Any = super().test_step(batch, batch_idx)
         metrics: list[Any] = [*self.evaluator.test_metrics] if isinstance(self.evaluator, Evaluator) else []
-        if not self.model.scores_are_likelihoods or not any(isinstance(metric, BitsPerDim) for metric in metrics):
-            return self._own(outputs, batch_idx, *args, **kwargs)
-        start = self._clock()
-        log_prob = -outputs.pred_score * self.model.dims
-        outputs.bits_per_dim = self.model.bits_per_dim(outputs.image, log_prob=log_prob)
-        self.bits_seconds += self._clock() - start
-        return self._own(outputs, batch_idx, *args, **kwargs)
-
-    def _own(self, outputs: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """A scored batch without the images that other processes score, too."""
-        own = processes.own_rows(self.trainer, batch_idx, len(outputs.pred_score), dataloader_idx)
-        processes.cut(outputs, own)
+        if self.model.scores_are_likelihoods and any(isinstance(metric, BitsPerDim) for metric in metrics):
+            start = self._clock()
+            log_prob = -outputs.pred_score * self.model.dims
+            outputs.bits_per_dim = self.model.bits_per_dim(outputs.image, log_prob=log_prob)
+            self.bits_seconds += self._clock() - start
+        processes.cut(outputs, processes.own_rows(self.trainer, batch_idx, len(outputs.pred_score), dataloader_idx))
         return outputs
 
     def on_test_start(self) -> None:
