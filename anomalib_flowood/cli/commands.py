@@ -28,7 +28,7 @@ from rich.console import Console
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, build, check_seed
-from anomalib_flowood.cli.detector import DetectorCLI
+from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
@@ -252,6 +252,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             super()._run_subcommand()
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()
+            if self.subcommand in TRAINING:
+                self.say_what_is_next()
 
 
 def _seed(given: bool | int) -> int:

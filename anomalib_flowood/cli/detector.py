@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,17 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import AnomalibModule
 
+from anomalib_flowood import models
+from anomalib_flowood.cli.folders import with_data_modules
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
+from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
 from anomalib_flowood.models.components import CheckpointError, FlowModule, known_flows, read_checkpoint
 from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoint_files import CLASS
 from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
+
+TRAINING = ("fit", "train")
+"""Subcommands that train."""
 
 
 class DetectorCLI(AnomalibCLI):
@@ -24,7 +30,7 @@ class DetectorCLI(AnomalibCLI):
 
     Where a subcommand works on a checkpoint of this package, that names the detector's class and settings: they are the
     defaults of ``--model``, so that whatever else is given is known to differ, and is refused or applied by
-    :meth:`FlowModule.load_from_checkpoint`.
+    :meth:`FlowModule.load_from_checkpoint`. Where nothing names a detector to train, it is the default one.
 
     Args:
         args: Arguments after the command's name; the process's own if not given.
@@ -32,7 +38,7 @@ class DetectorCLI(AnomalibCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        self._arguments = list(sys.argv[1:] if args is None else args)
+        self._arguments = _with_detector(with_data_modules(sys.argv[1:] if args is None else args))
         super().__init__(self._arguments, run)
 
     def add_subcommands(self, **kwargs: Any) -> None:
@@ -47,10 +53,13 @@ class DetectorCLI(AnomalibCLI):
         self._take_settings()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to go on without a detector."""
+        """Refuse to go on without a detector, or without images."""
         config = self.config[self.subcommand]
         if SUBCOMMANDS[self.subcommand].on_checkpoint and config["model"] is None:  # which the parser lets pass
             raise _no_detector(self.subcommand, config["ckpt_path"])
+        if self.subcommand in {*TRAINING, "validate", "test"} and config["data"] is None:
+            msg = f"There are no images to {self.subcommand} on: name their folder (--data FOLDER). {LAYOUTS_OF_PARTS}"
+            raise ValueError(msg)
         super().before_instantiate_classes()
 
     def _take_settings(self) -> None:
@@ -58,7 +67,7 @@ class DetectorCLI(AnomalibCLI):
         subcommand = next((argument for argument in self._arguments if argument in self.subcommand_parsers), "")
         path = _named_checkpoint(self._arguments)
         takes_it = subcommand in SUBCOMMANDS and SUBCOMMANDS[subcommand].on_checkpoint
-        if path is None or not (takes_it or subcommand in {"fit", "train"}):
+        if path is None or not (takes_it or subcommand in TRAINING):
             return
         checkpoint = read_checkpoint(path)
         if takes_it and CLASS in checkpoint:
@@ -97,20 +106,33 @@ def _no_detector(subcommand: str, path: str | Path | None) -> ValueError:
     return CheckpointError(path, what)
 
 
+def _with_detector(arguments: list[str]) -> list[str]:
+    """Name the default detector in a command line that trains and names none."""
+    subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), "")
+    if subcommand not in TRAINING or any(_given(arguments, "model")):
+        return arguments
+    # Not a default of the parser's, whose arguments another class would inherit.
+    after = arguments.index(subcommand) + 1
+    return [*arguments[:after], "--model", f"{models.__name__}.{models.DEFAULT_DETECTOR}", *arguments[after:]]
+
+
 def _named_checkpoint(arguments: Sequence[str]) -> str | None:
-    """Return the checkpoint that a command line or a configuration file in it names; the last one counts."""
-    path = None
+    """Return the checkpoint that a command line names; the last one counts."""
+    return next((path for path in reversed([*_given(arguments, "ckpt_path")]) if path), None)
+
+
+def _given(arguments: Sequence[str], name: str) -> Iterator[Any]:
+    """What a command line, and configuration files in it, give an option."""
     for number, argument in enumerate(arguments):
         option, given, value = argument.partition("=")
         if not given and number + 1 < len(arguments):
             value = arguments[number + 1]
-        if option == "--ckpt_path":
-            path = value
+        if option == f"--{name}":
+            yield value
         elif option in {"-c", "--config"} and Path(value).is_file():
             try:
                 config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong
                 continue
             if isinstance(config, dict):
-                path = config.get("ckpt_path") or path
-    return path
+                yield config.get(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
 from anomalib_flowood.engine import new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
+from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 
@@ -70,7 +73,20 @@ class ResultsCLI(AnomalibCLI):
             print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
         self._write_record(folder, data)
         Results(folder).add(row, self.recorder.scores.assign(**labels))
-        print(f"As a page: flowood report {folder}")
+        print(f"As a page: flowood report {shlex.quote(str(folder))}")
+
+    def say_what_is_next(self) -> None:
+        """After a training: where its results lie, and what to type to use the detector."""
+        callback: Any = self.engine.checkpoint_callback
+        if processes.rank() or callback is None or not callback.best_model_path:
+            return
+        checkpoint = shlex.quote(os.path.relpath(callback.best_model_path))
+        # A checkpoint of this package says what detector it is of.
+        model = [] if isinstance(self.model, FlowModule) else [f"--model {type(self.model).__name__}"]
+        rest = " ".join([*model, f"--ckpt_path {checkpoint}"])
+        print(f"Results and checkpoint: {os.path.relpath(self.engine.trainer.default_root_dir)}")
+        print(f"Next: flowood predict --data NEW_IMAGES {rest}")
+        print(f"      flowood export --export_type openvino {rest}")
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint by its own name, since ``latest`` may point to another one tomorrow."""

@@ -3,6 +3,7 @@
 
 from anomalib_flowood.data.datamodules.base import SourcedDataModule
 from anomalib_flowood.data.datamodules.cross_dataset import CrossDataset
+from anomalib_flowood.data.datamodules.normal_class import LAYOUTS_OF_PARTS
 from anomalib_flowood.data.datamodules.one_class import OneClass
 
-__all__ = ["CrossDataset", "OneClass", "SourcedDataModule"]
+__all__ = ["LAYOUTS_OF_PARTS", "CrossDataset", "OneClass", "SourcedDataModule"]

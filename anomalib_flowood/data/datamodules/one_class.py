@@ -12,10 +12,10 @@ from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
 from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
+from anomalib_flowood.data.datamodules.normal_class import found_class, named_class
 from anomalib_flowood.data.datamodules.splits import limited, mixed
-from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.sources import DATA_SETS, find_sources, what_folders_hold
-from anomalib_flowood.names import lists_names, unknown_name
+from anomalib_flowood.data.sources import DATA_SETS, FolderSource, find_sources, what_folders_hold
+from anomalib_flowood.names import lists_names
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +25,24 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
     """Train on one class of a data set and tell its test images from those of the other classes.
 
     * training and validation: the normal class in the training split;
-    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly.
+    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly; its masks,
+      too, where a folder has ``ground_truth/``.
 
     Each image's ``source`` is the name of its class.
 
     Args:
         dataset: A data set with classes: {data_sets}, or a folder of {layouts}, with labels, or with a sub-folder per
             class, below ``train/`` and ``test/`` or directly.
-        normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names).
+        normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names). Of
+            a folder it need not be given where its training images are of one class or have none, or one is called
+            ``good``, ``normal`` or ``ok``.
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.
         train_limit: The most images to take from the normal class, validation included. For one seed, the images of a
             smaller limit are among those of a larger one.
         test_limit: The most test images to take from each class, likewise.
-        test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split, class by
-            class.
+        test_split_ratio: Share of the normal images of a folder without ``train/`` and ``test/`` that becomes its test
+            split, beside all images of other classes.
         val_split_ratio: Share of the training images that is held out for validation. By default a tenth; of fewer than
             200 images as many as labels at their default level take, 20, but at most a quarter. See docs/decisions.md.
         memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
@@ -69,7 +72,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
     def __init__(
         self,
         dataset: str | Path,
-        normal_class: int | str,
+        normal_class: int | str | None = None,
         root: str | Path = "./datasets",
         train_limit: int | None = None,
         test_limit: int | None = None,
@@ -106,17 +109,24 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         self.dataset = dataset
         self.normal_class = normal_class
         self._sources = find_sources([dataset], root, [test_split_ratio], seed)
-        self._category = f"{slug(self._sources[0].name)}-{slug(str(normal_class))}"
+        (source,) = self._sources
+        if normal_class is None and not isinstance(source, FolderSource):
+            msg = f"Which class of {source.name} is normal? Give its name or its label as normal_class."
+            raise ValueError(msg)
+        self._category = slug(source.name) + ("" if normal_class is None else f"-{slug(str(normal_class))}")
 
     def _setup(self, _stage: str | None = None) -> None:
         if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
             self.prepare_data()
         (source,) = self._sources
         train, test = source.read("train"), source.read("test")
-        if train.classes is None or test.classes is None:
-            msg = f"The data set {source.name!r} has no classes: OneClass needs labels or a sub-folder per class."
-            raise ValueError(msg)
-        normal = _class_name(self.normal_class, train, test)
+        if self.normal_class is None:
+            assert isinstance(source, FolderSource)
+            normal, train, test = found_class(train, test, source.folder, source.divided)
+        else:
+            normal = named_class(self.normal_class, train, test)
+        if isinstance(source, FolderSource) and source.divided and len(set(train.classes)) > 1:
+            test = source.read_one_class(normal)
         rows = np.flatnonzero(train.classes == normal)
         if len(rows) == 0:
             classes = ", ".join(sorted(set(train.classes)))
@@ -141,19 +151,3 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         self.test_data = data.subsample(mixed(test.classes[rows]).tolist(), inplace=True)
         self._is_setup = True
 
-
-def _class_name(normal_class: int | str, train: Images, test: Images) -> str:
-    """The class that the user means by a name or a label."""
-    known = train.class_names or tuple(sorted({*train.classes, *test.classes}, key=_natural))  # type: ignore[misc]
-    text = str(normal_class)
-    if text in known:
-        return text
-    if text.isdecimal() and int(text) < len(known):
-        return known[int(text)]
-    kind, hint = f"class of {train.name!r}", f"Labels from 0 to {len(known) - 1} work too."
-    raise unknown_name(kind, normal_class, known, hint)
-
-
-def _natural(text: str) -> tuple[int, str]:
-    """Sort key under which 2 comes before 10."""
-    return len(text) if text.isdecimal() else 0, text

@@ -37,6 +37,11 @@ class FolderSource:
         installed = {entry.installed.resolve(): name for name, entry in DATA_SETS.items() if entry.installed}
         return installed.get(folder, str(folder))
 
+    @property
+    def divided(self) -> bool:
+        """Whether its training and its test split are parts of the same images."""
+        return self.held_out < 1.0 and len(layout_of(self.folder)[1]) < 2
+
     def prepare(self, splits: Sequence[str]) -> None:  # noqa: ARG002
         """Check that the folder is there.
 
@@ -72,6 +77,22 @@ class FolderSource:
             raise FileNotFoundError(msg)
         images = layout.read(self.folder, self.name, "train" if there else None)
         return images.select(self._divide(images)[split])
+
+    def read_one_class(self, normal: str) -> Images:
+        """Read what there is to test on where one class is normal.
+
+        Args:
+            normal: Name of that class.
+
+        Returns:
+            The test split; of a folder without such splits its share of the normal class, and all other images.
+        """
+        if not self.divided:
+            return self.read("test")
+        layout, there = layout_of(self.folder)
+        images = layout.read(self.folder, self.name, "train" if there else None)
+        assert images.classes is not None
+        return images.select(np.union1d(self._divide(images)["test"], np.flatnonzero(images.classes != normal)))
 
     def _divide(self, images: Images) -> dict[str, np.ndarray]:
         """Rows of both splits."""

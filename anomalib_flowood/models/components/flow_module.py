@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from anomalib_flowood import processes
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
-from anomalib_flowood.trainers import prediction_loaders, save_whole, trainer_of
+from anomalib_flowood.names import alternatives
+from anomalib_flowood.trainers import prediction_loaders, save_whole, trainer_of, training_loaders
 
 from .export import CheckedExport
 from .flow_model import FlowModel
@@ -26,6 +28,11 @@ from .restoring import Restoring
 from .resuming import Resuming
 from .score_fitting import ScoreFitting
 from .training import FlowTraining
+
+logger = logging.getLogger(__name__)
+
+_FEW = 200
+"""Training images that are no fewer are not called few."""
 
 _MAX_VALUE = "anomalib_flowood_max_value"
 
@@ -56,8 +63,26 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
         save_whole(self.trainer)
         if stage == TrainerFn.FITTING:
             self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
+            self._tell_of_few_images()
         else:
             self._read_alike()
+
+    def _tell_of_few_images(self) -> None:
+        """Say whether few images will do."""
+        loaders = training_loaders(self.trainer)
+        images = sum(len(loader.dataset) for loader in loaders if hasattr(loader, "dataset"))
+        if not 0 < images < _FEW:
+            return
+        if not self._trainable:
+            logger.info("%d images are few, and will do: %s trains nothing, but fits.", images, type(self).__name__)
+            return
+        better = alternatives(known_flows(lambda cls: hasattr(cls, "least_images")), quote="")
+        logger.warning(
+            "%d images are few to train a flow on, which may learn them by heart. A detector on a pretrained network "
+            "will do with them: %s, without couplings (coupling_layers 0, the default).",
+            images,
+            better,
+        )
 
     def _read_alike(self) -> None:
         """Let images be read as those of the training were."""

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which class of a data set is the normal one: as the user says, or as a folder shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.names import alternatives, unknown_name
+
+NORMAL_NAMES = ("good", "normal", "ok")
+"""What the normal class of a folder is called, in any letters, where nobody says what it is called."""
+
+LAYOUTS_OF_PARTS = (
+    "Understood without a word are folders with train/good, test/good and test/KIND (as MVTec AD), with good and KIND, "
+    f"and of normal images alone. The normal class is called {alternatives(NORMAL_NAMES)} there."
+)
+"""In which ways images may lie in a folder, for messages."""
+
+
+def named_class(normal_class: int | str, train: Images, test: Images) -> str:
+    """Find the class that the user means.
+
+    Args:
+        normal_class: Its name, or its label.
+        train: The training split.
+        test: The test split.
+
+    Raises:
+        ValueError: If there is no such class, or there are none at all.
+    """
+    if train.classes is None or test.classes is None:
+        msg = (
+            f"The data set {train.name!r} has no classes: OneClass needs labels or a sub-folder per class, or no "
+            "normal_class where all images are normal."
+        )
+        raise ValueError(msg)
+    known = train.class_names or tuple(sorted({*train.classes, *test.classes}, key=_natural))
+    text = str(normal_class)
+    if text in known:
+        return text
+    if text.isdecimal() and int(text) < len(known):
+        return known[int(text)]
+    kind, hint = f"class of {train.name!r}", f"Labels from 0 to {len(known) - 1} work too."
+    raise unknown_name(kind, normal_class, known, hint)
+
+
+def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tuple[str, Images, Images]:
+    """Find out which class of a folder is normal.
+
+    Args:
+        train: The training split. Where there are no classes in it, all of its images are normal.
+        test: The test split.
+        folder: The folder.
+        divided: Whether both splits are parts of the same images.
+
+    Returns:
+        Its name, and both splits with classes.
+
+    Raises:
+        ValueError: If several classes might be meant, or nothing says which test images are normal.
+    """
+    if train.classes is None:
+        if test.classes is None and not divided:
+            msg = f"The images in {folder / 'test'} lie in no sub-folder: nothing says which are normal. {LAYOUTS_OF_PARTS}"
+            raise ValueError(msg)
+        normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
+        return normal[0], _all_of(normal[0], train), _all_of(normal[0], test) if test.classes is None else test
+    names = sorted(set(train.classes), key=_natural)
+    likely = _normal_names(names) or names
+    if len(likely) == 1:
+        return likely[0], train, test
+    inner = [name for name in names if (folder / name / "train").is_dir()]
+    if inner:
+        msg = f"{folder} holds several folders of images ({', '.join(inner)}): give one of them. {LAYOUTS_OF_PARTS}"
+        raise ValueError(msg)
+    msg = (
+        f"Which class of {folder} is normal: {alternatives(names)}? Say so with normal_class (--data.normal_class "
+        f"NAME). {LAYOUTS_OF_PARTS}"
+    )
+    raise ValueError(msg)
+
+
+def _normal_names(names: Iterable[str]) -> Sequence[str]:
+    return sorted({name for name in names if name.lower() in NORMAL_NAMES})
+
+
+def _all_of(name: str, images: Images) -> Images:
+    return replace(images, classes=np.full(len(images), name, dtype=object))
+
+
+def _natural(text: str) -> tuple[int, str]:
+    """Sort key under which 2 comes before 10."""
+    return len(text) if text.isdecimal() else 0, text

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--data FOLDER`: a folder is all that a training, a test and a prediction need."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from model_helpers import BACKBONE
+from PIL import Image
+
+from anomalib_flowood import OneClass
+from anomalib_flowood.cli import main
+from anomalib_flowood.models import DEFAULT_DETECTOR
+
+SMALLER = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false", "--model.image_size=[32, 32]"]
+
+
+def images(folder: Path, count: int, mean: float = 90) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(int(mean))
+    for number in range(count):
+        pixels = rng.normal(mean, 20, (24, 20 + 8 * (number % 2))).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:02}.png")
+
+
+def mvtec(folder: Path) -> None:
+    images(folder / "train/good", 20)
+    images(folder / "test/good", 4, 91)
+    images(folder / "test/scratch", 5, 200)
+
+
+def kinds(folder: Path) -> None:
+    images(folder / "OK", 20)
+    images(folder / "scratch", 5, 200)
+
+
+def flat(folder: Path) -> None:
+    images(folder, 20)
+
+
+def flat_and_kinds(folder: Path) -> None:
+    images(folder / "train", 20)
+    images(folder / "test/normal", 4, 91)
+    images(folder / "test/scratch", 5, 200)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts", "sources"),
+    [
+        (mvtec, (15, 5), {"good": 4, "scratch": 5}),
+        (kinds, (12, 4), {"OK": 4, "scratch": 5}),  # all that are not normal are tested on
+        (flat, (12, 4), {"good": 4}),
+        (flat_and_kinds, (15, 5), {"normal": 4, "scratch": 5}),
+    ],
+)
+def test_a_folder_says_which_images_are_normal(layout, parts, sources, here):
+    layout(here / "parts")
+    module = OneClass("parts")
+    module.setup()
+    assert (len(module.train_data), len(module.val_data)) == parts
+    samples = module.test_data.samples
+    assert samples["source"].value_counts().to_dict() == sources
+    assert (samples["label_index"] == (samples["source"] == "scratch")).all()
+    assert module.category == "parts"
+    fitted = {*module.train_data.samples["image_path"], *module.val_data.samples["image_path"]}
+    assert not fitted & {*samples["image_path"]}
+
+
+def several(folder: Path) -> None:
+    for name in ("bolt", "nut"):
+        mvtec(folder / name)
+
+
+def nobody_knows(folder: Path) -> None:
+    images(folder / "cats", 3)
+    images(folder / "dogs", 3)
+
+
+def unlabelled_test(folder: Path) -> None:
+    images(folder / "train", 4)
+    images(folder / "test", 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (several, r"parts holds several folders of images \(bolt, nut\): give one of them"),
+        (nobody_knows, r"Which class of parts is normal: 'cats' or 'dogs'\? Say so with normal_class"),
+        (unlabelled_test, r"The images in parts/test lie in no sub-folder: nothing says which are normal"),
+    ],
+)
+def test_a_folder_that_does_not_say_it_is_named_with_the_layouts(layout, message, here):
+    layout(here / "parts")
+    with pytest.raises(ValueError, match=message) as caught:
+        OneClass("parts").setup()
+    assert "train/good, test/good and test/KIND (as MVTec AD)" in str(caught.value)
+
+
+def test_a_data_set_with_a_name_needs_its_class():
+    with pytest.raises(ValueError, match="Which class of fashion_mnist is normal"):
+        OneClass("fashion_mnist")
+
+
+def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, capsys, caplog):
+    mvtec(here / "parts")
+    images(here / "new", 3, 200)
+    main(["train", "--data", "./parts", *SMALLER, "--trainer.accelerator=cpu"])
+    out = capsys.readouterr().out
+    assert f"15 images are few, and will do: {DEFAULT_DETECTOR} trains nothing, but fits." in caplog.messages
+    run = Path("results", DEFAULT_DETECTOR, "OneClass/parts/v0")
+    assert re.search(r"image_AUROC\W+[\d.]+", out)
+    assert f"Results and checkpoint: {run}\n" in out
+    following = [shlex.split(line)[1:] for line in re.findall(r"(?:Next:| {5}) (flowood .*)", out)]
+    predict, export = following
+    checkpoint = predict[-1]
+    assert checkpoint == str(run / "weights/lightning/model.ckpt")
+    report = shlex.split(re.search(r"As a page: flowood (report .*)", out)[1])
+
+    main([*predict, "--trainer.accelerator=cpu", "--data", "new"])  # the checkpoint knows all that training was told
+    (path,) = here.rglob("predictions.csv")
+    assert len(pd.read_csv(path)) == 3
+    export[export.index("--export_type") + 1] = "torch"
+    main(export)
+    assert (run / "weights/torch/model.pt").is_file()
+    main(report)
+    assert (run / "report/index.html").is_file()
+    capsys.readouterr()
+    for command in ("test", "validate"):
+        main([command, "--data=parts", "--ckpt_path", checkpoint, "--trainer.accelerator=cpu"])
+    assert "image_AUROC" in capsys.readouterr().out
+
+
+def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(here, capsys, caplog):
+    nobody_knows(here / "parts")
+    for number in range(3, 6):
+        Image.new("L", (20, 20), 80 + number).save(f"parts/cats/{number}.png")
+    small = ["--model.image_size=[8, 8]", "--model.channels=1", "--model.max_epochs=1", "--trainer.accelerator=cpu"]
+    main(["fit", "--model", "PixelFlow", *small, "--data", "parts", "--data.normal_class", "cats"])
+    assert "Next: flowood predict --data NEW_IMAGES --ckpt_path results/PixelFlow/" in capsys.readouterr().out
+    assert Path("results/PixelFlow/OneClass/parts-cats").is_dir()
+    (said,) = [text for text in caplog.messages if "few to train a flow on" in text]
+    assert re.search(rf"^3 images .* network will do with them: .*{DEFAULT_DETECTOR}.*, without couplings", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "./prats"], "There is no folder ./prats (looked for it from "),
+        (["--data", "prats"], "Unknown folder or data module 'prats'. Did you mean 'parts'"),
+        (["--data=OneClas"], "Did you mean 'OneClass'"),
+        ([], "There are no images to train on: name their folder (--data FOLDER)"),
+    ],
+)
+def test_what_is_no_folder_is_said_before_anything_is_loaded(arguments, message, here, capsys):
+    (here / "parts").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *arguments])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "test/KIND (as MVTec AD)" in error
