@@ -57,7 +57,7 @@ def _data_module(value: str) -> list[str] | None:
     if re.fullmatch(r"[\w-]+", value) and value != "null":
         folders = [entry.name for entry in Path().iterdir() if entry.is_dir() and entry.name[0] != "."]
         raise unknown_name("folder or data module", value, {*folders, *modules}, LAYOUTS_OF_PARTS)
-    if value.startswith((".", "~", "/")) or len(path.parts) > 1 and value[0] != "{":
+    if value.startswith((".", "~", "/")) or (len(path.parts) > 1 and value[0] != "{"):
         msg = f"There is no folder {value} (looked for it from {Path.cwd()}). {LAYOUTS_OF_PARTS}"
         raise FileNotFoundError(msg)
     return None

@@ -22,7 +22,7 @@ LAYOUTS_OF_PARTS = (
 """In which ways images may lie in a folder, for messages."""
 
 
-def named_class(normal_class: int | str, train: Images, test: Images) -> str:
+def named_class(normal_class: int | str | None, train: Images, test: Images) -> str:
     """Find the class that the user means.
 
     Args:
@@ -66,7 +66,8 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     """
     if train.classes is None:
         if test.classes is None and not divided:
-            msg = f"The images in {folder / 'test'} lie in no sub-folder: nothing says which are normal. {LAYOUTS_OF_PARTS}"
+            where = folder / "test"
+            msg = f"The images in {where} lie in no sub-folder: nothing says which are normal. {LAYOUTS_OF_PARTS}"
             raise ValueError(msg)
         normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
         return normal[0], _all_of(normal[0], train), _all_of(normal[0], test) if test.classes is None else test

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import Transform
 from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
 from anomalib_flowood.data.datamodules.normal_class import found_class, named_class
 from anomalib_flowood.data.datamodules.splits import limited, mixed
+from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.sources import DATA_SETS, FolderSource, find_sources, what_folders_hold
 from anomalib_flowood.names import lists_names
 
@@ -25,8 +26,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
     """Train on one class of a data set and tell its test images from those of the other classes.
 
     * training and validation: the normal class in the training split;
-    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly; its masks,
-      too, where a folder has ``ground_truth/``.
+    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly.
 
     Each image's ``source`` is the name of its class.
 
@@ -119,14 +119,9 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
             self.prepare_data()
         (source,) = self._sources
-        train, test = source.read("train"), source.read("test")
-        if self.normal_class is None:
-            assert isinstance(source, FolderSource)
-            normal, train, test = found_class(train, test, source.folder, source.divided)
-        else:
-            normal = named_class(self.normal_class, train, test)
-        if isinstance(source, FolderSource) and source.divided and len(set(train.classes)) > 1:
-            test = source.read_one_class(normal)
+        normal, train, test = self._read_splits()
+        assert train.classes is not None  # the normal one is among them
+        assert test.classes is not None
         rows = np.flatnonzero(train.classes == normal)
         if len(rows) == 0:
             classes = ", ".join(sorted(set(train.classes)))
@@ -151,3 +146,16 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         self.test_data = data.subsample(mixed(test.classes[rows]).tolist(), inplace=True)
         self._is_setup = True
 
+    def _read_splits(self) -> tuple[str, Images, Images]:
+        """Name of the normal class; what there is to train on, and to test on."""
+        (source,) = self._sources
+        train, test = source.read("train"), source.read("test")
+        if not isinstance(source, FolderSource):
+            return named_class(self.normal_class, train, test), train, test
+        if self.normal_class is None:
+            normal, train, test = found_class(train, test, source.folder, source.divided)
+        else:
+            normal = named_class(self.normal_class, train, test)
+        if source.divided and train.classes is not None and len(set(train.classes)) > 1:
+            test = source.read_one_class(normal)
+        return normal, train, test
