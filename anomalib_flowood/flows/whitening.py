@@ -104,19 +104,24 @@ class Whitening(ShapedByFit, Layer):
         """Log-determinant of the forward direction, the same for every sample; ``()``."""
         return -0.5 * ((self.variances / self.rest).log().sum() + self.mean.numel() * self.rest.log())
 
-    @full_precision
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Whiten ``x``, or undo it."""
-        power = 0.5 if rev else -0.5
-        scale = self.rest**power
-        y = x if rev else x - self.mean
-        if len(self.directions):  # OpenVINO multiplies with no empty matrix
-            flat = y.flatten(1)
-            coordinates = (flat @ self.directions.T) * (self.variances**power / scale - 1)
-            y = torch.addmm(flat, coordinates, self.directions).unflatten(1, self.shape)
-        y = y * scale
         log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
-        return (y + self.mean, -log_det) if rev else (y, log_det)
+        return (self._scaled(x, 0.5) + self.mean, -log_det) if rev else (self.whitened(x), log_det)
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """Whiten ``x``, ``(N, ...)``, and leave out the log-determinant, which is the same for all."""
+        return self._scaled(x - self.mean, -0.5)
+
+    @full_precision
+    def _scaled(self, x: Tensor, power: float) -> Tensor:
+        """Multiply with the covariance to some power."""
+        scale = self.rest**power
+        if len(self.directions):  # OpenVINO multiplies with no empty matrix
+            flat = x.flatten(1)
+            coordinates = (flat @ self.directions.T) * (self.variances**power / scale - 1)
+            x = torch.addmm(flat, coordinates, self.directions).unflatten(1, self.shape)
+        return x * scale
 
 
 class PositionWhitening(Layer):
@@ -191,12 +196,23 @@ class PositionWhitening(Layer):
         """Log-determinant of the forward direction at each position, ``(h, w)``."""
         return self.factors.diagonal(dim1=1, dim2=2).log().sum(1).unflatten(0, self.shape[1:])
 
-    @full_precision
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``."""
-        mean = self.mean.T.reshape(self.shape)
-        vectors = (x if rev else x - mean).flatten(2).permute(2, 1, 0)  # (h * w, D, N)
-        y = torch.linalg.solve_triangular(self.factors, vectors, upper=False) if rev else self.factors @ vectors
-        y = y.permute(2, 1, 0).unflatten(2, self.shape[1:])
         log_det = self.log_dets.sum().expand(x.shape[0])
-        return (y + mean, -log_det) if rev else (y, log_det)
+        return (self._restored(x), -log_det) if rev else (self.whitened(x), log_det)
+
+    @full_precision
+    def whitened(self, x: Tensor) -> Tensor:
+        """Whiten maps, ``(N, D, h, w)``, and leave out the log-determinant, which is the same for all."""
+        vectors = (x - self._mean_map).flatten(2).permute(2, 1, 0)  # (h * w, D, N)
+        return (self.factors @ vectors).permute(2, 1, 0).unflatten(2, self.shape[1:])
+
+    @full_precision
+    def _restored(self, z: Tensor) -> Tensor:
+        vectors = z.flatten(2).permute(2, 1, 0)
+        x = torch.linalg.solve_triangular(self.factors, vectors, upper=False)
+        return x.permute(2, 1, 0).unflatten(2, self.shape[1:]) + self._mean_map
+
+    @property
+    def _mean_map(self) -> Tensor:
+        return self.mean.T.reshape(self.shape)

@@ -97,9 +97,8 @@ class MapLayer(nn.Module):
             latents: Those of the flow, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
         """
-        whitened, _ = self.whiten(latents)
-        # A norm, in which no tensor as large as the latents holds their squares.
-        return 0.5 * torch.linalg.vector_norm(whitened, dim=1).square() - scales
+        whitened = self.layout.whitened(self.positions.whitened(latents))
+        return 0.5 * whitened.square().sum(1) - scales
 
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""

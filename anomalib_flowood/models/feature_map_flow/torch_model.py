@@ -13,7 +13,6 @@ from anomalib.data import InferenceBatch
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
-from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import create_feature_maps, default_layers, layer_indices, run_backbone
@@ -22,6 +21,7 @@ from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
 from .map_layer import MapLayer
+from .shown_map import ShownMap
 
 POSITION = "position"
 """The mask that is none: every position is transformed on its own, by weights that all of them share."""
@@ -141,7 +141,7 @@ class FeatureMapFlowModel(FlowModel):
         self.layers = nn.ModuleList(layers)
         self.evidence = Evidence(len(tops) + len(wholes))
         shown = [layer.size for layer in layers if layer.top]
-        self._rows = sum(height for height, _ in shown)
+        self.shown_map = ShownMap(shown, self.image_size)
         self._coarsest = min(math.prod(size) for size in shown)
 
     @property
@@ -301,9 +301,8 @@ class FeatureMapFlowModel(FlowModel):
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
-            deviation over normal images, up-sampled (bicubic, which blurs a coarse map less than bilinear) and
-            averaged, with weights in proportion to their rows: finer ones say better where. And ``pred_score``,
-            ``(N,)``: the combined evidence.
+            deviation over normal images, up-sampled and averaged (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the
+            combined evidence.
         """
         layers: list[MapLayer] = list(self.layers)  # type: ignore[arg-type]
         return self._judge([layer.reduced(maps) for layer, maps in zip(layers, self.extract(images), strict=True)])
@@ -314,12 +313,11 @@ class FeatureMapFlowModel(FlowModel):
         for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
             maps = layer.anomaly_map(*_coupled(flow, latents))
             statistics += layer.statistics(maps)
-            if layer.top:  # weighted where it is small
-                maps = (layer.standardise(maps) * (layer.size[0] / self._rows))[:, None]
-                shown.append(functional.interpolate(maps, self.image_size, mode="bicubic", align_corners=False))
+            if layer.top:
+                shown.append(layer.standardise(maps))
         score = self.evidence(torch.stack(statistics, dim=1))
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
-        return InferenceBatch(pred_score=score, anomaly_map=sum(shown[1:], shown[0]))
+        return InferenceBatch(pred_score=score, anomaly_map=self.shown_map(shown))
 
 
 def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
