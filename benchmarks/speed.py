@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What anomalib's engine and our densities cost: ratios to the bare work, measured in the same run.
 
-    python benchmarks/speed.py [--rounds 5] [--rows engine fit maps-fit infer]
+    python benchmarks/speed.py [--rounds 5] [--rows engine fit maps-fit backbone infer]
 
 - engine: images/s that `PixelFlow` (default) trains in anomalib's engine, over a bare loop on tensors in memory;
 - fit: seconds of a whole `EmbeddingFlow` fit on 5,000 images, over one bare pass of its backbone over as many;
 - maps-fit: the same of `FeatureMapFlow`, without a flow as it is by default, on 300 images;
+- backbone: seconds of the default backbone as timm has it, over those of `run_backbone`, which folds batch norms;
 - infer: seconds in which the models of both score 1 and 32 images, fitted to 300, over those of their backbones.
 
-The bare pass is the fastest that the backbone has on a CPU (`run_backbone`: few images at once, channels last). Rounds
-alternate rows and sides, so that a noisy neighbour meets all; the median ratio counts. `OMP_NUM_THREADS` sets threads.
+The bare pass is the fastest that the backbone has on a CPU (`run_backbone`: few images at once, channels last, batch
+norms folded into convolutions). Rounds alternate rows and sides, so that a noisy neighbour meets all; the median ratio
+counts. `OMP_NUM_THREADS` sets threads.
 """
 
 from __future__ import annotations
@@ -150,6 +152,29 @@ class Inference:
         return seconds[0], seconds[1]
 
 
+class Folding:
+    """Runs a backbone as timm has it, a chunk at a time and channels last, too, and with its batch norms folded."""
+
+    def __init__(self, module: CrossDataset) -> None:
+        detector = FeatureMapFlow()
+        images = module.train_data.__getitems__(range(SCORED)).image
+        self.images = detector.pre_processor.transform(images).contiguous(memory_format=torch.channels_last)
+        self.backbone = backbone_of(detector)
+
+    @torch.no_grad()
+    def __call__(self, batch_size: int) -> tuple[float, float]:
+        """Return seconds of both."""
+        sides: list[Callable[[torch.Tensor], object]] = [self.backbone, partial(run_backbone, self.backbone)]
+        seconds = []
+        for side in sides:
+            side(self.images[:batch_size])  # warm up
+            start = time.perf_counter()
+            for batch in self.images.split(batch_size):
+                side(batch)
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], seconds[1]
+
+
 def rows() -> list[Row]:
     many, few = data(IMAGES), data(FEW_IMAGES)
     embed, maps = partial(EmbeddingFlow, image_size=(128, 128)), FeatureMapFlow
@@ -158,6 +183,10 @@ def rows() -> list[Row]:
         Row("fit", f"EmbeddingFlow fit, {IMAGES:,} images, s", partial(fit_ratio, embed, many), 1.1),
         Row("maps-fit", f"FeatureMapFlow fit, {FEW_IMAGES} images, s", partial(fit_ratio, maps, few), 1.5),
     ]
+    folding = Folding(few)
+    for batch_size in (1, 16):
+        what = f"backbone of timm, {SCORED} images, {batch_size} at once, s"
+        found.append(Row("backbone", what, partial(folding, batch_size), 1.15, least=True))
     for new, bar in ((partial(EmbeddingFlow, image_size=(224, 224)), 1.05), (maps, 1.15)):
         infer = Inference(new, few)
         name = "FeatureMapFlow" if new is maps else "EmbeddingFlow"
@@ -170,7 +199,7 @@ def rows() -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parts = ("engine", "fit", "maps-fit", "infer")
+    parts = ("engine", "fit", "maps-fit", "backbone", "infer")
     parser.add_argument("--rows", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -14,6 +14,7 @@ from anomalib_flowood.flows import full_precision
 from anomalib_flowood.look import shorten
 
 from .catalogue import feature_layers, layer_indices, pixels, size_of
+from .folding import folded
 from .weights import create_backbone
 
 _STEPS = (14, 16, 28, 32, 48, 64, 224)
@@ -123,7 +124,10 @@ def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         What the backbone returns, always as a tuple: pooled features, ``(N, D)``, or maps, ``(N, C, h, w)``.
     """
     images = images.contiguous(memory_format=torch.channels_last)
-    if images.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # whoever runs an exported graph folds batch norms, too
+        return _outputs(backbone, images)
+    backbone = folded(backbone, images)
+    if images.device.type != "cpu":
         return _outputs(backbone, images)
     chunks = [_outputs(backbone, chunk) for chunk in images.split(_CPU_CHUNK)]
     return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))

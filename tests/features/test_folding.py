@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from timm.layers import StdConv2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anomalib_flowood.features import create_feature_maps, run_backbone
+from anomalib_flowood.features.folding import folded
+
+NETWORKS = ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "test_vit", "regnetx_002"]
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def norms(network):
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def trained(network):
+    """The network with batch norms as training leaves them."""
+    for norm in norms(network):
+        for tensor, low in ((norm.running_mean, -0.5), (norm.running_var, 0.5), (norm.weight, 0.5), (norm.bias, -0.5)):
+            tensor.data.uniform_(low, low + 1)
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gives_what_the_network_gives_without_its_batch_norms(name):
+    torch.manual_seed(0)
+    network = trained(timm.create_model(name, num_classes=0))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    light = folded(network, IMAGES)
+    expected = network(IMAGES)
+    torch.testing.assert_close(light(IMAGES), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert (len(norms(network)) > 0) == (light is not network)
+    assert not norms(light)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    exact = network.double()
+    torch.testing.assert_close(folded(exact, IMAGES.double())(IMAGES.double()), exact(IMAGES.double()))
+
+
+def test_sees_that_weights_have_changed():
+    torch.manual_seed(0)
+    network = trained(create_feature_maps("resnet18", [1, 2], pre_trained=False, image_size=(64, 64)))
+    first = run_backbone(network, IMAGES)
+    assert folded(network, IMAGES) is folded(network, IMAGES)
+    changes = [
+        lambda: norms(network)[3].running_var.mul_(4),
+        lambda: network.load_state_dict(trained(deepcopy(network)).state_dict()),
+        lambda: network.load_state_dict(trained(deepcopy(network)).state_dict(), assign=True),
+    ]
+    for change in changes:
+        change()
+        found = run_backbone(network, IMAGES)
+        assert not torch.allclose(found[1], first[1], rtol=1e-3)
+        torch.testing.assert_close(found, tuple(network(IMAGES)), rtol=1e-4, atol=1e-4)
+        first = found
+
+
+class Forked(nn.Module):
+    """A convolution whose output goes on past the batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) + x
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Forked(),
+        nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+)
+def test_leaves_what_is_no_affine_map_of_a_convolution(network):
+    network = trained(network) if norms(network)[0].track_running_stats else network.eval()
+    assert folded(network, IMAGES) is network
+
+
+def test_leaves_modules_whose_outputs_are_asked_for():
+    network = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    seen = []
+    network[0].register_forward_hook(lambda *outputs: seen.append(outputs[-1]))
+    assert folded(network, IMAGES) is network
+
+
+def test_gradients_pass_after_inference_mode():
+    network = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with torch.inference_mode():
+        run_backbone(network, IMAGES.clone())
+    images = IMAGES.clone().requires_grad_()
+    run_backbone(network, images)[0].sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_training_mode_keeps_its_batch_norms():
+    network = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
+    assert folded(network, IMAGES) is network
