@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--data FOLDER`: a folder is all that a training, a test and a prediction need."""
 
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -113,6 +114,7 @@ def test_a_data_set_with_a_name_needs_its_class():
 def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, capsys, caplog):
     mvtec(here / "parts")
     images(here / "new", 3, 200)
+    caplog.set_level(logging.INFO)
     main(["train", "--data", "./parts", *SMALLER, "--trainer.accelerator=cpu"])
     out = capsys.readouterr().out
     assert f"15 images are few, and will do: {DEFAULT_DETECTOR} trains nothing, but fits." in caplog.messages
