@@ -150,7 +150,7 @@ def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(h
     assert "Next: flowood predict --data NEW_IMAGES --ckpt_path results/PixelFlow/" in capsys.readouterr().out
     assert Path("results/PixelFlow/OneClass/parts-cats").is_dir()
     (said,) = [text for text in caplog.messages if "few to train a flow on" in text]
-    assert re.search(rf"^3 images .* network will do with them: .*{DEFAULT_DETECTOR}.*, without couplings", said)
+    assert re.search(rf"^4 images .* network will do with them: .*{DEFAULT_DETECTOR}.*, without couplings", said)
 
 
 @pytest.mark.parametrize(
