@@ -41,7 +41,8 @@ def run(folder: Path, name: str, detector, devices: int, *, fit: bool) -> dict:
     predicted = engine.predict(detector, datamodule=module)
     out = folder / f"{name}-{devices}"
     keep_predictions(predicted, out, detector.post_processor)
-    return {"metrics": metrics, "scores": recorder.scores, "state": dict(detector.state_dict())}
+    maps = {path: values for path, (values, _) in recorder.shown_maps.items()}
+    return {"metrics": metrics, "scores": recorder.scores, "maps": maps, "state": dict(detector.state_dict())}
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

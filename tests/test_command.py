@@ -55,10 +55,14 @@ def test_train_test_predict_and_export(here, capsys):
     (results,) = pd.read_csv(run / "results.csv").to_dict("records")
     printed = re.search(r"image_AUROC\W+([\d.]+)", out)
     assert results["AUROC"] == pytest.approx(float(printed[1]))
+    scores = pd.read_csv(run / "scores.csv")
+    alarms = int((scores.loc[scores["label"] == 0, "score"] > results["threshold"]).sum())
+    assert results["alpha"] == 0.05
     main(["report", str(run)])
     page = (run / "report" / "index.html").read_text()
     assert "<h1>Test of PixelFlow on CrossDataset ramps-squares</h1>" in page
     assert page.count("data:image/png") == 16
+    assert f"At α = 0.05: {alarms} of {(scores['label'] == 0).sum()} inside images raise an alarm" in page
     assert str(Path(checkpoint).resolve()) in page
     capsys.readouterr()
 

@@ -55,6 +55,8 @@ def test_two_processes_give_what_one_gives(folder, name):
         assert two["metrics"][metric] == pytest.approx(value, rel=tolerance), metric
     pd.testing.assert_frame_equal(two["scores"], one["scores"], rtol=tolerance)
     assert len(one["scores"]) == 50
+    assert two["maps"].keys() == one["maps"].keys()
+    assert bool(one["maps"]) == (name == "feature_map_flow")
     tables = [pd.read_csv(folder / f"{name}-{devices}" / "predictions.csv") for devices in (1, 2)]
     pd.testing.assert_frame_equal(*tables, rtol=tolerance)
     assert len(tables[0]) == 50

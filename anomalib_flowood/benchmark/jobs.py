@@ -57,6 +57,7 @@ class BenchmarkJob(AnomalibBenchmarkJob):
         self.trainer = trainer
         self.progress: JobProgress | None = None
         self.scores = pd.DataFrame()
+        self.maps: dict[str, Any] = {}
 
     @property
     def title(self) -> str:
@@ -116,6 +117,7 @@ class BenchmarkJob(AnomalibBenchmarkJob):
             tested = engine.test(model=model, datamodule=datamodule, verbose=False)
         end = time.perf_counter()
         self.scores = recorder.scores.assign(detector=self.detector, data=self.data, seed=self.seed)
+        self.maps = recorder.shown_maps
         result = {
             **self.row(),
             **measure(recorder),

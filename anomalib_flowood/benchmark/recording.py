@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_flowood import processes
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+from anomalib_flowood.report.maps import MapKeeper, shown_images
 
 
 class ScoreRecorder(Callback):
@@ -24,15 +27,21 @@ class ScoreRecorder(Callback):
 
     def __init__(self) -> None:
         self._parts: list[pd.DataFrame] = []
+        self._keeper = MapKeeper()
         self._start = 0.0
         self.seconds = 0.0
         self.sourced = False
         """Whether the data say which set each image belongs to; else its folder is taken for its source."""
+        self.shown_maps: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        """Anomaly map and mask, made small, of each image that a report shows and that has them, by its path."""
+        self.decision: dict[str, float] = {}
+        """By what the detector labels images, see :func:`decision_of`."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         del trainer, pl_module
         self._parts = []
+        self._keeper = MapKeeper()
         self._start = time.perf_counter()
 
     def on_test_batch_end(
@@ -67,6 +76,7 @@ class ScoreRecorder(Callback):
         columns = {"image_path": paths, "source": list(sources), "label": labels.numpy(), "score": raw.numpy()}
         own = processes.own_rows(trainer, batch_idx, len(raw), dataloader_idx)
         self._parts.append(pd.DataFrame(columns)[:own])
+        self._keeper.add(paths, anomaly_map, getattr(batch, "gt_mask", None))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock before any metric is computed; bits per dimension, which no score needs, do not count.
@@ -75,7 +85,12 @@ class ScoreRecorder(Callback):
         """
         del trainer
         self.seconds = time.perf_counter() - self._start - getattr(pl_module, "bits_seconds", 0.0)
+        self.decision = decision_of(pl_module)
         self._parts = [processes.in_data_set_order(self.scores)]
+        paths = [path for rows in shown_images(self.scores).values() for path in rows["image_path"]]
+        self.shown_maps = {
+            path: kept for some in processes.gathered_objects(self._keeper.of(paths)) for path, kept in some.items()
+        }
 
     @property
     def scores(self) -> pd.DataFrame:
@@ -85,6 +100,24 @@ class ScoreRecorder(Callback):
         return pd.concat(self._parts, ignore_index=True)
 
 
+def decision_of(detector: LightningModule) -> dict[str, float]:
+    """Return by what a detector labels images.
+
+    Args:
+        detector: Any of anomalib's.
+
+    Returns:
+        ``threshold``, the raw score above which an image is labelled anomalous. Where normal images alone set it, also
+        ``alpha``, and ``level``, the share of fresh normal images that are labelled so in expectation. What is not
+        there or not known is left out.
+    """
+    post_processor = getattr(detector, "post_processor", None)
+    found = {"threshold": "image_threshold", "alpha": "alpha", "level": "level"}
+    values = {name: getattr(post_processor, attribute, None) for name, attribute in found.items()}
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    return {} if math.isnan(numbers.get("threshold", math.nan)) else numbers
+
+
 def measure(recorder: ScoreRecorder) -> dict[str, Any]:
     """Compute all metrics of a test's raw scores, and its speed.
 
@@ -92,8 +125,8 @@ def measure(recorder: ScoreRecorder) -> dict[str, Any]:
         recorder: What it recorded.
 
     Returns:
-        The metrics by name (of every out-of-distribution set too, where the data name several), ``images`` and
-        ``images_per_s``.
+        The metrics by name (of every out-of-distribution set too, where the data name several), what
+        :func:`decision_of` says, ``images`` and ``images_per_s``.
 
     Raises:
         ValueError: If a score is NaN.
@@ -102,6 +135,7 @@ def measure(recorder: ScoreRecorder) -> dict[str, Any]:
     score, label = torch.tensor(scores["score"].to_numpy()), torch.tensor(scores["label"].to_numpy())
     result: dict[str, Any] = {
         **{name: metric(score, label) for name, metric in DETECTION_METRICS.items()},
+        **recorder.decision,
         "images": len(score),
         "images_per_s": len(score) / recorder.seconds,
     }

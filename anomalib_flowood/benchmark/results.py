@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, set_markdown, set_table
+from anomalib_flowood.report.maps import write_maps
 from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
 
 
@@ -56,14 +58,16 @@ class Results:
         """One row per job."""
         return pd.DataFrame(self._results)  # what a job does not have is empty
 
-    def add(self, result: dict[str, Any], scores: pd.DataFrame) -> None:
+    def add(self, result: dict[str, Any], scores: pd.DataFrame, maps: Mapping[str, Any] | None = None) -> None:
         """Take in a finished job and write everything, so that a lost session loses one job at most.
 
         Args:
             result: The job's row.
             scores: One row per test image: ``detector``, ``data``, ``seed``, ``image_path``, ``source``, ``label``,
                 ``score``; empty if the job failed.
+            maps: Anomaly maps and masks of images that a report shows, see :class:`ScoreRecorder`.
         """
+        write_maps(self.folder, result, maps or {})
         self._results.append(result)
         if not scores.empty:  # first, so that no row ever lacks its scores
             first = not self._scores

@@ -213,15 +213,15 @@ def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
         logger.exception("%s failed", job.title)
         message = f"{type(error).__name__}: {readable(error).splitlines()[0]}"
         result = {**job.row(), "error": message, **job.flat_cfg}
-        job.scores = pd.DataFrame()  # of a diverged training they are NaN
+        job.scores, job.maps = pd.DataFrame(), {}  # of a diverged training they are NaN
         progress.say(f"  failed: {message}")
     else:
         progress.say(
             f"  AUROC {rate_text(result['AUROC'])}, FPR95 {rate_text(result['FPR95'])}, "
             f"fit {result['fit_duration']:.1f} s, {result['images_per_s']:,.1f} images/s",
         )
-    record.add(result, job.scores)
-    job.scores = pd.DataFrame()
+    record.add(result, job.scores, job.maps)
+    job.scores, job.maps = pd.DataFrame(), {}
     gc.collect()  # trainer and model refer to each other; without this two detectors are in memory
     return message
 

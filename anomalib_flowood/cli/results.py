@@ -64,7 +64,7 @@ class ResultsCLI(AnomalibCLI):
         seed = self.config[self.subcommand]["seed_everything"]
         labels: dict[str, Any] = {"detector": type(self.model).__name__, "data": data, "seed": seed}
         try:
-            row = labels | measure(self.recorder)
+            row = labels | measure(self.recorder) | self._pixel_metrics()
         except ValueError as error:  # the test itself has succeeded
             print(f"There is nothing to report: {error}")
             return
@@ -72,7 +72,7 @@ class ResultsCLI(AnomalibCLI):
         if missing:
             print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
         self._write_record(folder, data)
-        Results(folder).add(row, self.recorder.scores.assign(**labels))
+        Results(folder).add(row, self.recorder.scores.assign(**labels), self.recorder.shown_maps)
         print(f"As a page: flowood report {shlex.quote(str(folder))}")
 
     def say_what_is_next(self) -> None:
@@ -87,6 +87,11 @@ class ResultsCLI(AnomalibCLI):
         print(f"Results and checkpoint: {os.path.relpath(self.engine.trainer.default_root_dir)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")
+
+    def _pixel_metrics(self) -> dict[str, float]:
+        """The metrics of pixels that the detector's evaluator has logged."""
+        logged = self.engine.trainer.callback_metrics.items()
+        return {name: float(value) for name, value in logged if name.startswith("pixel_")}
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint by its own name, since ``latest`` may point to another one tomorrow."""

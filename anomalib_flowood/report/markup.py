@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import jinja2
 
 from anomalib_flowood.look import BLUE, SKY
+
+from .decisions import percent
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,5 +34,20 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(BLUE=BLUE, SKY=SKY)
+    environment.globals.update(BLUE=BLUE, SKY=SKY, percent=percent)
+    environment.filters["json"] = script_json
     return environment.get_template(template).render(**values)
+
+
+def script_json(value: Any) -> str:
+    """Plain data as JSON inside a script element, which no text of it can end; NaN is ``null``."""
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -18,16 +18,19 @@ from anomalib.data import AnomalibDataModule
 from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import MOST_SETS
 
+from .charts import Chart, bundle, histogram_chart, speed_chart
+from .curves import precision_chart, roc_chart
+from .decisions import Decision, decide, kinds, percent
+from .gallery import make_gallery
+from .maps import JobMaps, read_maps
 from .markup import render
-from .panels import histogram_panel, roc_panel, speed_panel
 from .plots import source_colours
+from .rows import image_rows
 from .run import Run, read_run
 from .table import METRICS, TITLES, cells_of, first_seen, several_seeds, summarise, summarise_sets
-from .thumbnails import Thumbnails, find_thumbnails
 
-_THUMBNAILS = 8
-_OPEN_PANELS = 12
-"""With more panels or detectors than this, those of single sets and the images wait until they are asked for."""
+_OPEN_CHARTS = 12
+"""With more charts or detectors than this, those of single sets and the images wait until they are asked for."""
 _COSTS = {"images_per_s": "images/s in the test", "fit_duration": "seconds of fitting"}
 
 
@@ -52,18 +55,10 @@ class _Table:
 
 @dataclass(frozen=True)
 class _View:
-    """Panels, by what they show, of one way to look at the outside images: all of them, or one set."""
+    """Charts of one way to look at the outside images: all of them, or one set."""
 
     title: str
-    panels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Strip:
-    """Images in a row: ``(data URI or nothing, path, source, score)`` each."""
-
-    title: str
-    images: list[tuple[str, str, str, str]]
+    charts: list[Chart]
 
 
 def write_report(
@@ -71,7 +66,8 @@ def write_report(
 ) -> Path:
     """Write the page of a run, and its pictures as files beside it.
 
-    The page holds everything it needs: it fetches nothing, from the network or from the folder.
+    The page holds everything it needs: it fetches nothing, from the network or from the folder. What the folder has
+    of it is shown: thresholds, metrics of pixels and anomaly maps are in those of tests of today.
 
     Args:
         folder: The run's folder, see :mod:`.run`.
@@ -93,10 +89,11 @@ def write_report(
     for old in pictures.glob("data-*.svg"):  # of an earlier report, which may have had more of them
         old.unlink()
     names = [str(name) for name in run.results["data"].unique()]
-    data = [_data_section(run, name, number, open_data) for number, name in enumerate(names, start=1)]
+    maps = read_maps(folder)
+    data = [_data_section(run, maps, name, number, open_data) for number, name in enumerate(names, start=1)]
     for section in data:
-        for number, (title, panel) in enumerate(section.pop("pictures"), start=1):
-            write_text(pictures / f"{section['anchor']}-{number}{_slug(title)}.svg", panel)
+        for number, chart in enumerate(section.pop("charts"), start=1):
+            write_text(pictures / f"{section['anchor']}-{number}{_slug(chart.title)}.svg", chart.file)
     text = render(
         "report.html",
         title=_title(run),
@@ -110,6 +107,7 @@ def write_report(
             for kind in ("detectors", "data")
         },
         run_settings=_yaml(run.record.get("settings", {})),
+        bundle=bundle(),
     )
     page = output / "index.html"
     write_text(page, text)
@@ -178,7 +176,23 @@ def _tables(run: Run) -> list[_Table]:
     if not sets.empty:
         names = {"detector": "detector", "data": "data", "set": "outside"}
         tables.append(_table("each outside set", run, sets, names, ("AUROC", "FPR95")))
-    return tables
+    pixels = _pixel_table(run.results)
+    return tables if pixels is None else [*tables, pixels]
+
+
+def _pixel_table(results: pd.DataFrame) -> _Table | None:
+    """The metrics of pixels, means over seeds; nothing if no job has any."""
+    names = [name for name in map(str, results) if name.startswith("pixel_") and results[name].notna().any()]
+    if not names:
+        return None
+    header = [("detector", False, "ascending"), ("data", False, "ascending")]
+    header += [(name.removeprefix("pixel_"), True, "descending") for name in names]
+    rows = []
+    for (detector, data), group in results.groupby(["detector", "data"], sort=False):
+        means = [float(group[name].astype(float).mean()) for name in names]
+        cells = [_number(value, f"{value:.3f}") for value in means]
+        rows.append([_Cell(str(detector), str(detector)), _Cell(str(data), str(data)), *cells])
+    return _Table("pixels: how well the anomaly maps show where", header, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,34 +201,77 @@ def _tables(run: Run) -> list[_Table]:
 
 
 def _data_section(
-    run: Run, name: str, number: int, open_data: Callable[[dict[str, Any]], AnomalibDataModule]
+    run: Run,
+    maps: dict[tuple[str, str, str], JobMaps],
+    name: str,
+    number: int,
+    open_data: Callable[[dict[str, Any]], AnomalibDataModule],
 ) -> dict[str, Any]:
-    """Everything about one data set; ``pictures`` are all its panels."""
+    """Everything about one data set; ``charts`` are all its charts."""
     scores = run.scores[run.scores["data"] == name]
     detectors = [str(detector) for detector in run.results["detector"].unique()]
     summary = summarise(run.results)
     summary = summary[summary["data"] == name]
-    speed = {}
-    for column, label in _COSTS.items():
-        panel = speed_panel(summary, column, label, detectors)
-        if panel is not None:
-            speed[f"AUROC against {label}"] = panel
-    views = list(_views(scores, detectors))
-    panels = sum(len(view.panels) for view in views)
+    found = [speed_chart(summary, column, label, detectors) for column, label in _COSTS.items()]
+    speed = [chart for chart in found if chart is not None]
+    jobs = {str(detector): _first_seed(group) for detector, group in scores.groupby("detector", sort=False)}
+    decisions = {detector: _decision(run.results, group) for detector, group in jobs.items()}
+    known = {detector: decision for detector, decision in decisions.items() if decision is not None}
+    thresholds = {detector: decision.threshold for detector, decision in known.items()}
+    views = list(_views(scores, detectors, known))
     entry = run.record.get("data", {}).get(name)
-    images, missing = _strips(scores, None if entry is None else partial(open_data, entry))
+    own = {detector: maps.get((detector, name, str(group["seed"].iloc[0]))) for detector, group in jobs.items()}
+    with_maps = {detector: found for detector, found in own.items() if found is not None}
+    opened = None if entry is None else partial(open_data, entry)
+    gallery = make_gallery(jobs, with_maps, thresholds, opened, f"image-{number}-")
     return {
         "title": name,
         "anchor": f"data-{number}{_slug(name)}",
+        "decisions": known,
         "views": views,
-        "speed": list(speed.values()),
-        "images": images,
-        "missing": missing,
-        "open_views": panels <= _OPEN_PANELS,
-        "open_images": len(images) <= _OPEN_PANELS // 2,
+        "kinds": _kinds_table(jobs, thresholds),
+        "speed": speed,
+        "gallery": gallery,
+        "rows": image_rows(jobs, thresholds, gallery),
+        "open_views": sum(len(view.charts) for view in views) <= _OPEN_CHARTS,
+        "open_images": len(gallery.strips) <= _OPEN_CHARTS // 2,
         "one_class": "" if scores.empty or scores["label"].nunique() == 2 else _only(scores),
-        "pictures": [*(item for view in views for item in view.panels.items()), *speed.items()],
+        "charts": [*(chart for view in views for chart in view.charts), *speed],
     }
+
+
+def _first_seed(scores: pd.DataFrame) -> pd.DataFrame:
+    """The images of the first seed: raw scores of two trainings have no common scale."""
+    return scores[scores["seed"] == scores["seed"].iloc[0]]
+
+
+def _decision(results: pd.DataFrame, scores: pd.DataFrame) -> Decision | None:
+    """What comes of the threshold of the job that gave these scores."""
+    first = scores.iloc[0]
+    same = (results[["detector", "data", "seed"]] == first[["detector", "data", "seed"]]).all(axis=1)
+    return decide(results[same & (results["error"] == "")].iloc[0], scores)
+
+
+def _kinds_table(jobs: dict[str, pd.DataFrame], thresholds: dict[str, float]) -> _Table | None:
+    """How each source of outside images fares; nothing if there is only one."""
+    header = [("detector", False, "ascending"), ("source", False, "ascending"), ("images", True, "descending")]
+    header += [("found", True, "ascending"), ("found %", True, "ascending"), ("AUROC ↑", True, "ascending")]
+    header.append(("median score", True, "ascending"))
+    rows = []
+    for detector, scores in jobs.items():
+        table = kinds(scores, thresholds.get(detector, math.nan))
+        for kind, images, found, area, median in table.itertuples(index=False):
+            share = found / images
+            cells = [_Cell(detector, detector), _Cell(kind, kind), _Cell(f"{images:,}", images)]
+            cells += [_number(found, f"{found:,.0f}"), _number(share, percent(share)), _number(area, f"{area:.3f}")]
+            rows.append([*cells, _number(median, f"{median:,.4g}".replace("-", "−"))])
+    if len({cells[1].text for cells in rows}) < 2:
+        return None
+    return _Table("each source of outside images, against all inside ones", header, rows)
+
+
+def _number(value: float, text: str) -> _Cell:
+    return _Cell("-", None) if math.isnan(value) else _Cell(text, float(value))
 
 
 def _slug(text: str) -> str:
@@ -226,54 +283,26 @@ def _only(scores: pd.DataFrame) -> str:
     return "outside" if scores["label"].iloc[0] else "inside"
 
 
-def _views(scores: pd.DataFrame, detectors: list[str]) -> Iterator[_View]:
+def _views(scores: pd.DataFrame, detectors: list[str], decisions: dict[str, Decision]) -> Iterator[_View]:
     """All outside images together, then each set if there are several but not too many."""
     if scores.empty:
         return
     inside, outside = scores[scores["label"] == 0], scores[scores["label"] == 1]
     colours = source_colours(scores)
+    thresholds = {detector: decision.threshold for detector, decision in decisions.items()}
     sets = list(outside["source"].unique())
     parts = {f"All {len(sets)} outside sets" if len(sets) > 1 else "".join(sets) or "Inside": scores}
     if 2 <= len(sets) <= MOST_SETS:
         parts |= {str(one): pd.concat([inside, outside[outside["source"] == one]]) for one in sets}
     for title, part in parts.items():
-        panels = {}
+        charts = []
         if part["label"].nunique() == 2:
-            panels[f"ROC: {title}"] = roc_panel(part, title, detectors)
+            charts += [draw(part, title, detectors, thresholds) for draw in (roc_chart, precision_chart)]
         for detector, group in part.groupby("detector", sort=False):
-            first = group[group["seed"] == group["seed"].iloc[0]]
-            panels[f"{detector}: {title}"] = histogram_panel(first, f"{detector}: {title}", colours)
-        yield _View(title, panels)
-
-
-def _strips(
-    scores: pd.DataFrame, open_data: Callable[[], AnomalibDataModule] | None
-) -> tuple[dict[str, list[_Strip]], str]:
-    """For each detector the images on which it is most wrong, of its first seed; and what is missing."""
-    chosen: dict[str, dict[str, pd.DataFrame]] = {}
-    for detector, group in scores.groupby("detector", sort=False):
-        first = group[group["seed"] == group["seed"].iloc[0]].sort_values("score", kind="stable")
-        chosen[str(detector)] = {
-            "The most anomalous inside": first[first["label"] == 0].iloc[::-1].head(_THUMBNAILS),
-            "The least anomalous outside": first[first["label"] == 1].head(_THUMBNAILS),
-        }
-    if not chosen:
-        return {}, ""
-    paths = pd.concat([rows["image_path"] for strips in chosen.values() for rows in strips.values()])
-    found = find_thumbnails(paths, open_data)
-    return {
-        detector: [_strip(title, rows, found) for title, rows in strips.items() if not rows.empty]
-        for detector, strips in chosen.items()
-    }, found.missing
-
-
-def _strip(title: str, rows: pd.DataFrame, found: Thumbnails) -> _Strip:
-    columns = rows["image_path"].astype(str), rows["source"].astype(str), rows["score"].astype(float)
-    images = [
-        (found.uris.get(path, ""), path, source, f"{score:,.4g}".replace("-", "−"))
-        for path, source, score in zip(*columns, strict=True)
-    ]
-    return _Strip(title, images)
+            decision = decisions.get(str(detector))
+            line = () if decision is None else (decision.threshold, decision.alpha)
+            charts.append(histogram_chart(_first_seed(group), f"{detector}: {title}", colours, *line))
+        yield _View(title, charts)
 
 
 def _yaml(value: Any) -> str:

@@ -20,7 +20,8 @@ from anomalib_flowood.files import whole_file
 from anomalib_flowood.look import PALETTE, heading, short_name
 from anomalib_flowood.metrics import auroc, rate_text
 
-_INSIDE = "in-distribution"
+IN_DISTRIBUTION, OTHERS = "in-distribution", "other anomalies"
+"""What the inside images are called, and the rarest sources together."""
 _INSIDE_COLOUR, *_OUTSIDE_COLOURS = PALETTE
 _BINS = 40
 
@@ -91,9 +92,9 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
         Colours by name, the in-distribution images first.
     """
     names = list(scores.loc[scores["label"] == 1, "source"].astype(str).value_counts(sort=True).index)
-    colours = {_INSIDE: _INSIDE_COLOUR}
+    colours = {IN_DISTRIBUTION: _INSIDE_COLOUR}
     if len(names) > len(_OUTSIDE_COLOURS):
-        names = [*names[: len(_OUTSIDE_COLOURS) - 1], "other anomalies"]
+        names = [*names[: len(_OUTSIDE_COLOURS) - 1], OTHERS]
     return colours | dict(zip(names, _OUTSIDE_COLOURS, strict=False))
 
 
@@ -158,8 +159,8 @@ def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, 
     values = group["score"].to_numpy(float)
     low, high = whiskers(part.to_numpy(float) for _, part in group.groupby(["label", "source"])["score"])
     edges = np.linspace(low, high, _BINS + 1)
-    names = group["source"].astype(str).where(group["source"].astype(str).isin(list(colours)), "other anomalies")
-    names = names.where(group["label"] == 1, _INSIDE)
+    names = group["source"].astype(str).where(group["source"].astype(str).isin(list(colours)), OTHERS)
+    names = names.where(group["label"] == 1, IN_DISTRIBUTION)
     handles: dict[str, Artist] = {}
     for name, colour in colours.items():
         chosen = values[(names == name).to_numpy()]

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -16,8 +16,24 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from anomalib_flowood.data.decoding import read_picture
 
-SIDE = 96
-"""The longer side of a thumbnail, in pixels."""
+SIDE = 256
+"""The longer side of a thumbnail, in pixels: what is seen when it is opened."""
+_EXACT = 96
+"""Images up to this side are kept exactly."""
+
+
+class Thumbnail(NamedTuple):
+    """An image inside a page.
+
+    Attributes:
+        uri: A data URI.
+        width: Of the image, in pixels.
+        height: Likewise.
+    """
+
+    uri: str
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -25,11 +41,11 @@ class Thumbnails:
     """Images that were found.
 
     Attributes:
-        uris: A data URI for each path.
+        images: An image for each path.
         missing: Why others are not there; empty if all are.
     """
 
-    uris: dict[str, str]
+    images: dict[str, Thumbnail]
     missing: str
 
 
@@ -47,15 +63,15 @@ def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataMo
         What was found.
     """
     wanted = list(dict.fromkeys(paths))
-    uris: dict[str, str] = {}
+    found: dict[str, Thumbnail] = {}
     reason = ""
     for path in wanted:
         if Path(path).is_file():
             try:
-                uris[path] = _data_uri(read_picture(path))
+                found[path] = _thumbnail(read_picture(path))
             except ValueError as error:
                 reason = str(error)
-    others = [path for path in wanted if path not in uris and not Path(path).is_file()]
+    others = [path for path in wanted if path not in found and not Path(path).is_file()]
     if others and open_data is None:
         reason = f"there is no such file from {Path.cwd()}, and the run did not keep how its data were made"
     elif others and open_data is not None:
@@ -64,28 +80,29 @@ def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataMo
         except Exception as error:  # data that have gone since must not cost the page
             reason = f"the data could not be read again ({str(error) or type(error).__name__})"
         else:
-            uris |= images
+            found |= images
             if len(images) < len(others):
                 lost = next(path for path in others if path not in images)
                 reason = f"neither a file nor the data as they are now hold {lost or 'an image without a path'}"
-    lacking = len(wanted) - len(uris)
-    return Thumbnails(uris, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else "")
+    lacking = len(wanted) - len(found)
+    return Thumbnails(found, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else "")
 
 
-def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, str]:
-    """Data URIs of the test images of a data module that have these paths."""
+def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, Thumbnail]:
+    """The test images of a data module that have these paths, made small."""
     datamodule.prepare_data()
     datamodule.setup("test")
     images: Any = datamodule.test_data
     places = {str(path): place for place, path in enumerate(images.samples["image_path"])}
-    return {path: _data_uri(images[places[path]].image) for path in paths if path in places}
+    return {path: _thumbnail(images[places[path]].image) for path in paths if path in places}
 
 
-def _data_uri(image: torch.Tensor) -> str:
+def _thumbnail(image: torch.Tensor) -> Thumbnail:
     """Shrink an image of shape ``(C, H, W)``, ``uint8`` or floats in [0, 1]; small ones are kept exactly."""
     picture = to_pil_image(image.as_subclass(torch.Tensor))
-    kind = "png" if max(picture.size) <= SIDE else "jpeg"
+    kind = "png" if max(picture.size) <= _EXACT else "jpeg"
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, format=kind, **({"quality": 80} if kind == "jpeg" else {}))
+    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Thumbnail(uri, *picture.size)

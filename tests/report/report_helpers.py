@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -81,14 +82,14 @@ def job(row: dict, scores: pd.DataFrame) -> tuple[dict, pd.DataFrame]:
 
 
 class Page(HTMLParser):
-    """A page's elements as ``(tag, attributes)``, its text, and whether every element is closed."""
+    """A page's elements as ``(tag, attributes)``, its text, its data, and whether every element is closed."""
 
-    VOID = ("meta", "link", "img", "br")
+    VOID = ("meta", "link", "img", "br", "input")
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict]] = []
-        self.text, self.open = "", []
+        self.text, self.open, self.data = "", [], []
         self.feed(path.read_text(encoding="utf-8"))
         assert self.open == []
 
@@ -104,7 +105,19 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, text):
-        self.text += text
+        _, attributes = self.elements[-1] if self.elements else ("", {})
+        if attributes.get("type") == "application/json" and self.open[-1] == "script":
+            self.data.append(json.loads(text))
+        elif not self.open or self.open[-1] not in {"script", "style"}:
+            self.text += text
+
+    def charts(self) -> list[dict]:
+        """The specifications of the charts."""
+        return [data for data in self.data if "layer" in data]
+
+    def tables(self) -> list[dict]:
+        """The test images of each data set."""
+        return [data for data in self.data if "detectors" in data]
 
     def all(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.elements if name == tag]

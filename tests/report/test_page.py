@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import CrossDataset
-from anomalib_flowood.report.panels import roc_panel
+from anomalib_flowood.report.curves import roc_chart
 from anomalib_flowood.report.thumbnails import SIDE
 
 
@@ -33,12 +33,24 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
 
 
+def stored(page: Page) -> dict[str, dict]:
+    """The images of a page, each of which stands in it once, by their identifiers."""
+    return {image["id"]: image for image in page.all("image") if "id" in image}
+
+
 def thumbnails(page: Page) -> list[dict]:
-    return [image for image in page.all("img") if image["src"].startswith("data:")]
+    """The images as they are shown, in order: their names and what they show."""
+    tiles = [
+        (tile, page.elements[place + 1]) for place, (_, tile) in enumerate(page.elements) if tile.get("class") == "tile"
+    ]
+    images = stored(page)
+    assert all(tag == "use" for _, (tag, _) in tiles)
+    return [{"alt": tile["aria-label"], "src": images[use["href"][1:]]["href"]} for tile, (_, use) in tiles]
 
 
 def labels_of(page: Page) -> list[str]:
-    return [svg["aria-label"] for svg in page.all("svg")]
+    """What charts say."""
+    return [svg["aria-label"] for svg in page.all("svg") if svg.get("class") == "marks"]
 
 
 def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
@@ -50,7 +62,7 @@ def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
 
     # Tables: all outside images together, and two sets with their mean.
     numbers = [float(cell["data-value"]) for cell in page.all("td") if "data-value" in cell and "class" not in cell]
-    assert len(numbers) == 3 * 5 + 3 * 3 * 2
+    assert len(numbers) == 3 * 5 + 3 * 3 * 2 + 3 * 2 * 3  # the last: images, AUROC and median of each source
     results = pd.read_csv(folder / "results.csv")
     means = results.groupby("detector", sort=False)["AUROC"].mean()
     for name in DETECTORS:
@@ -64,9 +76,10 @@ def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
         "ascending",
     ]
 
-    # Panels: three views with a ROC and three histograms each, and two of speed; each is a file too.
+    # Charts: three views with two curves and three histograms each, and two of speed; each is a file too.
     spoken = labels_of(page)
     assert sum(label.startswith("ROC curves, ") for label in spoken) == 3
+    assert sum(label.startswith("Precision-recall curves, ") for label in spoken) == 3
     assert sum(label.startswith("Score histograms of ") for label in spoken) == 9
     assert sum(label.startswith("AUROC against ") for label in spoken) == 2
     assert f"good one {means['good one']:.3f} ± " in spoken[0]
@@ -74,12 +87,19 @@ def test_a_run_of_images_in_memory(tmp_path: Path) -> None:
     assert len(pictures) == len(spoken)
     assert {ET.parse(picture).getroot().tag for picture in pictures} == {"{http://www.w3.org/2000/svg}svg"}
 
-    # Thumbnails: the pixels of the images on which the first seed is most wrong, in this order.
+    # Thumbnails: the pixels of the images on which the first seed is most wrong, and of typical ones, in this order.
     scores = pd.read_csv(folder / "scores.csv").query("detector == 'good one' and seed == 0").sort_values("score")
-    expected = [*scores.query("label == 0")["image_path"][::-1][:8], *scores.query("label == 1")["image_path"][:8]]
+    expected = []
+    for paths in (
+        scores.query("label == 0")["image_path"].tolist()[::-1],
+        *(group["image_path"].tolist() for _, group in scores.query("label == 1").groupby("source")),
+    ):
+        assert len(paths) == 12
+        expected += [*paths[:5], *paths[5:8]]  # the middle of 12 is the 6th and the 7th
     shown = thumbnails(page)
-    assert len(shown) == 3 * 16
-    assert [image["alt"] for image in shown[:16]] == expected
+    assert len(shown) == 3 * 3 * 8
+    assert [image["alt"] for image in shown[:24]] == expected
+    assert len(stored(page)) == len({image["alt"] for image in shown})  # none stands in the page twice
     datamodule = CrossDataset(**entry["init_args"])
     datamodule.setup("test")
     for image in shown:
@@ -119,12 +139,15 @@ def test_names_cannot_break_the_page(tmp_path: Path, samples: pd.DataFrame) -> N
     folder = write_run(tmp_path / "run", {name: samples}, detectors={name: 1.0, "_b": 1.0}, entries={name: None})
     path = report(folder)
     page = Page(path)
-    assert len(page.all("script")) == 1
+    kinds = [script.get("type", "") for script in page.all("script")]
+    assert sorted(set(kinds)) == ["", "application/json", "module"]
+    assert kinds.count("") == kinds.count("module") == 1  # the charts' library, and what makes the page move
     assert page.all("b")
     assert all("out<b>" not in attributes for _, attributes in page.elements)
     assert name in page.text
     assert any(name in label for label in labels_of(page))
     assert not page.all("img")
+    assert not page.all("image")
     assert next(item["aria-label"] for item in page.all("span") if item.get("role") == "img").startswith(
         'missing: "><img'
     )
@@ -163,7 +186,7 @@ def test_data_that_are_gone_leave_a_sentence(tmp_path: Path, samples: pd.DataFra
     assert "images are missing: the data could not be read again (There is no folder gone" in page.text
     assert "images are missing: neither a file nor the data as they are now hold nowhere/" in page.text
     assert not thumbnails(page)
-    assert page.text.count("missing") >= 2 * 16
+    assert sum(item.get("role") == "img" for item in page.all("span")) == 2 * 16
 
 
 def test_an_older_folder_without_a_record(tmp_path: Path, samples: pd.DataFrame) -> None:
@@ -182,7 +205,7 @@ def test_failed_jobs_are_in_the_table(tmp_path: Path, samples: pd.DataFrame, fai
     assert f"{len(failed)} of 3 jobs failed" in page.text
     assert ("every job failed" in page.text) == (len(failed) == 3)
     assert sum(label.startswith("Score histograms") for label in labels_of(page)) == 3 - len(failed)
-    assert sum("data-value" not in cell for cell in page.all("td")) == 4 * len(failed)
+    assert sum("data-value" not in cell and not cell for cell in page.all("td")) == 4 * len(failed)
 
 
 def test_many_sets_are_shown_together(tmp_path: Path, samples: pd.DataFrame) -> None:
@@ -218,7 +241,7 @@ def test_infinite_and_constant_scores(tmp_path: Path, samples: pd.DataFrame) -> 
         results.add(*job({"detector": detector, "data": "d", "seed": 0}, samples.assign(score=score)))
     page = Page(report(folder))
     assert "infinite 1.000; constant 0.500." in labels_of(page)[0]
-    assert len(page.all("svg")) == 1 + 2 + 2
+    assert len(labels_of(page)) == 2 + 2 + 2
 
 
 def test_the_roc_curve_of_several_seeds_has_their_mean_area() -> None:
@@ -229,11 +252,12 @@ def test_the_roc_curve_of_several_seeds_has_their_mean_area() -> None:
         for seed in range(3)
     ]
     areas = [roc_auc_score(label, frame["score"]) for frame in frames]
-    svg = roc_panel(pd.concat(frames), "x", ["a"])
+    svg = roc_chart(pd.concat(frames), "x", ["a"], {}).svg
     assert f"AUROC: a {np.mean(areas):.3f} ± {np.std(areas, ddof=1):.3f}." in svg
     # The curve as drawn, in its own coordinates: the diagonal gives the axes' ends.
     paths = [
-        np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), dtype=float) for path in re.findall(r' d="([^"]+)"', svg)
+        np.array(re.findall(r"[ML](-?[\d.]+),(-?[\d.]+)", path), dtype=float)
+        for path in re.findall(r' d="([^"]+)"', svg)
     ]
     curve = max(paths, key=len)
     (left, bottom), (right, top) = next(path for path in paths if len(path) == 2 and (path[0] != path[1]).all())

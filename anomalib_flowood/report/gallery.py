@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images that a page shows: the worst and typical ones of each set, with anomaly maps and ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from anomalib.data import AnomalibDataModule
+
+from .maps import JobMaps, map_uri, outline, shown_images
+from .thumbnails import Thumbnail, find_thumbnails
+
+_PIXELATED = 96
+"""Images up to this side are shown pixel by pixel."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page, which stands in it once.
+
+    Attributes:
+        name: Its identifier.
+        uri: A data URI.
+        width: In pixels.
+        height: In pixels.
+        pixelated: Whether it is so small that its pixels are shown as they are.
+    """
+
+    name: str
+    uri: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image in a row.
+
+    Attributes:
+        picture: The image; ``None`` if it was not found.
+        path: Of the image.
+        source: The set that it belongs to.
+        score: Its raw score.
+        alarm: Whether that raises an alarm; ``None`` without a threshold.
+        map: Data URI of the anomaly map; empty without one.
+        truth: The outline of the ground truth, an SVG path; empty without one.
+    """
+
+    picture: Picture | None
+    path: str
+    source: str
+    score: str
+    alarm: bool | None
+    map: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All images of one data set.
+
+    Attributes:
+        pictures: Each image once, by its path.
+        strips: For each detector rows of images by what they are.
+        missing: Why some are not there; empty if all are.
+    """
+
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    strips: dict[str, dict[str, list[Tile]]] = field(default_factory=dict)
+    missing: str = ""
+
+    @property
+    def maps(self) -> bool:
+        """Whether any image has an anomaly map."""
+        return any(tile.map for strips in self.strips.values() for tiles in strips.values() for tile in tiles)
+
+    @property
+    def truths(self) -> bool:
+        """Whether the ground truth of any image is outlined."""
+        return any(tile.truth for strips in self.strips.values() for tiles in strips.values() for tile in tiles)
+
+
+def make_gallery(
+    jobs: dict[str, pd.DataFrame],
+    maps: dict[str, JobMaps],
+    thresholds: dict[str, float],
+    open_data: Callable[[], AnomalibDataModule] | None,
+    prefix: str,
+) -> Gallery:
+    """Find the images, and lay maps and outlines over them.
+
+    Args:
+        jobs: For each detector its test images: ``image_path``, ``source``, ``label`` and ``score``.
+        maps: Those of the detectors that have them.
+        thresholds: Those of the detectors that have one.
+        open_data: Builds the data module for images that are no files, ``None`` if nobody knows how.
+        prefix: Of the images' identifiers, which are unique in a page.
+    """
+    chosen = {detector: shown_images(scores) for detector, scores in jobs.items()}
+    paths = [path for strips in chosen.values() for rows in strips.values() for path in rows["image_path"]]
+    if not paths:
+        return Gallery()
+    found = find_thumbnails(paths, open_data)
+    pictures = {
+        path: _picture(f"{prefix}{number}", image) for number, (path, image) in enumerate(found.images.items(), start=1)
+    }
+    strips = {
+        detector: {
+            title: _tiles(rows, pictures, layers)
+            for layers in [_Layers(maps.get(detector), jobs[detector], thresholds.get(detector))]
+            for title, rows in parts.items()
+        }
+        for detector, parts in chosen.items()
+    }
+    return Gallery(pictures, strips, found.missing)
+
+
+def _picture(name: str, image: Thumbnail) -> Picture:
+    return Picture(name, *image, pixelated=max(image.width, image.height) <= _PIXELATED)
+
+
+class _Layers:
+    """What one detector says of images."""
+
+    def __init__(self, maps: JobMaps | None, scores: pd.DataFrame, threshold: float | None) -> None:
+        self.maps, self.threshold = maps, threshold
+        self._ends = (0.0, 1.0) if maps is None else maps.ends(scores.loc[scores["label"] == 0, "image_path"])
+
+    def map_of(self, path: str) -> str:
+        return "" if self.maps is None or path not in self.maps.maps else map_uri(self.maps.maps[path], self._ends)
+
+    def truth_of(self, path: str, picture: Picture | None) -> str:
+        if picture is None or self.maps is None or path not in self.maps.masks:
+            return ""
+        return outline(self.maps.masks[path], (picture.width, picture.height))
+
+
+def _tiles(rows: pd.DataFrame, pictures: dict[str, Picture], layers: _Layers) -> list[Tile]:
+    tiles = []
+    for path, source, score in rows[["image_path", "source", "score"]].itertuples(index=False):
+        picture = pictures.get(path)
+        alarm = None if layers.threshold is None else bool(score > layers.threshold)
+        values: dict[str, Any] = {"map": layers.map_of(path), "truth": layers.truth_of(path, picture)}
+        tiles.append(Tile(picture, str(path), str(source), f"{score:,.4g}".replace("-", "−"), alarm, **values))
+    return tiles

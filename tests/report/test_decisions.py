@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds: what a test records of them, and what a page makes of it."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.post_processing import PostProcessor
+from report_helpers import Page, job, report
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+
+from anomalib_flowood.benchmark import Results
+from anomalib_flowood.benchmark.recording import decision_of
+from anomalib_flowood.metrics import DETECTION_METRICS
+from anomalib_flowood.models.components import ConformalPostProcessor
+from anomalib_flowood.report.decisions import decide, kinds
+
+DETECTORS = {"sharp": 3.0, "<b>dull</b>": 0.7}
+
+
+def images(seed: int = 0) -> pd.DataFrame:
+    """40 inside images, and 15 with a hole, 25 with a scratch."""
+    sources = ["good"] * 40 + ["hole"] * 15 + ["scratch"] * 25
+    paths = [f"{source}/{number}.png" for number, source in enumerate(sources)]
+    return pd.DataFrame({"image_path": paths, "source": sources, "label": [int(name != "good") for name in sources]})
+
+
+def run_with_thresholds(folder: Path, **columns: float) -> pd.DataFrame:
+    """A run's folder, whose scores it returns."""
+    folder.mkdir()
+    results, rng, parts = Results(folder), np.random.default_rng(0), []
+    for detector, distance in DETECTORS.items():
+        samples = images()
+        row = {"detector": detector, "data": "parts", "seed": 0}
+        row, scores = job(row, samples.assign(score=rng.normal(size=len(samples)) + distance * samples["label"]))
+        results.add({**row, "threshold": 1.5, "alpha": 0.05, "level": 0.04, **columns}, scores)
+        parts.append(scores)
+    return pd.concat(parts)
+
+
+def test_a_test_records_by_what_it_labels():
+    calibrated = ConformalPostProcessor(alpha=0.1)
+    calibrated.calibrate(torch.arange(20.0))
+    found = decision_of(SimpleNamespace(post_processor=calibrated))
+    assert found == {"threshold": float(calibrated.image_threshold), "alpha": 0.1, "level": calibrated.level}
+    assert found["threshold"] == 18.0  # of 20, at most 2 of 21 places are above it
+
+    plain = PostProcessor()
+    assert decision_of(SimpleNamespace(post_processor=plain)) == {}
+    plain._image_threshold.fill_(0.25)
+    assert decision_of(SimpleNamespace(post_processor=plain)) == {"threshold": 0.25}
+    assert decision_of(SimpleNamespace(post_processor=None)) == {}
+    assert decision_of(SimpleNamespace(post_processor=ConformalPostProcessor())) == {}
+
+
+def test_the_matrix_is_scikit_learns():
+    samples = images()
+    scores = samples.assign(score=np.random.default_rng(1).normal(size=80) + samples["label"])
+    scores.loc[3, "score"] = 0.5  # as high as the threshold raises no alarm
+    decision = decide(pd.Series({"threshold": 0.5, "alpha": 0.05, "level": 0.04}), scores)
+    (tn, fp), (fn, tp) = confusion_matrix(scores["label"], scores["score"] > 0.5)
+    assert (decision.true_negatives, decision.false_positives) == (tn, fp)
+    assert (decision.false_negatives, decision.true_positives) == (fn, tp)
+    assert str(decision).startswith(f"{fp} of 40 inside images raise an alarm ({100 * fp / 40:.3g}\u00a0%; expected: 4")
+    assert f"{tp} of 40 outside images are found" in str(decision)
+    assert decide(pd.Series({"AUROC": 0.5}), scores) is None
+    alone = decide(pd.Series({"threshold": 0.5}), scores[scores["label"] == 0])
+    assert "found" not in str(alone)
+    assert "expected" not in str(alone)
+
+
+def test_kinds_are_measured_against_all_inside_images():
+    samples = images()
+    scores = samples.assign(score=np.random.default_rng(1).normal(size=80) + samples["label"])
+    table = kinds(scores, 0.5).set_index("kind")
+    assert table["images"].to_dict() == {"hole": 15, "scratch": 25}
+    part = scores[scores["source"].isin(["good", "hole"])]
+    assert table.loc["hole", "AUROC"] == pytest.approx(roc_auc_score(part["label"], part["score"]))
+    assert table.loc["hole", "found"] == (part.query("label == 1")["score"] > 0.5).sum()
+    assert kinds(scores, math.nan)["found"].isna().all()
+    assert kinds(scores[scores["label"] == 1], 0.5)["AUROC"].isna().all()
+    assert kinds(scores[scores["label"] == 0], 0.5).empty
+
+
+def test_the_page_has_thresholds_matrices_and_kinds(tmp_path: Path):
+    scores = run_with_thresholds(tmp_path / "run", pixel_AUROC=0.9125, pixel_AUPRO=math.nan)
+    page = Page(report(tmp_path / "run"))
+
+    # A line in every histogram; a point on every curve, where the threshold is.
+    charts = {chart["title"]: chart for chart in page.charts()}
+    histograms = [chart for title, chart in charts.items() if title.partition(":")[0] in DETECTORS]
+    assert len(histograms) == 3 * 2  # all, and each source
+    for chart in histograms:
+        lines = [layer for layer in chart["layer"] if layer["mark"]["type"] == "rule"]
+        assert [line["data"]["values"] for line in lines] == [[{"threshold": 1.5, "name": "threshold, α = 0.05"}]]
+    sharp = scores[scores["detector"] == "sharp"]
+    alarm = sharp["score"] > 1.5
+    (point, _) = charts["ROC: All 2 outside sets"]["layer"][-1]["data"]["values"]
+    assert point["x"] == pytest.approx(alarm[sharp["label"] == 0].mean())
+    assert point["y"] == pytest.approx(alarm[sharp["label"] == 1].mean())
+    (point, _) = charts["Precision and recall: All 2 outside sets"]["layer"][-1]["data"]["values"]
+    assert point["x"] == pytest.approx(alarm[sharp["label"] == 1].mean())
+    assert point["y"] == pytest.approx(sharp["label"][alarm].mean(), abs=1e-5)
+
+    # Numbers are those of the results.
+    results = pd.read_csv(tmp_path / "run" / "results.csv").set_index("detector")
+    precision = average_precision_score(sharp["label"], sharp["score"])
+    spoken = [svg["aria-label"] for svg in page.all("svg") if svg.get("class") == "marks"]
+    (said,) = [text for text in spoken if text.startswith("Precision-recall curves, All 2 outside sets")]
+    assert f"sharp {precision:.3f};" in said
+    assert f"AUROC: sharp {results.loc['sharp', 'AUROC']:.3f};" in spoken[0]
+    for detector in DETECTORS:
+        own = scores[scores["detector"] == detector]
+        counts = confusion_matrix(own["label"], own["score"] > 1.5).ravel()
+        assert f"{counts[1]} of 40 inside images raise an alarm" in page.text
+        assert f"{counts[3]} of 40 outside images are found" in page.text
+    assert "At α = 0.05" in page.text
+    assert "each source of outside images" in page.text
+    # Of pixels what is there.
+    assert "pixels: how well" in page.text
+    assert "0.912" in page.text
+    assert "AUPRO" not in page.text
+
+
+def test_bins_hold_all_images(tmp_path: Path):
+    scores = run_with_thresholds(tmp_path / "run", threshold=50.0)
+    page = Page(report(tmp_path / "run"))
+    for chart in page.charts():
+        if not chart["title"].startswith("sharp: All"):
+            continue
+        bins = pd.DataFrame(chart["layer"][0]["data"]["values"])
+        assert bins["images"].sum() == (scores["detector"] == "sharp").sum()
+        assert bins.groupby("name")["share"].sum().to_numpy() == pytest.approx(1, abs=1e-4)
+        low, high = chart["layer"][0]["encoding"]["x"]["scale"]["domain"]
+        assert low < bins["x"].max()
+        assert high > 50  # the threshold is in sight
+
+
+def test_runs_without_thresholds_have_no_decisions(tmp_path: Path):
+    run_with_thresholds(tmp_path / "run", threshold=math.nan, alpha=math.nan, level=math.nan)
+    page = Page(report(tmp_path / "run"))
+    assert "raise an alarm (" not in page.text
+    assert not [layer for chart in page.charts() for layer in chart["layer"] if layer["mark"]["type"] == "text"]
+    assert [detector["threshold"] for detector in page.tables()[0]["detectors"]] == [None, None]
+    assert set(DETECTION_METRICS)  # metrics need no threshold
