@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from model_helpers import idx_folder
 
@@ -14,6 +16,12 @@ from anomalib_flowood.data import CrossDataset
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
 from anomalib_flowood.report.page import write_report
 from anomalib_flowood.report.run import write_record
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (BROWSER and DRIVER),
+    reason="needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver",
+)
 
 DETECTORS = {"good one": 3.0, "poor one": 0.5, "in between": 1.5}
 """Detectors by name, with how far they part inside from outside."""
@@ -121,3 +129,11 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+
+def show(browser, address: str, width: int = 1280, scheme: str = "light") -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(address)

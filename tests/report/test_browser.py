@@ -2,18 +2,12 @@
 """The page in headless Chromium, as Debian packages it."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 
 import pytest
-from report_helpers import DETECTORS, in_memory, report, samples_of, write_run
+from report_helpers import DETECTORS, in_memory, needs_browser, report, samples_of, show, write_run
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER),
-    reason="needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver",
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -26,32 +20,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     alone = root / "alone"
     alone.mkdir()
     return shutil.copy(report(folder), alone / "index.html").as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    arguments = ["headless", "disable-gpu", "no-first-run", "disable-background-networking", "disable-quic"]
-    arguments += ["disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"]
-    if os.geteuid() == 0:  # Chromium's sandbox does not work for root
-        arguments.append("no-sandbox")
-    for argument in arguments:
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def show(browser, address: str, width: int = 1280, scheme: str = "light") -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(address)
 
 
 def test_nothing_is_fetched_and_nothing_fails(browser, page: str) -> None:
