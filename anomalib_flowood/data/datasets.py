@@ -14,8 +14,9 @@ from anomalib import TaskType
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from torchvision.transforms.v2 import Compose, Resize, Transform
-from torchvision.tv_tensors import Image
+from torchvision.tv_tensors import Image, Mask
 
+from anomalib_flowood.data.decoding import read_mask
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem
 
@@ -67,7 +68,7 @@ class SourcedDataset(AnomalibDataset):
                 "split": split,
                 "label": np.where(labels == LabelName.NORMAL, "normal", "abnormal"),
                 "label_index": labels,
-                "mask_path": "",
+                "mask_path": [images.masks[row] for row in rows] if images.masks else "",
                 "source": images.name if source is None else source,
                 "store": 0,
                 "row": rows,
@@ -95,7 +96,12 @@ class SourcedDataset(AnomalibDataset):
             msg = f"samples lack the columns {', '.join(missing)}."
             raise ValueError(msg)
         self._samples = samples.reset_index(drop=True)
-        self._samples.attrs["task"] = TaskType.CLASSIFICATION
+        masks = self._samples.get("mask_path", pd.Series("", self._samples.index)).tolist()
+        masked = [mask != "" for mask in masks]
+        # An anomalous image without a mask would pass for a normal one, pixel by pixel.
+        judged = any(masked) and all(np.asarray(masked) | (self._samples["label_index"] == LabelName.NORMAL))
+        self._samples.attrs["task"] = TaskType.SEGMENTATION if judged else TaskType.CLASSIFICATION
+        self._masks: list[str] = masks if judged else []
         # The table in a form that costs nothing to look up.
         self._store = self._samples["store"].to_numpy(dtype=np.int64)
         self._row = self._samples["row"].to_numpy(dtype=np.int64)
@@ -152,9 +158,11 @@ class SourcedDataset(AnomalibDataset):
             ValueError: If a file cannot be read.
         """
         index = range(len(self))[index]  # from the end, if negative
+        images, masks = self._images([index])
         return SourcedImageItem(
-            image=self._images([index])[0],
+            image=images[0],
             gt_label=self._labels[index],
+            gt_mask=None if masks is None else masks[0],
             image_path=self._paths[index],
             source=self._sources[index],
         )
@@ -171,33 +179,36 @@ class SourcedDataset(AnomalibDataset):
         Raises:
             ValueError: If the images have different sizes and nothing resizes them, or a file cannot be read.
         """
+        images, masks = self._images(indices)
         return SourcedImageBatch(
-            image=self._images(indices),
+            image=images,
             gt_label=self._labels[list(indices)],
+            gt_mask=masks,
             image_path=[self._paths[index] for index in indices],
             source=[self._sources[index] for index in indices],
         )
 
-    def _images(self, indices: Sequence[int]) -> torch.Tensor:
-        """Images of shape ``(N, 3, H, W)``, wherever they come from."""
+    def _images(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images of shape ``(N, 3, H, W)``, wherever they come from, and their masks, ``(N, H, W)``, if they have."""
         index = np.asarray(indices, dtype=np.int64)
         store, row = self._store[index], self._row[index]
-        parts = []
+        parts: list[tuple[np.ndarray, Any]] = []
+        masks: dict[int, torch.Tensor] = {}
         for number in np.unique(store):
             places = np.flatnonzero(store == number)
-            parts.append((places, self._fetch(self._stores[number], row[places])))
+            paths = [self._masks[place] for place in index[places]] if self._masks else None
+            fetched, of_part = self._fetch(self._stores[number], row[places], paths)
+            parts.append((places, fetched))
+            masks.update(zip(places.tolist(), of_part, strict=False))
+        images = self._joined(index, parts)
+        return images, torch.stack([masks[place] for place in range(len(index))]) if self._masks else None
+
+    def _joined(self, index: np.ndarray, parts: list[tuple[np.ndarray, Any]]) -> torch.Tensor:
+        """One batch of the images of several stores, each with its places in the batch."""
         if len(parts) == 1 and isinstance(parts[0][1], torch.Tensor):
             return parts[0][1]
-        if (
-            len(
-                {
-                    image.shape
-                    for _, fetched in parts
-                    for image in (fetched[:1] if torch.is_tensor(fetched) else fetched)
-                }
-            )
-            > 1
-        ):
+        shapes = {image.shape for _, some in parts for image in (some[:1] if torch.is_tensor(some) else some)}
+        if len(shapes) > 1:
             images = {
                 place: image for places, part in parts for place, image in zip(places.tolist(), part, strict=True)
             }
@@ -207,34 +218,40 @@ class SourcedDataset(AnomalibDataset):
             batch[places] = fetched.numpy() if isinstance(fetched, torch.Tensor) else np.stack(fetched)
         return torch.from_numpy(batch)
 
-    def _fetch(self, images: Images, rows: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
-        """Read and augment: ``(M, 3, H, W)``, or M images of shape ``(3, H, W)`` where sizes differ."""
+    def _fetch(
+        self, images: Images, rows: np.ndarray, mask_paths: list[str] | None
+    ) -> tuple[torch.Tensor | list[torch.Tensor], list[torch.Tensor]]:
+        """Read and augment: ``(M, 3, H, W)``, or M images of shape ``(3, H, W)`` where sizes differ; and M masks."""
         steps = list(_flatten(self.augmentations))
         resizes: list[Transform] = []
         while steps and type(steps[-1]) is Resize:
             resizes.insert(0, steps.pop())
         # Large images are resized as they are read: a batch of them, as floats and full-size, takes gigabytes. So are
-        # files. A random transform draws once per call, so that it, too, gets one image at a time, as in anomalib.
-        alone = bool(steps) or images.pixels is None
+        # files. A random transform draws once per call, so that it, too, gets one image at a time, as in anomalib, and
+        # its mask with it.
+        alone = bool(steps) or images.pixels is None or mask_paths is not None
         chunk = 1 if alone else max(1, _CHUNK // images.pixels[0].numel())  # type: ignore[index]
         done: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
         for start in range(0, len(rows), chunk):
             read = images.read(rows[start : start + chunk])
             batch = _scale(read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0))
+            mask = None if mask_paths is None else _mask(mask_paths[start], batch.shape[-2:], images.paths[rows[start]])
             if steps:
                 one: Any = Image(_rgb(batch[0]))
                 for step in steps:
-                    one = step(one)
+                    one, mask = (step(one), None) if mask is None else step(one, mask)
                 batch = one.as_subclass(torch.Tensor).unsqueeze(0)
             # Grey images are resized before they are spread over three channels: a third of the work.
             for resize in resizes:
-                batch = resize(batch)
+                batch, mask = resize(batch), None if mask is None else resize(mask)
             done.append(batch)
+            masks += [] if mask is None else [mask.as_subclass(torch.Tensor)]
         if len({batch.shape[1:] for batch in done}) > 1:
-            return [_rgb(batch[0]) for batch in done]
+            return [_rgb(batch[0]) for batch in done], masks
         # In memory of their own: an expanded view would break callers that write to the images or use view().
         whole = done[0] if len(done) == 1 else torch.cat(done)
-        return torch.from_numpy(np.ascontiguousarray(_rgb(whole).numpy()))
+        return torch.from_numpy(np.ascontiguousarray(_rgb(whole).numpy())), masks
 
     @property
     def collate_fn(self) -> Callable:
@@ -280,6 +297,22 @@ def _scale(image: torch.Tensor) -> torch.Tensor:
 def _rgb(image: torch.Tensor) -> torch.Tensor:
     """Spread one channel over three: ``(..., 1 or 3, H, W)`` to ``(..., 3, H, W)``."""
     return image.expand(*image.shape[:-3], 3, *image.shape[-2:])
+
+
+def _mask(path: str, size: Sequence[int], image_path: str) -> Mask:
+    """The mask of an image, ``(H, W)``, ``uint8``; an empty one where there is no path.
+
+    Raises:
+        ValueError: If it has another size than the image.
+    """
+    mask = read_mask(path) if path else torch.zeros(tuple(size), dtype=torch.uint8)
+    if mask.shape != tuple(size):
+        msg = (
+            f"The mask {path} has {mask.shape[0]} x {mask.shape[1]} pixels (height x width), and its image "
+            f"{image_path} has {size[0]} x {size[1]}."
+        )
+        raise ValueError(msg)
+    return Mask(mask)
 
 
 def _check_sizes(images: list[Any], paths: list[str]) -> None:

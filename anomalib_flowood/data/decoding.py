@@ -113,6 +113,21 @@ def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.
     return torch.from_numpy(255 - scaled if inverted else scaled)
 
 
+def read_mask(path: str | Path) -> torch.Tensor:
+    """Read the mask of an image, as the camera was held.
+
+    Args:
+        path: Path of the file, of any kind, bits and channels; transparency is dropped.
+
+    Returns:
+        1 where it is not black, else 0: ``(H, W)``, ``uint8``.
+
+    Raises:
+        UnreadableImageError: If the file is missing, no regular file, damaged or no image, with its path.
+    """
+    return torch.from_numpy((_read_values(path)[0] > 0).any(axis=0).astype(np.uint8))
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
     """Read an image file for the eye: as :func:`read_image`, 16 bits scaled from what the file itself uses of them.
 

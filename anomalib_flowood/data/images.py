@@ -26,6 +26,8 @@ class Images:
         class_names: All class names in the order of their labels, where the data set has such an order.
         pixels: Images of shape ``(N, C, H, W)``, ``uint8``, C being 1 or 3; ``None`` for files.
         max_value: What white is in files of 16 bits: see :func:`~anomalib_flowood.data.decoding.read_image`.
+        masks: Path of the mask of each image, an empty text where all of it is normal; no paths where nothing is known
+            of pixels.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Images:
     class_names: tuple[str, ...] = ()
     pixels: torch.Tensor | None = None
     max_value: int | None = None
+    masks: tuple[str, ...] = ()
     _decoded: bool = False
 
     @classmethod
@@ -91,6 +94,7 @@ class Images:
             paths=[self.paths[row] for row in rows],
             classes=None if self.classes is None else self.classes[rows],
             pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
+            masks=tuple(self.masks[row] for row in rows) if self.masks else (),
         )
 
     def in_memory(self, limit_mib: float) -> Images:

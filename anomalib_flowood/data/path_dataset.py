@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import Resize, Transform
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.masks import without_masks
 
 
 class PathDataset(PredictDataset):
@@ -47,7 +48,7 @@ class PathDataset(PredictDataset):
             msg = f"There is no file or folder {path} (looked for it from {Path.cwd()})."
             raise FileNotFoundError(msg)
         # Not by anomalib's constructor, which would search the folder by another rule.
-        self.image_filenames = image_files(path) if path.is_dir() else [path]
+        self.image_filenames = without_masks(image_files(path), path) if path.is_dir() else [path]
         if not self.image_filenames:
             msg = f"There are no images in {path}."
             raise FileNotFoundError(msg)

@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection metrics that rank the scores as they are, whatever their scale, for all images and for every set."""
 
-from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, F1Score, SetMetric
+from .detection import (
+    AUPRO,
+    AUROC,
+    FPR95,
+    AUPRIn,
+    AUPROut,
+    BitsPerDim,
+    BitsPerDimMedian,
+    DetectionError,
+    F1Score,
+    SetMetric,
+)
 from .evaluator import MOST_SETS, PerSetEvaluator
 from .functional import (
     DETECTION_METRICS,
@@ -17,6 +28,7 @@ from .functional import (
 )
 
 __all__ = [
+    "AUPRO",
     "AUROC",
     "DETECTION_METRICS",
     "FPR95",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from anomalib import metrics as anomalib_metrics
 from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
 from anomalib.metrics import F1Score as AnomalibF1Score
@@ -182,6 +183,20 @@ class DetectionError(SetMetric):
 
     higher_is_better = False
     measure = staticmethod(detection_error)
+
+
+class AUPRO(anomalib_metrics.AUPRO):
+    """anomalib's area under the per-region overlap, up to a false positive rate of 0.3, of maps.
+
+    NaN, with a warning, where no pixel is anomalous, or all are: anomalib's is 0 then.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the area, ``()``."""
+        target = _cat(self.target)
+        if bool(target.any()) and not bool(target.all()):
+            return super().compute()
+        return torch.tensor(not_defined(self.name, outside=bool(target.any()), stacklevel=3))
 
 
 class F1Score(AnomalibF1Score):

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.data import Images
+from anomalib_flowood.data.masks import GROUND_TRUTH, pair
 from anomalib_flowood.data.sources import Source
 
 from .reading import read_once
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-"""Of files that are images or masks, in small letters."""
+"""Of files that are images, in small letters."""
 
 HELD_OUT: dict[str, Any] = {"val_split_mode": "from_train", "val_split_ratio": 0.1, "seed": 0, "num_workers": 0}
 """How normal images are held out of an industrial data module's training set."""
@@ -76,22 +77,31 @@ def industrial_samples(folder: Path) -> pd.DataFrame:
         if not count:
             msg = f"There are no images in {folder / place}. The folder must be laid out as MVTec AD."
             raise FileNotFoundError(msg)
-    masks = {(path.parent.name, path.stem): str(path) for path in _images(folder, "ground_truth/*")}
+    masks = _masks(folder, [path for path in images["test"] if path.parent.name != "good"])
     rows = []
     for split, paths in images.items():
         for path in paths:
             kind = path.parent.name
-            mask = ""
-            if masks and kind != "good":
-                mask = masks.get((kind, path.stem)) or masks.get((kind, f"{path.stem}_mask"), "")
-                if not mask:
-                    wanted = folder / "ground_truth" / kind / f"{path.stem}_mask.png"
-                    msg = f"{path} has no mask, other images of {folder} have: add {wanted}, or take ground_truth away."
-                    raise ValueError(msg)
-            rows.append((str(folder), split, kind, str(path), int(kind != "good"), mask))
+            rows.append((str(folder), split, kind, str(path), int(kind != "good"), masks.get(path, "")))
     samples = pd.DataFrame(rows, columns=["path", "split", "label", "image_path", "label_index", "mask_path"])
     samples.attrs["task"] = TaskType.SEGMENTATION if masks else TaskType.CLASSIFICATION
     return samples
+
+
+def _masks(folder: Path, images: list[Path]) -> dict[Path, str]:
+    """The mask of each anomalous image; none of any where there are none."""
+    ground_truth = folder / GROUND_TRUTH
+    if not ground_truth.is_dir():
+        return {}
+    pairs = pair([path.relative_to(folder / "test") for path in images], ground_truth)
+    if not any(pairs.masks) and not pairs.unmatched:
+        return {}
+    for path, mask in zip(images, pairs.masks, strict=True):
+        if not mask:
+            wanted = ground_truth / path.parent.name / f"{path.stem}_mask.png"
+            msg = f"{path} has no mask, other images of {folder} have: add {wanted}, or take ground_truth away."
+            raise ValueError(msg)
+    return dict(zip(images, pairs.masks, strict=True))
 
 
 def _images(folder: Path, places: str) -> list[Path]:

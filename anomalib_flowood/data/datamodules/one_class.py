@@ -15,6 +15,7 @@ from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
 from anomalib_flowood.data.datamodules.normal_class import found_class, named_class
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.masks import with_masks
 from anomalib_flowood.data.sources import DATA_SETS, FolderSource, find_sources, what_folders_hold
 from anomalib_flowood.names import lists_names
 
@@ -26,7 +27,8 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
     """Train on one class of a data set and tell its test images from those of the other classes.
 
     * training and validation: the normal class in the training split;
-    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly.
+    * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly; with the
+      masks that a folder has in ``ground_truth/KIND/NAME.png`` or ``NAME_mask.png``, as MVTec AD.
 
     Each image's ``source`` is the name of its class.
 
@@ -121,29 +123,29 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         (source,) = self._sources
         normal, train, test = self._read_splits()
         assert train.classes is not None  # the normal one is among them
-        assert test.classes is not None
+        classes = test.classes
+        assert classes is not None
         rows = np.flatnonzero(train.classes == normal)
         if len(rows) == 0:
-            classes = ", ".join(sorted(set(train.classes)))
-            msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {classes}."
+            listed = ", ".join(sorted(set(train.classes)))
+            msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {listed}."
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
         self._hold_out(train, rows, normal, what, _stage)
 
-        labels = np.where(test.classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
+        labels = np.where(classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
         if len(set(labels)) == 1:
             lacking = "normal" if labels[0] == LabelName.ABNORMAL else "anomalous"
             logger.warning("The test split of %s has no %s images: AUROC is undefined.", source.name, lacking)
+        if isinstance(source, FolderSource):
+            test = with_masks(test, source.folder, labels == LabelName.ABNORMAL)
         rows = np.sort(
             np.concatenate(
-                [
-                    limited(np.flatnonzero(test.classes == name), self.test_limit, self.seed)
-                    for name in set(test.classes)
-                ]
+                [limited(np.flatnonzero(classes == name), self.test_limit, self.seed) for name in set(classes)]
             )
         )
-        data = self._dataset(self._in_memory(test.select(rows)), labels[rows], Split.TEST, list(test.classes[rows]))
-        self.test_data = data.subsample(mixed(test.classes[rows]).tolist(), inplace=True)
+        data = self._dataset(self._in_memory(test.select(rows)), labels[rows], Split.TEST, list(classes[rows]))
+        self.test_data = data.subsample(mixed(classes[rows]).tolist(), inplace=True)
         self._is_setup = True
 
     def _read_splits(self) -> tuple[str, Images, Images]:

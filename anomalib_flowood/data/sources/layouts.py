@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from anomalib_flowood.data.idx import find_idx, read_idx_split
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.masks import GROUND_TRUTH
 from anomalib_flowood.names import alternatives
 
 
@@ -87,8 +88,9 @@ class ImageFiles:
             FileNotFoundError: If there are no images.
         """
         folder = folder / (split or "")
-        # Below the folder: class/…/image, or the images themselves.
+        # Below the folder: class/…/image, or the images themselves; and masks, which are neither.
         files = [path.relative_to(folder) for path in image_files(folder)]
+        files = [file for file in files if split or file.parts[0] != GROUND_TRUTH]
         if not files:
             msg = f"There are no images in {folder} (looked for {' '.join(IMG_EXTENSIONS)})."
             raise FileNotFoundError(msg)

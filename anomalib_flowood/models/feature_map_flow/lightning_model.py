@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
-from anomalib_flowood.metrics import AUROC
+from anomalib_flowood.metrics import AUPRO, AUROC
 from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
 
@@ -60,7 +60,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
-        evaluator: anomalib's; by default AUROC, FPR95 and F1 of images, and AUROC of pixels.
+        evaluator: anomalib's; by default AUROC, FPR95 and F1 of images, and AUROC and AUPRO of pixels.
         visualizer: anomalib's; by default it draws every test image's map.
 
     Raises:
@@ -145,9 +145,10 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """The image metrics of all our detectors, and AUROC of pixels where there are masks."""
+        """The image metrics of all our detectors, and AUROC and AUPRO of pixels where there are masks."""
         evaluator = FlowModule.configure_evaluator()
-        evaluator.test_metrics.append(AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
+        for metric in (AUROC, AUPRO):
+            evaluator.test_metrics.append(metric(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
         return evaluator
 
     @classmethod

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ground truth of pixels: masks in a folder ``ground_truth`` beside the images, laid out as MVTec AD has it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from anomalib_flowood.data.decoding import UnreadableImageError, read_header
+from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.listing import image_files
+
+logger = logging.getLogger(__name__)
+
+GROUND_TRUTH = "ground_truth"
+"""The folder of masks."""
+
+_SHOWN = 3
+"""Files of a kind that a message names."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images and masks that belong together.
+
+    Attributes:
+        masks: Path of the mask of each image; an empty text where it has none.
+        unmatched: Masks that belong to no image.
+    """
+
+    masks: list[str]
+    unmatched: list[Path]
+
+
+def pair(images: Sequence[Path], folder: Path) -> Pairs:
+    """Find the masks of images by their names.
+
+    Args:
+        images: Paths of the images, relative to where their kinds' folders are: ``KIND/NAME.jpg``.
+        folder: The folder of masks, ``KIND/NAME_mask.png`` or ``KIND/NAME.png``, of any ending that images may have.
+    """
+    found = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder, tell=False)}
+    names = [image.with_suffix("") for image in images]
+    keys = [next((key for key in (name, name.with_name(f"{name.name}_mask")) if key in found), None) for name in names]
+    used = set(keys)
+    return Pairs(
+        ["" if key is None else str(found[key]) for key in keys],
+        [path for key, path in found.items() if key not in used],
+    )
+
+
+def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
+    """Give test images the masks that their folder has, if they all fit; say what does not, with the files' names.
+
+    Args:
+        images: The images, which are files in ``folder / "test"``, or in the folder itself where there is none.
+        folder: The folder. Masks are in its ``ground_truth``; without such a folder nothing is done.
+        anomalous: Which of the images are anomalous, ``(N,)``. The others need no masks: theirs are empty.
+
+    Returns:
+        The images, with masks if each anomalous one has one of its size. With some alone, metrics of pixels would take
+        the defects of the others for normal.
+    """
+    ground_truth = folder / GROUND_TRUTH
+    if not ground_truth.is_dir():
+        return images
+    top = next((folder / split for split in ("test", "train") if (folder / split).is_dir()), folder)
+    names = [Path(path).relative_to(top) for path in images.paths]
+    rows = np.flatnonzero(anomalous)
+    pairs = pair([names[row] for row in rows], ground_truth)
+    masks = np.full(len(images), "", dtype=object)
+    masks[rows] = pairs.masks
+    missing = [str(ground_truth / names[row].with_suffix(".png")) for row in rows if not masks[row]]
+    unfit = [text for row in rows if masks[row] and (text := _misfit(images.paths[row], masks[row]))]
+    # Empty masks of normal images do no harm.
+    normal = {name.with_suffix("") for name, mask in zip(names, masks, strict=True) if not mask}
+    stray = [str(path) for path in pairs.unmatched if _image_of(path.relative_to(ground_truth)) not in normal]
+    problems = [_some(missing, "missing"), _some(unfit, "of another size"), _some(stray, "that are no image's")]
+    said = "; ".join(filter(None, problems))
+    if missing or unfit:
+        logger.warning(
+            "Pixels are not judged, and no mask in %s is used: each of the %d anomalous test images needs one of its "
+            "size, KIND/NAME.png or KIND/NAME_mask.png. Masks %s.",
+            ground_truth,
+            len(rows),
+            said,
+        )
+        return images
+    if stray:
+        logger.warning("Left out: masks %s.", said)
+    return replace(images, masks=tuple(masks))
+
+
+def without_masks(files: list[Path], folder: Path) -> list[Path]:
+    """Leave masks out of the images that were found in a folder, unless there is nothing else."""
+    images = [path for path in files if path.relative_to(folder).parts[0] != GROUND_TRUTH]
+    if images and len(images) < len(files):
+        logger.info("Left out: %d masks in %s.", len(files) - len(images), folder / GROUND_TRUTH)
+    return images or files
+
+
+def _misfit(image: str, mask: str) -> str:
+    """Say of a mask that its size is another; what cannot be read is said when it is read."""
+    try:
+        of_image, of_mask = read_header(image)[:2], read_header(mask)[:2]
+    except UnreadableImageError:
+        return ""
+    # What stands behind an image's pixels may turn it, of which its header says nothing.
+    if of_mask in {of_image, of_image[::-1]}:
+        return ""
+    return f"{mask} ({of_mask[0]} x {of_mask[1]} pixels; its image has {of_image[0]} x {of_image[1]})"
+
+
+def _image_of(mask: Path) -> Path:
+    """Name of the image that a mask is of."""
+    return mask.with_name(mask.stem.removesuffix("_mask"))
+
+
+def _some(files: Sequence[str], what: str) -> str:
+    if not files:
+        return ""
+    return f"{what}: {len(files)} ({', '.join(files[:_SHOWN])}{', …' if len(files) > _SHOWN else ''})"
