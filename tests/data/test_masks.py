@@ -224,7 +224,5 @@ def test_a_mask_that_an_image_was_turned_against_is_refused_when_it_is_read(fold
     module = OneClass(folder, augmentations=Resize((20, 20)))
     module.setup()
     assert read_image(path).shape[-2:] == (40, 30)
-    with pytest.raises(
-        ValueError, match=r"01_mask.png has 30 x 40 pixels .*, and its image .* 40 x 30"
-    ):
+    with pytest.raises(ValueError, match=r"01_mask.png has 30 x 40 pixels .*, and its image .* 40 x 30"):
         masks_of(module.test_data)
