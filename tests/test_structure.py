@@ -36,7 +36,7 @@ FLOORS = (
     ("inference",),
     ("report",),
     ("explain",),
-    ("benchmark",),
+    ("benchmark", "serving"),
     ("cli",),
     ("__main__",),
 )

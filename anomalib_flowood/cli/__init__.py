@@ -140,8 +140,10 @@ def _run(args: list[str]) -> None:
     try:
         FlowoodCLI(args)
     # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a
-    # job that failed.
-    except (ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError) as error:
+    # job that failed, an extra that is not installed.
+    except (
+        ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError, ModuleNotFoundError,
+    ) as error:  # fmt: skip
         if os.environ.get("FLOWOOD_DEBUG") == "1":
             raise
         print(f"flowood: {readable(error)}", file=sys.stderr)

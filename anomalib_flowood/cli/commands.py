@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ActionYesNo, ArgumentParser
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value
@@ -35,6 +36,7 @@ from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import FlowModule, root_beside
+from anomalib_flowood.serving import Limits, check_installed
 
 _UNREADABLE = 3
 """Exit status of a prediction that left out files which it could not read."""
@@ -185,6 +187,25 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         while True:
             watcher.look()
             time.sleep(arguments["interval"])
+
+    def add_serve_arguments(self, parser: ArgumentParser) -> None:
+        """Describe the arguments of ``serve``."""
+        parser.add_argument("detector", type=Path, help="Checkpoint, or file or folder of an exported model.")
+        parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+        parser.add_argument("--port", type=int, default=8000, help="Port to listen on; 0 for one that is free.")
+        parser.add_argument(
+            "--drift_images", type=PositiveInt, default=100, help="Of how many of the last images drift is tested."
+        )
+        parser.add_class_arguments(Limits)
+
+    def serve(self) -> None:
+        """Score what is sent over HTTP, until the process is stopped."""
+        check_installed()
+        from anomalib_flowood.serving.run import serve
+
+        given = self.config["serve"]
+        limits = Limits(**{field.name: given[field.name] for field in fields(Limits)})
+        serve(Path(str(given["detector"])), given["host"], given["port"], limits, given["drift_images"])
 
     def add_report_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``report``."""

@@ -39,6 +39,7 @@ SUBCOMMANDS = {
         "Give a trained checkpoint another anomaly score, without training it again.", ours=True, on_checkpoint=True
     ),
     "watch": Subcommand("Score images as they arrive in a folder; set aside what is anomalous.", ours=True),
+    "serve": Subcommand("Score images that are sent over HTTP, with a page to drop them on and metrics.", ours=True),
     "report": Subcommand("Show the results of a benchmark or a test on one page.", ours=True),
     "backbone": Subcommand("Save a timm backbone with its weights into a folder, for use offline.", ours=True),
     "install": Subcommand("Install anomalib's optional dependencies."),

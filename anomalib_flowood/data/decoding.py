@@ -21,12 +21,15 @@ import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
 PLAIN_MAX_VALUES = (255, 1023, 4095, 16383, 65535)
 """What white is in files of 8, 10, 12, 14 and 16 bits: :func:`plain_max_value` chooses among them."""
+
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What the content of a file may be, as Pillow names it: of its other formats one, EPS, starts a program."""
 
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
@@ -65,8 +68,8 @@ class _Kind:
     white: float | None
 
 
-def read_header(path: str | Path) -> tuple[int, int, int]:
-    """Height, width and channels of an image file, without decoding it.
+def read_header(path: str | Path | bytes) -> tuple[int, int, int]:
+    """Height, width and channels of an image file, or of its content, without decoding it.
 
     Raises:
         UnreadableImageError: If the file is missing, no regular file or no image, with its path.
@@ -271,7 +274,7 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
     """Open an image file; whatever goes wrong with it is an :class:`UnreadableImageError` with its path."""
     try:
         if isinstance(path, bytes):
-            with Image.open(BytesIO(path)) as image:
+            with Image.open(BytesIO(path), formats=FORMATS) as image:
                 yield image
             return
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
@@ -281,6 +284,10 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
             yield image
     except UnreadableImageError:
         raise
+    except UnidentifiedImageError as error:
+        what = f"it is none of {', '.join(FORMATS)}" if isinstance(path, bytes) else error
+        msg = f"Cannot read the image {_named(path)}: {what}"
+        raise UnreadableImageError(msg, _named(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
         msg = f"Cannot read the image {_named(path)}: {error}"
         raise UnreadableImageError(msg, _named(path)) from error

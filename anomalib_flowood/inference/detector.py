@@ -18,6 +18,9 @@ from anomalib_flowood.models.components.export_check import Runtime
 BATCH_SIZE = 32
 """The most images that are in memory at once."""
 
+ReadImage = tuple[str, np.ndarray]
+"""The path of an image, and the image, ``(3, H, W)``."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -107,17 +110,43 @@ class Detector:
         Yields:
             What is said of the next images.
         """
-        count, _, height, width = self.runtime.shape
+        read = self.read(images)
+        while chunk := list(islice(read, self.images_at_once)):
+            yield from self.score_read(chunk)
+
+    @property
+    def images_at_once(self) -> int:
+        """The most images that are scored together: 32, or the batch size of a graph that has one."""
+        return self.runtime.shape[0] or BATCH_SIZE
+
+    def read(self, images: Any) -> Iterator[ReadImage]:
+        """Read images one by one, and resize them as training did, without scoring them.
+
+        Arguments and errors as for :meth:`score`.
+
+        Yields:
+            The path, empty where there is none, and the image, ``(3, H, W)``, float32 in [0, 1].
+        """
+        _, _, height, width = self.runtime.shape
         size = (height or self.size[0], width or self.size[1]) if self.size else None
-        read = each_image(images, self.max_value)
-        while chunk := list(islice(((path, resized(image, size)) for path, image in read), count or BATCH_SIZE)):
-            paths = tuple(path for path, _ in chunk)
-            pixels = [image for _, image in chunk]
-            if len({image.shape for image in pixels}) > 1:  # a detector without a size of its own
-                for path, image in chunk:
-                    yield self._scores((path,), image[None])
-            else:
-                yield self._scores(paths, np.stack(pixels))
+        return ((path, resized(image, size)) for path, image in each_image(images, self.max_value))
+
+    def score_read(self, images: Sequence[ReadImage]) -> Iterator[Scores]:
+        """Score images that :meth:`read` gave, :attr:`images_at_once` at most.
+
+        Yields:
+            What is said of them: of all together, or of one after the other where their sizes differ.
+
+        Raises:
+            ValueError: If an image has no score.
+        """
+        paths = tuple(path for path, _ in images)
+        pixels = [image for _, image in images]
+        if len({image.shape for image in pixels}) > 1:  # a detector without a size of its own
+            for path, image in images:
+                yield self._scores((path,), image[None])
+        else:
+            yield self._scores(paths, np.stack(pixels))
 
     def drift_p_value(self, raw_scores: np.ndarray) -> float:
         """Whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""

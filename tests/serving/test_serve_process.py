@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command in a process of its own: under load, with senders that dawdle, and stopped in the midst."""
+
+import http.client
+import io
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_flowood.cli import main
+from anomalib_flowood.inference import Detector
+from anomalib_flowood.models.components.export_check import Runtime
+from anomalib_flowood.serving import run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that nothing is imported anew")
+
+
+def slow_mean(images: np.ndarray) -> dict[str, np.ndarray]:
+    time.sleep(0.02)
+    return {"pred_score": images.mean((1, 2, 3))}
+
+
+@contextmanager
+def served(folder, monkeypatch, *arguments: str):
+    """A server of a slow detector; its address, process and what it says."""
+    detector = Detector(Runtime(slow_mean), (8, 8), list(np.linspace(0.1, 0.4, 20)), 1 / 21)
+    said = folder / "said.txt"
+    monkeypatch.setattr(run, "load", lambda path: {"model.ckpt": detector}[str(path)])
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            sys.stdout = sys.stderr = said.open("a", buffering=1)  # pytest's own are the parent's
+            main(["serve", "model.ckpt", "--port", "0", *arguments])
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    try:
+        end = time.monotonic() + 30
+        while not (found := re.search(r"on http://127\.0\.0\.1:(\d+)\.", said.read_text() if said.exists() else "")):
+            assert time.monotonic() < end, said.read_text()
+            time.sleep(0.02)
+        yield int(found[1]), child, said
+    finally:
+        try:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        except (ChildProcessError, ProcessLookupError):
+            pass  # it has ended
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (12, 10), (250, 20, 20)).save(content, "PNG")
+    return content.getvalue()
+
+
+def send_until_it_is_gone(port: int) -> Counter:
+    """Send one image after the other; how many were answered with which status."""
+    answers: Counter = Counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    while True:
+        try:
+            connection.request("POST", "/score", png())
+            answer = connection.getresponse()
+        except (ConnectionError, http.client.RemoteDisconnected):
+            if answers["gone"]:
+                return answers
+            answers["gone"] += 1  # an idle connection that was closed; nobody has accepted this one
+            connection.close()
+            continue
+        assert b'"label"' in answer.read()  # the whole of it
+        answers[answer.status] += 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_nothing_is_lost_when_it_is_stopped_under_load(number, status, tmp_path, monkeypatch):
+    with served(tmp_path, monkeypatch) as (port, child, said), ThreadPoolExecutor(6) as pool:
+        senders = [pool.submit(send_until_it_is_gone, port) for _ in range(6)]
+        time.sleep(0.5)
+        os.kill(child, number)
+        answers = sum((sender.result(timeout=30) for sender in senders), Counter())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+        assert set(answers) == {200, "gone"}
+        assert answers[200] > 20
+        text = said.read_text()
+        assert f"Stopped: {answers[200]} requests were answered, {answers[200]} images scored." in text
+        assert "Traceback" not in text
+
+
+def test_who_dawdles_or_sends_too_much_is_answered(tmp_path, monkeypatch):
+    limits = ["--upload_timeout", "0.3", "--max_mib", "1"]
+    with served(tmp_path, monkeypatch, *limits) as (port, child, said):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as large:  # refused before it is sent
+            large.sendall(
+                b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"
+            )
+            assert large.recv(100).startswith(b"HTTP/1.1 413 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as endless:  # and says nothing of its length
+            endless.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(20):
+                endless.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+            assert endless.recv(100).startswith(b"HTTP/1.1 413 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as gone:
+            gone.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nabc")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("POST", "/score", png())
+        assert connection.getresponse().status == 200
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        assert "Traceback" not in said.read_text()
+
+
+def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(run, "load", lambda path: pytest.fail(f"{path} was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as end:
+            main(["serve", "model.ckpt", "--port", str(port)])
+    assert end.value.code == 1
+    assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
