@@ -114,7 +114,7 @@ def few_images(images: int, alpha: float) -> str:
         images: Number n of calibration images, at least 1 and fewer than :func:`images_needed`.
         alpha: The level.
     """
-    low, high = stats.beta.ppf([0.05, 0.95], 1, images)
+    low, high = rate_interval(images, 1)
     above = f"above all {images}, as do" if images > 1 else "above it, as do"
     return (
         f"With {images} held-out normal image{'s' * (images > 1)} the smallest p-value is 1/{images + 1} = "
@@ -122,6 +122,31 @@ def few_images(images: int, alpha: float) -> str:
         f"labelled that score {above} {100 / (images + 1):.2g} % of normal images in expectation ({100 * low:.2g} to "
         f"{100 * high:.2g} % in 90 of 100 such calibrations). alpha = {alpha:g} takes {images_needed(alpha)} of them"
     )
+
+
+def rate_interval(images: int, rank: int) -> tuple[float, float]:
+    """Bounds of the share of fresh normal images that one calibration flags, in 90 of 100 calibrations.
+
+    The share is Beta(m, n + 1 - m) distributed over calibration sets (Vovk 2012, arXiv 1209.2673, proposition 2b).
+
+    Args:
+        images: Number n of calibration images.
+        rank: Those are flagged that score above the m-th largest calibration score: see :func:`threshold_rank`.
+    """
+    low, high = stats.beta.ppf([0.05, 0.95], rank, images + 1 - rank)
+    return float(low), float(high)
+
+
+def more_images(images: int) -> str:
+    """Say what more calibration images would buy.
+
+    Args:
+        images: Number n of calibration images, at least 1.
+    """
+    who = "1 held-out normal image allows" if images == 1 else f"{images:,} held-out normal images allow"
+    least = f"{who} no level below {_percent(1 / (images + 1))}"
+    wanted = next((alpha for alpha in (DEFAULT_ALPHA, 0.01, 0.001) if images_needed(alpha) > images), None)
+    return f"{least}." if wanted is None else f"{least}; {images_needed(wanted):,} would allow {_percent(wanted)}."
 
 
 def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
@@ -230,6 +255,10 @@ def false_alarm_rates(
     calibration, test = drawn[:, :calibration_images], drawn[:, calibration_images:]
     thresholds = np.partition(calibration, -rank, axis=1)[:, -rank]
     return (test > thresholds[:, None]).mean(axis=1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _exact(alpha: float) -> Fraction:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--data FOLDER`: a folder is all that a training, a test and a prediction need."""
 
+import json
 import logging
 import re
 import shlex
@@ -136,9 +137,16 @@ def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, c
     main(report)
     assert (run / "report/index.html").is_file()
     capsys.readouterr()
-    for command in ("test", "validate"):
-        main([command, "--data=parts", "--ckpt_path", checkpoint, "--trainer.accelerator=cpu"])
-    assert "image_AUROC" in capsys.readouterr().out
+    main(["validate", "--data=parts", "--ckpt_path", checkpoint, "--trainer.accelerator=cpu"])
+    main(["test", "--data=parts", "--ckpt_path", checkpoint, "--trainer.accelerator=cpu"])
+    out = capsys.readouterr().out
+    assert "image_AUROC" in out
+    (record,) = run.glob("test/*/run.json")
+    decision = json.loads(record.read_text())["settings"]["decision"]
+    assert re.match(
+        r"At a level of 16.7.% .*: \d of 4 normal images raise .* \d of 5 anomalous images are found", decision
+    )
+    assert f"{decision}\n5 held-out normal images allow no level below 17 %; 20 would allow 5 %.\n" in out
 
 
 def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(here, capsys, caplog):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_flowood import processes
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
+from anomalib_flowood.report.decisions import decision_of
 from anomalib_flowood.report.maps import MapKeeper, shown_images
 
 
@@ -85,7 +85,7 @@ class ScoreRecorder(Callback):
         """
         del trainer
         self.seconds = time.perf_counter() - self._start - getattr(pl_module, "bits_seconds", 0.0)
-        self.decision = decision_of(pl_module)
+        self.decision = decision_of(getattr(pl_module, "post_processor", None))
         self._parts = [processes.in_data_set_order(self.scores)]
         paths = [path for rows in shown_images(self.scores).values() for path in rows["image_path"]]
         self.shown_maps = {
@@ -98,24 +98,6 @@ class ScoreRecorder(Callback):
         if not self._parts:
             return pd.DataFrame(columns=["image_path", "source", "label", "score"])
         return pd.concat(self._parts, ignore_index=True)
-
-
-def decision_of(detector: LightningModule) -> dict[str, float]:
-    """Return by what a detector labels images.
-
-    Args:
-        detector: Any of anomalib's.
-
-    Returns:
-        ``threshold``, the raw score above which an image is labelled anomalous. Where normal images alone set it, also
-        ``alpha``, and ``level``, the share of fresh normal images that are labelled so in expectation. What is not
-        there or not known is left out.
-    """
-    post_processor = getattr(detector, "post_processor", None)
-    found = {"threshold": "image_threshold", "alpha": "alpha", "level": "level"}
-    values = {name: getattr(post_processor, attribute, None) for name, attribute in found.items()}
-    numbers = {name: float(value) for name, value in values.items() if value is not None}
-    return {} if math.isnan(numbers.get("threshold", math.nan)) else numbers
 
 
 def measure(recorder: ScoreRecorder) -> dict[str, Any]:

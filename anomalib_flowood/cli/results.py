@@ -14,12 +14,14 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
+from rich.console import Console
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
 from anomalib_flowood.engine import new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 
@@ -71,7 +73,10 @@ class ResultsCLI(AnomalibCLI):
         missing = [name for name in DETECTION_METRICS if math.isnan(row[name])]
         if missing:
             print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
-        self._write_record(folder, data)
+        decision = decide(row, self.recorder.scores)
+        if decision is not None:
+            decision.show(Console())
+        self._write_record(folder, data, **({"decision": decision.sentence()} if decision else {}))
         Results(folder).add(row, self.recorder.scores.assign(**labels), self.recorder.shown_maps)
         print(f"As a page: flowood report {shlex.quote(str(folder))}")
 
@@ -104,14 +109,14 @@ class ResultsCLI(AnomalibCLI):
             return f"{data.name} {data.category}".strip()
         return str(data) if isinstance(data, str | Path) else type(data).__name__
 
-    def _write_record(self, folder: Path, data: str) -> Path:
+    def _write_record(self, folder: Path, data: str, **settings: Any) -> Path:
         config = self.config[self.subcommand]
         return write_record(
             folder,
             "predict" if self.subcommand == "predict" else "test",
             detectors={type(self.model).__name__: _plain(config["model"])},
             data={data: _plain(config["data"])},
-            settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"]},
+            settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"], **settings},
         )
 
 

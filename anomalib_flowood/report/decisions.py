@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
+from anomalib_flowood import conformal
 from anomalib_flowood.metrics import auroc
 
 
@@ -20,6 +26,7 @@ class Decision:
         threshold: Images with a higher raw score raise an alarm.
         alpha: The level that was asked for; NaN where p-values do not set the threshold.
         level: Share of fresh inside images that raise an alarm, in expectation; NaN likewise.
+        calibration_images: Number of inside images that have set the threshold; NaN likewise.
         true_negatives: Inside images without an alarm.
         false_positives: Inside images with one.
         false_negatives: Outside images that are missed.
@@ -29,6 +36,7 @@ class Decision:
     threshold: float
     alpha: float
     level: float
+    calibration_images: float
     true_negatives: int
     false_positives: int
     false_negatives: int
@@ -46,15 +54,70 @@ class Decision:
 
     def __str__(self) -> str:
         """What comes of it, in a sentence."""
+        return self.text()
+
+    def text(self, inside: str = "inside", outside: str = "outside") -> str:
+        """What comes of it, in a sentence.
+
+        Args:
+            inside: What to call inside images.
+            outside: What to call outside images.
+        """
         parts = []
         if self.inside:
-            expected = "" if math.isnan(self.level) else f"; expected: {percent(self.level)}"
-            alarms = f"{self.false_positives:,} of {self.inside:,} inside images raise an alarm"
-            parts.append(f"{alarms} ({percent(self.false_positives / self.inside)}{expected})")
+            expected = expectation(self.level, self.calibration_images)
+            alarms = f"{self.false_positives:,} of {self.inside:,} {inside} images raise an alarm"
+            parts.append(f"{alarms} ({percent(self.false_positives / self.inside)}{expected and f'; {expected}'})")
         if self.outside:
             share = percent(self.true_positives / self.outside)
-            parts.append(f"{self.true_positives:,} of {self.outside:,} outside images are found ({share})")
+            parts.append(f"{self.true_positives:,} of {self.outside:,} {outside} images are found ({share})")
         return f"{', '.join(parts)}."
+
+    def sentence(self) -> str:
+        """What comes of it, by normal and anomalous images, and at which level."""
+        at = ""
+        if self.level > self.alpha:
+            at = f"At a level of {percent(self.level)} (alpha = {self.alpha:g} takes more images to calibrate on): "
+        elif not math.isnan(self.alpha):
+            at = f"At alpha = {self.alpha:g}: "
+        return at + self.text("normal", "anomalous")
+
+    def table(self) -> Table:
+        """The confusion matrix."""
+        table = Table(box=box.SIMPLE_HEAD, title="Labels of the test images", title_justify="left")
+        table.add_column("images")
+        for label in ("labelled normal", "labelled anomalous"):
+            table.add_column(label, justify="right")
+        if self.inside:
+            table.add_row("normal", f"{self.true_negatives:,}", f"{self.false_positives:,}")
+        if self.outside:
+            table.add_row("anomalous", f"{self.false_negatives:,}", f"{self.true_positives:,}")
+        return table
+
+    def show(self, console: Console) -> None:
+        """Print the confusion matrix, what it says, and what more images to calibrate on would buy."""
+        console.print(self.table())
+        lines = [self.sentence()]
+        if not math.isnan(self.calibration_images):
+            lines.append(conformal.more_images(int(self.calibration_images)))
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def expectation(level: float, calibration_images: float) -> str:
+    """Say which share of inside images raises an alarm in expectation; nothing where nobody knows.
+
+    Args:
+        level: The share; NaN if it is not known.
+        calibration_images: By how many images; NaN if it is not known.
+    """
+    if math.isnan(level):
+        return ""
+    expected = f"expected: at most {percent(level)}"
+    if math.isnan(calibration_images):
+        return expected
+    images = int(calibration_images)
+    low, high = conformal.rate_interval(images, round(level * (images + 1)))
+    return f"{expected}, {100 * low:.2g} to {percent(high)} in 90 of 100 calibrations on {images:,} images"
 
 
 def percent(share: float) -> str:
@@ -62,23 +125,44 @@ def percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.3g}\u00a0%"
 
 
-def decide(job: pd.Series, scores: pd.DataFrame) -> Decision | None:
+def decision_of(post_processor: Any) -> dict[str, float]:
+    """Return by what a detector labels images.
+
+    Args:
+        post_processor: That of any of anomalib's detectors, or nothing.
+
+    Returns:
+        ``threshold``, the raw score above which an image is labelled anomalous. Where normal images alone set it, also
+        ``alpha``, ``level``, the share of fresh normal images that are labelled so in expectation, and
+        ``calibration_images``, how many have set it. What is not there or not known is left out.
+    """
+    found = {"threshold": "image_threshold", "alpha": "alpha", "level": "level"}
+    values = {name: getattr(post_processor, attribute, None) for name, attribute in found.items()}
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    if "level" in numbers:
+        numbers["calibration_images"] = len(post_processor.calibration)
+    return {} if math.isnan(numbers.get("threshold", math.nan)) else numbers
+
+
+def decide(job: Mapping[str, Any] | pd.Series, scores: pd.DataFrame) -> Decision | None:
     """Label a job's test images.
 
     Args:
-        job: Its row of ``results.csv``: ``threshold``, and ``alpha`` and ``level`` where inside images alone set it.
+        job: Its row of ``results.csv``: ``threshold``, and what else :func:`decision_of` returns where inside images
+            alone set it.
         scores: Its test images: ``label`` and ``score``.
 
     Returns:
         What comes of it; ``None`` for a job without a threshold.
     """
-    threshold, alpha, level = (float(job.get(name, math.nan)) for name in ("threshold", "alpha", "level"))
+    names = ("threshold", "alpha", "level", "calibration_images")
+    threshold, alpha, level, calibration_images = (float(job.get(name, math.nan)) for name in names)
     if math.isnan(threshold):
         return None
     alarm = (scores["score"] > threshold).to_numpy()
     outside = (scores["label"] == 1).to_numpy()
     counts = (~outside & ~alarm, ~outside & alarm, outside & ~alarm, outside & alarm)
-    return Decision(threshold, alpha, level, *(int(count.sum()) for count in counts))
+    return Decision(threshold, alpha, level, calibration_images, *(int(count.sum()) for count in counts))
 
 
 def kinds(scores: pd.DataFrame, threshold: float) -> pd.DataFrame:

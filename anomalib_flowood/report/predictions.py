@@ -20,6 +20,8 @@ from anomalib_flowood import conformal, processes
 from anomalib_flowood.files import whole_file, write_table
 from anomalib_flowood.models.components import ConformalPostProcessor
 
+from .decisions import decide, decision_of, expectation, percent
+
 _SHOWN_PREDICTIONS = 10
 
 
@@ -101,9 +103,28 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
             highlight=False,
             soft_wrap=True,
         )
+        _decision(frame, post_processor, console)
         if post_processor.level > post_processor.alpha:
             cost = conformal.few_images(len(post_processor.calibration), post_processor.alpha)
             console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
+
+
+def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, console: Console) -> None:
+    """Print what comes of the labels: by what the images are, where that is known, or by their number alone."""
+    numbers = decision_of(post_processor)
+    if "label" in frame and frame["label"].notna().all():
+        decision = decide(numbers, frame.assign(score=frame["raw_score"]))
+        assert decision is not None  # it is calibrated
+        decision.show(console)
+        return
+    flagged = int((frame["pred_label"] == 1).sum())
+    expected = expectation(numbers["level"], numbers["calibration_images"])
+    lines = [
+        f"Called anomalous: {flagged:,} of {len(frame):,} images ({percent(flagged / len(frame))}); if all were "
+        f"normal, {expected}.",
+        conformal.more_images(len(post_processor.calibration)),
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _rows(batch: Any) -> pd.DataFrame:
@@ -113,6 +134,9 @@ def _rows(batch: Any) -> pd.DataFrame:
     source = getattr(batch, "source", None)
     if source is not None:
         columns["source"] = list(source)
+    truth = getattr(batch, "gt_label", None)
+    if truth is not None:
+        columns["label"] = truth.detach().flatten().cpu().int().numpy()
     for name in ("raw_score", "pred_score", "p_value"):  # the first and last from our post-processor
         values = getattr(batch, name, None)
         if values is not None:

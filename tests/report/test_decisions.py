@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thresholds: what a test records of them, and what a page makes of it."""
 
+import io
 import math
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from report_helpers import Page, job, report
+from rich.console import Console
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
+from anomalib_flowood import conformal
 from anomalib_flowood.benchmark import Results
-from anomalib_flowood.benchmark.recording import decision_of
 from anomalib_flowood.metrics import DETECTION_METRICS
 from anomalib_flowood.models.components import ConformalPostProcessor
-from anomalib_flowood.report.decisions import decide, kinds
+from anomalib_flowood.report.decisions import decide, decision_of, kinds
+from anomalib_flowood.report.predictions import keep_predictions
 
 DETECTORS = {"sharp": 3.0, "<b>dull</b>": 0.7}
 
@@ -45,16 +49,21 @@ def run_with_thresholds(folder: Path, **columns: float) -> pd.DataFrame:
 def test_a_test_records_by_what_it_labels():
     calibrated = ConformalPostProcessor(alpha=0.1)
     calibrated.calibrate(torch.arange(20.0))
-    found = decision_of(SimpleNamespace(post_processor=calibrated))
-    assert found == {"threshold": float(calibrated.image_threshold), "alpha": 0.1, "level": calibrated.level}
+    found = decision_of(calibrated)
+    assert found == {
+        "threshold": float(calibrated.image_threshold),
+        "alpha": 0.1,
+        "level": calibrated.level,
+        "calibration_images": 20,
+    }
     assert found["threshold"] == 18.0  # of 20, at most 2 of 21 places are above it
 
     plain = PostProcessor()
-    assert decision_of(SimpleNamespace(post_processor=plain)) == {}
+    assert decision_of(plain) == {}
     plain._image_threshold.fill_(0.25)
-    assert decision_of(SimpleNamespace(post_processor=plain)) == {"threshold": 0.25}
-    assert decision_of(SimpleNamespace(post_processor=None)) == {}
-    assert decision_of(SimpleNamespace(post_processor=ConformalPostProcessor())) == {}
+    assert decision_of(plain) == {"threshold": 0.25}
+    assert decision_of(None) == {}
+    assert decision_of(ConformalPostProcessor()) == {}
 
 
 def test_the_matrix_is_scikit_learns():
@@ -65,7 +74,8 @@ def test_the_matrix_is_scikit_learns():
     (tn, fp), (fn, tp) = confusion_matrix(scores["label"], scores["score"] > 0.5)
     assert (decision.true_negatives, decision.false_positives) == (tn, fp)
     assert (decision.false_negatives, decision.true_positives) == (fn, tp)
-    assert str(decision).startswith(f"{fp} of 40 inside images raise an alarm ({100 * fp / 40:.3g}\u00a0%; expected: 4")
+    alarms = f"{fp} of 40 inside images raise an alarm ({100 * fp / 40:.3g}\u00a0%; expected: at most 4\u00a0%)"
+    assert str(decision).startswith(alarms)
     assert f"{tp} of 40 outside images are found" in str(decision)
     assert decide(pd.Series({"AUROC": 0.5}), scores) is None
     alone = decide(pd.Series({"threshold": 0.5}), scores[scores["label"] == 0])
@@ -147,3 +157,58 @@ def test_runs_without_thresholds_have_no_decisions(tmp_path: Path):
     assert not [layer for chart in page.charts() for layer in chart["layer"] if layer["mark"]["type"] == "text"]
     assert [detector["threshold"] for detector in page.tables()[0]["detectors"]] == [None, None]
     assert set(DETECTION_METRICS)  # metrics need no threshold
+
+
+def test_the_decision_in_words_has_the_beta_interval_of_the_docs():
+    samples = images()
+    scores = samples.assign(score=samples["label"] * 2.0)
+    scores.loc[:1, "score"] = 5.0
+    known = {"threshold": 1.5, "alpha": 0.05, "level": 5 / 101, "calibration_images": 100}
+    decision = decide(known, scores)
+    assert decision.sentence().replace("\u00a0", " ") == (
+        "At alpha = 0.05: 2 of 40 normal images raise an alarm (5 %; expected: at most 4.95 %, 2 to 8.92 % in 90 of "
+        "100 calibrations on 100 images), 40 of 40 anomalous images are found (100 %)."
+    )
+    page = (Path(__file__).parents[2] / "docs/decisions.md").read_text()
+    assert "| 100 | 5.0 % | 2.0 % to 8.9 % |" in page
+    console = Console(file=io.StringIO(), width=80)
+    decision.show(console)
+    said = console.file.getvalue()
+    assert re.search(r"normal +38 +2 *\n", said)
+    assert re.search(r"anomalous +0 +40 *\n", said)
+    assert said.endswith("100 held-out normal images allow no level below 0.99 %; 1,000 would allow 0.1 %.\n")
+    few = decide(known | {"level": 1 / 16, "calibration_images": 15}, scores).sentence()
+    assert few.startswith("At a level of 6.25\u00a0% (alpha = 0.05 takes more images to calibrate on): 2 of 40 normal")
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, "1 held-out normal image allows no level below 50 %; 20 would allow 5 %."),
+        (20, "20 held-out normal images allow no level below 4.8 %; 100 would allow 1 %."),
+        (5000, "5,000 held-out normal images allow no level below 0.02 %."),
+    ],
+)
+def test_what_more_images_would_buy(count, said):
+    assert conformal.more_images(count) == said
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
+    calibrated = ConformalPostProcessor()
+    calibrated.calibrate(torch.arange(20.0))
+    truth = torch.tensor([False, False, True]) if labels else None
+    batch = ImageBatch(
+        image=torch.rand(3, 3, 4, 4), pred_score=torch.tensor([1.0, 30.0, 40.0]), gt_label=truth, image_path=["a"] * 3
+    )
+    calibrated.post_process_batch(batch)
+    table = pd.read_csv(keep_predictions([batch], tmp_path, calibrated))
+    out = capsys.readouterr().out
+    assert "20 held-out normal images allow no level below 4.8 %; 100 would allow 1 %." in out
+    if labels:
+        assert table["label"].tolist() == [0, 0, 1]
+        assert "At alpha = 0.05: 1 of 2 normal images raise an alarm (50" in out
+        assert "1 of 1 anomalous images are found (100" in out
+    else:
+        assert "label" not in table
+        assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out
