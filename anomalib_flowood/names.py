@@ -24,13 +24,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
         An error that offers the nearest names, and all of them where they are few.
     """
     known = sorted(known)
-    near = get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+    near = nearest(str(name), known)
     message = f"Unknown {kind} {name!r}."
     if near:
         message += f" Did you mean {alternatives(near)}?"
     if len(known) <= (8 if near else 30):
         message += f" Known: {', '.join(known)}."
     return ValueError(f"{message} {hint}".strip())
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
+    """Find those of known names that one may have meant, whatever their case: the nearest first, three at most."""
+    by_small = {other.lower(): other for other in sorted(known)}
+    return [by_small[small] for small in get_close_matches(name.lower(), by_small, n=3, cutoff=cutoff)]
 
 
 def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ FLOORS = (
     ("",),
     ("files",),
     ("checks", "look", "names", "trainers"),
-    ("processes",),
+    ("parsing", "processes"),
     ("engine",),
     ("conformal",),
     ("exported",),

@@ -24,6 +24,7 @@ from anomalib_flowood.engine import new_folder
 from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import rate_text
 from anomalib_flowood.names import check_known
+from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.report import JobProgress
 from anomalib_flowood.report.run import write_record
 
@@ -66,7 +67,7 @@ class Benchmark(AnomalibBenchmark):
     @staticmethod
     def get_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         """Describe the arguments, of which one has to be given."""
-        parser = ArgumentParser() if parser is None else parser
+        parser = FlowoodParser() if parser is None else parser
         parser.add_argument("--config", type=Path | None, default=None, help="Configuration file.")
         parser.add_argument(
             "--resume",

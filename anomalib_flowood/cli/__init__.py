@@ -19,25 +19,10 @@ from types import FrameType
 from typing import NoReturn
 
 from anomalib_flowood import __version__
+from anomalib_flowood.cli.help import help_level, overview, short_help, unknown_subcommand, without_levels
 from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
-
-
-def _help() -> str:
-    lines = [f"  {name:<10} {subcommand.description}" for name, subcommand in SUBCOMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: flowood SUBCOMMAND ...",
-            "",
-            "anomalib's command line with detectors that are normalizing flows, and with data modules for",
-            "out-of-distribution detection.",
-            "",
-            *lines,
-            "",
-            "flowood SUBCOMMAND --help tells more; add -v or -vv for all arguments. flowood --version shows versions.",
-            "FLOWOOD_DEBUG=1 in the environment shows the traceback of every error.",
-        ],
-    )
+from anomalib_flowood.parsing import ALL, HELP_LEVEL
 
 
 def _configure_logging() -> None:
@@ -65,14 +50,25 @@ def main(args: list[str] | None = None) -> None:
         print(f"flowood {__version__} (anomalib {version('anomalib')}, torch {version('torch')})")
         return
     if given[:1] in (["-h"], ["--help"]):
-        print(_help())
+        print(overview())
         return
     if not given:
-        print(_help(), file=sys.stderr)
+        print(overview(), file=sys.stderr)
         sys.exit(2)
-    with warnings.catch_warnings(), _ended_by_signals():
-        _configure_logging()
-        _run(given)
+    if given[0][:1] != "-" and given[0] not in SUBCOMMANDS:
+        print(f"flowood: {unknown_subcommand(given[0])}", file=sys.stderr)
+        sys.exit(2)
+    level = help_level(given)
+    if level == 0 and given[0] in SUBCOMMANDS:
+        print(short_help(given[0]))
+        return
+    token = HELP_LEVEL.set(ALL if level is None else level)
+    try:
+        with warnings.catch_warnings(), _ended_by_signals():
+            _configure_logging()
+            _run(given if level is None else without_levels(given))
+    finally:
+        HELP_LEVEL.reset(token)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from rich.console import Console
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
+from anomalib_flowood import __version__
 from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, build, check_seed
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.results import ResultsCLI
@@ -36,6 +38,7 @@ from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import FlowModule, root_beside
+from anomalib_flowood.parsing import FlowoodParser, with_config
 from anomalib_flowood.serving import Limits, check_installed
 
 _UNREADABLE = 3
@@ -52,9 +55,9 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
 
     @staticmethod
     def init_parser(**kwargs: Any) -> ArgumentParser:
-        """Build a parser that calls itself ``flowood`` however it was started."""
-        kwargs.setdefault("prog", "flowood")
-        return AnomalibCLI.init_parser(**kwargs)
+        """Build a parser that takes configuration files, and says in them what wrote them."""
+        header = [f"flowood {__version__}, anomalib {version('anomalib')}"]
+        return with_config(FlowoodParser(dump_header=header, **kwargs))
 
     @staticmethod
     def anomalib_subcommands() -> dict[str, dict[str, str]]:
@@ -68,6 +71,15 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         if PIPELINE_REGISTRY is not None:
             PIPELINE_REGISTRY["benchmark"] = Benchmark
         super().add_subcommands(**kwargs)
+
+    def _set_install_subcommand(self, action_subcommand: Any) -> None:
+        """Add anomalib's ``install`` with a parser of ours."""
+        parser = FlowoodParser()
+        options = ("full", "core", "dev", "loggers", "notebooks", "openvino")
+        parser.add_argument("--option", default="full", type=str, choices=options, help="What to install.")
+        parser.add_argument("-v", "--verbose", action="store_true", help="Show what is being done.")
+        self.subcommand_parsers["install"] = parser
+        action_subcommand.add_subcommand("install", parser, help=SUBCOMMANDS["install"].description)
 
     def _add_checkpoint_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``test``, so that the same files serve, for what works on a checkpoint."""

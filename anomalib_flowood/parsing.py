@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser of the command line: help of a length that is asked for, and errors that say what was meant.
+
+Imports jsonargparse alone, so that subcommands which need no anomalib start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from anomalib_flowood.names import alternatives, nearest, subclasses, unknown_name
+
+ALL = 2
+HELP_LEVEL: ContextVar[int] = ContextVar("HELP_LEVEL", default=ALL)
+"""How much a parser's help shows: all, or less, where what belongs to Lightning and PyTorch is left out."""
+
+LIBRARIES = ("trainer", "optimizer", "lr_scheduler", "logging")
+"""Groups of arguments that are described elsewhere, by those who made them."""
+_CLASS = r"<class\s+'(?:\w+\.)*(\w+)'>"
+
+
+class FlowoodParser(ArgumentParser):
+    """A parser that calls itself ``flowood`` and names what was meant where a name is unknown."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("prog", "flowood")
+        super().__init__(*args, **kwargs)
+
+    @property
+    def command(self) -> str:
+        """What is typed for it: the command, and the subcommand where it is of one."""
+        return self.prog.replace(" [options]", "")
+
+    def format_help(self) -> str:
+        """Describe the arguments, as many as :data:`HELP_LEVEL` says; in the usage only those that have to be given."""
+        less = HELP_LEVEL.get() < ALL
+        hidden = [action for action in self._actions if less and action.dest.split(".")[0] in LIBRARIES]
+        texts, usage = [action.help for action in hidden], self.usage
+        positional = [action.dest.upper() for action in self._actions if not action.option_strings]
+        if self._subcommands_action is None:
+            self.usage = " ".join([self.command, *positional, "[options]"])
+        try:
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            return re.sub(_CLASS, r"\1", super().format_help())
+        finally:
+            self.usage = usage
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with what is wrong with the command line, in the user's words, and exit status 2."""
+        if not self.exit_on_error:  # a parser within a parser, which reads what it is told
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"flowood: {mended(message, parser)}\n({parser.command} --help tells more.)\n")
+        sys.exit(2)
+
+
+def with_config(parser: FlowoodParser) -> FlowoodParser:
+    """Let a parser take configuration files."""
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file, in YAML or JSON.")
+    return parser
+
+
+def mended(message: str, parser: ArgumentParser) -> str:
+    """Put an error of jsonargparse's into the user's words, and name what was meant.
+
+    Args:
+        message: What jsonargparse says.
+        parser: The parser of the subcommand that was typed.
+
+    Returns:
+        What is wrong, with the nearest names where one is unknown.
+    """
+    for say in (_unknown_option, _missing, _unknown_argument, _unknown_class):
+        said = say(message, parser)
+        if said:
+            return said
+    return _plain(message)
+
+
+def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
+    known = [option for option in parser._option_string_actions if option[:2] == "--" and option[-5:] != ".help"]
+    if found := re.match(r"Unrecognized arguments: (.+)", message, re.DOTALL):
+        options = [argument.partition("=")[0] for argument in found[1].split() if argument.strip("-")]
+        options = [option for option in options if option[0] == "-"]
+        if not options:
+            return f"{found[1]} belongs to no option."
+        return " ".join(f"There is no option {option}.{_near_option(option, known)}" for option in options)
+    # Of a configuration file.
+    if found := re.search(r"(?:Subcommand '\w+'|Group '([\w.]+)') does not accept option '([^']+)'", message):
+        key = f"{found[1]}.{found[2]}" if found[1] else found[2]
+        keys = {option[2:] for option in known} - {"config", "help"}
+        groups = {other.split(".")[0] for other in keys}
+        if key.split(".")[0] not in groups:  # what is below it says nothing
+            key, keys = key.split(".")[0], groups
+        return f"There is no {key!r} in a configuration.{_near_option(key, keys)}"
+    if found := re.search(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.+)\)", message):
+        return str(unknown_name("subcommand", found[1], re.findall(r"[\w-]+", found[2])))
+    return None
+
+
+def _near_option(option: str, known: Iterable[str]) -> str:
+    """Name what was meant by an option: one of its own group, if that is known."""
+    group = option.rpartition(".")[0]
+    same = [other for other in known if group and other.rpartition(".")[0] == group]
+    if not same:
+        return _did_you_mean(option, known)
+    last = [other.rpartition(".")[2] for other in same]
+    return _did_you_mean(option.rpartition(".")[2], last, prefix=f"{group}.")
+
+
+def _missing(message: str, parser: ArgumentParser) -> str | None:
+    found = re.match(r"Option '(?:([\w-]+)\.)?([\w.]+)' is required but not provided", message)
+    if not found:
+        return None
+    subcommands = parser._subcommands_action
+    of = parser if subcommands is None else subcommands.choices.get(found[1], parser)
+    positional = any(action.dest == found[2] and not action.option_strings for action in of._actions)
+    return f"{found[2].upper()} has to be given." if positional else f"--{found[2]} has to be given."
+
+
+def _unknown_argument(message: str, parser: ArgumentParser) -> str | None:
+    del parser
+    found = re.search(r"class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
+    if not found:
+        return None
+    cls, argument = _imported(found[1]), found[2]
+    prefix = _keys_before(message[: found.start()])
+    keys = {name for kind in (cls, *subclasses(cls)) for name in _arguments_of(kind)} if cls else set()
+    if "NestedArg" in message:
+        near = _did_you_mean(argument, keys, prefix=f"--{prefix}.")
+        return f"--{prefix}.{argument} is no option of {found[1].rpartition('.')[2]}.{near}"
+    first = argument.split(".")[0]
+    if nearest(first, {"class_path", "init_args"}) and cls is not None and cls.__subclasses__():
+        return f"There is no {first!r} in {prefix!r}.{_did_you_mean(first, ('class_path', 'init_args'))}"
+    return f"{argument!r} in {prefix!r} is no argument of {found[1].rpartition('.')[2]}.{_did_you_mean(argument, keys)}"
+
+
+def _unknown_class(message: str, parser: ArgumentParser) -> str | None:
+    found = re.search(r"Expected a dot import path string: (\S+)", message) or re.search(
+        r"module '\S+' has no attribute '(\w+)'", message
+    )
+    if not found:
+        return None
+    of_help = re.match(r"--([\w.]+)\.help: ", message)
+    key = of_help[1] if of_help else _keys_before(message[: found.start()])
+    action = parser._option_string_actions.get(f"--{key}")
+    types = " ".join(re.findall(r"Subtypes: (.*)", message)) or str(getattr(action, "_typehint", ""))
+    bases = [_imported(path) for path in re.findall(r"[\w.]+\.\w+", types)]
+    known = {cls.__name__ for base in bases if base for cls in subclasses(base) if cls.__name__[0] != "_"}
+    return str(unknown_name(key, found[1], known, "Name classes of other packages with their module: package.Class."))
+
+
+def _plain(message: str) -> str:
+    """What is left of a message when the account of how every type was tried is taken away."""
+    path = _keys_before(message)
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
+    lines = [re.sub(r'Parser key "[^"]+":', "", line).strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [line for line in lines if line and not line.startswith((*noise, "Expected a <class 'NoneType'>"))]
+    value = re.search(r"Given value: (.+)", message)
+    if lines and value and "NestedArg" not in value[1] and "Got value" not in lines[-1]:
+        lines[-1] = f"{lines[-1].rstrip('.')}. Got value: {value[1]}"
+    text = " Or: ".join(dict.fromkeys(lines))
+    text = re.sub(f"Expected an? {_CLASS}", r"Expected: \1", text)
+    return f"--{path}: {text}" if path else text
+
+
+def _keys_before(message: str) -> str:
+    """The name of what a message is about: its keys, each of which is below the one before."""
+    return ".".join(re.findall(r'Parser key "([^"]+)"', message))
+
+
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    near = nearest(name, known, cutoff=0.65)
+    return f" Did you mean {alternatives(prefix + other for other in near)}?" if near else ""
+
+
+def _imported(path: str) -> Any:
+    """A class that has been imported, by its path; ``None`` if there is none."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def _arguments_of(cls: type) -> list[str]:
+    return ArgumentParser().add_class_arguments(cls, fail_untyped=False)
