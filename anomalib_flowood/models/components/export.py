@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from anomalib.deploy.export import CompressionType, ExportType
 from sklearn.exceptions import NotFittedError
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_flowood.exported import description_path, read_description
 from anomalib_flowood.scores import SCORES
@@ -78,7 +78,9 @@ class CheckedExport(CheckedWeights, KeepsImages):
         return self.model(self.pre_processor(images) if self.pre_processor else images).pred_score
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as :meth:`AnomalibModule.to_torch` does, described and checked.
+        """Export as :meth:`AnomalibModule.to_torch` does, described and checked; its weights want no gradients.
+
+        With gradients anomalib's inferencer, which takes none, would give tensors that neither NumPy nor a copy takes.
 
         Raises:
             NotFittedError: If the detector was never fitted.
@@ -88,7 +90,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
         self._check_fitted()
         export_root = self._export_root(export_root)
         self._refuse_to_replace(export_root, ExportType.TORCH, f"{model_file_name}.pt")
-        path = super().to_torch(export_root, model_file_name)
+        with _frozen(self):
+            path = super().to_torch(export_root, model_file_name)
         self._describe_and_check(path, ExportType.TORCH)
         return path
 
@@ -237,6 +240,19 @@ class CheckedExport(CheckedWeights, KeepsImages):
                 "checkpoint another score; export type torch takes any."
             )
             raise ValueError(msg)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no weight of a module want gradients."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def root_beside(checkpoint: Path | str) -> Path:
