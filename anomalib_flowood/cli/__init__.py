@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from anomalib_flowood import __version__
-from anomalib_flowood.cli.help import help_level, overview, short_help, unknown_subcommand, without_levels
+from anomalib_flowood.cli.help import COMPLETION, help_level, overview, short_help, unknown_subcommand, without_levels
 from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.parsing import ALL, HELP_LEVEL
@@ -46,22 +46,14 @@ def main(args: list[str] | None = None) -> None:
         args: The arguments after the command's name; the process's own if not given.
     """
     given = sys.argv[1:] if args is None else args
-    if given[:1] == ["--version"]:
-        print(f"flowood {__version__} (anomalib {version('anomalib')}, torch {version('torch')})")
-        return
-    if given[:1] in (["-h"], ["--help"]):
-        print(overview())
-        return
     if not given:
         print(overview(), file=sys.stderr)
         sys.exit(2)
-    if given[0][:1] != "-" and given[0] not in SUBCOMMANDS:
-        print(f"flowood: {unknown_subcommand(given[0])}", file=sys.stderr)
-        sys.exit(2)
-    level = help_level(given)
-    if level == 0 and given[0] in SUBCOMMANDS:
-        print(short_help(given[0]))
+    at_once = _at_once(given)
+    if at_once is not None:
+        print(at_once)
         return
+    level = help_level(given)
     token = HELP_LEVEL.set(ALL if level is None else level)
     try:
         with warnings.catch_warnings(), _ended_by_signals():
@@ -69,6 +61,30 @@ def main(args: list[str] | None = None) -> None:
             _run(given if level is None else without_levels(given))
     finally:
         HELP_LEVEL.reset(token)
+
+
+def _at_once(given: list[str]) -> str | None:
+    """What can be answered without importing anomalib; ``None`` where it takes more."""
+    first, *others = given
+    if first == "--version":
+        return f"flowood {__version__} (anomalib {version('anomalib')}, torch {version('torch')})"
+    if first in ("-h", "--help"):
+        return overview()
+    if first.partition("=")[0] == COMPLETION:
+        from anomalib_flowood.cli.completion import completion
+
+        try:
+            return completion(first.partition("=")[2] or "".join(others[:1]))
+        except ValueError as error:
+            _refuse(str(error))
+    if first[:1] != "-" and first not in SUBCOMMANDS:
+        _refuse(unknown_subcommand(first))
+    return short_help(first) if first in SUBCOMMANDS and help_level(given) == 0 else None
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"flowood: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager

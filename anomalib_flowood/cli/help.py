@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, Argument
 from anomalib_flowood.names import unknown_name
 
+COMPLETION = "--print_completion"
+"""The option that writes a shell's completion; jsonargparse's newer releases call theirs so, too."""
+
 _HELP = {"-h", "--help", "-hv", "-hvv"}
 _LEVELS = {"-v": 1, "--verbose": 1, "-hv": 1, "-vv": 2, "-hvv": 2}
 
@@ -31,8 +34,8 @@ def overview() -> str:
             "",
             *_wrapped(
                 "flowood SUBCOMMAND --help tells more; add -v for all arguments of ours, -vv for those of Lightning, "
-                "too. flowood --version shows versions. FLOWOOD_DEBUG=1 in the environment shows the traceback of "
-                "every error."
+                f"too. flowood --version shows versions, and flowood {COMPLETION} bash (or zsh) writes what "
+                "completes commands in a shell. FLOWOOD_DEBUG=1 in the environment shows the traceback of every error."
             ),
         ],
     )

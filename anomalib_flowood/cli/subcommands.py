@@ -63,7 +63,6 @@ _DATA = Argument(
     "--data",
     "FOLDER|CLASS",
     "Folder of images, or a data module: OneClass, CrossDataset, or one of anomalib's.",
-    choices=("OneClass", "CrossDataset", "Folder"),
 )
 _SETTINGS = (
     Argument("--model.ARGUMENT", "VALUE", "Argument of the detector; --model.help CLASS lists them."),
