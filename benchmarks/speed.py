@@ -102,11 +102,6 @@ def engine_ratio(module: CrossDataset) -> tuple[float, float]:
     return in_engine, EPOCHS * len(images) / bare_training(images)
 
 
-def backbone_of(detector: EmbeddingFlow | FeatureMapFlow) -> torch.nn.Module:
-    """The network whose bare pass is the limit."""
-    return detector.model.embedding.network if isinstance(detector, EmbeddingFlow) else detector.model.backbone
-
-
 def fit_ratio(new: Callable[[], EmbeddingFlow | FeatureMapFlow], module: CrossDataset) -> tuple[float, float]:
     """Seconds of a whole fit and of a bare backbone pass over the same images, already in memory at the right size."""
     detector = new()
@@ -115,7 +110,7 @@ def fit_ratio(new: Callable[[], EmbeddingFlow | FeatureMapFlow], module: CrossDa
     start = time.perf_counter()
     with torch.no_grad():
         for batch in batches:
-            run_backbone(backbone_of(detector), batch)
+            run_backbone(detector.model.backbone, batch)
     bare = time.perf_counter() - start
     del batches
     return fit(detector, module), bare
@@ -140,7 +135,7 @@ class Inference:
         batches = self.detector.pre_processor.transform(images).split(batch_size)
         sides: list[Callable[[torch.Tensor], object]] = [
             self.detector.model,
-            partial(run_backbone, backbone_of(self.detector)),
+            partial(run_backbone, self.detector.model.backbone),
         ]
         seconds = []
         for side in sides:
@@ -159,7 +154,7 @@ class Folding:
         detector = FeatureMapFlow()
         images = module.train_data.__getitems__(range(SCORED)).image
         self.images = detector.pre_processor.transform(images).contiguous(memory_format=torch.channels_last)
-        self.backbone = backbone_of(detector)
+        self.backbone = detector.model.backbone
 
     @torch.no_grad()
     def __call__(self, batch_size: int) -> tuple[float, float]:

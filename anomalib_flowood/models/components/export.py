@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,19 @@ from torch import Tensor, nn
 from anomalib_flowood.exported import description_path, read_description
 from anomalib_flowood.scores import SCORES
 
-from .export_check import ExportCheckError, check_export, raw_onnx_path
+from .export_check import ExportCheckError, check_export, openvino_runtime, raw_onnx_path
 from .export_description import describe, identity, write_description
 from .export_images import KeepsImages
 from .post_processor import ConformalPostProcessor
+from .quantisation import backbone_nodes, check_quantisable, normal_images, quantised, raw_scores, with_small_weights
 from .single_precision import keep_single_precision
 from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
+
+
+_INT8 = (CompressionType.INT8, CompressionType.INT8_PTQ)
+"""Kinds of INT8 that anomalib does not try on test images."""
 
 
 class RawInferenceBatch(NamedTuple):
@@ -50,6 +56,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
     _checkpoint_path: Path | None = None
     _gives_raw_score: bool = False
     _within_openvino: bool = False
+    _within_calibration: bool = False
+    _backbone_nodes: Set[str] = frozenset()
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Pre-process, score and post-process images, as :meth:`AnomalibModule.forward` does.
@@ -119,7 +127,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
         self._check_exportable()
         kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
         post_processor = self.post_processor
-        if isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated:
+        raw_only = isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated
+        if raw_only and not self._within_calibration:
             logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
         if not self._within_openvino:
             export_root = self._export_root(export_root)
@@ -127,6 +136,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
         with self._set("_gives_raw_score"):
             path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
         graph = onnx.load(path, load_external_data=False)
+        self._backbone_nodes = backbone_nodes(graph, self.model)
         raw = [output for output in graph.graph.output if output.name == "raw_score"]
         if raw:
             path.replace(raw_onnx_path(path))
@@ -140,25 +150,62 @@ class CheckedExport(CheckedWeights, KeepsImages):
         """Export as :meth:`AnomalibModule.to_openvino` does, described and checked.
 
         The model keeps single precision on processors for which OpenVINO prefers bfloat16, unless it is compressed to
-        INT8: :mod:`anomalib_flowood.models.components.single_precision`.
+        INT8: :mod:`anomalib_flowood.models.components.single_precision`. INT8 is for the backbone alone
+        (:mod:`anomalib_flowood.models.components.quantisation`); with a ``datamodule`` the compressed model has a
+        calibration of its own.
 
         The graph computes a tensor ``raw_score``: ``model.add_outputs("raw_score")`` before compiling makes it an
         output.
 
         Raises:
-            ValueError: If the export of another model is there.
+            ValueError: If the export of another model is there, or INT8 is wanted without a backbone.
+            ModuleNotFoundError: If INT8 is wanted, and NNCF is not installed.
             ExportCheckError: If the exported model, in single precision and not compressed, gives other scores.
         """
+        # anomalib's third argument behind these two is the compression, and the next its data.
+        compression = CompressionType(given) if (given := _argument("compression_type", 1, args, kwargs)) else None
+        if compression in _INT8:
+            check_quantisable(self.model)
         export_root = self._export_root(export_root)
         self._refuse_to_replace(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
-        with self._set("_within_openvino"):
+        data = _argument("datamodule", 2, args, kwargs)
+        recalibrated = compression in _INT8 and data is not None
+        with self._set("_within_openvino"), self._calibrated_by_export(data, args, kwargs, recalibrated):
             path = super().to_openvino(export_root, model_file_name, *args, **kwargs)
-        # anomalib's third argument behind these two is the compression.
-        compression = kwargs.get("compression_type") or (args[1] if len(args) > 1 else None)
-        if compression in {None, CompressionType.FP16}:
-            keep_single_precision(path, half_weights=compression is not None)
-        self._describe_and_check(path, ExportType.OPENVINO, compression and str(compression.value))
+            if compression in {None, CompressionType.FP16}:
+                keep_single_precision(path, half_weights=compression is not None)
+            self._describe_and_check(path, ExportType.OPENVINO, compression and str(compression.value))
         return path
+
+    @contextmanager
+    def _calibrated_by_export(self, data: Any, args: Any, kwargs: Any, wanted: bool) -> Iterator[None]:
+        """For a while, calibrate on what an export gives for the validation images, where that is wanted."""
+        post_processor = self.post_processor
+        if not wanted or not isinstance(post_processor, ConformalPostProcessor) or not post_processor.calibrated:
+            yield
+            return
+        names = ("calibration", "pixel_calibration", "calibrated_for")
+        before = {name: getattr(post_processor, name) for name in names}
+        post_processor.forget()  # so that the graph gives raw scores and maps
+        try:
+            with TemporaryDirectory() as folder, self._set("_within_calibration"):
+                runtime = openvino_runtime(super().to_openvino(folder, "model", *args, **kwargs), raw=False)
+            post_processor.calibrate(*raw_scores(runtime, normal_images(data.val_dataloader(), runtime.shape)))
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(post_processor, name, value)
+
+    def _compress_ov_model(self, model: Any, compression_type: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Compress an OpenVINO model as anomalib does, but for INT8, which is for the backbone alone."""
+        compression = CompressionType(compression_type)
+        if compression == CompressionType.INT8:
+            return with_small_weights(model, self._backbone_nodes)
+        if compression == CompressionType.INT8_PTQ and (data := _argument("datamodule", 0, args, kwargs)) is not None:
+            data.setup("fit")
+            shape = [size.get_length() if size.is_static else None for size in model.input(0).partial_shape]
+            return quantised(model, self._backbone_nodes, normal_images(data.train_dataloader(), shape))
+        return super()._compress_ov_model(model, compression, *args, **kwargs)
 
     @contextmanager
     def _set(self, name: str) -> Iterator[None]:
@@ -260,3 +307,8 @@ def root_beside(checkpoint: Path | str) -> Path:
     checkpoint = Path(checkpoint)
     parts = checkpoint.parts[-3:-1]
     return checkpoint.parents[2] if parts == ("weights", "lightning") else checkpoint.parent
+
+
+def _argument(name: str, place: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """An argument that may be given by its place or by its name."""
+    return kwargs.get(name, args[place] if len(args) > place else None)

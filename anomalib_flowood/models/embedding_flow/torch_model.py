@@ -86,6 +86,11 @@ class EmbeddingFlowModel(FlowModel):
         self.embedding = embedding
         self.gaussians = nn.ModuleList(gaussians)
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The frozen network."""
+        return self.embedding.network
+
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return what embeddings are made of.
 

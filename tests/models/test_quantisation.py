@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports in INT8: the backbone is quantised, what follows is not, and the calibration is the export's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from anomalib.deploy.export import CompressionType
+from model_helpers import DETECTORS, data, engine
+
+from anomalib_flowood import load
+
+pytest.importorskip("nncf", reason="INT8 export is the extra anomalib-flowood[int8]")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    detector = DETECTORS["feature_map_flow"](coupling_layers=0)
+    module = data(folder)
+    run = engine(folder)
+    run.fit(detector, datamodule=module)
+    before = detector.post_processor.calibration.clone()
+    path = run.export(detector, "openvino", export_root=folder, compression_type="int8_ptq", datamodule=module)
+    assert torch.equal(detector.post_processor.calibration, before)
+    return detector.eval(), module, path
+
+
+def images_of(loader):
+    return torch.cat([batch.image for batch in loader])
+
+
+def test_quantises_the_backbone_and_nothing_behind_it(case):
+    import openvino
+
+    detector, module, path = case
+    ops = openvino.Core().read_model(path).get_ordered_ops()
+    quantised = {
+        target.get_node().get_type_name()
+        for op in ops
+        if op.get_type_name() == "FakeQuantize"
+        for output in op.outputs()
+        for target in output.get_target_inputs()
+    }
+    assert {"Convolution"} <= quantised
+    assert "MatMul" not in quantised  # of which densities are made
+    images = images_of(module.test_dataloader())
+    with torch.no_grad():
+        expected = detector.model(detector.pre_processor.transform(images)).pred_score.numpy()
+    found = load(path).score(images.numpy()).raw_score
+    assert not np.allclose(found, expected, rtol=1e-6)
+    assert np.corrcoef(found, expected)[0, 1] > 0.99
+
+
+def test_p_values_and_labels_are_those_of_the_quantised_model(case):
+    detector, module, path = case
+    known = json.loads(path.with_name("model.json").read_text())
+    scorer = load(path)
+    validation = scorer.score(images_of(module.val_dataloader()).numpy())
+    np.testing.assert_allclose(np.sort(validation.raw_score), known["calibration_scores"], rtol=1e-4)
+    assert known["compression"] == "int8_ptq"
+    assert len(known["calibration_scores"]) == len(detector.post_processor.calibration)
+    scores = scorer.score(images_of(module.test_dataloader()).numpy())
+    np.testing.assert_array_equal(scores.label, scores.score > 0.5)
+
+
+def test_small_weights_are_the_backbones(tmp_path):
+    import openvino
+
+    detector = DETECTORS["embedding_flow"](coupling_layers=0)
+    engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+    detector.check_exports = False
+    path = detector.to_openvino(tmp_path, compression_type=CompressionType.INT8)
+    ops = openvino.Core().read_model(path).get_ordered_ops()
+    small = [op for op in ops if op.get_type_name() == "Constant" and op.get_output_element_type(0).size == 1]
+    behind = {"MatMul": False, "Convolution": False, "GroupConvolution": False}
+    for op in small:
+        while op.get_type_name() not in behind:
+            (op,) = {target.get_node() for target in op.output(0).get_target_inputs()}
+        behind[op.get_type_name()] = True
+    assert behind == {"MatMul": False, "Convolution": True, "GroupConvolution": True}
+
+
+def test_int8_needs_a_backbone(tmp_path):
+    detector = DETECTORS["pixel_flow"](max_epochs=1)
+    engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+    with pytest.raises(ValueError, match=r"INT8 is for backbones, and PixelFlowModel has none"):
+        detector.to_openvino(tmp_path / "export", compression_type="int8")
+    assert not (tmp_path / "export").exists()
