@@ -18,11 +18,14 @@ from torch import Tensor
 from anomalib_flowood.files import write_text
 from anomalib_flowood.models.components import FlowModule, known_flows
 
-from .images import image_sets
+from .images import image_sets, normal_images
 from .numbers import all_numbers, batches, finite, score, table
 from .page import write_page
-from .pictures import SHOWN_SETS
+from .pictures import DARK, SHOWN_SETS
 from .sections import sections_of
+
+_COMPARED = 4
+"""Training images that others are compared with, for each image of a set."""
 
 
 def explain(
@@ -36,7 +39,9 @@ def explain(
 
     Every flow gets log-likelihood histograms. A flow on pixels also gets latents, s and t of every coupling layer and
     co-adaptation (after Kirichenko et al. 2020, figures 1 to 3); a flow that images can be drawn from, samples; one on
-    embeddings, the inside images nearest to the outside images that the detector finds the least anomalous.
+    embeddings, the inside images nearest to the outside images that the detector finds the least anomalous. A score
+    that can be taken apart, by layers and positions or by directions, is taken apart for single images, beside the
+    training images that are nearest to them.
     :mod:`anomalib_flowood.models.components.capabilities` says how a detector of your own offers these.
 
     ``explain.json`` holds the numbers: for each set the log-likelihoods (nats), bits per dimension, AUROC against the
@@ -68,7 +73,7 @@ def explain(
         msg = f"max_images must be at least 2, got {max_images}."
         raise ValueError(msg)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DARK).mkdir(parents=True, exist_ok=True)
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     try:
@@ -114,10 +119,14 @@ def _explain(
         scored.append(score(detector, part, lambda: progress.advance(task)))
     numbers = all_numbers(detector, scored)
     pictures = []
+    compared = any(section.compares for section in sections)
+    normal = [normal_images(detector, data, sets, _COMPARED * max_images)] if compared else []
     for section in sections:
         progress.update(task, description=section.doing)
-        pictures.append(section.draw(detector, scored, folder))
+        pictures.append(section.draw(detector, scored, *(normal if section.compares else []), folder))
         progress.advance(task)
+    cases = [case.numbers for picture in pictures for case in picture.cases]
+    numbers |= {"cases": cases} if cases else {}
 
     text = json.dumps(finite(numbers), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / "explain.json", text + "\n")

@@ -71,6 +71,27 @@ def image_sets(
     return sets
 
 
+def normal_images(
+    detector: AnomalibModule, data: AnomalibDataModule | Mapping[str, Tensor], sets: list[ImageSet], max_images: int
+) -> ImageSet:
+    """Take normal images that others are compared with.
+
+    Args:
+        detector: Its pre-processor is applied.
+        data: As for :func:`image_sets`, which has set it up.
+        sets: What that returned.
+        max_images: The most images, spread evenly.
+
+    Returns:
+        Training images of a data module; of images in memory the inside ones.
+    """
+    training = getattr(data, "train_data", None)
+    if training is None:
+        return sets[0]
+    places = spread(len(training), max_images)
+    return _image_set(detector, "training", False, [training[int(place)].image for place in places])
+
+
 def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, max_images: int) -> list[ImageSet]:
     if not hasattr(datamodule, "test_data"):
         datamodule.prepare_data()

@@ -3,25 +3,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from anomalib_flowood.files import write_text
 from anomalib_flowood.report.markup import render
 
+from .cases import Case
+
 
 class Picture(NamedTuple):
     """A picture on the page.
 
     Attributes:
-        file: Its name in the page's folder.
+        file: Its name in the page's folder; empty where single images are explained in its place.
         title: Heading.
         caption: What the reader sees.
+        cases: The images that are explained.
     """
 
     file: str
     title: str
     caption: str
+    cases: Sequence[Case] = ()
 
 
 def write_page(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, is_color_like, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood.files import whole_file
-from anomalib_flowood.look import PALETTE, short_name
+from anomalib_flowood.look import BLUE, PALETTE, SKY, short_name
 from anomalib_flowood.report.plots import draw_shares, whiskers
 
 from .coadaptation import Coadaptation
@@ -30,11 +29,36 @@ SHOWN_SETS = len(PALETTE)
 
 _DIVERGING = mpl.colormaps["RdBu_r"].with_extremes(bad="#c8c8c8")
 _STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+DARK = "dark"
+"""The folder of pictures for dark pages."""
+_ON_DARK = {"#000000": "#e8eaed", "#ffffff": "#181c22", BLUE.lower(): SKY.lower()}
+"""What colours are on a dark page."""
 _BINS = 30
 _NAME = 28  # characters of a set's name
 _TILE = 0.8  # inches
 _GAP = 0.08  # of a tile
 _QUANTILE = 0.995
+
+
+def _save(figure: Figure, path: Path, **kwargs: Any) -> None:
+    """Write a picture, and the same for a dark page into the folder ``dark`` beside it, where there is one."""
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=130, **kwargs)
+    dark = path.parent / DARK
+    if dark.is_dir():
+        _darken(figure)
+        with whole_file(dark / path.name) as file:
+            figure.savefig(file, dpi=130, **kwargs)
+
+
+def _darken(figure: Figure) -> None:
+    """Give everything that is black, white or the dark blue the colours of a dark page."""
+    for artist in figure.findobj():
+        for name in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            value: Any = getattr(artist, f"get_{name}", lambda: None)()
+            if is_color_like(value) and to_hex(value) in _ON_DARK:
+                *_, alpha = to_rgba(value)
+                getattr(artist, f"set_{name}")((_ON_DARK[to_hex(value)], alpha))
 
 
 def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float], path: Path) -> None:
@@ -53,8 +77,9 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
     values = {name: np.where(np.isnan(part), -np.inf, part) for name, part in numbers.items()}
     inside, *outside = values
     with mpl.rc_context(_STYLE):
-        height = 3.6 if len(outside) == 1 else 2.1 * len(outside) + 0.5
-        figure = Figure(figsize=(6.4, height), layout="constrained")
+        # Narrow: it is read on a phone, too.
+        height = 3.4 if len(outside) == 1 else 2.2 * len(outside) + 0.5
+        figure = Figure(figsize=(4.8, height), layout="constrained")
         axes = figure.subplots(len(outside), 1, squeeze=False).flatten()
         for axis, name, colour in zip(axes, outside, PALETTE[1:], strict=False):
             edges = np.linspace(*whiskers([values[inside], values[name]]), _BINS + 1)
@@ -64,12 +89,11 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
             ):
                 draw_shares(axis, part, edges, shade, title)
             axis.ticklabel_format(axis="x", style="plain", useOffset=False)
-            axis.locator_params(axis="x", nbins=6)
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+            axis.locator_params(axis="x", nbins=5)
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1, frameon=False)
         figure.supxlabel("log-likelihood log p(x) in nats (right: more likely)", fontsize=10)
         figure.supylabel("share of images", fontsize=10)
-        with whole_file(path) as file:
-            figure.savefig(file, dpi=130)
+        _save(figure, path)
 
 
 def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
@@ -81,8 +105,8 @@ def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
     """
     panels = {"coadaptation": "co-adaptation", "prediction": "prediction, images as they are"}
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 3.8), layout="constrained")
-        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        figure = Figure(figsize=(5.2, 6.0), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True, sharey=True)
         for axis, (part, title) in zip(axes, panels.items(), strict=True):
             for (name, numbers), colour, marker in zip(by_set.items(), PALETTE, "os^Dvx", strict=False):
                 values = getattr(numbers, part)
@@ -91,11 +115,10 @@ def draw_coadaptation(by_set: Mapping[str, Coadaptation], path: Path) -> None:
             axis.set_title(title, fontsize=10)
             axis.set_ylim(-0.03, 1.03)
             axis.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))
-        axes[0].set_ylabel("squared correlation of −t and x")
+        figure.supylabel("squared correlation of −t and x", fontsize=10)
         figure.supxlabel("coupling layer, in order of application", fontsize=10)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
-        with whole_file(path) as file:
-            figure.savefig(file, dpi=130)
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        _save(figure, path)
 
 
 def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path: Path) -> None:
@@ -106,28 +129,23 @@ def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path
         path: File to write.
     """
     limit = _limit([values for _, latents in blocks.values() for values in latents.values()])
-    columns = min(2, len(blocks))
-    rows = math.ceil(len(blocks) / columns)
     images, latents = next(iter(blocks.values()))
     with mpl.rc_context(_STYLE):
-        width = columns * (len(images) * _TILE + 0.3) + 1.4 + 0.8
-        figure = Figure(figsize=(width, rows * ((1 + len(latents)) * _TILE + 0.5)), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        # One below the other: wide pictures are small on a phone.
+        height = len(blocks) * ((1 + len(latents)) * _TILE + 0.5)
+        figure = Figure(figsize=(len(images) * _TILE + 2.5, height), layout="constrained")
+        axes = figure.subplots(len(blocks), 1, squeeze=False).flatten()
         size = tuple(images.shape[2:])
-        for number, (axis, (name, (images, latents))) in enumerate(zip(axes, blocks.items(), strict=False)):
+        for axis, (name, (images, latents)) in zip(axes, blocks.items(), strict=True):
             tiles = [_rgb(images, size), *(_coloured(values, limit, size) for values in latents.values())]
-            names = ["image", *latents] if number % columns == 0 else [""] * len(tiles)
-            _mosaic(axis, tiles, names, [""] * len(images))
+            _mosaic(axis, tiles, ["image", *latents], [""] * len(images))
             axis.set_title(short_name(name, _NAME), fontsize=10)
-        for axis in axes[len(blocks) :]:
-            axis.set_axis_off()
         _colourbar(figure, axes.tolist(), limit, "z")
-        with whole_file(path) as file:
-            figure.savefig(file, dpi=130, bbox_inches="tight")
+        _save(figure, path, bbox_inches="tight")
 
 
 def draw_layers(
-    images: Mapping[str, Tensor], layers: Mapping[str, Sequence[Tensor]], symbol: str, path: Path, per_row: int = 8
+    images: Mapping[str, Tensor], layers: Mapping[str, Sequence[Tensor]], symbol: str, path: Path, per_row: int = 4
 ) -> None:
     """Draw what every layer computes for one image of each set (Kirichenko et al. 2020, figure 3), on one colour scale.
 
@@ -143,7 +161,7 @@ def draw_layers(
     per_row = min(per_row, count)
     starts = range(0, count, per_row)
     size = tuple(next(iter(images.values())).shape[1:])
-    blank = np.ones((*size, 3))
+    blank = np.zeros((*size, 4))
     with mpl.rc_context(_STYLE):
         width = (per_row + 1) * _TILE + 2.2
         figure = Figure(figsize=(width, len(starts) * (len(images) * _TILE + 0.45)), layout="constrained")
@@ -162,8 +180,7 @@ def draw_layers(
             titles = ["image", *(f"{symbol}, layer {number + 1}" for number in numbers), *[""] * len(rest)]
             _mosaic(axis, tiles, [short_name(name, 18) for name in images], titles)
         _colourbar(figure, axes.tolist(), limit, symbol)
-        with whole_file(path) as file:
-            figure.savefig(file, dpi=130, bbox_inches="tight")
+        _save(figure, path, bbox_inches="tight")
 
 
 def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: Path) -> None:
@@ -183,8 +200,7 @@ def draw_images(rows: Mapping[str, Tensor], column_names: Sequence[str], path: P
         )
         tiles = [_rgb(images, sizes[0]) for images in rows.values()]
         _mosaic(figure.subplots(), tiles, [short_name(name, 22) for name in rows], column_names)
-        with whole_file(path) as file:
-            figure.savefig(file, dpi=130, bbox_inches="tight")
+        _save(figure, path, bbox_inches="tight")
 
 
 def _limit(maps: Sequence[Tensor]) -> float:
@@ -216,10 +232,12 @@ def _mosaic(axis: Axes, tiles: Sequence[Sequence[np.ndarray]], rows: Sequence[st
     """Draw a grid of tiles ``(H, W, 3)`` as one picture, with headings at its edges."""
     height, width = tiles[0][0].shape[:2]
     gap = max(1, round(_GAP * min(height, width)))
-    canvas = np.ones((len(tiles) * (height + gap) - gap, len(tiles[0]) * (width + gap) - gap, 3))
+    # Between tiles one sees what is behind the picture.
+    canvas = np.zeros((len(tiles) * (height + gap) - gap, len(tiles[0]) * (width + gap) - gap, 4))
     for y, row in enumerate(tiles):
         for x, tile in enumerate(row):
-            canvas[y * (height + gap) :, x * (width + gap) :][:height, :width] = tile
+            canvas[y * (height + gap) :, x * (width + gap) :][:height, :width, : tile.shape[2]] = tile
+            canvas[y * (height + gap) :, x * (width + gap) :][:height, :width, 3] = tile.shape[2] == 3
     axis.imshow(canvas)
     axis.spines[:].set_visible(False)
     axis.xaxis.tick_top()

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from anomalib_flowood.models.components import FlowModule
-from anomalib_flowood.models.components.capabilities import couples, draws, embeds, reads_pixels
+from anomalib_flowood.models.components.capabilities import (
+    contributes,
+    couples,
+    draws,
+    embeds,
+    reads_pixels,
+    views_layers,
+)
 from anomalib_flowood.models.components.capabilities import scales as has_scales
 
 from .coupling_sections import coadaptations, latents, scales, shifts
+from .direction_cases import direction_cases, embedded
 from .images import spread
-from .numbers import CHUNK, Scored
+from .map_cases import map_cases
+from .numbers import Scored
 from .page import Picture
 from .pictures import SHOWN_SETS, draw_histograms, draw_images
 
@@ -70,17 +77,17 @@ def nearest(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture
     """Draw the worst mistakes, and the inside images whose embeddings are nearest."""
     model: Any = detector.model
 
-    def embed(images: Tensor) -> Tensor:
-        embeddings = [model.embed(chunk.to(detector.device)).cpu() for chunk in images.split(CHUNK)]
-        return functional.normalize(torch.cat(embeddings), dim=1)  # so that the product is the cosine
-
     inside, others = scored[0].images, scored[1:]
     score = torch.cat([part.score for part in others])
     place = torch.argsort(score, dim=0)[:_WORST]
     names = [part.images.name for part in others for _ in part.score]
     outside = torch.cat([part.images.images for part in others])[place]
     inputs = torch.cat([part.images.inputs for part in others])[place]
-    nearest_to = (embed(inputs) @ embed(inside.inputs).T).topk(min(_NEAREST, len(inside.inputs)), dim=1).indices
+    nearest_to = (
+        (embedded(detector, inputs) @ embedded(detector, inside.inputs).T)
+        .topk(min(_NEAREST, len(inside.inputs)), dim=1)
+        .indices
+    )
     rows = {"outside": outside}
     rows |= {f"inside, nearest {rank + 1}": inside.images[nearest_to[:, rank]] for rank in range(nearest_to.shape[1])}
     headings = [f"{names[i]}\nscore {score[i]:.2f}" for i in place.tolist()]
@@ -102,11 +109,17 @@ class Section(NamedTuple):
         needs: Whether a torch model offers it: one of :mod:`anomalib_flowood.models.components.capabilities`, or
             ``None`` for what every density has.
         draw: Draws into a folder.
+        compares: Whether that takes normal images to compare with.
     """
 
     doing: str
     needs: Callable[[Any], bool] | None
-    draw: Callable[[FlowModule, list[Scored], Path], Picture]
+    draw: Callable[..., Picture]
+    compares: bool = False
+
+
+def _both(model: Any) -> bool:
+    return embeds(model) and contributes(model)
 
 
 _SECTIONS = (
@@ -117,6 +130,8 @@ _SECTIONS = (
     Section("drawing co-adaptation", couples, coadaptations),
     Section("drawing samples", draws, samples),
     Section("looking for the nearest images", embeds, nearest),
+    Section("taking scores apart by layers", views_layers, map_cases, compares=True),
+    Section("taking scores apart by directions", _both, direction_cases, compares=True),
 )
 
 

@@ -107,6 +107,11 @@ class PooledAndMaps(nn.Module):
         self.network = build(image_size, pre_trained)
         self.pretrained_cfg: dict[str, Any] = self.network.pretrained_cfg
 
+    @property
+    def layer_names(self) -> list[str]:
+        """The names of the layers whose maps are returned, in their order."""
+        return [self.network.feature_info[index]["module"] for index in self.indices]
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the pooled features, ``(N, D)``, and each layer's map, ``(N, C, h, w)``, in the network's order."""
         return _pooled_and_maps(self.network, images, self.indices)

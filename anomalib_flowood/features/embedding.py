@@ -82,6 +82,11 @@ class Embedding(nn.Module):
         ]
         self.dims = sum(self.part_dims)
 
+    @property
+    def part_names(self) -> list[str]:
+        """What each part is of."""
+        return ["pooled features", *(f"layout of {name}" for name in self.network.layer_names)]
+
     def train(self, mode: bool = True) -> Embedding:
         """Set the mode; the backbone is frozen, its batch norms included."""
         super().train(mode)

@@ -156,6 +156,10 @@ class GaussianMixture(nn.Module):
         """Distance of latents, ``(N, k)``, from the nearest mean; ``(N,)``."""
         return (z.square().sum(1) - 2 * self._kernels(z).amax(1)).clamp(min=0).sqrt()
 
+    def nearest(self, z: Tensor) -> Tensor:
+        """The mean that is nearest to each of some latents, ``(N, k)``: ``(N, k)``."""
+        return self.centres[self._kernels(z).argmax(1)]
+
     def _kernels(self, z: Tensor) -> Tensor:
         # By a matrix product: no tensor of N x modes x k numbers.
         return torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)

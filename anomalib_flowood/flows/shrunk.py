@@ -129,19 +129,36 @@ class ShrunkGaussian(ShapedByFit):
             theirs, nats, ``(N,)``.
         """
         k, dims = self.directions, len(self.mean)
-        centred = points - self.mean
-        coordinates = centred @ self.components.T
-        standard = coordinates * self.variances.rsqrt()
+        standard, outside = self._standardised(points)
         constant = (
             (dims - k) * math.log(2 * math.pi)
             + self.variances.log().sum()
             + (dims - len(self.variances)) * self.tail_variance.log()
         )
         square = standard[:, k:].square().sum(1)
-        if len(self.variances) < dims:  # else what is outside would be rounding alone
-            outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-            square = square + outside / self.tail_variance
+        if outside is not None:
+            square = square + outside
         return standard[:, :k], -0.5 * square - 0.5 * constant
+
+    @full_precision
+    def standardised(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Take points apart, ``(N, D)``.
+
+        Returns:
+            Standardised coordinates along all directions that are kept, ``(N, r)``, and the square of the standardised
+            distance from what these span, ``(N,)``; half the squares of both sum to −log p, up to a constant.
+        """
+        standard, outside = self._standardised(points)
+        return standard, standard.new_zeros(len(standard)) if outside is None else outside
+
+    def _standardised(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        centred = points - self.mean
+        coordinates = centred @ self.components.T
+        standard = coordinates * self.variances.rsqrt()
+        if len(self.variances) == len(self.mean):  # what is outside would be rounding alone
+            return standard, None
+        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        return standard, outside / self.tail_variance
 
     def log_prob(self, points: Tensor) -> Tensor:
         """Log-density of points, ``(N, D)``; nats, ``(N,)``."""

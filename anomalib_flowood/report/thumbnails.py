@@ -68,7 +68,7 @@ def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataMo
     for path in wanted:
         if Path(path).is_file():
             try:
-                found[path] = _thumbnail(read_picture(path))
+                found[path] = thumbnail(read_picture(path))
             except ValueError as error:
                 reason = str(error)
     others = [path for path in wanted if path not in found and not Path(path).is_file()]
@@ -94,14 +94,19 @@ def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, Th
     datamodule.setup("test")
     images: Any = datamodule.test_data
     places = {str(path): place for place, path in enumerate(images.samples["image_path"])}
-    return {path: _thumbnail(images[places[path]].image) for path in paths if path in places}
+    return {path: thumbnail(images[places[path]].image) for path in paths if path in places}
 
 
-def _thumbnail(image: torch.Tensor) -> Thumbnail:
-    """Shrink an image of shape ``(C, H, W)``, ``uint8`` or floats in [0, 1]; small ones are kept exactly."""
+def thumbnail(image: torch.Tensor, side: int = SIDE) -> Thumbnail:
+    """Shrink an image for a page; small ones are kept exactly.
+
+    Args:
+        image: ``(C, H, W)``, ``uint8`` or floats in [0, 1].
+        side: The longer side at most, in pixels.
+    """
     picture = to_pil_image(image.as_subclass(torch.Tensor))
     kind = "png" if max(picture.size) <= _EXACT else "jpeg"
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **({"quality": 80} if kind == "jpeg" else {}))
     uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -61,3 +61,7 @@ class Evidence(nn.Module):
     def forward(self, statistics: Tensor) -> Tensor:
         """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images."""
         return ((statistics - self.location) / self.spread).mean(1)
+
+    def parts(self, statistics: Tensor) -> Tensor:
+        """What each statistic, ``(N, E)``, adds to the combination: ``(N, E)``, which sum to it."""
+        return (statistics - self.location) / self.spread / len(self.location)

@@ -6,15 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from anomalib.data import InferenceBatch
 from anomalib.models.components import AnomalibModule
 from FrEIA.framework import SequenceINN
 from model_helpers import DETECTORS
+from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.explain import explain
 from anomalib_flowood.explain.sections import sections_of
 from anomalib_flowood.models.components import FlowModel, FlowModule
-from anomalib_flowood.models.components.capabilities import takes_scores
+from anomalib_flowood.models.components.capabilities import Contributions, LayerView, takes_scores
 
 
 class ColourModel(FlowModel):
@@ -63,6 +65,32 @@ class Pixels(ColourModel):
         return self.log_prob_of(self.inputs(images, noisy=noisy))
 
 
+class Layered(ColourModel):
+    """One that views an image as two layers of maps."""
+
+    def layer_views(self, images):
+        maps = images.mean(1, keepdim=True)
+        parts = {"fine": maps, "coarse": functional.avg_pool2d(maps, 4)}
+        return [
+            LayerView(name, part, part, part[:, 0], {f"{name}: mean": part.mean((1, 2, 3))})
+            for name, part in parts.items()
+        ]
+
+    def predict(self, inputs, scorer=None):
+        del scorer
+        return InferenceBatch(
+            pred_score=inputs[0].mean(1), anomaly_map=inputs[0].mean(1)[:, None, None, None].expand(-1, 1, 8, 8)
+        )
+
+
+class Contributing(Embedding):
+    """One whose −log p is a sum over directions."""
+
+    def contributions(self, images):
+        colours = images.mean((2, 3))
+        return Contributions(["red", "green", "blue"], ["colour"] * 3, colours, colours.square())
+
+
 def new_detector(model):
     class Colour(FlowModule, AnomalibModule):
         def __init__(self):
@@ -87,6 +115,8 @@ def forgotten():
         (Embedding, ["histograms", "nearest"]),
         (Drawing, ["histograms", "samples"]),
         (Pixels, ["histograms", "latents"]),
+        (Layered, ["histograms"]),
+        (Contributing, ["histograms", "nearest"]),
     ],
 )
 def test_a_new_detector_gets_the_pictures_of_what_it_offers(model, pictures, tmp_path):
@@ -96,14 +126,16 @@ def test_a_new_detector_gets_the_pictures_of_what_it_offers(model, pictures, tmp
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == sorted(pictures)
     assert [page.count(f"{name}.png") > 0 for name in pictures] == [True] * len(pictures)
     assert "co-adaptation" not in page
+    assert ("What the score is made of" in page) == (model is Layered)
+    assert ("What makes it less likely than normal images" in page) == (model is Contributing)
 
 
 @pytest.mark.parametrize(
     ("name", "doing", "scores"),
     [
         ("pixel_flow", ["histograms", "latents", "s", "t", "co-adaptation", "samples"], True),
-        ("embedding_flow", ["histograms", "images"], True),
-        ("feature_map_flow", ["histograms"], False),
+        ("embedding_flow", ["histograms", "images", "directions"], True),
+        ("feature_map_flow", ["histograms", "layers"], False),
     ],
 )
 def test_what_our_detectors_offer(name, doing, scores):

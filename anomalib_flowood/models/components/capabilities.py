@@ -9,6 +9,8 @@ capability             a detector has it if                            who asks
 :func:`couples`        it reads pixels, and its flow has couplings     ``explain`` (layers, co-adaptation)
 :func:`draws`          its torch model has a method ``draw``           ``explain`` (samples)
 :func:`embeds`         its torch model has a method ``embed``          ``explain`` (the nearest images)
+:func:`views_layers`   its torch model has a method ``layer_views``    ``explain`` (layers, patches)
+:func:`contributes`    its torch model has ``contributions``           ``explain`` (directions)
 :func:`takes_scores`   it has an argument ``score``                    ``flowood score``
 ``images_at_once``     it is a :class:`FlowModule`, or says so itself  ``flowood predict``
 ``readable_since``     it is a :class:`FlowModule`, or says so itself  whatever opens a checkpoint
@@ -18,7 +20,7 @@ capability             a detector has it if                            who asks
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from FrEIA.modules import InvertibleModule
@@ -57,6 +59,58 @@ class Embeds(Protocol):
         ...
 
 
+class LayerView(NamedTuple):
+    """What one layer of feature maps says of images.
+
+    Attributes:
+        name: The layer's.
+        descriptors: What each position shows, to be compared by Euclidean distance, ``(N, D, h, w)``.
+        whitened: What of it is unlike normal images at this position: D independent numbers that are standard normal
+            for these, ``(N, D, h, w)``.
+        map: The layer's anomaly map in standard deviations of normal positions, ``(N, h, w)``.
+        shares: Parts of the image score, ``(N,)`` each, by what they are of; those of all layers sum to the score.
+    """
+
+    name: str
+    descriptors: Tensor
+    whitened: Tensor
+    map: Tensor
+    shares: dict[str, Tensor]
+
+
+class ViewsLayers(Protocol):
+    """A torch model whose score is made of what several layers say of the positions of an image."""
+
+    def layer_views(self, images: Tensor) -> list[LayerView]:
+        """View pre-processed images, ``(N, C, H, W)``, layer by layer."""
+        ...
+
+
+class Contributions(NamedTuple):
+    """What makes images unlikely, direction by direction.
+
+    Attributes:
+        names: Of the K directions.
+        parts: What each direction is of, K names, alike for directions of the same part.
+        coordinates: Along the directions, in standard deviations of normal images, ``(N, K)``; NaN for what is no
+            direction, but all that is beyond them.
+        nats: What each adds to −log p, up to a constant, ``(N, K)``.
+    """
+
+    names: list[str]
+    parts: list[str]
+    coordinates: Tensor
+    nats: Tensor
+
+
+class Contributes(Protocol):
+    """A torch model whose −log p is a sum over directions."""
+
+    def contributions(self, images: Tensor) -> Contributions:
+        """Take −log p of pre-processed images, ``(N, C, H, W)``, apart."""
+        ...
+
+
 def reads_pixels(model: Any) -> TypeGuard[PixelDensity]:
     """Whether a torch model is a density of dequantised pixels."""
     return model.reads_pixels
@@ -81,6 +135,16 @@ def draws(model: Any) -> TypeGuard[Draws]:
 def embeds(model: Any) -> TypeGuard[Embeds]:
     """Whether a torch model embeds images."""
     return callable(getattr(model, "embed", None))
+
+
+def views_layers(model: Any) -> TypeGuard[ViewsLayers]:
+    """Whether a torch model views images layer by layer."""
+    return callable(getattr(model, "layer_views", None))
+
+
+def contributes(model: Any) -> TypeGuard[Contributes]:
+    """Whether a torch model takes −log p apart, direction by direction."""
+    return callable(getattr(model, "contributions", None))
 
 
 def takes_scores(detector: type) -> bool:

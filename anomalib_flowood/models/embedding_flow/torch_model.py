@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import FlowModel
+from anomalib_flowood.models.components.capabilities import Contributions
 
 _FIT_IMAGES = 10_000
 """Most training images from which the density is fitted, for the time and the memory it takes."""
@@ -157,6 +158,28 @@ class EmbeddingFlowModel(FlowModel):
     def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Embed features, as :meth:`extract` returns them, and split their density as :meth:`split` does."""
         return self.split(self.embedding(features))
+
+    def contributions(self, images: Tensor) -> Contributions:
+        """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.
+
+        Of each part of an embedding the leading directions are those of the flow's latents, which without couplings are
+        the coordinates along them, and count from the nearest kind of normal images.
+        """
+        embeddings = self.embed(images)
+        leading, _ = self.split(embeddings)
+        latents, _ = self.flow(leading)
+        from_kind = latents - self.base.nearest(latents)
+        names, parts, coordinates, squares, start = [], [], [], [], 0
+        for name, (gaussian, part) in zip(self.embedding.part_names, self._pairs(embeddings), strict=True):
+            standard, outside = gaussian.standardised(part)
+            own = slice(start, start + gaussian.directions)
+            start = own.stop
+            beyond = outside[:, None]
+            coordinates += [latents[:, own], standard[:, gaussian.directions :], torch.full_like(beyond, torch.nan)]
+            squares += [from_kind[:, own].square(), standard[:, gaussian.directions :].square(), beyond]
+            names += [*(f"direction {number + 1}" for number in range(standard.shape[1])), "beyond all directions"]
+            parts += [name] * (standard.shape[1] + 1)
+        return Contributions(names, parts, torch.cat(coordinates, dim=1), 0.5 * torch.cat(squares, dim=1))
 
     def blur(self, coordinates: Tensor) -> Tensor:
         """Add the noise to standardised coordinates, ``(N, k)``, on which the flow trains."""

@@ -97,8 +97,11 @@ class MapLayer(nn.Module):
             latents: Those of the flow, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
         """
-        whitened = self.layout.whitened(self.positions.whitened(latents))
-        return 0.5 * whitened.square().sum(1) - scales
+        return 0.5 * self.whitened(latents).square().sum(1) - scales
+
+    def whitened(self, latents: Tensor) -> Tensor:
+        """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for all."""
+        return self.layout.whitened(self.positions.whitened(latents))
 
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
@@ -114,3 +117,11 @@ class MapLayer(nn.Module):
         positions = maps.flatten(1)
         found = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
         return [*found, positions.mean(1)] if self.whole else found
+
+    @property
+    def statistic_names(self) -> list[str]:
+        """What :meth:`statistics` are of."""
+        return [
+            *([f"{self.name}: its most anomalous positions"] * self.top),
+            *([f"{self.name}: its whole map"] * self.whole),
+        ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import create_feature_maps, default_layers, layer_indices, run_backbone
 from anomalib_flowood.models.components import FlowModel
+from anomalib_flowood.models.components.capabilities import LayerView
 from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
@@ -256,6 +257,26 @@ class FeatureMapFlowModel(FlowModel):
         """Yield the anomaly map of each layer, ``(N, h, w)``, nats."""
         for layer, flow, maps, _ in self._sides(reduced):
             yield layer.anomaly_map(*_coupled(flow, maps))
+
+    def layer_views(self, images: Tensor) -> list[LayerView]:
+        """View pre-processed images, ``(N, 3, H, W)``, layer by layer; errors as for :meth:`extract`."""
+        found = []
+        for layer, flow, reduced, _ in self._sides(self.inputs(images)):
+            latents, scales = _coupled(flow, reduced)
+            maps = layer.anomaly_map(latents, scales)
+            found.append((layer, reduced, layer.whitened(latents), maps))
+        statistics = [statistic for layer, _, _, maps in found for statistic in layer.statistics(maps)]
+        parts = iter(self.evidence.parts(torch.stack(statistics, dim=1)).unbind(1))
+        return [
+            LayerView(
+                layer.name,
+                reduced,
+                whitened,
+                layer.standardise(maps),
+                {name: next(parts) for name in layer.statistic_names},
+            )
+            for layer, reduced, whitened, maps in found
+        ]
 
     @torch.no_grad()
     def fit_whitening(self, reduced: tuple[Tensor, ...]) -> None:

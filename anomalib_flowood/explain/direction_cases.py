@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why images are outliers to a density of embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components.capabilities import Contributions
+
+from .cases import Bar, Case, bars, choose, others, signed, size, tile
+from .images import ImageSet
+from .numbers import CHUNK, Scored
+from .page import Picture
+
+_HEADING = "What makes it less likely than normal images"
+_DIRECTIONS = 3
+_ENDS = 2
+_NEAREST = 3
+
+
+def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, folder: Path) -> Picture:
+    """Show, for single images, which parts and directions make them unlikely, and the normal images nearest to them."""
+    del folder
+    usual = _contributions(detector, normal.inputs)
+    embeddings = embedded(detector, normal.inputs)
+    mean = usual.nats.mean(0)
+    cases = []
+    for chosen in choose(scored):
+        own = _contributions(detector, chosen.inputs)
+        excess = own.nats[0] - mean
+        parts: dict[str, float] = {}
+        for part, along, nats in zip(own.parts, own.coordinates[0].isfinite().tolist(), excess.tolist(), strict=True):
+            name = f"{part}: {'along' if along else 'beyond'} the directions in which training images differ"
+            parts[name] = parts.get(name, 0.0) + nats
+        similarity = (embedded(detector, chosen.inputs) @ embeddings.T)[0]
+        similarity = torch.where(others(chosen, normal), similarity, -torch.inf)
+        best = similarity.topk(min(_NEAREST, int(similarity.isfinite().sum())))
+        tiles = [tile(chosen.image, "image")]
+        tiles += [
+            tile(normal.images[place], f"nearest normal, cosine {value:.3f}")
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        directions, numbers = _directions(own, usual, excess, normal)
+        record = {"set": chosen.set, "score": chosen.score, "parts_nats": parts, "directions": numbers}
+        record["nearest_cosine"] = best.values.tolist()
+        cases.append(Case(chosen.title, tiles, _HEADING, bars(parts, " nats"), directions, record))
+    caption = (
+        "By how many nats of −log p each part of the embedding makes an image less likely than normal images are on "
+        f"average; the {normal.name} images whose embeddings are nearest to its own; and the directions that add the "
+        "most, with the normal images that are lowest and highest along them: what changes from one end to the other "
+        "is what the direction stands for. Numbers along directions are standard deviations of normal images."
+    )
+    return Picture("", "Single images: why they are outliers", caption, cases)
+
+
+def embedded(detector: FlowModule, inputs: Tensor) -> Tensor:
+    """Embeddings of pre-processed images, of length 1, so that their product is the cosine."""
+    model: Any = detector.model
+    parts = [model.embed(chunk.to(detector.device)).cpu() for chunk in inputs.split(CHUNK)]
+    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+
+
+def _contributions(detector: FlowModule, inputs: Tensor) -> Contributions:
+    model: Any = detector.model
+    parts = [model.contributions(chunk.to(detector.device)) for chunk in inputs.split(CHUNK)]
+    joined = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("coordinates", "nats"))
+    return Contributions(parts[0].names, parts[0].parts, *joined)
+
+
+def _directions(
+    own: Contributions, usual: Contributions, excess: Tensor, normal: ImageSet
+) -> tuple[list[Bar], list[dict[str, Any]]]:
+    found, numbers = [], []
+    along = torch.where(own.coordinates[0].isfinite(), excess, -torch.inf)  # what is no direction has no ends
+    places = along.argsort(descending=True)[:_DIRECTIONS].tolist()
+    for place in places:
+        order = usual.coordinates[:, place].argsort().tolist()
+        count = min(_ENDS, len(order) // 2)
+        normal_values = usual.coordinates[:, place]
+        tiles = [
+            tile(normal.images[image], f"{name} {signed(f'{float(normal_values[image]):+.1f}')}", small=True)
+            for name, images in (("low", order[:count]), ("high", order[len(order) - count :]))
+            for image in images
+        ]
+        value, nats = float(own.coordinates[0, place]), float(excess[place])
+        name = f"{own.parts[place]}, {own.names[place]}"
+        text = f"{size(nats)} nats, at {signed(f'{value:+.1f}')}"
+        found.append(Bar(name, text, nats / max(abs(float(excess[places[0]])), 1e-12), tiles))
+        numbers.append({"part": own.parts[place], "direction": own.names[place], "nats": nats, "value": value})
+    return found, numbers

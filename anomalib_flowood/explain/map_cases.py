@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why images are anomalous to a detector that looks at the positions of feature maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components.capabilities import LayerView
+from anomalib_flowood.report.maps import map_uri
+
+from .cases import Bar, Case, Chosen, Tile, bars, choose, others, signed, tile
+from .images import ImageSet, spread
+from .numbers import CHUNK, Scored
+from .page import Picture
+
+_HEADING = "What the score is made of"
+_DIRECTIONS = 3
+_ENDS = 2
+"""Normal patches that are shown at either end of a direction."""
+_COMPARED = 32
+"""Normal images whose own patches are compared with those of the others, for a scale."""
+
+
+class _Place(NamedTuple):
+    """The most anomalous position: of which layer, and where."""
+
+    view: LayerView
+    normal: LayerView
+    row: int
+    column: int
+
+    def patch(self, image: Tensor, row: int, column: int) -> tuple[Tensor, list[float]]:
+        """What a position and its neighbours see of an image, ``(3, H, W)``, and its frame in the image."""
+        height, width = self.view.map.shape[1:]
+        tall, wide = image.shape[-2] / height, image.shape[-1] / width
+        top, left = max(0, round((row - 1) * tall)), max(0, round((column - 1) * wide))
+        bottom, right = round((row + 2) * tall), round((column + 2) * wide)
+        patch = image[:, top:bottom, left:right]
+        return patch, [left, top, patch.shape[-1], patch.shape[-2]]
+
+
+def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, folder: Path) -> Picture:
+    """Show, for single images, each layer's share and map, the directions that stand out, the nearest normal patch."""
+    del folder
+    model: Any = detector.model
+    views = _views(detector, normal.inputs)
+    ends = {view.name: (float(np.quantile(view.map.numpy(), 0.9)), float(view.map.max())) for view in views}
+    whole = [model.predict(model.inputs(chunk.to(detector.device))).anomaly_map.cpu() for chunk in _some(normal.inputs)]
+    everything = torch.cat(whole).flatten().numpy()
+    limits = float(np.quantile(everything, 0.9)), float(everything.max())
+    cases = []
+    for chosen in choose(scored):
+        anomaly_map = model.predict(model.inputs(chosen.inputs.to(detector.device))).anomaly_map[0, 0].cpu()
+        found = _views(detector, chosen.inputs)
+        tiles = [tile(chosen.image, "image"), tile(chosen.image, "map", overlay=_overlay(anomaly_map, limits))]
+        tiles += [
+            tile(chosen.image, f"map of {view.name}", overlay=_overlay(view.map[0], ends[view.name])) for view in found
+        ]
+        place = _most_anomalous(found, views)
+        patches, distances = _nearest_patch(place, chosen, normal)
+        directions, shares = _directions(place, normal)
+        parts = {name: float(share) for view in found for name, share in view.shares.items()}
+        numbers = {"set": chosen.set, "score": chosen.score, "shares": parts, "layer": place.view.name}
+        numbers |= {"position": [place.row, place.column], "directions": shares, **distances}
+        cases.append(Case(chosen.title, [*tiles, *patches], _HEADING, bars(parts), directions, numbers))
+    caption = (
+        "What the score is made of: what each layer's most anomalous positions and its whole map add to it; 0 is the "
+        "mean of normal images. Maps are clear where nine tenths of the normal positions are, and darkest at the most "
+        "anomalous normal one. The frame is the most anomalous position, with its neighbours, of the layer that finds "
+        f"it so; beside it that patch of {len(normal.images)} {normal.name} images which is most like it there. "
+        "Directions: those of the layer's descriptors in which the position is most unlike normal images, with their "
+        "share of its anomaly, and patches of normal images at this position that are lowest and highest along them."
+    )
+    return Picture("", "Single images: layers, directions, the nearest normal patch", caption, cases)
+
+
+def _some(inputs: Tensor) -> tuple[Tensor, ...]:
+    return inputs.split(CHUNK)
+
+
+def _views(detector: FlowModule, inputs: Tensor) -> list[LayerView]:
+    """What each layer says of images, in main memory."""
+    model: Any = detector.model
+    chunks = [model.layer_views(chunk.to(detector.device)) for chunk in _some(inputs)]
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.cpu() for part in parts])
+
+    return [
+        LayerView(
+            name=views[0].name,
+            descriptors=joined([view.descriptors for view in views]),
+            whitened=joined([view.whitened for view in views]),
+            map=joined([view.map for view in views]),
+            shares={name: joined([view.shares[name] for view in views]) for name in views[0].shares},
+        )
+        for views in zip(*chunks, strict=True)
+    ]
+
+
+def _overlay(values: Tensor, ends: tuple[float, float]) -> str:
+    return map_uri(values.numpy(), (ends[0], max(ends[1], ends[0] + 1e-9)))
+
+
+def _most_anomalous(views: list[LayerView], normal: list[LayerView]) -> _Place:
+    """The position that is the farthest above normal ones in any layer."""
+    best = max(range(len(views)), key=lambda number: float(views[number].map.nan_to_num(torch.inf).max()))
+    width = views[best].map.shape[2]
+    row, column = divmod(int(views[best].map.flatten().nan_to_num(torch.inf).argmax()), width)
+    return _Place(views[best], normal[best], row, column)
+
+
+def _distances(one: Tensor, to: Tensor) -> Tensor:
+    """Euclidean distances of a vector, ``(D,)``, from others, ``(R, P, D)``: ``(R * P,)``."""
+    return torch.linalg.vector_norm(to.flatten(0, 1) - one, dim=1)
+
+
+def _nearest_patch(place: _Place, chosen: Chosen, normal: ImageSet) -> tuple[list[Tile], dict[str, float]]:
+    """The patch of normal images that is most like the most anomalous one, and how far both are apart."""
+    vectors = place.normal.descriptors.flatten(2).movedim(1, 2).contiguous()  # (R, h * w, D)
+    width = place.normal.descriptors.shape[3]
+    found = _distances(place.view.descriptors[0, :, place.row, place.column], vectors)
+    found = torch.where(others(chosen, normal).repeat_interleave(vectors.shape[1]), found, torch.inf)
+    other, position = divmod(int(found.argmin()), vectors.shape[1])
+    row, column = divmod(position, width)
+    # Normal patches at the same position have nearest ones, too, in other images.
+    own = []
+    for number in spread(len(vectors), _COMPARED).tolist() if len(vectors) > 1 else []:
+        rest = torch.cat([vectors[:number], vectors[number + 1 :]])
+        own.append(float(_distances(vectors[number, place.row * width + place.column], rest).min()))
+    distance, usual = float(found.min()), float(np.median(own)) if own else float("nan")
+    seen, box = place.patch(chosen.image, place.row, place.column)
+    like, like_box = place.patch(normal.images[other], row, column)
+    far = f", {distance / usual:.2g} times as far as normal ones are from theirs" if usual > 0 else ""
+    tiles = [
+        tile(chosen.image, "most anomalous position", box=box),
+        tile(seen, f"it ({place.view.name})", small=True),
+        tile(like, f"the nearest normal patch{far}", small=True),
+        tile(normal.images[other], "where that is", box=like_box),
+    ]
+    return tiles, {"nearest_patch_distance": distance, "usual_patch_distance": usual}
+
+
+def _directions(place: _Place, normal: ImageSet) -> tuple[list[Bar], list[dict[str, float]]]:
+    """The directions in which the position is unlike normal images, and patches at their ends."""
+    values = place.view.whitened[0, :, place.row, place.column]
+    shares = values.square() / values.square().sum().clamp(min=1e-12)
+    found: list[Bar] = []
+    numbers = []
+    for number in shares.argsort(descending=True)[:_DIRECTIONS].tolist():
+        normal_values = place.normal.whitened[:, number, place.row, place.column]
+        order = normal_values.argsort().tolist()
+        count = min(_ENDS, len(order) // 2)
+        ends = [("low", order[:count]), ("high", order[len(order) - count :])]
+        tiles = [
+            tile(
+                place.patch(normal.images[image], place.row, place.column)[0],
+                f"{name} {signed(f'{float(normal_values[image]):+.1f}')}",
+                small=True,
+            )
+            for name, images in ends
+            for image in images
+        ]
+        share, value = float(shares[number]), float(values[number])
+        text = f"{share:.0%}, at {signed(f'{value:+.1f}')}"
+        found.append(Bar(f"{place.view.name}, direction {number + 1}", text, share / float(shares.max()), tiles))
+        numbers.append({"direction": number + 1, "share": share, "value": value})
+    return found, numbers
