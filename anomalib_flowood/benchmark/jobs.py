@@ -7,11 +7,11 @@ import copy
 import inspect
 import time
 from collections.abc import Generator
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
-from anomalib import LearningType
 from anomalib.engine import Engine
 from anomalib.pipelines.benchmark.job import BenchmarkJob as AnomalibBenchmarkJob
 from anomalib.pipelines.components import Job, JobGenerator
@@ -26,6 +26,7 @@ from anomalib_flowood.names import check_known
 from anomalib_flowood.report import JobProgress
 
 from .building import KINDS, build, check_entry, config_key, find_class
+from .checking import Counts, check_detector, count_images
 from .recording import ScoreRecorder, measure
 
 # The job sets these itself: a second value would be lost or clash.
@@ -64,24 +65,20 @@ class BenchmarkJob(AnomalibBenchmarkJob):
         """What the job is, for a person."""
         return f"{self.detector} on {self.data}, seed {self.seed}"
 
-    def check(self) -> None:
-        """Build the detector and the data module once, and throw them away.
+    def check(self, counts: Counts | None = None) -> None:
+        """Build the detector once, and throw it away.
+
+        Args:
+            counts: Numbers of images of the data module; it is built, too, if they are not given.
 
         Raises:
-            ValueError: If the configuration names something unknown, or the training would not end in reasonable time.
+            ValueError: If the configuration names something unknown, the training would not end in reasonable time, or
+                the images are too few.
+            FileNotFoundError: If something is not there.
         """
-        build("data", self.config["data"])
-        model = build("model", self.config["model"])
-        if model.learning_type in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}:
-            return  # never trained
-        limits = {"max_epochs", "max_steps", "max_time"}
-        bounded = limits & {*model.trainer_arguments, *self.trainer} or hasattr(model, "max_epochs")
-        if not bounded:
-            msg = (
-                f"{type(model).__name__} does not say how long to train, and Lightning would run 1,000 epochs. "
-                "Set benchmark.trainer.max_epochs (or max_steps, max_time)."
-            )
-            raise ValueError(msg)
+        if counts is None:
+            counts = count_images(self.config["data"])
+        check_detector(build("model", self.config["model"]), self.trainer, counts)
 
     def run(self, task_id: int | None = None) -> dict[str, Any]:
         """Train and test.
@@ -210,12 +207,25 @@ def check_seed(name: str, seed: object) -> None:
         raise ValueError(msg)
 
 
+def _base(kind: str, entry: dict) -> str:
+    """What an entry is called where no other is called so: its name, the folders that it names, or its class."""
+    arguments = entry.get("init_args") or {}
+    inside = arguments.get("dataset") or arguments.get("in_distribution")
+    if entry.get("name") or kind == "model" or not inside:
+        return str(entry.get("name") or find_class(kind, entry["class_path"]).__name__)
+    outside = arguments.get("out_of_distribution") or []
+    others = [outside] if isinstance(outside, str | Path) else outside
+    return " → ".join(filter(None, [_folder(inside), ", ".join(map(_folder, others))]))
+
+
+def _folder(data_set: object) -> str:
+    return Path(str(data_set)).resolve().name
+
+
 def _labels(kind: str, entries: list[dict]) -> list[str]:
     """A short unique label for each distinct entry: its name, or its class and what sets it apart from the others."""
     distinct = {config_key(entry): entry for entry in entries}
-    bases = {
-        key: str(entry.get("name") or find_class(kind, entry["class_path"]).__name__) for key, entry in distinct.items()
-    }
+    bases = {key: _base(kind, entry) for key, entry in distinct.items()}
     labels: dict[str, str] = {}
     for key, entry in distinct.items():
         alike = [

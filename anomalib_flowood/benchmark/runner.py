@@ -7,7 +7,9 @@ import contextlib
 import gc
 import json
 import logging
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from anomalib_flowood.report import JobProgress
 from anomalib_flowood.report.run import write_record
 
 from .building import config_key, readable
+from .checking import Counts, Problems, count_images
 from .jobs import BenchmarkJob, BenchmarkJobGenerator
 from .results import Results
 
@@ -189,20 +192,29 @@ class BenchmarkRunner(SerialRunner):
 
 
 def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
-    """Build every distinct detector and data module once: a typo in the last entry shows before the first training."""
+    """Build every distinct detector and data module once: what is wrong with the last shows before the first training.
+
+    Raises:
+        ValueError: If anything is wrong, with all that is.
+    """
+    problems = Problems()
+    counted: dict[str, Counts | None] = {}
     checked = set()
     for number, job in enumerate(jobs, start=1):
-        key = config_key([job.config["model"], job.config["data"]])
+        data = config_key(job.config["data"])
+        key = config_key([job.config["model"], data])
         if key in checked:
             continue
         checked.add(key)
         progress.stage(f"checking {job.detector} on {job.data}")
-        try:
-            job.check()
-        except Exception as error:
-            msg = f"Job {number} of {len(jobs)} ({job.title}) cannot run: {readable(error)}"
-            raise ValueError(msg) from error
+        where = f"Job {number} of {len(jobs)} ({job.title})"
+        if data not in counted:
+            counted[data] = problems.catch(where, partial(count_images, job.config["data"]))
+        # Of a detector on data that are not there, what is wrong without them.
+        counts = counted[data] or Counts(sys.maxsize, None)
+        problems.catch(where, partial(job.check, counts))
     gc.collect()
+    problems.refuse()
 
 
 def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:

@@ -52,6 +52,22 @@ class PrincipalSubspace(nn.Module):
         self.register_buffer("variances", torch.ones(directions))
         self.register_buffer("tail_variance", torch.ones(()))
 
+    def check(self, points: int, what: str = "points") -> None:
+        """Refuse too few points for the directions.
+
+        Args:
+            points: Their number n.
+            what: What errors call them.
+
+        Raises:
+            ValueError: If there are no more points than directions.
+        """
+        k = len(self.components)
+        if points <= k:
+            remedy = f"or set subspace_dim to at most {points // 2}" if points >= 4 else "at least 4"
+            msg = f"{k} principal directions need more than {k} {what}, got {points}: give more images, {remedy}."
+            raise ValueError(msg)
+
     def fit(self, points: Tensor, *, what: str = "points", solver: str = "auto") -> None:
         """Fit mean, directions and variances.
 
@@ -65,10 +81,7 @@ class PrincipalSubspace(nn.Module):
             ValueError: If there are too few points, or they vary in too few directions.
         """
         n, k = len(points), len(self.components)
-        if n <= k:
-            remedy = f"or set subspace_dim to at most {n // 2}" if n >= 4 else "at least 4"
-            msg = f"{k} principal directions need more than {k} {what}, got {n}: give more images, {remedy}."
-            raise ValueError(msg)
+        self.check(n, what)
         # In NumPy, where eigensolvers are faster on the CPU.
         precise = points.to(torch.promote_types(points.dtype, torch.float32)).cpu()
         pca = PCA(n_components=k, svd_solver=solver, random_state=0).fit(precise.numpy())

@@ -2,6 +2,7 @@
 """A benchmark from its configuration to its folder."""
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from benchmark_helpers import DFM, PADIM, folder
-from model_helpers import idx_folder
+from model_helpers import BACKBONE, idx_folder
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -24,7 +25,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
         "benchmark": {
             "seed": 3,
             "model": {"grid": [DFM, PADIM]},
-            "data": folder(images, normal_dir={"grid": ["train", "gone"]}),
+            "data": folder(images, num_workers={"grid": [0, -1]}),
         },
     }
     Path("bench.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -37,6 +38,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert {file.name for file in run.iterdir()} == {
         "benchmark.log",
         "benchmark.yaml",
+        "maps",
         "results.csv",
         "run.json",
         "scores.csv",
@@ -46,7 +48,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     results = pd.read_csv(run / "results.csv")
     assert list(results["detector"]) == ["DFM tiny", "DFM tiny", "Padim", "Padim"]
     assert list(results["error"].notna()) == [False, True, False, True]
-    assert results["error"][1].startswith("FileNotFoundError: Path does not exist")
+    assert results["error"][1].startswith("ValueError: num_workers option should be non-negative")
     assert {"image_AUROC", "fit_duration", "model.init_args.layer", "model.init_args.n_features"} <= {*results.columns}
     assert not any("/" in column for column in results.columns)  # Folder names no sets
 
@@ -62,7 +64,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
         assert row["images_per_s"] > 0
 
     assert "Each outside set" not in out
-    assert "[4/4] Padim on Folder (normal_dir=gone), seed 3" in out
+    assert "[4/4] Padim on Folder (num_workers=-1), seed 3" in out
     assert "epoch 1/1" in out
     assert f"In runs/benchmark/{run.name}: run.json, results.csv" in out
     assert f"As a page: flowood report runs/benchmark/{run.name}" in out
@@ -79,12 +81,13 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert record["versions"]["anomalib"] == version("anomalib")
     assert record["settings"] == {"seeds": [3], "accelerators": ["cpu"], "trainer": {}}
     assert record["detectors"] == {"DFM tiny": DFM, "Padim": PADIM}
-    assert record["data"]["Folder (normal_dir=train)"] == folder(images, normal_dir="train")
+    assert record["data"]["Folder (num_workers=0)"] == folder(images)
 
     main(["report", str(run)])
     page = (run / "report" / "index.html").read_text()
-    assert page.count("data:image/png") == 2 * 10  # every test image: each detector has fewer than it would show
-    assert page.count("failed: FileNotFoundError") == 2
+    # Every test image, each with its map: each detector has fewer than it would show.
+    assert page.count('class="map" href="data:image/png') == 2 * 10
+    assert page.count("failed: ValueError") == 2
 
 
 def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +150,7 @@ def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatc
         return {**self.row(), "AUROC": 1.0, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0}
 
     monkeypatch.setattr(BenchmarkJob, "run", run)
-    monkeypatch.setattr(BenchmarkJob, "check", lambda self: None)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self, counts: None)
     runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
     with pytest.raises(KeyboardInterrupt):
         runner.run({"seed": {"grid": [1, 2, 3]}, "model": DFM, "data": folder(images)})
@@ -193,6 +196,72 @@ def test_a_wrong_value_in_the_last_entry_is_found_first(
         BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": {"grid": [DFM, wrong]}, "data": folder(images)})
 
 
+PARTS = {"class_path": "OneClass", "init_args": {"dataset": "./data/parts"}}
+ALPHA = {
+    "class_path": "anomalib_flowood.models.components.ConformalPostProcessor",
+    "init_args": {"alpha": 0.01},
+}
+
+
+def flow(**init_args: object) -> dict:
+    return {"class_path": "PixelFlow", "init_args": {"image_size": [8, 8], "channels": 1, **init_args}}
+
+
+def maps(**init_args: object) -> dict:
+    return {"class_path": "FeatureMapFlow", "init_args": {"backbone": BACKBONE, "pre_trained": False, **init_args}}
+
+
+def test_whatever_can_be_known_is_said_at_once_before_the_first_job(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few images for the level and for the directions, folders and weights that are not there."""
+    monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
+    for place, count in (("train/good", 8), ("test/good", 2), ("test/bad", 2)):
+        (here / "data/parts" / place).mkdir(parents=True)
+        for number in range(count):
+            Image.new("L", (8, 8), 10 * number).save(here / "data/parts" / place / f"{number}.png")
+    wide = maps(image_size=[32, 32], map_layers=[4], score_layers=[], subspace_dim=64)
+    gone = maps(backbone="local-dir:gone")
+    models = {"grid": [flow(), flow(post_processor=ALPHA), wide, gone]}
+    data = {"grid": [PARTS, {"class_path": "OneClass", "init_args": {"dataset": "./lost"}}, folder(images, root="no")]}
+    with pytest.raises(ValueError, match="5 things are wrong, and nothing was run") as caught:
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"seed": {"grid": [0, 1]}, "model": models, "data": data})
+    said = str(caught.value)
+    assert re.search(r"\(PixelFlow on lost, seed 0\) cannot run: There is no folder lost", said)
+    assert re.search(r"\(PixelFlow on Folder, seed 0\) cannot run: Path does not exist", said)
+    assert re.search(
+        r"on parts, seed 0\) cannot run: alpha=0.01 takes at least 100 in-distribution .* there are 2", said
+    )
+    assert re.search(
+        r"64 principal directions need more than 64 descriptors of layer .*, got 6: give more images", said
+    )
+    assert re.search(r"and 2 more cannot run: .*gone", said)
+    assert not (here / "runs").exists()
+
+
+def test_data_are_named_by_their_folders(here: Path, images: Path) -> None:
+    def names(*entries: dict) -> list[str]:
+        return [
+            job.data
+            for job in BenchmarkJobGenerator(["cpu"]).generate_jobs({"model": DFM, "data": {"grid": [*entries]}})
+        ]
+
+    cross = {
+        "class_path": "CrossDataset",
+        "init_args": {"in_distribution": "mnist", "out_of_distribution": ["./a/kinds"]},
+    }
+    kinds = [{"class_path": "OneClass", "init_args": {"dataset": "mnist", "normal_class": number}} for number in (1, 2)]
+    other = {"class_path": "OneClass", "init_args": {"dataset": "./other/parts"}}
+    assert names(PARTS, cross, {**cross, "name": "mine"}, folder(images)) == [
+        "parts",
+        "mnist → kinds",
+        "mine",
+        "Folder",
+    ]
+    assert names(*kinds) == ["mnist (normal_class=1)", "mnist (normal_class=2)"]
+    assert names(PARTS, other) == ["parts (dataset=./data/parts)", "parts (dataset=./other/parts)"]
+
+
 def test_the_error_is_anomalibs_too() -> None:
     assert issubclass(BenchmarkError, SerialExecutionError)
 
@@ -213,7 +282,7 @@ def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch:
         return {**self.row(), "AUROC": 1 / 3, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0, "note": "-x"}
 
     monkeypatch.setattr(BenchmarkJob, "run", run)
-    monkeypatch.setattr(BenchmarkJob, "check", lambda self: None)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self, counts: None)
     section = {
         "seed": {"grid": [1, 2, 3]},
         "model": {**DFM, "name": "=DFM"},

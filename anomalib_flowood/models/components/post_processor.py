@@ -144,7 +144,7 @@ class ConformalPostProcessor(PostProcessor):
         maxima = scores.new_empty(0) if map_maxima is None else map_maxima
         both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
         refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
-        self._check_images(len(scores))
+        self.check_images(len(scores))
         warning = conformal.looks_contaminated(scores)
         if warning and not self._warned_of_contamination:
             logger.warning("%s.", warning)
@@ -190,7 +190,7 @@ class ConformalPostProcessor(PostProcessor):
         self._warned_of = 0
         images = None if _trial_run(trainer) else _most_calibration_images(trainer)
         if images is not None:
-            self._check_images(images, trainer)
+            self.check_images(images, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: only the last validation counts."""
@@ -270,8 +270,16 @@ class ConformalPostProcessor(PostProcessor):
         rank = conformal.nearest_rank if self.alpha == conformal.DEFAULT_ALPHA else conformal.threshold_rank
         return rank(images, self.alpha)
 
-    def _check_images(self, images: int, trainer: Trainer | None = None) -> None:
-        """Refuse too few calibration images, or say once what they cost."""
+    def check_images(self, images: int, trainer: Trainer | None = None) -> None:
+        """Refuse too few calibration images, or say once what they cost.
+
+        Args:
+            images: Their number.
+            trainer: Lightning's, whose data module knows how there can be more.
+
+        Raises:
+            ValueError: If the level takes more, and is not the default one.
+        """
         self._rank(images)
         if images == self._warned_of or images >= conformal.images_needed(self.alpha):
             return

@@ -156,6 +156,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Draw the map of every test image, as anomalib's detectors do."""
         return ImageVisualizer()
 
+    def check_images(self, images: int) -> None:
+        """Refuse too few training images, for the directions of each layer, too; see :class:`FrozenFeatures`."""
+        super().check_images(images)
+        for layer in self.model.layers:
+            layer.check_images(images)  # type: ignore[operator]
+
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""
         return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.model.extract(images))

@@ -53,10 +53,18 @@ class MapLayer(nn.Module):
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
+    def check_images(self, images: int) -> None:
+        """Refuse fewer training images than the directions of descriptors take."""
+        self.subspace.check(images * math.prod(self.size), self._points)
+
+    @property
+    def _points(self) -> str:
+        return f"descriptors of layer {self.name}"
+
     def fit(self, maps: Tensor) -> None:
         """Fit descriptors and subspace to the maps of all training images, ``(N, C, h, w)``; errors as theirs."""
         described = self.descriptors.fit(maps)
-        self.subspace.fit(described, what=f"descriptors of layer {self.name}", solver="covariance_eigh")
+        self.subspace.fit(described, what=self._points, solver="covariance_eigh")
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """Reduce maps, ``(N, C, h, w)``.
