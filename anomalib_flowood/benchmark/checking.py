@@ -67,10 +67,10 @@ def check_detector(model: Any, trainer: dict[str, Any], counts: Counts) -> None:
         )
         raise ValueError(msg)
     if isinstance(model, FlowModule):
-        model.check_images(counts.train)
-    validates = counts.val is not None and trainer.get("limit_val_batches") is None
-    if validates and isinstance(model.post_processor, ConformalPostProcessor):
-        model.post_processor.check_images(counts.val)
+        model.check_number(counts.train)
+    calibrates = isinstance(model.post_processor, ConformalPostProcessor) and "limit_val_batches" not in trainer
+    if calibrates and counts.val is not None:
+        model.post_processor.check_number(counts.val)
 
 
 class Problems:

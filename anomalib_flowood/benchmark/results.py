@@ -12,7 +12,14 @@ import pandas as pd
 from rich.console import Console
 
 from anomalib_flowood.files import whole_file, write_table, write_text
-from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, set_markdown, set_table
+from anomalib_flowood.report import (
+    benchmark_markdown,
+    benchmark_table,
+    image_table,
+    score_histograms,
+    set_markdown,
+    set_table,
+)
 from anomalib_flowood.report.maps import write_maps
 from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
 
@@ -79,8 +86,13 @@ class Results:
         with whole_file(self.folder / RESULTS) as file:
             write_table(self.table, file)
 
-    def finish(self, console: Console) -> None:
-        """Draw, and print the table and where everything is."""
+    def finish(self, console: Console, images: int = 0) -> None:
+        """Draw, and print the table and where everything is.
+
+        Args:
+            console: Where to print.
+            images: How many images of either side to list of each job, those on which it is most wrong.
+        """
         if not self._results:
             return
         text = benchmark_markdown(self.table) + set_markdown(self.table)
@@ -93,5 +105,10 @@ class Results:
         sets = set_table(self.table)
         if sets is not None:
             console.print(sets)
+        if images and self._scores:
+            jobs = ["detector", "data", "seed"]
+            for job, rows in pd.concat(self._scores).groupby(jobs, sort=False):
+                result = next(row for row in self._results if tuple(row[name] for name in jobs) == job)
+                console.print(image_table(result, rows, images))
         for line in (f"In {self.folder}: {', '.join(names)}", f"As a page: flowood report {self.folder}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

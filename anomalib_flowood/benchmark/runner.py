@@ -20,6 +20,7 @@ from anomalib.pipelines.benchmark import Benchmark as AnomalibBenchmark
 from anomalib.pipelines.components.runners import SerialRunner
 from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
 from anomalib_flowood.engine import new_folder
@@ -64,7 +65,7 @@ class Benchmark(AnomalibBenchmark):
         args = self.get_parser().parse_args() if args is None else args
         config = self._get_args(args)
         for runner in self._setup_runners(config):
-            runner.resumed = args.get("resume")
+            runner.resumed, runner.images = args.get("resume"), args.get("images", 0)
             runner.run(config["benchmark"])
 
     @staticmethod
@@ -77,6 +78,12 @@ class Benchmark(AnomalibBenchmark):
             type=Path | None,
             default=None,
             help="Folder of an interrupted benchmark, which goes on there: jobs that are finished are not run again.",
+        )
+        parser.add_argument(
+            "--images",
+            type=NonNegativeInt,
+            default=0,
+            help="List so many test images of either side for each job: those on which it is most wrong.",
         )
         return parser
 
@@ -123,6 +130,8 @@ class BenchmarkRunner(SerialRunner):
 
     resumed: Path | None = None
     """Folder of an earlier run that is to go on."""
+    images = 0
+    """How many images of either side to list of each job."""
 
     def run(self, args: dict, prev_stage_results: Any = None) -> pd.DataFrame:
         """Check all jobs, then run them.
@@ -159,7 +168,7 @@ class BenchmarkRunner(SerialRunner):
             finally:  # an interrupted benchmark still shows what it has
                 progress.stage("writing")
                 progress.__exit__()
-                record.finish(console)
+                record.finish(console, self.images)
         if failed:
             listed = "\n".join(f"  {line}" for line in failed)
             msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"

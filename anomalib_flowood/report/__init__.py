@@ -3,12 +3,13 @@
 
 from .plots import score_histograms
 from .progress import JobProgress
-from .table import benchmark_markdown, benchmark_table, set_markdown, set_table, summarise
+from .table import benchmark_markdown, benchmark_table, image_table, set_markdown, set_table, summarise
 
 __all__ = [
     "JobProgress",
     "benchmark_markdown",
     "benchmark_table",
+    "image_table",
     "score_histograms",
     "set_markdown",
     "set_table",

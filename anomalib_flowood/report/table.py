@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -72,6 +74,29 @@ def cells_of(row: pd.Series) -> dict[str, str]:
         "fit_duration": _number(row["fit_duration"], nan, 1 if row["fit_duration"] < 100 else 0),
         "images_per_s": _number(rate, nan, 1 if rate < 10 else 0),
     }
+
+
+def image_table(job: Mapping[str, Any], scores: pd.DataFrame, count: int) -> Table:
+    """List the images on which a job is most wrong.
+
+    Args:
+        job: Its row of ``results.csv``.
+        scores: Its test images: ``image_path``, ``source``, ``label`` and ``score``.
+        count: How many of either side: the most anomalous inside ones, the least anomalous outside ones.
+    """
+    title = f"{job['detector']} on {job['data']}, seed {job['seed']}"
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
+    table.add_column("image", overflow="fold")
+    table.add_column("is")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("labelled")
+    threshold = float(job.get("threshold", math.nan))
+    ascending = scores.sort_values("score", kind="stable")
+    normal, anomalous = ascending[ascending["label"] == 0].iloc[::-1], ascending[ascending["label"] == 1]
+    for _, row in pd.concat([normal.head(count), anomalous.head(count)]).iterrows():
+        label = "-" if math.isnan(threshold) else "anomalous" if row["score"] > threshold else "normal"
+        table.add_row(escape(str(row["image_path"])), escape(str(row["source"])), f"{row['score']:.4g}", label)
+    return table
 
 
 def several_seeds(results: pd.DataFrame) -> bool:

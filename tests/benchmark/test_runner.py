@@ -30,7 +30,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     }
     Path("bench.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with pytest.raises(SystemExit) as exit_info:
-        main(["benchmark", "--config", "bench.yaml"])
+        main(["benchmark", "--config", "bench.yaml", "--images", "2"])
     assert exit_info.value.code == 1
     out, err = capsys.readouterr()
 
@@ -69,6 +69,12 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert f"In runs/benchmark/{run.name}: run.json, results.csv" in out
     assert f"As a page: flowood report runs/benchmark/{run.name}" in out
     assert max(map(len, out.splitlines())) <= 100 + len(str(images))
+    for detector, group in scores.groupby("detector"):
+        shown = out.rpartition(f"{detector} on Folder (num_workers=0), seed 3")[2]
+        sides = {label: side.sort_values("score")["score"] for label, side in group.groupby("label")}
+        wrong = [*sides[0].iloc[:-3:-1], *sides[1].iloc[:2]]
+        found = re.findall(r"(\S+) +(?:normal|anomalous) *$", shown, re.MULTILINE)
+        assert found[:4] == [f"{score:.4g}" for score in wrong]
     assert "2 of 4 jobs failed" in err
     assert f"Full tracebacks: runs/benchmark/{run.name}/benchmark.log" in err
     assert "Traceback" not in err

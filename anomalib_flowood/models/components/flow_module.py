@@ -67,7 +67,7 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
         else:
             self._read_alike()
 
-    def check_images(self, images: int) -> None:
+    def check_number(self, images: int) -> None:
         """Refuse so few training images that there is nothing to fit; a detector that knows a bound has it."""
 
     def _tell_of_few_images(self) -> None:

@@ -127,7 +127,7 @@ class FrozenFeatures(_Base):
         trainer: Trainer = self.trainer
         count = self.reference_images
         loader = _single(training_loaders(trainer), "training")
-        self.check_images(len(loader.dataset))
+        self.check_number(len(loader.dataset))
         anew = trainer.ckpt_path is None  # A resumed fit goes on with what its checkpoint brought.
         random = _is_random(getattr(loader.dataset, "augmentations", None))
         if random:
@@ -150,7 +150,7 @@ class FrozenFeatures(_Base):
                 feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.epoch_steps(len(dataset))),
             )
 
-    def check_images(self, images: int) -> None:
+    def check_number(self, images: int) -> None:
         """Refuse too few training images before the backbone has seen any.
 
         Args:

@@ -144,7 +144,7 @@ class ConformalPostProcessor(PostProcessor):
         maxima = scores.new_empty(0) if map_maxima is None else map_maxima
         both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
         refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
-        self.check_images(len(scores))
+        self.check_number(len(scores))
         warning = conformal.looks_contaminated(scores)
         if warning and not self._warned_of_contamination:
             logger.warning("%s.", warning)
@@ -190,7 +190,7 @@ class ConformalPostProcessor(PostProcessor):
         self._warned_of = 0
         images = None if _trial_run(trainer) else _most_calibration_images(trainer)
         if images is not None:
-            self.check_images(images, trainer)
+            self.check_number(images, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew: only the last validation counts."""
@@ -270,7 +270,7 @@ class ConformalPostProcessor(PostProcessor):
         rank = conformal.nearest_rank if self.alpha == conformal.DEFAULT_ALPHA else conformal.threshold_rank
         return rank(images, self.alpha)
 
-    def check_images(self, images: int, trainer: Trainer | None = None) -> None:
+    def check_number(self, images: int, trainer: Trainer | None = None) -> None:
         """Refuse too few calibration images, or say once what they cost.
 
         Args:

@@ -156,11 +156,11 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Draw the map of every test image, as anomalib's detectors do."""
         return ImageVisualizer()
 
-    def check_images(self, images: int) -> None:
+    def check_number(self, images: int) -> None:
         """Refuse too few training images, for the directions of each layer, too; see :class:`FrozenFeatures`."""
-        super().check_images(images)
+        super().check_number(images)
         for layer in self.model.layers:
-            layer.check_images(images)  # type: ignore[operator]
+            layer.check_number(images)  # type: ignore[operator]
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""

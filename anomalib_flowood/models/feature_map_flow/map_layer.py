@@ -53,7 +53,7 @@ class MapLayer(nn.Module):
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
-    def check_images(self, images: int) -> None:
+    def check_number(self, images: int) -> None:
         """Refuse fewer training images than the directions of descriptors take."""
         self.subspace.check(images * math.prod(self.size), self._points)
 
