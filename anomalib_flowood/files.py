@@ -9,9 +9,10 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What a spreadsheet takes for the beginning of a formula (OWASP, CSV Injection), quoted already or not.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")

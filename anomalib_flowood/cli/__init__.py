@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
@@ -22,7 +23,7 @@ from anomalib_flowood import __version__
 from anomalib_flowood.cli.help import COMPLETION, help_level, overview, short_help, unknown_subcommand, without_levels
 from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
-from anomalib_flowood.parsing import ALL, HELP_LEVEL
+from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
 
 
 def _configure_logging() -> None:
@@ -135,12 +136,16 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _run(args: list[str]) -> None:
+    known = SUBCOMMANDS.get(args[0])
+    if known is not None and known.module:
+        _run_at_once(args[0], args[1:])
+        return
     from rich.console import Console
 
     # anomalib and timm warn about their own deprecated imports, which no user can mend.
     with (
         _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
-        Console(stderr=True).status("loading anomalib"),
+        Console(stderr=True).status(f"loading anomalib and PyTorch for flowood {args[0]}"),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)
@@ -156,9 +161,26 @@ def _run(args: list[str]) -> None:
     except (
         ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError, ModuleNotFoundError,
     ) as error:  # fmt: skip
-        if os.environ.get("FLOWOOD_DEBUG") == "1":
-            raise
-        print(f"flowood: {readable(error)}", file=sys.stderr)
-        if not isinstance(error, BenchmarkError):
-            print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
-        sys.exit(1)
+        _fail(error, readable(error), debuggable=not isinstance(error, BenchmarkError))
+
+
+def _run_at_once(name: str, args: list[str]) -> None:
+    """Run a subcommand that needs no anomalib."""
+    module = import_module(SUBCOMMANDS[name].module)
+    parser = FlowoodParser(prog=f"flowood {name}")
+    module.add_arguments(parser)
+    arguments = parser.parse_args(args)
+    try:
+        module.run(arguments)
+    except (ValueError, OSError) as error:
+        _fail(error, str(error))
+
+
+def _fail(error: Exception, message: str, debuggable: bool = True) -> NoReturn:
+    """End with an error that a user can mend."""
+    if os.environ.get("FLOWOOD_DEBUG") == "1":
+        raise error
+    print(f"flowood: {message}", file=sys.stderr)
+    if debuggable:
+        print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
+    sys.exit(1)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,13 +74,19 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         super().add_subcommands(**kwargs)
 
     def _set_install_subcommand(self, action_subcommand: Any) -> None:
-        """Add anomalib's ``install`` with a parser of ours."""
+        """Add anomalib's ``install`` with a parser of ours, and the subcommands that need no anomalib."""
         parser = FlowoodParser()
         options = ("full", "core", "dev", "loggers", "notebooks", "openvino")
         parser.add_argument("--option", default="full", type=str, choices=options, help="What to install.")
         parser.add_argument("-v", "--verbose", action="store_true", help="Show what is being done.")
-        self.subcommand_parsers["install"] = parser
-        action_subcommand.add_subcommand("install", parser, help=SUBCOMMANDS["install"].description)
+        added = {"install": parser}
+        for name, known in SUBCOMMANDS.items():
+            if known.module:
+                added[name] = FlowoodParser()
+                import_module(known.module).add_arguments(added[name])
+        for name, parser in added.items():
+            self.subcommand_parsers[name] = parser
+            action_subcommand.add_subcommand(name, parser, help=SUBCOMMANDS[name].description)
 
     def _add_checkpoint_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``test``, so that the same files serve, for what works on a checkpoint."""
@@ -277,6 +284,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
                 sys.exit(_UNREADABLE)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])
+        elif SUBCOMMANDS[self.subcommand].module:
+            import_module(SUBCOMMANDS[self.subcommand].module).run(self.config[self.subcommand])
         elif self.subcommand == "export":
             self.export_detector()
         elif SUBCOMMANDS[self.subcommand].ours:  # anomalib would build the data module a second time

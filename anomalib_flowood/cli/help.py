@@ -30,7 +30,10 @@ def overview() -> str:
             "",
             *_columns((name, subcommand.description) for name, subcommand in SUBCOMMANDS.items()),
             "",
-            "flowood train --data ./parts is a beginning: a folder of images is enough.",
+            "first steps:",
+            "  flowood doctor                    what is installed here, and what is missing",
+            "  flowood train --data ./parts      a folder of images is enough",
+            "  flowood configs ./configs         configuration files to begin with",
             "",
             *_wrapped(
                 "flowood SUBCOMMAND --help tells more; add -v for all arguments of ours, -vv for those of Lightning, "

@@ -41,6 +41,8 @@ class Subcommand:
         examples: Command lines without ``flowood`` and the subcommand's name, and what they do.
         ours: Whether anomalib's parser lacks it: :class:`~anomalib_flowood.cli.commands.FlowoodCLI` has a method of its
             name, and ``add_…_arguments``.
+        module: The module that runs it without anomalib, in no time: it has ``add_arguments(parser)`` and
+            ``run(arguments)``.
         on_checkpoint: Whether it takes the detector from a checkpoint, if one is named.
     """
 
@@ -48,6 +50,7 @@ class Subcommand:
     arguments: tuple[Argument, ...] = ()
     examples: tuple[tuple[str, str], ...] = ()
     ours: bool = False
+    module: str = ""
     on_checkpoint: bool = False
 
 
@@ -87,7 +90,7 @@ _TRAINED = Argument("detector", f"{FILE}|{FOLDER}", "Checkpoint, or exported mod
 _TRAINING = (_DATA, _MODEL, *_SETTINGS, _CONFIG, _EPOCHS, _SEED, _ACCELERATOR, _ROOT, _RESUMED)
 _TESTING = (_CHECKPOINT, _DATA, *_SETTINGS, _ALPHA, _CONFIG, _SEED, _ACCELERATOR, _ROOT)
 _FROM_FOLDER = ("--data ./parts", "the default detector, on a folder of images")
-_FROM_FILE = ("--config detector.yaml", "as a file says")
+_FROM_FILE = ("--config detector.yaml", "as a file says; flowood configs writes examples")
 _OF_RUN = "results/…/latest/weights/lightning/model.ckpt"
 
 SUBCOMMANDS = {
@@ -144,7 +147,7 @@ SUBCOMMANDS = {
             Argument("--resume", FOLDER, "Folder of an interrupted benchmark, which goes on there."),
         ),
         (
-            ("--config benchmark.yaml", "a table, scores and pictures in runs/benchmark/…"),
+            ("--config configs/benchmark/one_class.yaml", "flowood configs writes this file"),
             ("--resume runs/benchmark/…", "what is finished is not run again"),
         ),
     ),
@@ -219,6 +222,21 @@ SUBCOMMANDS = {
         ),
         (("resnet18 backbones/resnet18", "then --model.backbone local-dir:backbones/resnet18"),),
         ours=True,
+    ),
+    "configs": Subcommand(
+        "Copy the configuration files that come with the package.",
+        (
+            Argument("folder", FOLDER, "Folder to write them to; made if missing."),
+            Argument("--overwrite", "", "Overwrite files that differ."),
+        ),
+        (("./configs", "for each detector, each kind of data, and benchmarks"),),
+        module="anomalib_flowood.cli.configs",
+    ),
+    "doctor": Subcommand(
+        "Show versions, devices and weights at hand, what is missing and how to get it.",
+        (Argument("--json", "", "Write what was found as JSON."),),
+        (("--json", "for programs; exit status 1 if something that is required is missing"),),
+        module="anomalib_flowood.cli.doctor",
     ),
     "install": Subcommand(
         "Install anomalib's optional dependencies.",
