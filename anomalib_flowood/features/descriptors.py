@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,18 +49,18 @@ class Descriptors(nn.Module):
         Raises:
             ValueError: If one of the halves does not vary, or a value is NaN or infinite.
         """
-        drawn = self._draw(maps).double().cpu().numpy()
-        if not np.isfinite(drawn).all():
+        drawn = self._draw(maps)
+        if not bool(torch.isfinite(drawn).all()):
             msg = f"The maps of layer {self.layer} hold NaN or infinite values: are the backbone's weights whole?"
             raise ValueError(msg)
-        totals = drawn.var(axis=0).reshape(2, -1).sum(axis=1)
+        totals = drawn.var(0, correction=0).reshape(2, -1).sum(1)
         if totals.min() <= 1e-10:
             what = "features" if totals[0] <= 1e-10 else "directions of the features"
             msg = f"The {what} of layer {self.layer} do not vary: are the training images all the same, or constant?"
             raise ValueError(msg)
-        scale = (1 / np.sqrt(totals)).repeat(len(self.scale) // 2)
-        self.scale.copy_(torch.from_numpy(scale))
-        return torch.from_numpy(drawn * scale)
+        scale = totals.rsqrt().repeat_interleave(len(self.scale) // 2)
+        self.scale.copy_(scale)
+        return drawn.mul_(scale)
 
     @full_precision
     def forward(self, maps: Tensor) -> Tensor:
@@ -81,17 +80,19 @@ class Descriptors(nn.Module):
         return _describe(maps.to(self.scale))
 
     def _draw(self, maps: Tensor) -> Tensor:
-        """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``."""
+        """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``, float64, in main memory."""
         n, _, height, width = maps.shape
         positions = height * width
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(n * positions, generator=generator)[:_FIT_POSITIONS].sort().values
-        parts = []
+        found = torch.empty(len(drawn), len(self.scale), dtype=torch.float64)
+        filled = 0
         for start, chunk in zip(range(0, n, _CHUNK), maps.split(_CHUNK), strict=True):
             inside = drawn[(drawn >= start * positions) & (drawn < (start + len(chunk)) * positions)]
             described = _describe(chunk.to(self.scale)).permute(0, 2, 3, 1).flatten(0, 2)
-            parts.append(described[inside - start * positions])
-        return torch.cat(parts)
+            found[filled : filled + len(inside)] = described[inside - start * positions]
+            filled += len(inside)
+        return found
 
 
 def _describe(maps: Tensor) -> Tensor:

@@ -105,14 +105,16 @@ class Embedding(nn.Module):
         pooled, *maps = run_backbone(self.network, images)
         return (pooled, *(_to_grid(layer) for layer in maps))
 
-    def fit(self, features: tuple[Tensor, ...]) -> None:
+    def fit(self, features: tuple[Tensor, ...], images: Tensor | None = None) -> None:
         """Fit the principal directions of each layer's feature vectors, over all positions and images.
 
         Args:
-            features: What :meth:`extract` returns for the training images; in main memory, if they are many.
+            features: What :meth:`extract` returns for the training images; in main memory or mapped to a file, if they
+                are many.
+            images: Indices of those to look at, ``(n,)``; by default all.
         """
         for layout, layer in zip(self.layouts, features[1:], strict=True):
-            layout.fit(layer)  # type: ignore[operator]
+            layout.fit(layer, images)  # type: ignore[operator]
 
     @full_precision
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -130,10 +132,14 @@ class Embedding(nn.Module):
         length = math.sqrt(len(parts))
         return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
 
-    def embed_stored(self, features: tuple[Tensor, ...]) -> Tensor:
-        """Embed the features of many images, some at a time: ``(N, D)``, on the module's device."""
-        chunks = zip(*(part.split(_CHUNK) for part in features), strict=True)
-        return torch.cat([self(chunk) for chunk in chunks])
+    def embed_stored(self, features: tuple[Tensor, ...], images: Tensor | None = None) -> Tensor:
+        """Embed the features of many images, some at a time, or of those whose indices are given.
+
+        Returns:
+            ``(N, D)``, on the module's device.
+        """
+        images = torch.arange(len(features[0])) if images is None else images
+        return torch.cat([self(tuple(part[some] for part in features)) for some in images.split(_CHUNK)])
 
 
 class Layout(nn.Module):
@@ -154,15 +160,20 @@ class Layout(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("directions", torch.zeros(min(dims, channels), channels))
 
-    def fit(self, layer: Tensor) -> None:
+    def fit(self, layer: Tensor, images: Tensor | None = None) -> None:
         """Fit mean and directions.
 
         Args:
             layer: The map of all training images, ``(N, C, h, w)``, on any device.
+            images: Indices of those to look at, ``(n,)``; by default all.
         """
-        vectors = layer.movedim(1, -1).flatten(0, -2)
-        drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:_FIT_POSITIONS]
-        pca = PCA(svd_solver="covariance_eigh").fit(vectors[drawn].double().cpu().numpy())
+        height, width = layer.shape[2:]
+        count = len(layer) if images is None else len(images)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randperm(count * height * width, generator=generator)[:_FIT_POSITIONS]
+        image, place = drawn // (height * width), drawn % (height * width)
+        vectors = layer[image if images is None else images[image], :, place // width, place % width]
+        pca = PCA(svd_solver="covariance_eigh").fit(vectors.double().cpu().numpy())
         count = len(self.directions)
         variances = torch.from_numpy(pca.explained_variance_[:count])
         scale = variances.clamp(min=max(1e-6 * float(variances[0]), 1e-12)) ** -0.25

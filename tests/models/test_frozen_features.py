@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import logging
+import os
 import weakref
 from itertools import chain
 
@@ -138,15 +140,53 @@ def test_features_that_are_prepared_are_let_go(tmp_path, monkeypatch):
     def watching(self, loader, limit, what):
         if what == "validation":
             alive.extend(reference() for reference in references if reference() is not None)
-        features, labels = extract_all(self, loader, limit, what)
-        references.extend(weakref.ref(part) for part in features)
-        return features, labels
+        store, labels = extract_all(self, loader, limit, what)
+        references.extend(weakref.ref(column) for column in store._columns)
+        return store, labels
 
     references: list = []
     monkeypatch.setattr(EmbeddingFlow, "_extract_all", watching)
     engine(tmp_path).fit(embedding_flow(max_epochs=1), datamodule=data(tmp_path))
     assert len(references) == 6  # pooled and the maps of two layers, of training and validation
     assert not alive
+
+
+def test_one_budget_holds_for_all_features_that_are_stored_at_a_time(tmp_path, monkeypatch):
+    taken: dict[int, float] = {}
+    most = []
+    allocate = FeatureStore._allocate
+
+    def watching(store, features):
+        columns = allocate(store, features)
+        if store.taken_gib:
+            key = id(store)
+            taken[key] = store.taken_gib
+            weakref.finalize(columns[-1], taken.pop, key)
+        most.append(sum(taken.values()))
+        return columns
+
+    monkeypatch.setattr(FeatureStore, "_allocate", watching)
+    states = []
+    for cache_gib in (1.0, 0.8e-3):  # of the four stores the second fits beside the first no more
+        most.clear()
+        torch.manual_seed(0)
+        detector = feature_map_flow(cache_gib=cache_gib, max_epochs=1)
+        engine(tmp_path / str(cache_gib)).fit(detector, datamodule=data(tmp_path))
+        assert len(most) == 4
+        assert 0 < max(most) <= cache_gib
+        states.append((max(most), detector.state_dict()))
+    (all_of_it, roomy), (part, tight) = states
+    assert part < all_of_it
+    assert all(torch.equal(value.nan_to_num(), tight[key].nan_to_num()) for key, value in roomy.items())
+
+
+def test_a_disk_without_room_for_features_is_told_before_they_are_written(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"no room in .* GiB of features \(No space left on device\): set TMPDIR"):
+        FeatureStore(10, 0.0).append((torch.zeros(2, 3),))
 
 
 @pytest.mark.parametrize("what", ["training", "validation"])

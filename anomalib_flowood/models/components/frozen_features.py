@@ -83,11 +83,14 @@ class FrozenFeatures(_Base):
     """
 
     cache_gib: float = 2.0
-    """Memory for features, in GiB."""
+    """Memory for all features that are stored at a time, in GiB; what is more lies in a temporary file."""
     reference_images: ClassVar[int] = 0
     """Training images of which :meth:`keep_reference` gets the features."""
     least_images: ClassVar[int] = 2
     """Training images without which there is nothing to fit."""
+
+    _kept_gib: float = 0.0
+    """Of it, what the features have that are trained on."""
 
     def epoch_steps(self, images: int) -> int | None:
         """Return the steps of an epoch with so many images, drawn with replacement; ``None`` for each one once."""
@@ -134,16 +137,21 @@ class FrozenFeatures(_Base):
             logger.warning("Training augmentations are on: the backbone extracts features anew in every epoch.")
         if random and not anew and not count:
             return
-        features, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
+        self._kept_gib = 0.0
+        extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
+        features = extracted.features
         if anew:
             self.fit_features(features)
         if random and not count:
             return
         reference = _some(len(features[0]), count)
-        prepared = self._prepare_all(tuple(part[reference] for part in features) if random else features)
+        wanted = tuple(part[reference] for part in features) if random else features
+        store = self._prepare_all(wanted, self.cache_gib - extracted.taken_gib)
+        prepared = store.features
         if count:
             self.keep_reference(prepared if random else tuple(part[reference] for part in prepared))
         if not random:
+            self._kept_gib = store.taken_gib
             dataset = FeatureDataset(prepared, labels)
             train_on(
                 trainer,
@@ -173,8 +181,9 @@ class FrozenFeatures(_Base):
         if not loaders:
             return
         loader = _single(loaders, "validation")
-        features, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
-        dataset = FeatureDataset(self._prepare_all(features), labels)
+        extracted, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
+        room = self.cache_gib - self._kept_gib - extracted.taken_gib
+        dataset = FeatureDataset(self._prepare_all(extracted.features, room).features, labels)
         validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
@@ -185,14 +194,14 @@ class FrozenFeatures(_Base):
             return self.prepare_features(self.extract(batch.image))
 
     @torch.no_grad()
-    def _extract_all(self, loader: DataLoader, limit: float, what: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def _extract_all(self, loader: DataLoader, limit: float, what: str) -> tuple[FeatureStore, Tensor | None]:
         trainer: Trainer = self.trainer
         training = self.training
         self.eval()
         # A share is applied to the stored features, by Lightning, at every epoch.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None)
         total = len(counts)
-        store = FeatureStore(len(loader.dataset), self.cache_gib)  # type: ignore[arg-type]
+        store = FeatureStore(len(loader.dataset), self.cache_gib - self._kept_gib)  # type: ignore[arg-type]
         labels: list[Any] = []
         batches: Iterable[Batch] = own
         watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
@@ -216,14 +225,14 @@ class FrozenFeatures(_Base):
             msg = f"There are no {what} images to extract features from."
             raise ValueError(msg)
         stored = None if any(label is None for label in labels) else torch.cat(labels).cpu()
-        return store.features, stored
+        return store, stored
 
     @torch.no_grad()
-    def _prepare_all(self, features: tuple[Tensor, ...], chunk: int = 256) -> tuple[Tensor, ...]:
-        store = FeatureStore(len(features[0]), self.cache_gib)
+    def _prepare_all(self, features: tuple[Tensor, ...], room_gib: float, chunk: int = 256) -> FeatureStore:
+        store = FeatureStore(len(features[0]), room_gib)
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
-        return store.features
+        return store
 
 
 def _some(images: int, count: int) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -91,17 +93,24 @@ class FeatureStore:
 
     Args:
         rows: The most rows that will come.
-        cache_gib: The most memory to take, in GiB; what needs more goes to a temporary file, which the system removes
+        room_gib: The most memory to take, in GiB; what needs more goes to a temporary file, which the system removes
             when the features are no longer used.
     """
 
-    def __init__(self, rows: int, cache_gib: float) -> None:
-        self.rows, self.cache_gib = rows, cache_gib
+    taken_gib: float = 0.0
+    """Memory that is taken, in GiB: nothing where the features are in a file."""
+
+    def __init__(self, rows: int, room_gib: float) -> None:
+        self.rows, self.room_gib = rows, room_gib
         self._columns: list[Tensor] = []
         self._filled = 0
 
     def append(self, features: tuple[Tensor, ...]) -> None:
-        """Add the features of some images, tensors with one row per image."""
+        """Add the features of some images, tensors with one row per image.
+
+        Raises:
+            OSError: If they belong in a file, and there is no room for it.
+        """
         if not self._columns:
             self._columns = self._allocate(features)
         end = self._filled + len(features[0])
@@ -117,17 +126,30 @@ class FeatureStore:
     def _allocate(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         shapes = [(self.rows, *feature.shape[1:]) for feature in features]
         size = sum(math.prod(shape) * feature.element_size() for shape, feature in zip(shapes, features, strict=True))
-        if size <= self.cache_gib * 2**30:
+        gib = size / 2**30
+        if gib <= self.room_gib:
+            self.taken_gib = gib
             return [torch.empty(shape, dtype=feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
         logger.warning(
-            "The features of %d images take %.1f GiB, more than cache_gib=%g: they are kept in a temporary file.",
+            "The features of %d images take %.1f GiB, and cache_gib leaves %.1f: they are kept in a temporary file.",
             self.rows,
-            size / 2**30,
-            self.cache_gib,
+            gib,
+            max(0.0, self.room_gib),
         )
-        columns = []
-        for shape, feature in zip(shapes, features, strict=True):
-            with NamedTemporaryFile(prefix="flowood-features-") as file:  # The mapping outlives the name.
-                flat = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=feature.dtype)
-            columns.append(flat.reshape(shape))
-        return columns
+        return [_mapped(shape, feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a temporary file, which has its room on the disk before anything is written."""
+    size = math.prod(shape)
+    with NamedTemporaryFile(prefix="flowood-features-") as file:  # The mapping outlives the name.
+        try:
+            if hasattr(os, "posix_fallocate"):  # else writing to a full disk would end the process without a word
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        except OSError as error:
+            msg = (
+                f"There is no room in {Path(file.name).parent} for {size * dtype.itemsize / 2**30:.1f} GiB of features "
+                f"({error.strerror}): set TMPDIR to a folder with more, or raise cache_gib."
+            )
+            raise OSError(error.errno, msg) from error
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).reshape(shape)

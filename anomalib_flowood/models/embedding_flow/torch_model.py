@@ -120,9 +120,8 @@ class EmbeddingFlowModel(FlowModel):
             ValueError: If there are too few of them, or they are all alike.
         """
         drawn = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(0))[:_FIT_IMAGES].sort().values
-        features = tuple(part[drawn] for part in features)
-        self.embedding.fit(features)
-        self.fit_embeddings(self.embedding.embed_stored(features))
+        self.embedding.fit(features, drawn)
+        self.fit_embeddings(self.embedding.embed_stored(features, drawn))
 
     def fit_embeddings(self, embeddings: Tensor) -> None:
         """Fit the Gaussians of the parts, and the kinds.

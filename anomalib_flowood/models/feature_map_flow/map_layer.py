@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
 
+_CHUNK = 64
+"""Images that are whitened at once in a fit."""
+
 
 class MapLayer(nn.Module):
     """Descriptors of one layer's maps and their principal subspace; and the whitening of what the flow leaves.
@@ -82,8 +85,10 @@ class MapLayer(nn.Module):
     def fit_whitening(self, latents: Tensor) -> None:
         """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``."""
         self.positions.fit(latents)
-        chunks = [self.positions.transform(some, rev=False)[0] for some in latents.split(64)]
-        self.layout.fit(torch.cat(chunks))
+        whitened = torch.empty_like(latents)
+        for some, part in zip(latents.split(_CHUNK), whitened.split(_CHUNK), strict=True):
+            part.copy_(self.positions.whitened(some))
+        self.layout.fit(whitened)
 
     def forget_whitening(self) -> None:
         """Whiten nothing: what was fitted is of other weights of the flow."""
