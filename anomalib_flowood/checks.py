@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callable[[int], str] | None = None) -> None:
@@ -21,11 +23,11 @@ def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callabl
     Raises:
         ValueError: If a score is NaN.
     """
-    nans = scores.isnan() if isinstance(scores, Tensor) else torch.from_numpy(np.isnan(scores))
+    nans = np.isnan(scores) if isinstance(scores, np.ndarray) else scores.isnan().cpu().numpy()
     count = int(nans.sum())
     if count:
-        which = f", the first of {first(int(nans.flatten().nonzero()[0]))}" if first else ""
-        msg = f"{count} of {nans.numel()} {what} are NaN: they cannot be ranked{which}. Has the training diverged?"
+        which = f", the first of {first(int(np.flatnonzero(nans)[0]))}" if first else ""
+        msg = f"{count} of {nans.size} {what} are NaN: they cannot be ranked{which}. Has the training diverged?"
         raise ValueError(msg)
 
 

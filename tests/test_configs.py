@@ -48,11 +48,15 @@ def test_it_runs_behind_an_option_too(tmp_path, capsys):
 def test_light_subcommands_load_neither_anomalib_nor_torch(tmp_path):
     code = (
         "import sys\nfrom anomalib_flowood.cli import main\n"
-        "for arguments in (['--version'], ['--help'], ['configs', sys.argv[1]], ['doctor']):\n"
-        "    try: main(arguments)\n    except SystemExit: pass\n"
-        "loaded = {'torch', 'anomalib', 'lightning', 'pandas', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
-        "assert not loaded, loaded"
+        "def run(*arguments):\n"
+        "    try: main(list(arguments))\n    except SystemExit: pass\n"
+        "    return {'torch', 'anomalib', 'lightning', 'pandas', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+        "for arguments in (['--version'], ['--help'], ['configs', sys.argv[1]], ['doctor'], ['report']):\n"
+        "    assert not run(*arguments), arguments\n"
+        "assert run('report', 'nowhere') <= {'pandas', 'numpy'}  # what reads a table"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "flowood: FOLDER has to be given." in done.stderr
+    assert "flowood: nowhere is no folder." in done.stderr
     assert contents(tmp_path) == contents(CONFIGS)

@@ -36,7 +36,7 @@ def test_what_is_missing_has_a_remedy_and_a_status(requirements, capsys):
         main(["doctor"])
     assert ended.value.code == 1
     out = capsys.readouterr().out
-    missing = out.partition("missing, and required\n")[2].split("what is missing")[0].split()
+    missing = out.partition("missing, and required\n")[2].split("to get")[0].split()
     assert missing == ["pyyaml>=99", "no-such-package<2"]
     assert "\n  pip install 'pyyaml>=99' 'no-such-package<2'\n" in out
     assert out.endswith("  pip install 'anomalib-flowood[export,more]'\n")

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
-from types import FrameType
 from typing import NoReturn
 
 from anomalib_flowood import __version__
 from anomalib_flowood.cli.help import COMPLETION, help_level, overview, short_help, unknown_subcommand, without_levels
 from anomalib_flowood.cli.noise import quieten
+from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
 
@@ -57,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
     level = help_level(given)
     token = HELP_LEVEL.set(ALL if level is None else level)
     try:
-        with warnings.catch_warnings(), _ended_by_signals():
+        with warnings.catch_warnings(), ended_by_signals():
             _configure_logging()
             _run(given if level is None else without_levels(given))
     finally:
@@ -88,67 +84,12 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let a signal end the command with the status that says so, 128 and its number: 130 of Ctrl-C, 143 of SIGTERM.
-
-    Lightning takes both for the regular end of a training. What was being written is left out: see
-    :mod:`anomalib_flowood.files`.
-    """
-    try:
-        with _handled_by(_terminate, signal.SIGTERM):
-            yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            sys.exit(128 + signal.SIGINT)
-        raise
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
-    """Let signals be handled so for a while, in the main thread, which alone can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process at once: what is half imported does not survive an exception, and nothing has been written."""
-    del frame
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h\n")  # the cursor, which a spinner has hidden
-        sys.stderr.flush()
-    os._exit(128 + number)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End what runs, however deep."""
-    del frame
-    sys.exit(128 + number)
-
-
 def _run(args: list[str]) -> None:
     known = SUBCOMMANDS.get(args[0])
     if known is not None and known.module:
         _run_at_once(args[0], args[1:])
         return
-    from rich.console import Console
-
-    # anomalib and timm warn about their own deprecated imports, which no user can mend.
-    with (
-        _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
-        Console(stderr=True).status(f"loading anomalib and PyTorch for flowood {args[0]}"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)
+    with loading(f"anomalib and PyTorch for flowood {args[0]}"):
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
         from anomalib_flowood.benchmark import BenchmarkError, readable

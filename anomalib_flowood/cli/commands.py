@@ -8,7 +8,6 @@ import secrets
 import sys
 import time
 from dataclasses import fields
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +30,7 @@ from rich.console import Console
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood import __version__
-from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, build, check_seed
+from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, check_seed
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
@@ -225,19 +224,6 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         given = self.config["serve"]
         limits = Limits(**{field.name: given[field.name] for field in fields(Limits)})
         serve(Path(str(given["detector"])), given["host"], given["port"], limits, given["drift_images"])
-
-    def add_report_arguments(self, parser: ArgumentParser) -> None:
-        """Describe the arguments of ``report``."""
-        parser.add_argument("folder", type=Path, help="Folder that `flowood benchmark` or `flowood test` named.")
-        parser.add_argument("--output", type=Path, default=None, help="Folder to write to; FOLDER/report if not given.")
-
-    def report(self) -> None:
-        """Write the page of a run and say where it is."""
-        from anomalib_flowood.report.page import write_report
-
-        arguments = self.config["report"]
-        page = write_report(arguments["folder"], partial(build, "data"), arguments["output"])
-        Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
 
     def add_backbone_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``backbone``."""

@@ -177,5 +177,5 @@ def _report(found: Examination) -> str:
     if found.missing:
         lines += ["missing, and required", *(f"  {name}" for name in found.missing)]
     if found.remedies:
-        lines += ["what is missing is had by", *(f"  {remedy}" for remedy in found.remedies)]
+        lines += ["to get what is missing", *(f"  {remedy}" for remedy in found.remedies)]
     return "\n".join(lines if found.missing else [*lines, "Everything that is required is here."])

@@ -41,7 +41,7 @@ class Subcommand:
         examples: Command lines without ``flowood`` and the subcommand's name, and what they do.
         ours: Whether anomalib's parser lacks it: :class:`~anomalib_flowood.cli.commands.FlowoodCLI` has a method of its
             name, and ``add_…_arguments``.
-        module: The module that runs it without anomalib, in no time: it has ``add_arguments(parser)`` and
+        module: The module that runs it, and starts without anomalib: it has ``add_arguments(parser)`` and
             ``run(arguments)``.
         on_checkpoint: Whether it takes the detector from a checkpoint, if one is named.
     """
@@ -212,7 +212,7 @@ SUBCOMMANDS = {
             Argument("--output", FOLDER, "Folder to write to. By default report/ in the folder."),
         ),
         (("runs/benchmark/2026-11-25-15_54_51", "one page that needs no network"),),
-        ours=True,
+        module="anomalib_flowood.cli.reporting",
     ),
     "backbone": Subcommand(
         "Save a timm backbone with its weights into a folder, for use offline.",

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from anomalib_flowood.checks import refuse_nan
 from anomalib_flowood.files import unescaped, write_text
@@ -55,6 +54,8 @@ def write_record(
     Returns:
         The file written.
     """
+    import torch  # here alone: a run's folder is read without it
+
     machine = {"platform": platform.platform(), "CPU threads": torch.get_num_threads(), "CPUs": os.cpu_count()}
     if torch.cuda.is_available():
         machine["GPU"] = torch.cuda.get_device_name()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands start and end: what they load, and what signals do to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say what is being imported, on a terminal; a signal then ends the process at once."""
+    from rich.console import Console
+
+    # anomalib and timm warn about their own deprecated imports, which no user can mend.
+    with (
+        _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
+        Console(stderr=True).status(f"loading {what}"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let a signal end the command with the status that says so, 128 and its number: 130 of Ctrl-C, 143 of SIGTERM.
+
+    Lightning takes both for the regular end of a training. What was being written is left out: see
+    :mod:`anomalib_flowood.files`.
+    """
+    try:
+        with _handled_by(_terminate, signal.SIGTERM):
+            yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            sys.exit(128 + signal.SIGINT)
+        raise
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
+    """Let signals be handled so for a while, in the main thread, which alone can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process at once: what is half imported does not survive an exception, and nothing has been written."""
+    del frame
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")  # the cursor, which a spinner has hidden
+        sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End what runs, however deep."""
+    del frame
+    sys.exit(128 + number)
