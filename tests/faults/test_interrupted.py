@@ -93,7 +93,7 @@ def test_an_interrupt_while_importing_has_its_status_and_no_traceback():
         "import sys, signal, threading, time, _thread\n"
         "from anomalib_flowood.cli import main\n"
         "threading.Timer(0.5, _thread.interrupt_main).start()\n"
-        "main(['train', '--help'])"
+        "main(['train', '--help', '-v'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 130
