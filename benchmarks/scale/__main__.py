@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits gain by a second process.
+"""What fits gain by a second process, and what memory and time they take of many images.
 
 python -m benchmarks.scale processes [FOLDER]
+python -m benchmarks.scale memory
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +22,7 @@ from rich.console import Console
 from benchmarks.memory import write_photographs
 from benchmarks.results import put_between
 
-from . import processes
+from . import memory, processes
 
 README = Path(__file__).with_name("README.md")
 
@@ -35,7 +38,37 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--size", type=int, nargs=2, default=(768, 1024), metavar=("HEIGHT", "WIDTH"), help="of these")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--detectors", nargs="+", choices=processes.DETECTORS, default=processes.DETECTORS)
+    run = commands.add_parser("memory", help="fit to more and more images")
+    counts = {memory.EMBEDDINGS: (10_000, 100_000, 300_000, 1_000_000), memory.FILES: (3_000, 10_000, 30_000, 100_000)}
+    for kind, default in counts.items():
+        run.add_argument(f"--{kind}", nargs="+", type=int, default=default, help="how many, one fit each")
     return parser
+
+
+def _processes(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[str], str]]:
+    """Return how it was measured, and what makes a table of the rest of that line."""
+    folder = arguments.folder
+    if folder is None:
+        folder = made / "photographs" / "good"
+        write_photographs(folder, arguments.images, tuple(arguments.size))
+    output = made / "results"
+    output.mkdir()
+    try:
+        rows = processes.measure(folder, output, arguments.detectors, arguments.rounds)
+    except RuntimeError as error:
+        said = "".join(path.read_text(encoding="utf-8")[-4000:] for path in sorted(output.glob("errors-*.log")))
+        msg = f"{error}{said}"
+        raise RuntimeError(msg) from error
+    return f"{arguments.rounds} rounds, ", partial(processes.table, rows)
+
+
+def _memory(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[str], str]]:
+    """As :func:`_processes`; also draws the plot."""
+    counts = {kind: getattr(arguments, kind) for kind in (memory.EMBEDDINGS, memory.FILES)}
+    memory.write_images(made / "good", max(counts[memory.FILES]))
+    rows = memory.measure(counts, memory.FITS, made)
+    memory.plot(rows, README.with_name("memory.png"))
+    return "", partial(memory.table, rows)
 
 
 def main() -> int:
@@ -43,27 +76,20 @@ def main() -> int:
     arguments = _parser().parse_args()
     console = Console(soft_wrap=True)
     load, start = os.getloadavg()[0], time.perf_counter()
-    with TemporaryDirectory() as made:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(made) / "photographs" / "good"
-            write_photographs(folder, arguments.images, tuple(arguments.size))
-        output = Path(made) / "results"
-        output.mkdir()
-        try:
-            rows = processes.measure(folder, output, arguments.detectors, arguments.rounds)
-        except RuntimeError as error:
-            said = "".join(path.read_text(encoding="utf-8")[-4000:] for path in sorted(output.glob("errors-*.log")))
-            Console(stderr=True, soft_wrap=True).print(f"{error}{said}", markup=False, highlight=False)
-            return 1
+    measure = {"processes": _processes, "memory": _memory}[arguments.command]
+    try:
+        with TemporaryDirectory() as made:
+            how, table = measure(arguments, Path(made))
+    except RuntimeError as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        return 1
     command = shlex.join(["python", "-m", "benchmarks.scale", *sys.argv[1:]])
-    said = (
-        f"`{command}`: {arguments.rounds} rounds, {time.perf_counter() - start:.0f} s in all, on {os.cpu_count()} "
-        f"processors, with a load average of {load:.1f} from other work at the start."
+    text = table(
+        f"`{command}`: {how}{time.perf_counter() - start:.0f} s in all, on {os.cpu_count()} processors, with a load "
+        f"average of {load:.1f} from other work at the start."
     )
-    text = processes.table(rows, said)
     console.print(text, markup=False, highlight=False)
-    if put_between(README, "processes", text):
+    if put_between(README, arguments.command, text):
         console.print(f"Written: {README}", markup=False, highlight=False)
     return 0
 
