@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files about the project that nothing imports: whether they parse, and agree with pyproject.toml and the Makefile."""
 
+import json
 import re
 from pathlib import Path
 
@@ -57,6 +58,27 @@ def test_the_citation_has_what_its_schema_requires():
 def test_contributing_names_targets_that_there_are():
     named = re.findall(r"`?make ([a-z][\w-]*)", (ROOT / "CONTRIBUTING.md").read_text())
     assert {"lint", "test", "pre-commit"} <= set(named) <= targets()
+
+
+def test_the_dockerfile_serves_as_somebody_who_may_do_little():
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())  # one line for each instruction
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    final = lines[max(place for place, (word, _) in enumerate(lines) if word == "FROM") :]
+    said = dict(final)
+    assert list(said).index("USER") < list(said).index("ENTRYPOINT")
+    assert said["USER"] not in {"root", "0"}
+    assert json.loads(said["ENTRYPOINT"]) == ["flowood", "serve"]
+    assert json.loads(said["CMD"]) == ["/model", "--host", "0.0.0.0"]
+    (python,) = set(re.findall(r"FROM python:([\d.]+)-slim", text))
+    assert f'"{python}"' in (ROOT / ".github/workflows/ci.yml").read_text()
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = [word for name, what in lines if name == "COPY" and "--from" not in what for word in what.split()[:-1]]
+    assert sorted(copied) == sorted(sent)
+    assert all((ROOT / name).exists() for name in copied)
+    assert {'readme = "README.md"', 'license-files = ["LICENSE"]'} <= set(PYPROJECT.splitlines())
+    extras = re.search(r"pip install '\.\[([\w,]+)\]'", text)[1].split(",")
+    assert all(f"\n{extra} = [" in PYPROJECT for extra in extras)
+    assert "/health/ready" in said["HEALTHCHECK"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 import anyio
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -80,6 +81,8 @@ async def _multipart(request: Request, limits: Limits) -> list[File]:
     )
     try:
         form = await parser.parse()
+    except FormParserError as error:  # which a later Starlette takes for the next one
+        raise Problem(HTTPStatus.BAD_REQUEST, f"The form is damaged. {_HOW}") from error
     except MultiPartException as error:
         too_many = error.message.startswith("Too many")
         status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if too_many else HTTPStatus.BAD_REQUEST
