@@ -28,9 +28,10 @@ def test_the_workflow_lints_and_tests_every_python_that_is_promised():
     assert versions == ["3.10", "3.11", "3.12", "3.13"]
     assert f'requires-python = ">={versions[0]}"' in PYPROJECT
     assert f'target-version = "py{versions[0].replace(".", "")}"' in PYPROJECT
+    assert re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT) == versions
 
     commands = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in jobs.items()}
-    assert {"make lint", "make test"} <= set(commands["test"])
+    assert {"make lint", "make test", ".venv/bin/pip check"} <= set(commands["test"])
     assert commands["pre-commit"] == ["make pre-commit"]
     made = re.findall(r"make ([\w-]+)", str(commands))
     assert set(made) <= targets()
