@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_flowood.flows import full_precision
+from anomalib_flowood.flows import draw, full_precision
 
 _FIT_POSITIONS = 60_000
 """Positions whose descriptors a fit looks at; more change nothing but the time."""
@@ -83,8 +83,7 @@ class Descriptors(nn.Module):
         """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``, float64, in main memory."""
         n, _, height, width = maps.shape
         positions = height * width
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randperm(n * positions, generator=generator)[:_FIT_POSITIONS].sort().values
+        drawn = draw(n * positions, _FIT_POSITIONS)
         found = torch.empty(len(drawn), len(self.scale), dtype=torch.float64)
         filled = 0
         for start, chunk in zip(range(0, n, _CHUNK), maps.split(_CHUNK), strict=True):

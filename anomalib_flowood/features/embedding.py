@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anomalib_flowood.flows import full_precision
+from anomalib_flowood.flows import Computed, draw, full_precision
 
 from .backbones import PooledAndMaps, run_backbone
 from .catalogue import default_layers, feature_layers
@@ -21,9 +21,6 @@ _GRID = 7
 
 _FIT_POSITIONS = 60_000
 """Most positions from which the directions of feature vectors are fitted, for the time it takes."""
-
-_CHUNK = 512
-"""Images that are embedded at once where features are at hand."""
 
 
 class Embedding(nn.Module):
@@ -105,16 +102,15 @@ class Embedding(nn.Module):
         pooled, *maps = run_backbone(self.network, images)
         return (pooled, *(_to_grid(layer) for layer in maps))
 
-    def fit(self, features: tuple[Tensor, ...], images: Tensor | None = None) -> None:
+    def fit(self, features: tuple[Tensor, ...]) -> None:
         """Fit the principal directions of each layer's feature vectors, over all positions and images.
 
         Args:
             features: What :meth:`extract` returns for the training images; in main memory or mapped to a file, if they
                 are many.
-            images: Indices of those to look at, ``(n,)``; by default all.
         """
         for layout, layer in zip(self.layouts, features[1:], strict=True):
-            layout.fit(layer, images)  # type: ignore[operator]
+            layout.fit(layer)  # type: ignore[operator]
 
     @full_precision
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -132,14 +128,9 @@ class Embedding(nn.Module):
         length = math.sqrt(len(parts))
         return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
 
-    def embed_stored(self, features: tuple[Tensor, ...], images: Tensor | None = None) -> Tensor:
-        """Embed the features of many images, some at a time, or of those whose indices are given.
-
-        Returns:
-            ``(N, D)``, on the module's device.
-        """
-        images = torch.arange(len(features[0])) if images is None else images
-        return torch.cat([self(tuple(part[some] for part in features)) for some in images.split(_CHUNK)])
+    def of_stored(self, features: tuple[Tensor, ...]) -> Computed:
+        """Embeddings of the features of many images, ``(N, D)``, on the module's device, computed as asked for."""
+        return Computed(self, features)
 
 
 class Layout(nn.Module):
@@ -160,19 +151,16 @@ class Layout(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("directions", torch.zeros(min(dims, channels), channels))
 
-    def fit(self, layer: Tensor, images: Tensor | None = None) -> None:
+    def fit(self, layer: Tensor) -> None:
         """Fit mean and directions.
 
         Args:
             layer: The map of all training images, ``(N, C, h, w)``, on any device.
-            images: Indices of those to look at, ``(n,)``; by default all.
         """
-        height, width = layer.shape[2:]
-        count = len(layer) if images is None else len(images)
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randperm(count * height * width, generator=generator)[:_FIT_POSITIONS]
+        images, _, height, width = layer.shape
+        drawn = draw(images * height * width, _FIT_POSITIONS)
         image, place = drawn // (height * width), drawn % (height * width)
-        vectors = layer[image if images is None else images[image], :, place // width, place % width]
+        vectors = layer[image, :, place // width, place % width]
         pca = PCA(svd_solver="covariance_eigh").fit(vectors.double().cpu().numpy())
         count = len(self.directions)
         variances = torch.from_numpy(pca.explained_variance_[:count])

@@ -27,6 +27,7 @@ from .pixels import (
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
+from .rows import Computed, Moments, Rows, draw, in_turn
 from .shrunk import ShrunkGaussian
 from .subnets import (
     SUBNETS,
@@ -57,6 +58,7 @@ __all__ = [
     "Base",
     "Bottleneck",
     "ChannelCoupling",
+    "Computed",
     "ConvBottleneck",
     "CouplingMask",
     "Density",
@@ -67,6 +69,7 @@ __all__ = [
     "Logit",
     "MaskedCoupling",
     "Mlp",
+    "Moments",
     "PositionCoupling",
     "PositionFlow",
     "PositionWhitening",
@@ -74,6 +77,7 @@ __all__ = [
     "QuadrantContextCoupling",
     "QuadrantCoupling",
     "ResNet",
+    "Rows",
     "ShrunkGaussian",
     "SideBySide",
     "Squeeze",
@@ -88,10 +92,12 @@ __all__ = [
     "density",
     "dequantization_noise",
     "dequantize",
+    "draw",
     "draw_positions",
     "encode_places",
     "full_precision",
     "halves",
+    "in_turn",
     "independent",
     "map_flow",
     "native_form",

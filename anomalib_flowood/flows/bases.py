@@ -17,9 +17,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, distributions, nn
 
 from .precision import full_precision
+from .rows import Moments, Rows, draw, in_turn, take
 
 _POINTS_PER_MODE = 10
 """A Gaussian of a mixture is to stand for a kind of points, and not for one of them."""
+
+_CLUSTERED = 10_000
+"""Most points among which k-means searches, for the time it takes; then all of them count."""
 
 
 class Base(Protocol):
@@ -117,11 +121,13 @@ class GaussianMixture(nn.Module):
         self.register_buffer("centres", torch.zeros(slots, dims))
         self.register_buffer("log_weights", torch.full((slots,), -math.log(slots)))
 
-    def fit(self, points: Tensor) -> Tensor:
+    def fit(self, points: Rows) -> Tensor:
         """Find means and shares.
 
+        k-means runs on 10,000 of the points at most. Then every point is in the cluster whose mean is nearest.
+
         Args:
-            points: ``(n, k)``; k-means runs in main memory.
+            points: ``(n, k)``, of which only some are looked at at a time.
 
         Returns:
             The covariance of the points within clusters, ``(k, k)``, float64, in main memory.
@@ -133,7 +139,7 @@ class GaussianMixture(nn.Module):
             msg = "A mixture of Gaussians is fitted to points, and there are none."
             raise ValueError(msg)
         modes = max(1, min(len(self.centres) // self.clusterings, len(points) // _POINTS_PER_MODE))
-        centres, share, covariance = _cluster(points.double().cpu(), modes, self.clusterings)
+        centres, share, covariance = _cluster(points, modes, self.clusterings)
         # More slots than Gaussians: some share one, which is the same density.
         slots = torch.arange(len(self.centres)) % len(centres)
         self.centres.copy_(centres[slots])
@@ -165,34 +171,39 @@ class GaussianMixture(nn.Module):
         return torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)
 
 
-def _cluster(points: Tensor, modes: int, runs: int) -> tuple[Tensor, Tensor, Tensor]:
+def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find clusters by several runs of k-means.
 
     Args:
-        points: ``(N, k)``, float64.
+        points: ``(N, k)``.
         modes: Clusters of a run.
         runs: Runs, which start elsewhere.
 
     Returns:
         The means of the clusters of all runs, ``(M, k)``, the shares of the runs' points in them, ``(M,)``, and the
-        covariance of the points within clusters, ``(k, k)``.
+        covariance of the points within clusters, ``(k, k)``; float64, in main memory.
     """
-    n, k = points.shape
-    single = points.float().numpy()
-    means, sizes = [], []
-    scatter, freedom = points.new_zeros(k, k), 0
-    for run in range(runs):
-        # Random starts and few steps: the mean over runs makes up for what each of them lacks.
-        # By one thread: from three on, scikit-learn adds up their sums in the order in which they are done.
-        with threadpool_limits(1, user_api="openmp"):
-            clusters = KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(single)
-        # Where points are the same, clusters may be without any: these are left out.
-        kind = torch.from_numpy(clusters.labels_).long().unique(return_inverse=True)[1]
-        size = kind.bincount().to(points)
-        mean = points.new_zeros(len(size), k).index_add(0, kind, points) / size[:, None]
-        deviation = points - mean[kind]
-        scatter += deviation.T @ deviation
-        freedom += n - len(size)
-        means.append(mean)
-        sizes.append(size)
-    return torch.cat(means), torch.cat(sizes) / (n * runs), scatter / max(1, freedom)
+    some = take(points, draw(len(points), _CLUSTERED)).float().cpu().numpy()
+    # Random starts and few steps: the mean over runs makes up for what each of them lacks.
+    # By one thread: from three on, scikit-learn adds up their sums in the order in which they are done.
+    with threadpool_limits(1, user_api="openmp"):
+        clusterings = [
+            KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(some) for run in range(runs)
+        ]
+        n, k = len(points), some.shape[1]
+        moments = Moments()
+        sums, sizes = torch.zeros(runs, modes, k).double(), torch.zeros(runs, modes).double()
+        for part in in_turn(points):
+            exact = part.double().cpu()
+            single = exact.float().numpy()
+            moments.add(exact)
+            for clusters, total, size in zip(clusterings, sums, sizes, strict=True):
+                kind = torch.from_numpy(clusters.predict(single)).long()
+                total.index_add_(0, kind, exact)
+                size += kind.bincount(minlength=modes)
+    # Where points are the same, clusters may be without any: these are left out.
+    found = sizes > 0
+    means, size = sums[found] / sizes[found][:, None], sizes[found]
+    deviations = (means - moments.mean) * size[:, None].sqrt()
+    scatter = n * runs * moments.covariance - deviations.T @ deviations
+    return means, size / (n * runs), scatter / max(1, n * runs - len(means))

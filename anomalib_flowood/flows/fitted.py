@@ -38,10 +38,23 @@ def principal_directions(centred: Tensor, most: int | None = None) -> tuple[Tens
         Variances over n, ``(r,)``, the largest first, and directions, ``(r, D)``.
     """
     n, dims = centred.shape
-    few = n <= dims
-    square = (centred @ centred.T if few else centred.T @ centred) / n
+    if n > dims:
+        return directions_of(centred.T @ centred / n, most)
+    variances, vectors = directions_of(centred @ centred.T / n, most)
+    return variances, (vectors @ centred) / (n * variances).sqrt()[:, None]
+
+
+def directions_of(square: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Find the eigenvectors of a covariance.
+
+    Args:
+        square: ``(D, D)``, in main memory.
+        most: The most to return; by default all whose eigenvalues are not 0.
+
+    Returns:
+        Eigenvalues, ``(r,)``, the largest first, and eigenvectors in rows, ``(r, D)``.
+    """
     # In NumPy, where eigensolvers are faster on the CPU.
-    variances, vectors = (torch.from_numpy(part).flip(-1)[..., :most] for part in np.linalg.eigh(square.numpy()))
-    kept = variances > _LEAST * max(float(variances[0]), 0.0) if len(variances) else variances > 0
-    variances, vectors = variances[kept], vectors[:, kept]
-    return variances, (vectors.T @ centred) / (n * variances).sqrt()[:, None] if few else vectors.T
+    values, vectors = (torch.from_numpy(part).flip(-1)[..., :most] for part in np.linalg.eigh(square.numpy()))
+    kept = values > _LEAST * max(float(values[0]), 0.0) if len(values) else values > 0
+    return values[kept], vectors[:, kept].T

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fitted import ShapedByFit, principal_directions
+from .fitted import ShapedByFit
 from .precision import full_precision
+from .rows import Moments
 
 
 class ShrunkGaussian(ShapedByFit):
@@ -59,27 +60,28 @@ class ShrunkGaussian(ShapedByFit):
         self.register_buffer("variances", torch.ones(directions))
         self.register_buffer("tail_variance", torch.ones(()))
 
-    def fit(self, points: Tensor, *, what: str = "points") -> None:
+    def fit(self, points: Tensor | Moments, *, what: str = "points") -> None:
         """Fit mean and covariance.
 
         Args:
-            points: ``(n, D)``.
+            points: ``(n, D)``, or what is known of so many that they are not in memory at a time.
             what: What errors call the points.
 
         Raises:
             ValueError: If there are fewer than two points, or they are all alike.
         """
-        if len(points) < 2:
-            msg = f"A covariance needs at least 2 {what}, got {len(points)}: give more images."
+        moments = points if isinstance(points, Moments) else Moments(points)
+        if moments.count < 2:
+            msg = f"A covariance needs at least 2 {what}, got {moments.count}: give more images."
             raise ValueError(msg)
-        points = points.double().cpu()
-        mean = points.mean(0)
-        variances, components = principal_directions(points - mean)
+        mean = moments.mean
+        variances, components = moments.principal_directions()
+        varied = float(variances.sum())
+        if not varied > 1e-12 * (varied + float(mean.square().sum())):
+            msg = f"The {moments.count} {what} are all alike, or constant: give more varied images."
+            raise ValueError(msg)
         dims = len(mean)
-        if not len(variances) or float(variances.sum()) <= 1e-12 * dims * float(points.square().mean()):
-            msg = f"The {len(points)} {what} are all alike, or constant: give more varied images."
-            raise ValueError(msg)
-        shrinkage, level = _oas(variances, dims, len(points))
+        shrinkage, level = _oas(variances, dims, moments.count)
         tail = (shrinkage + self.noise) * level
         variances = (1 - shrinkage) * variances + tail
         missing = self.directions - len(variances)

@@ -50,7 +50,7 @@ class EmbeddingModel(nn.Module):
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
         """Fit the embedding, then the baseline on training embeddings of length 1."""
         self.embedding.fit(features)
-        self.fit(self.embedding.embed_stored(features))
+        self.fit(torch.cat([*flows.in_turn(self.embedding.of_stored(features))]))
 
     def fit(self, embeddings: Tensor) -> None:
         """Fit the baseline to training embeddings, ``(N, D)``."""

@@ -7,6 +7,7 @@ from pretend_device import pretend_device
 
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.features.embedding import Layout, _to_grid
+from anomalib_flowood.flows import in_turn
 
 SIZE = (64, 96)
 
@@ -57,8 +58,9 @@ def test_an_embedding_does_not_depend_on_the_other_images():
     together = embedding(features)
     alone = torch.cat([embedding(tuple(part[[row]] for part in features)) for row in range(7)])
     torch.testing.assert_close(together, alone)
+    repeated = tuple(part.repeat(80, *[1] * (part.ndim - 1)) for part in features)
     torch.testing.assert_close(
-        embedding.embed_stored(tuple(part.repeat(80, *[1] * (part.ndim - 1)) for part in features)),
+        torch.cat([*in_turn(embedding.of_stored(repeated), 100)]),
         together.repeat(80, 1),
     )
 

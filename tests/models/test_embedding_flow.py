@@ -250,3 +250,21 @@ def test_defaults_follow_the_backbone():
     assert tuple(resize.size) == (224, 224)
     assert list(normalize.mean) == [0.5, 0.5, 0.5]
     assert detector.model.dims == 1280 + 2 * 32 * 7 * 7
+
+
+def test_the_density_is_of_all_images_and_no_more_of_them_are_in_memory_than_some(monkeypatch):
+    model = EmbeddingFlowModel(BACKBONE, (), pre_trained=False, image_size=(32, 32), subspace_dim=4, modes=2).double()
+    generator = torch.Generator().manual_seed(0)
+    n, dims = 12_000, model.embedding.dims
+    pooled = torch.rand(n, dims, generator=generator) + torch.arange(n)[:, None] / n
+    embed, seen = model.embedding.forward, []
+    monkeypatch.setattr(model.embedding, "forward", lambda parts: seen.append(len(parts[0])) or embed(parts))
+    model.fit_features((pooled,))
+    assert max(seen) == 512
+    monkeypatch.undo()
+    every, gaussian = model.embedding((pooled,)), model.gaussians[0]
+    torch.testing.assert_close(gaussian.mean, every.mean(0))
+    directions = gaussian.components[gaussian.directions :]
+    spread = torch.diagonal(directions @ every.T.cov(correction=0) @ directions.T)
+    kept = gaussian.variances[gaussian.directions :] - gaussian.tail_variance
+    torch.testing.assert_close(kept / spread, (kept / spread).mean().expand(len(kept)))

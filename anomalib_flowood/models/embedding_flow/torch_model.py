@@ -14,9 +14,6 @@ from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.models.components.capabilities import Contributions
 
-_FIT_IMAGES = 10_000
-"""Most training images from which the density is fitted, for the time and the memory it takes."""
-
 
 class EmbeddingFlowModel(FlowModel):
     """Density of a frozen network's embeddings: a mixture of Gaussians with a full, shrunk covariance.
@@ -119,26 +116,29 @@ class EmbeddingFlowModel(FlowModel):
         Raises:
             ValueError: If there are too few of them, or they are all alike.
         """
-        drawn = torch.randperm(len(features[0]), generator=torch.Generator().manual_seed(0))[:_FIT_IMAGES].sort().values
-        self.embedding.fit(features, drawn)
-        self.fit_embeddings(self.embedding.embed_stored(features, drawn))
+        self.embedding.fit(features)
+        self.fit_embeddings(self.embedding.of_stored(features))
 
-    def fit_embeddings(self, embeddings: Tensor) -> None:
+    def fit_embeddings(self, embeddings: flows.Rows) -> None:
         """Fit the Gaussians of the parts, and the kinds.
 
         Args:
-            embeddings: Training embeddings, ``(N, D)``.
+            embeddings: Training embeddings, ``(N, D)``, of which only some are looked at at a time.
 
         Raises:
             ValueError: If there are fewer than two of them, or they are all alike.
         """
-        pairs = self._pairs(embeddings)
-        for gaussian, part in pairs:
-            gaussian.fit(part, what="training images")
-        within = self.base.fit(torch.cat([gaussian.coordinates(part) for gaussian, part in pairs], dim=1))
+        moments = [flows.Moments() for _ in self.gaussians]
+        for some in flows.in_turn(embeddings):
+            for known, (_, part) in zip(moments, self._pairs(some), strict=True):
+                known.add(part)
+        gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
+        for gaussian, known in zip(gaussians, moments, strict=True):
+            gaussian.fit(known, what="training images")
+        within = self.base.fit(flows.Computed(lambda parts: self._coordinates(parts[0]), [embeddings]))
         within *= 1 - 1 / len(embeddings)  # over n, as the Gaussians' covariances
         blocks, start = [], 0
-        for gaussian, _ in pairs:
+        for gaussian in gaussians:
             own = slice(start, start + gaussian.directions)
             blocks.append(gaussian.turn(within[own, own]))
             start = own.stop
@@ -189,6 +189,10 @@ class EmbeddingFlowModel(FlowModel):
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
         """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
         return list(zip(self.gaussians, embeddings.split(self.embedding.part_dims, dim=1), strict=True))  # type: ignore[arg-type]
+
+    def _coordinates(self, embeddings: Tensor) -> Tensor:
+        """Along the leading directions of all parts of embeddings, ``(N, D)``, before they are standardised."""
+        return torch.cat([gaussian.coordinates(part) for gaussian, part in self._pairs(embeddings)], dim=1)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embed pre-processed images, ``(N, 3, H, W)``, as :meth:`prepare` does; errors as for :meth:`extract`."""

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of numbers that need not be in memory all at once, and what is found of them in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fitted import directions_of, principal_directions
+
+AT_ONCE = 512
+"""Rows of images that are in memory at a time."""
+
+_SHUFFLED = 2**24
+"""Most numbers that are shuffled to draw some of them: 128 MiB."""
+
+
+class Rows(Protocol):
+    """What a tensor is, as far as a fit needs it: rows, of which some are asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """Return some rows."""
+        ...
+
+
+class Computed:
+    """Rows that are computed of others when they are asked for.
+
+    Args:
+        compute: Turns rows of ``sources`` into as many.
+        sources: The others, equally many of each.
+    """
+
+    def __init__(self, compute: Callable[[tuple[Tensor, ...]], Tensor], sources: Sequence[Rows]) -> None:
+        self.compute, self.sources = compute, sources
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.sources[0])
+
+    def __getitem__(self, index: slice | Tensor, /) -> Tensor:
+        """Compute some rows."""
+        return self.compute(tuple(source[index] for source in self.sources))
+
+
+def in_turn(rows: Rows, size: int = AT_ONCE) -> Iterator[Tensor]:
+    """Yield all rows in order, so many at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def take(rows: Rows, index: Tensor) -> Tensor:
+    """Return rows of some indices, ``(m,)``, which are put together from so many at a time."""
+    return torch.cat([rows[part] for part in index.split(AT_ONCE)])
+
+
+def draw(count: int, most: int) -> Tensor:
+    """Draw numbers below ``count``, without replacement and always the same: all of them, or ``most``; in order.
+
+    Of more than 16 million, those that were drawn twice are left out, a few in a thousand.
+    """
+    if count <= most:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(0)
+    if count <= _SHUFFLED:
+        return torch.randperm(count, generator=generator)[:most].sort().values
+    return torch.randint(count, (most,), generator=generator).unique()
+
+
+class Moments:
+    """Number, mean and scatter of points that come some at a time, ``(n, D)``; float64, in main memory.
+
+    As long as there are no more points than numbers in one, the points themselves are kept, which is less.
+
+    Args:
+        points: The first of them.
+    """
+
+    def __init__(self, points: Tensor | None = None) -> None:
+        self.count = 0
+        self._kept: list[Tensor] = []
+        self._scatter: Tensor | None = None
+        if points is not None:
+            self.add(points)
+
+    def add(self, points: Tensor) -> None:
+        """Count some points in, ``(n, D)``."""
+        if not len(points):
+            return
+        points = points.double().cpu()
+        self.count += len(points)
+        if self._scatter is None:
+            self._kept.append(points)
+            if self.count <= points.shape[1]:
+                return
+            points = torch.cat(self._kept)
+            self._kept.clear()
+            # Of points around their mean: squares of a mean far from 0 would drown the rest.
+            self._shift, self._sum = points.mean(0), points.new_zeros(points.shape[1])
+            self._scatter = points.new_zeros(points.shape[1], points.shape[1])
+        centred = points - self._shift
+        self._sum += centred.sum(0)
+        self._scatter.addmm_(centred.T, centred)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(D,)``."""
+        return torch.cat(self._kept).mean(0) if self._scatter is None else self._shift + self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Over n, ``(D, D)``."""
+        if self._scatter is None:
+            centred = torch.cat(self._kept) - self.mean
+            return centred.T @ centred / self.count
+        off = self._sum / self.count
+        return self._scatter / self.count - off[:, None] * off
+
+    def principal_directions(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """As :func:`~anomalib_flowood.flows.fitted.principal_directions`, of the points around their mean."""
+        if self._scatter is None:
+            return principal_directions(torch.cat(self._kept) - self.mean, most)
+        return directions_of(self.covariance, most)
