@@ -7,7 +7,8 @@
 #                   on another backbone and size with ARGS="--backbone tf_efficientnet_lite1 --image-size 240"
 # make paper        the experiments of the paper behind the detectors, small enough for two cores;
 #                   PROFILE=full: as published, on a GPU
-# make report       the page of the newest benchmark (or RUN=folder), and docs/report.png, what Chromium shows of it
+# make report       the page of the newest benchmark (or RUN=folder), results/report/index.html
+# make pages        draw parts, train on them, and photograph the pages: the pictures in docs/pages
 # make scores     every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests, in two processes; WORKERS=0: in one, for pdb
 # make test-fast    the tests of flows, scores and metrics alone
@@ -31,7 +32,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed scale contest suite scores paper report test test-fast gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -63,13 +64,11 @@ scores: .venv/offline fashion-mnist
 paper: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.paper run --profile $(PROFILE)
 
-# Chromium's sandbox does not work for root. A profile of its own, so that nobody's is touched.
-report: .venv/offline chromium
+report: .venv/offline
 	$(BIN)/flowood report "$(RUN)" --output results/report
-	profile=$$(mktemp -d) && chromium --headless $$([ "$$(id -u)" != 0 ] || echo --no-sandbox) --disable-gpu --no-first-run \
-		--disable-background-networking --disable-component-update --disable-sync --disable-quic --hide-scrollbars \
-		--user-data-dir="$$profile" --window-size=1280,1400 --screenshot="$(CURDIR)/docs/report.png" \
-		"file://$(CURDIR)/results/report/index.html" && rm -r "$$profile"
+
+pages: .venv/test chromium
+	$(BIN)/python -m benchmarks.pages docs/pages
 
 # A worker that is through with its share takes over half of what the other one still has.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

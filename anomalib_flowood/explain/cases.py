@@ -126,6 +126,12 @@ def size(value: float) -> str:
     return signed(f"{value:+,.0f}" if abs(value) >= 1_000 else f"{value:+.3g}")
 
 
+def within(value: float, inside: Tensor) -> str:
+    """Where an image is along a direction, and where nine tenths of the inside images are."""
+    low, high = inside.quantile(torch.tensor([0.05, 0.95], dtype=inside.dtype)).tolist()
+    return signed(f"{value:+.1f} (inside {low:+.1f} to {high:+.1f})")
+
+
 def tile(image: Tensor, caption: str, *, small: bool = False, overlay: str = "", box: Sequence[float] = ()) -> Tile:
     """Make a tile.
 

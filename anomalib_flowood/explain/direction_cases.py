@@ -12,7 +12,7 @@ from torch import Tensor
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import Contributions
 
-from .cases import Bar, Case, bars, choose, others, signed, size, tile
+from .cases import Bar, Case, bars, choose, others, signed, size, tile, within
 from .images import ImageSet
 from .numbers import CHUNK, Scored
 from .page import Picture
@@ -28,7 +28,8 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
     del folder
     usual = _contributions(detector, normal.inputs)
     embeddings = embedded(detector, normal.inputs)
-    mean = usual.nats.mean(0)
+    unseen = _contributions(detector, scored[0].images.inputs)
+    mean = unseen.nats.mean(0)
     cases = []
     for chosen in choose(scored):
         own = _contributions(detector, chosen.inputs)
@@ -45,15 +46,16 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
             tile(normal.images[place], f"nearest normal, cosine {value:.3f}")
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        directions, numbers = _directions(own, usual, excess, normal)
+        directions, numbers = _directions(own, (usual, unseen), excess, normal)
         record = {"set": chosen.set, "score": chosen.score, "parts_nats": parts, "directions": numbers}
         record["nearest_cosine"] = best.values.tolist()
         cases.append(Case(chosen.title, tiles, _HEADING, bars(parts, " nats"), directions, record))
     caption = (
-        "By how many nats of −log p each part of the embedding makes an image less likely than normal images are on "
+        "By how many nats of −log p each part of the embedding makes an image less likely than inside images are on "
         f"average; the {normal.name} images whose embeddings are nearest to its own; and the directions that add the "
-        "most, with the normal images that are lowest and highest along them: what changes from one end to the other "
-        "is what the direction stands for. Numbers along directions are standard deviations of normal images."
+        "most, with where the image is along them, where nine tenths of the inside images are, and the "
+        f"{normal.name} images that are lowest and highest: what changes from one end to the other is what the "
+        "direction stands for. Numbers along directions are standard deviations of training images."
     )
     return Picture("", "Single images: why they are outliers", caption, cases)
 
@@ -73,8 +75,10 @@ def _contributions(detector: FlowModule, inputs: Tensor) -> Contributions:
 
 
 def _directions(
-    own: Contributions, usual: Contributions, excess: Tensor, normal: ImageSet
+    own: Contributions, others_of: tuple[Contributions, Contributions], excess: Tensor, normal: ImageSet
 ) -> tuple[list[Bar], list[dict[str, Any]]]:
+    """The directions that add the most; the others are of the normal images that are shown, and of the inside ones."""
+    usual, unseen = others_of
     found, numbers = [], []
     along = torch.where(own.coordinates[0].isfinite(), excess, -torch.inf)  # what is no direction has no ends
     places = along.argsort(descending=True)[:_DIRECTIONS].tolist()
@@ -89,7 +93,7 @@ def _directions(
         ]
         value, nats = float(own.coordinates[0, place]), float(excess[place])
         name = f"{own.parts[place]}, {own.names[place]}"
-        text = f"{size(nats)} nats, at {signed(f'{value:+.1f}')}"
+        text = f"{size(nats)} nats, at {within(value, unseen.coordinates[:, place])}"
         found.append(Bar(name, text, nats / max(abs(float(excess[places[0]])), 1e-12), tiles))
         numbers.append({"part": own.parts[place], "direction": own.names[place], "nats": nats, "value": value})
     return found, numbers

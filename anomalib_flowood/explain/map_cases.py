@@ -14,7 +14,7 @@ from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import LayerView
 from anomalib_flowood.report.maps import map_uri
 
-from .cases import Bar, Case, Chosen, Tile, bars, choose, others, signed, tile
+from .cases import Bar, Case, Chosen, Tile, bars, choose, others, signed, tile, within
 from .images import ImageSet, spread
 from .numbers import CHUNK, Scored
 from .page import Picture
@@ -32,6 +32,7 @@ class _Place(NamedTuple):
 
     view: LayerView
     normal: LayerView
+    unseen: LayerView
     row: int
     column: int
 
@@ -48,34 +49,36 @@ class _Place(NamedTuple):
 def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, folder: Path) -> Picture:
     """Show, for single images, each layer's share and map, the directions that stand out, the nearest normal patch."""
     del folder
-    model: Any = detector.model
-    views = _views(detector, normal.inputs)
-    ends = {view.name: (float(np.quantile(view.map.numpy(), 0.9)), float(view.map.max())) for view in views}
-    whole = [model.predict(model.inputs(chunk.to(detector.device))).anomaly_map.cpu() for chunk in _some(normal.inputs)]
-    everything = torch.cat(whole).flatten().numpy()
-    limits = float(np.quantile(everything, 0.9)), float(everything.max())
+    views, unseen = _views(detector, normal.inputs), _views(detector, scored[0].images.inputs)
+    chosen = list(choose(scored))
+    own = [_views(detector, one.inputs) for one in chosen]
+    maps = [_map(detector, one.inputs) for one in chosen]
+    ends = _ends(_map(detector, scored[0].images.inputs), torch.cat(maps))
+    layer_ends = [
+        _ends(inside.map, torch.cat([found[number].map for found in own])) for number, inside in enumerate(unseen)
+    ]
     cases = []
-    for chosen in choose(scored):
-        anomaly_map = model.predict(model.inputs(chosen.inputs.to(detector.device))).anomaly_map[0, 0].cpu()
-        found = _views(detector, chosen.inputs)
-        tiles = [tile(chosen.image, "image"), tile(chosen.image, "map", overlay=_overlay(anomaly_map, limits))]
+    for one, found, anomaly_map in zip(chosen, own, maps, strict=True):
+        tiles = [tile(one.image, "image"), tile(one.image, "map", overlay=map_uri(anomaly_map[0].numpy(), ends))]
         tiles += [
-            tile(chosen.image, f"map of {view.name}", overlay=_overlay(view.map[0], ends[view.name])) for view in found
+            tile(one.image, f"map of {view.name}", overlay=map_uri(view.map[0].numpy(), limits))
+            for view, limits in zip(found, layer_ends, strict=True)
         ]
-        place = _most_anomalous(found, views)
-        patches, distances = _nearest_patch(place, chosen, normal)
+        place = _most_anomalous(found, views, unseen)
+        patches, distances = _nearest_patch(place, one, normal)
         directions, shares = _directions(place, normal)
         parts = {name: float(share) for view in found for name, share in view.shares.items()}
-        numbers = {"set": chosen.set, "score": chosen.score, "shares": parts, "layer": place.view.name}
+        numbers = {"set": one.set, "score": one.score, "shares": parts, "layer": place.view.name}
         numbers |= {"position": [place.row, place.column], "directions": shares, **distances}
-        cases.append(Case(chosen.title, [*tiles, *patches], _HEADING, bars(parts), directions, numbers))
+        cases.append(Case(one.title, [*tiles, *patches], _HEADING, bars(parts), directions, numbers))
     caption = (
         "What the score is made of: what each layer's most anomalous positions and its whole map add to it; 0 is the "
-        "mean of normal images. Maps are clear where nine tenths of the normal positions are, and darkest at the most "
-        "anomalous normal one. The frame is the most anomalous position, with its neighbours, of the layer that finds "
+        "mean of normal images. All maps of a layer have one colour scale, clear where nine tenths of the inside ones' "
+        "positions are. The frame is the most anomalous position, with its neighbours, of the layer that finds "
         f"it so; beside it that patch of {len(normal.images)} {normal.name} images which is most like it there. "
         "Directions: those of the layer's descriptors in which the position is most unlike normal images, with their "
-        "share of its anomaly, and patches of normal images at this position that are lowest and highest along them."
+        "share of its anomaly, where it is along them and where nine tenths of the inside images are, and patches of "
+        f"{normal.name} images at this position that are lowest and highest along them."
     )
     return Picture("", "Single images: layers, directions, the nearest normal patch", caption, cases)
 
@@ -104,16 +107,25 @@ def _views(detector: FlowModule, inputs: Tensor) -> list[LayerView]:
     ]
 
 
-def _overlay(values: Tensor, ends: tuple[float, float]) -> str:
-    return map_uri(values.numpy(), (ends[0], max(ends[1], ends[0] + 1e-9)))
+def _map(detector: FlowModule, inputs: Tensor) -> Tensor:
+    """Anomaly maps of images, ``(N, H, W)``, in main memory."""
+    model: Any = detector.model
+    parts = [model.predict(model.inputs(chunk.to(detector.device))).anomaly_map[:, 0].cpu() for chunk in _some(inputs)]
+    return torch.cat(parts)
 
 
-def _most_anomalous(views: list[LayerView], normal: list[LayerView]) -> _Place:
+def _ends(inside: Tensor, shown: Tensor) -> tuple[float, float]:
+    """The values at which colours begin and end."""
+    low, high = float(np.quantile(inside.numpy(), 0.9)), float(np.quantile(shown.nan_to_num().numpy(), 0.995))
+    return low, max(high, low + 1e-9)
+
+
+def _most_anomalous(views: list[LayerView], normal: list[LayerView], unseen: list[LayerView]) -> _Place:
     """The position that is the farthest above normal ones in any layer."""
     best = max(range(len(views)), key=lambda number: float(views[number].map.nan_to_num(torch.inf).max()))
     width = views[best].map.shape[2]
     row, column = divmod(int(views[best].map.flatten().nan_to_num(torch.inf).argmax()), width)
-    return _Place(views[best], normal[best], row, column)
+    return _Place(views[best], normal[best], unseen[best], row, column)
 
 
 def _distances(one: Tensor, to: Tensor) -> Tensor:
@@ -168,7 +180,7 @@ def _directions(place: _Place, normal: ImageSet) -> tuple[list[Bar], list[dict[s
             for image in images
         ]
         share, value = float(shares[number]), float(values[number])
-        text = f"{share:.0%}, at {signed(f'{value:+.1f}')}"
+        text = f"{share:.0%}, at {within(value, place.unseen.whitened[:, number, place.row, place.column])}"
         found.append(Bar(f"{place.view.name}, direction {number + 1}", text, share / float(shares.max()), tiles))
         numbers.append({"direction": number + 1, "share": share, "value": value})
     return found, numbers

@@ -139,7 +139,7 @@ def histogram_chart(
 
 def _bars(bins: list[dict[str, Any]], colours: Mapping[str, str], ends: tuple[float, float]) -> dict[str, Any]:
     scale = {"domain": list(colours), "range": [_themed(colour) for colour in colours.values()]}
-    axis = {"tickCount": 5, "format": "~g" if max(map(abs, ends)) < 1e5 else ".1e"}
+    axis = {"tickCount": 5, "format": ".5~g" if max(map(abs, ends)) < 1e5 else ".1e"}
     legend = {"columns": 2, "labelLimit": 150, "columnPadding": 14}
     name = {"field": "name", "type": "nominal", "scale": scale}
     number = {"type": "quantitative"}

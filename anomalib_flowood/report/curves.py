@@ -71,6 +71,12 @@ def precision_chart(
 
     lines, points, names, areas = _curves(scores, detectors, thresholds, curve, place)
     share = float(scores["label"].mean())
+    # At a recall of 1 a curve falls to where everything raises an alarm.
+    lines = [
+        point
+        for name in names
+        for point in [*(one for one in lines if one["name"] == name), {"x": 1.0, "y": round(share, 5), "name": name}]
+    ]
     spec = _curve_spec(f"Precision and recall: {title}", lines, points, names, detectors, ("recall", "precision"))
     mark = {"type": "rule", "color": TEXT, "opacity": 0.3, "aria": False}
     y = {"field": "y", "type": "quantitative"}
@@ -136,7 +142,7 @@ def _curve_spec(
     line: dict[str, Any] = {
         "data": {"values": lines},
         "mark": {"type": "line", "strokeWidth": 2, "aria": False},
-        "encoding": {**shown, "strokeDash": dash, "order": {"field": "x", **number}},
+        "encoding": {**shown, "strokeDash": dash, "order": {"value": 0}},
     }
     # Points that are not seen have tooltips, which lines do not.
     some = {"values": lines[:: max(1, len(lines) // (20 * len(names)))]}
