@@ -15,7 +15,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from anomalib_flowood import __version__
-from anomalib_flowood.cli.help import COMPLETION, help_level, overview, short_help, unknown_subcommand, without_levels
+from anomalib_flowood.cli.help import COMPLETION, PARSED, help_level, overview, short_help, unknown, without_levels
 from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
@@ -74,8 +74,8 @@ def _at_once(given: list[str]) -> str | None:
             return completion(first.partition("=")[2] or "".join(others[:1]))
         except ValueError as error:
             _refuse(str(error))
-    if first[:1] != "-" and first not in SUBCOMMANDS:
-        _refuse(unknown_subcommand(first))
+    if first.partition("=")[0] not in {*SUBCOMMANDS, *PARSED}:
+        _refuse(unknown(first))
     return short_help(first) if first in SUBCOMMANDS and help_level(given) == 0 else None
 
 

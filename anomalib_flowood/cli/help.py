@@ -13,6 +13,9 @@ from anomalib_flowood.names import unknown_name
 COMPLETION = "--print_completion"
 """The option that writes a shell's completion; jsonargparse's newer releases call theirs so, too."""
 
+PARSED = ("-c", "--config", "--print_config")
+"""What a command line may begin with beside a subcommand, and what is left to the parser."""
+
 _HELP = {"-h", "--help", "-hv", "-hvv"}
 _LEVELS = {"-v": 1, "--verbose": 1, "-hv": 1, "-vv": 2, "-hvv": 2}
 
@@ -84,9 +87,12 @@ def without_levels(arguments: Sequence[str]) -> list[str]:
     return [*(argument for argument in arguments if argument not in _HELP | _LEVELS.keys()), "--help"]
 
 
-def unknown_subcommand(name: str) -> str:
-    """Say that there is no such subcommand, and what may have been meant."""
-    return str(unknown_name("subcommand", name, SUBCOMMANDS, "flowood --help says what each does."))
+def unknown(first: str) -> str:
+    """Say that a command line cannot begin so, and what may have been meant."""
+    if first[:1] != "-":
+        return str(unknown_name("subcommand", first, SUBCOMMANDS, "flowood --help says what each does."))
+    option = first.partition("=")[0]
+    return str(unknown_name("option", option, {"--help", "--version", COMPLETION, *PARSED}))
 
 
 def _left(argument: Argument) -> str:
