@@ -41,6 +41,17 @@ def test_log_lines(kept: _Kept) -> None:
     assert not logging.getLogger("onnxscript.optimizer").isEnabledFor(logging.INFO)
 
 
+def test_the_exporter_of_torch_says_nothing_of_what_a_detector_does_not_have(kept: _Kept) -> None:
+    quieten(kept)
+    log = logging.getLogger("torch.onnx._internal.exporter._core")
+    log.addHandler(kept)
+    log.warning("Output node %s has None output. The output is ignored in the exported graph.", "output")
+    log.warning("Skipping constant argument %s", "ConstantArgument(name='', value=None)")
+    log.warning("Something else")
+    log.removeHandler(kept)
+    assert kept.lines == ["Something else"]
+
+
 def test_warnings_of_lightning_are_those_that_it_gives(kept: _Kept, tmp_path: object) -> None:
     class Frozen(BoringModel):
         def on_fit_start(self) -> None:

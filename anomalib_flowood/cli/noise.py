@@ -13,7 +13,12 @@ _LINES = (
     "litlogger",  # an advertisement
     "Unexpected keys",  # the head of a classifier, of which a feature extractor has none
     "will override existing callbacks",  # those that the detector brings; anomalib adds its own first
+    "has None output",  # what an exported detector does not have, a map for one
+    "Skipping constant argument",  # the same
 )
+_LOGGERS = ("torch.onnx._internal.exporter._core",)
+"""Loggers with a handler of their own."""
+
 _WARNINGS = (
     ".*LeafSpec",  # Lightning's use of PyTorch
     ".*module\\(s\\) in eval mode",  # a frozen backbone
@@ -30,6 +35,8 @@ def _can_be_acted_on(record: logging.LogRecord) -> bool:
 def quieten(handler: logging.Handler) -> None:
     """Leave out of a handler, and of what Python warns of, what no user can act on; every other line stays."""
     handler.addFilter(_can_be_acted_on)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_can_be_acted_on)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _WARNINGS:
