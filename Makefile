@@ -12,7 +12,8 @@
 # make scores     every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests, in two processes; WORKERS=0: in one, for pdb
 # make test-fast    the tests of flows, scores and metrics alone
-# make gpu          run the tests of devices on this machine's GPU, with .venv or with PYTHON=…, which has what they import
+# make gpu          the tests of devices on this machine's GPU, then what it makes of the detectors, couplings and the paper
+#                   (benchmarks/gpu.py); with .venv or with PYTHON=…, which has what they import
 # make lint         ruff and mypy
 # make pre-commit   what a commit is checked for, on all files
 PYTHON ?= python3
@@ -84,6 +85,7 @@ gpu:
 	@$(GPU_PYTHON) -c "import torch; cuda = torch.cuda.is_available(); \
 		print('PyTorch', torch.__version__, 'on', torch.cuda.get_device_name() if cuda else 'a machine without a GPU')"
 	$(GPU_PYTHON) -m pytest -v tests/test_devices.py $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
