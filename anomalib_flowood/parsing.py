@@ -192,4 +192,7 @@ def _imported(path: str) -> Any:
 
 
 def _arguments_of(cls: type) -> list[str]:
-    return ArgumentParser().add_class_arguments(cls, fail_untyped=False)
+    try:
+        return ArgumentParser().add_class_arguments(cls, fail_untyped=False)
+    except AssertionError:  # jsonargparse cannot describe some generic classes of PyTorch, DataLoader among them
+        return []

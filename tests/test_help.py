@@ -9,7 +9,11 @@ from inspect import signature
 
 import pytest
 import rich.console
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule
+from lightning.pytorch import Callback
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from anomalib_flowood import models
 from anomalib_flowood.cli import main
@@ -18,7 +22,8 @@ from anomalib_flowood.cli.help import short_help
 from anomalib_flowood.cli.starting import loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, detectors
 from anomalib_flowood.models.components import ConformalPostProcessor
-from anomalib_flowood.parsing import LIBRARIES
+from anomalib_flowood.names import subclasses
+from anomalib_flowood.parsing import LIBRARIES, _arguments_of
 
 SCREEN = 40
 
@@ -101,6 +106,12 @@ def test_what_takes_seconds_is_named(monkeypatch, capsys):
     with loading("anomalib for flowood train"):
         pass
     assert "loading anomalib for flowood train" in capsys.readouterr().err
+
+
+def test_arguments_of_every_class_that_can_be_named_are_known_or_left_out():
+    for base in (AnomalibModule, AnomalibDataModule, DataLoader, Callback):
+        found = {cls: _arguments_of(cls) for cls in (base, *subclasses(base))}
+        assert any(found.values()) or base is DataLoader
 
 
 def test_defaults_are_whole(capsys, parsers):
