@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from report_helpers import DETECTORS, in_memory, needs_browser, report, samples_of, show, write_run
+from report_helpers import DETECTORS, contrast, in_memory, luminance, needs_browser, report, samples_of, show, write_run
 
 pytestmark = needs_browser
 
@@ -23,7 +23,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_nothing_is_fetched_and_nothing_fails(browser, page: str) -> None:
-    browser.get_log("performance")
+    browser.get("about:blank")
+    for log in ("performance", "browser"):  # of pages before
+        browser.get_log(log)
     show(browser, page)
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -105,18 +107,6 @@ def test_the_page_never_scrolls_sideways(browser, page: str, width: int) -> None
     if width < 500:  # what is wider than the page scrolls in its own box, by keyboard too
         boxes = "[...document.querySelectorAll('.wide')].map(box => [box.scrollWidth > box.clientWidth, box.tabIndex])"
         assert [True, 0] in browser.execute_script(f"return {boxes}")
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of ``rgb(r, g, b)``, as WCAG 2 defines it."""
-    parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted([luminance(one), luminance(other)])
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_the_dark_page_can_be_read(browser, page: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thresholds: what a test records of them, and what a page makes of it."""
 
+import html
 import io
 import math
 import re
@@ -20,6 +21,7 @@ from anomalib_flowood import conformal
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.metrics import DETECTION_METRICS
 from anomalib_flowood.models.components import ConformalPostProcessor
+from anomalib_flowood.report.curves import roc_chart
 from anomalib_flowood.report.decisions import decide, decision_of, kinds
 from anomalib_flowood.report.predictions import keep_predictions
 
@@ -134,6 +136,19 @@ def test_the_page_has_thresholds_matrices_and_kinds(tmp_path: Path):
     assert "pixels: how well" in page.text
     assert "0.912" in page.text
     assert "AUPRO" not in page.text
+
+
+def test_drawings_are_slim_and_their_texts_whole(tmp_path: Path):
+    scores = run_with_thresholds(tmp_path / "run").assign(detector='a class="b" 0.98765')
+    chart = roc_chart(scores, "all 0.123456", ['a class="b" 0.98765'], {})
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", chart.svg)
+    assert "ROC: all 0.123456" in texts
+    area = roc_auc_score(scores["label"], scores["score"])
+    assert any(html.unescape(text) == f'{area:.3f}  a class="b" 0.98765' for text in texts)
+    assert len(chart.svg) < 20_000
+    assert not re.search(r"\d\.\d{3}", "".join(re.findall(r' d="([^"]*)"', chart.svg)))
+    assert "var(--blue" in chart.svg
+    assert "var(" not in chart.file
 
 
 def test_bins_hold_all_images(tmp_path: Path):
