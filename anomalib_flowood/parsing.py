@@ -59,7 +59,7 @@ class FlowoodParser(ArgumentParser):
         """End with what is wrong with the command line, in the user's words, and exit status 2."""
         if not self.exit_on_error:  # a parser within a parser, which reads what it is told
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
+        parser = getattr(ex, "subcommand_parser", None) or _subcommand_parser(message, self)
         sys.stderr.write(f"flowood: {mended(message, parser)}\n({parser.command} --help tells more.)\n")
         sys.exit(2)
 
@@ -118,14 +118,20 @@ def _near_option(option: str, known: Iterable[str]) -> str:
     return _did_you_mean(option.rpartition(".")[2], last, prefix=f"{group}.")
 
 
+def _subcommand_parser(message: str, parser: ArgumentParser) -> ArgumentParser:
+    """The parser of the subcommand of which a message says that an option of it is missing."""
+    named = re.match(r"Option '([\w-]+)\.", message)
+    subcommands = parser._subcommands_action
+    return parser if named is None or subcommands is None else subcommands.choices.get(named[1], parser)
+
+
 def _missing(message: str, parser: ArgumentParser) -> str | None:
-    found = re.match(r"Option '(?:([\w-]+)\.)?([\w.]+)' is required but not provided", message)
+    found = re.search(r"Option '([\w.-]+)' is required but not provided", message)
     if not found:
         return None
-    subcommands = parser._subcommands_action
-    of = parser if subcommands is None else subcommands.choices.get(found[1], parser)
-    positional = any(action.dest == found[2] and not action.option_strings for action in of._actions)
-    return f"{found[2].upper()} has to be given." if positional else f"--{found[2]} has to be given."
+    name = ".".join([*_keys_before(message).split("."), found[1].rpartition(".")[2]]).removeprefix(".")
+    positional = any(action.dest == name and not action.option_strings for action in parser._actions)
+    return f"{name.upper()} has to be given." if positional else f"--{name} has to be given."
 
 
 def _unknown_argument(message: str, parser: ArgumentParser) -> str | None:
@@ -136,6 +142,8 @@ def _unknown_argument(message: str, parser: ArgumentParser) -> str | None:
     cls, argument = _imported(found[1]), found[2]
     prefix = _keys_before(message[: found.start()])
     keys = {name for kind in (cls, *subclasses(cls)) for name in _arguments_of(kind)} if cls else set()
+    if "NestedArg" in message and argument in keys:  # of a class that was not named before it
+        return f"--{prefix}.{argument} has to follow --{prefix} CLASS."
     if "NestedArg" in message:
         near = _did_you_mean(argument, keys, prefix=f"--{prefix}.")
         return f"--{prefix}.{argument} is no option of {found[1].rpartition('.')[2]}.{near}"
@@ -162,14 +170,15 @@ def _unknown_class(message: str, parser: ArgumentParser) -> str | None:
 
 def _plain(message: str) -> str:
     """What is left of a message when the account of how every type was tried is taken away."""
-    path = _keys_before(message)
+    path, several = _keys_before(message), "Does not validate" in message
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
-    lines = [re.sub(r'Parser key "[^"]+":', "", line).strip().removeprefix("- ") for line in message.splitlines()]
+    kept = message.partition("Subclass types expect")[0]
+    lines = [re.sub(r'Parser key "[^"]+":', "", line).strip().removeprefix("- ") for line in kept.splitlines()]
     lines = [line for line in lines if line and not line.startswith((*noise, "Expected a <class 'NoneType'>"))]
     value = re.search(r"Given value: (.+)", message)
     if lines and value and "NestedArg" not in value[1] and "Got value" not in lines[-1]:
         lines[-1] = f"{lines[-1].rstrip('.')}. Got value: {value[1]}"
-    text = " Or: ".join(dict.fromkeys(lines))
+    text = (" Or: " if several else " ").join(dict.fromkeys(lines))
     text = re.sub(f"Expected an? {_CLASS}", r"Expected: \1", text)
     return f"--{path}: {text}" if path else text
 

@@ -118,7 +118,7 @@ def _with_detector(arguments: list[str]) -> list[str]:
 
 def _named_checkpoint(arguments: Sequence[str]) -> str | None:
     """Return the checkpoint that a command line names; the last one counts."""
-    return next((path for path in reversed([*_given(arguments, "ckpt_path")]) if path), None)
+    return next((str(path) for path in reversed([*_given(arguments, "ckpt_path")]) if path), None)
 
 
 def _given(arguments: Sequence[str], name: str) -> Iterator[Any]:
