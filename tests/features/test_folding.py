@@ -105,3 +105,19 @@ def test_gradients_pass_after_inference_mode():
 def test_training_mode_keeps_its_batch_norms():
     network = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train()
     assert folded(network, IMAGES) is network
+
+
+def test_a_forward_that_was_replaced_is_asked():
+    """As the contest's memo does, after the detector was built, which runs its backbone once."""
+    torch.manual_seed(0)
+    network = trained(create_feature_maps("resnet18", [1], pre_trained=False, image_size=(64, 64)))
+    expected = run_backbone(network, IMAGES)
+    asked, plain = [], network.forward
+
+    def forward(images):
+        asked.append(len(images))
+        return plain(images)
+
+    network.forward = forward
+    torch.testing.assert_close(run_backbone(network, IMAGES), expected, rtol=1e-4, atol=1e-4)
+    assert asked == [2]
