@@ -50,6 +50,13 @@ class RunEngine(Engine):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
             return self.trainer.test(model, test_dataloaders, datamodule=datamodule)
 
+    def _setup_trainer(self, model: AnomalibModule) -> None:
+        try:
+            super()._setup_trainer(model)
+        except TypeError as error:  # Lightning's, for a value that only it can judge
+            msg = f"The trainer cannot be set up so: {error}"
+            raise ValueError(msg) from error
+
     def _setup_workspace(self, *args: Any, **kwargs: Any) -> None:
         # Other processes than that of rank 0 find its folder under `latest`.
         versioned = kwargs.pop("versioned_dir", False) and not was_started()

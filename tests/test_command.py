@@ -122,6 +122,7 @@ def test_the_model_configs_train_on_the_data_config(model, here, capsys):
         (["--model=EmbeddingFlow", "--model.backbone=resnet188"], "Did you mean 'resnet18'"),
         (["--model=PixelFlow", "--data.in_distribution=fashion_mnst"], "Did you mean 'fashion_mnist'"),
         (["--model=PixelFlow", "--data.in_distribution=./nowhere"], "There is no folder nowhere"),
+        (["--model=PixelFlow", "--trainer.devices=x"], "flowood: The trainer cannot be set up so: `devices`"),
     ],
 )
 def test_users_errors_are_one_message(args, message, here, capsys):
