@@ -146,7 +146,7 @@ class Detector:
             for path, image in images:
                 yield self._scores((path,), image[None])
         else:
-            yield self._scores(paths, np.stack(pixels))
+            yield self._scores(paths, np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
 
     def drift_p_value(self, raw_scores: np.ndarray) -> float:
         """Whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""

@@ -138,8 +138,9 @@ def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, white: int) -> np.ndarray:
-    scaled = np.ascontiguousarray(values, dtype=np.float32)
-    return scaled / np.float32(white)
+    scaled = np.array(values, dtype=np.float32, order="C")  # a copy, to be divided in place: images may be large
+    scaled /= np.float32(white)
+    return scaled
 
 
 def resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:

@@ -7,16 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from anomalib_flowood.exported import read_description
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
 from anomalib_flowood.models.components.export_check import (
     Runtime,
+    module_runtime,
     onnx_runtime,
     openvino_runtime,
-    reference,
     torch_runtime,
 )
 
@@ -73,7 +71,7 @@ def of_module(module: Any) -> Detector:
     calibrated = isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated
     size: Any = module.input_size
     return Detector(
-        Runtime(lambda images: reference(module, torch.from_numpy(images))),
+        module_runtime(module),
         tuple(size) if size else None,
         post_processor.calibration.tolist() if calibrated else (),
         post_processor.level if calibrated else None,

@@ -57,8 +57,8 @@ def check_export(detector: KeepsImages, path: Path, export_type: ExportType, com
     """Compare the export with PyTorch; print what was found, and return it for ``model.json``."""
     if detector.check_images is None:
         print(
-            f"Check of {path}: nothing could be checked, for the detector keeps no normal images: it was fitted by "
-            "an earlier version."
+            f"Check of {path}: nothing could be checked, for the detector keeps no normal images: they are large, or "
+            "it was fitted by an earlier version."
         )
         return {"images": 0}
     raw = "raw_score" in reference(detector, detector.check_images[:1] / 255)
@@ -107,8 +107,17 @@ def compare_runtime(detector: KeepsImages, runtime: Runtime) -> tuple[dict[str, 
 
 def torch_runtime(path: Path) -> Runtime:
     """Load a torch export that this process has just written."""
-    detector = torch.load(path, map_location="cpu", weights_only=False)["model"].eval()
-    return Runtime(lambda images: reference(detector, torch.from_numpy(images)))
+    return module_runtime(torch.load(path, map_location="cpu", weights_only=False)["model"].eval())
+
+
+def module_runtime(detector: Any) -> Runtime:
+    """Compute in PyTorch; one image after the other with a detector that takes no more at once.
+
+    Args:
+        detector: In evaluation mode, on the CPU.
+    """
+    count = 1 if detector.images_at_once == 1 else None
+    return Runtime(lambda images: reference(detector, torch.from_numpy(images)), (count, 3, None, None))
 
 
 def onnx_runtime(path: Path) -> Runtime:
@@ -186,7 +195,7 @@ def reference(detector: AnomalibModule, images: Tensor, factor: float = 1.0) -> 
     images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
     raw: InferenceBatch = detector.model(images if transform is None else transform(images))
-    raw = InferenceBatch(*(value if value is None else value * factor for value in raw))
+    raw = InferenceBatch(*(value if value is None or factor == 1 else value * factor for value in raw))
     done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
     outputs = {name: value.numpy() for name, value in done._asdict().items() if value is not None}
     if done.pred_score is not raw.pred_score:

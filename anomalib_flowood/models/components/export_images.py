@@ -25,6 +25,8 @@ else:
     _Base = object
 
 _CHECK_IMAGES = 5
+_CHECK_PIXELS = 2**22
+"""Pixels that a checkpoint keeps at most: there are fewer images of large ones."""
 _CHECK_KEY = "anomalib_flowood_check_images"
 
 
@@ -39,7 +41,9 @@ class KeepsImages(_Base):
         """Keep a few normal images for checks of later exports."""
         super().on_fit_start()
         trainer: Trainer = self.trainer
-        images = list(_normal_images(_image_loader(trainer), _CHECK_IMAGES))
+        height, width = self.input_size or (1, 1)
+        count = min(_CHECK_IMAGES, _CHECK_PIXELS // (height * width))
+        images = list(_normal_images(_image_loader(trainer), count))
         if images:
             size = list(self.input_size or images[0].shape[-2:])
             resized = [functional.resize(image, size, antialias=True) for image in images]

@@ -101,6 +101,17 @@ class FrozenFeatures(_Base):
         """Return the features of pre-processed images; one row per image."""
         raise NotImplementedError
 
+    def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
+        """Return the features of training images that are to be stored, for detectors that do not store all.
+
+        Args:
+            images: A batch of pre-processed images.
+            batch: Its number.
+            total: Number of training images.
+        """
+        del batch, total
+        return self.extract(images)
+
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
         """Fit what comes before the flow on the features of all training images, which lie in main memory."""
         raise NotImplementedError
@@ -215,7 +226,8 @@ class FrozenFeatures(_Base):
             transform = getattr(self.pre_processor, "transform", None)
             if transform is not None:
                 image = transform(image)
-            features = self.extract(image)
+            training_set = what == "training"
+            features = self.extract_training(image, number, store.rows) if training_set else self.extract(image)
             _check_finite(features, batch, what)
             store.append(tuple(processes.gathered(part[:count]) for part in features))
             label = batch.gt_label

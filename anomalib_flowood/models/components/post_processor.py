@@ -20,6 +20,8 @@ from anomalib_flowood.trainers import validation_loaders
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 2**22
+"""Values of maps that are mapped at once."""
 _JUST_ABOVE_HALF = 0.5 + 2**-24
 """The next float32 after 0.5."""
 
@@ -339,7 +341,21 @@ class ConformalPostProcessor(PostProcessor):
 
 
 def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Map raw values to [0, 1], with 0.5 at the threshold, and say which lie above; NaN counts as infinite."""
+    """Map raw values to [0, 1], with 0.5 at the threshold, and say which lie above; NaN counts as infinite.
+
+    Large maps go row by row, some at once, since what is computed between takes several times their memory.
+    """
+    if raw.ndim == 4 and not torch.compiler.is_compiling() and raw.numel() > _AT_ONCE:
+        squashed, above = torch.empty_like(raw), torch.empty_like(raw, dtype=torch.bool)
+        rows = max(1, _AT_ONCE // (raw.numel() // raw.shape[2]))
+        for some, *into in zip(*(part.split(rows, dim=2) for part in (raw, squashed, above)), strict=True):
+            for target, value in zip(into, _squash_values(some, threshold, unit), strict=True):
+                target.copy_(value)
+        return squashed, above
+    return _squash_values(raw, threshold, unit)
+
+
+def _squash_values(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     raw = torch.where(torch.isnan(raw), torch.full_like(raw, float("inf")), raw)
     above = raw > threshold
     x = (raw - threshold).abs() / unit

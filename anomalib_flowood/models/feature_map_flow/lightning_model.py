@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -14,16 +16,20 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUPRO, AUROC
-from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, FrozenFeatures, backbone_pre_processor
 from anomalib_flowood.names import lists_names
 
 from .torch_model import POSITION, FeatureMapFlowModel
 
 logger = logging.getLogger(__name__)
+
+_FITTED_TILES = 1000
+"""Tiles that a fit looks at: as many as images from which the whitening learns (:attr:`reference_images`)."""
 
 
 @lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
@@ -51,6 +57,10 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
+        tile_size: Height and width of tiles that large images are cut into, one after the other: what the backbone gets
+            in the place of ``image_size``, which is then that of whole images. ``None`` for no tiles.
+        tile_stride: The largest step from a tile to the next; smaller than a tile they overlap, and the map is the
+            average. ``None`` for ``tile_size``.
         feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
             learning few images by heart.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
@@ -94,6 +104,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
         feature_noise: float = 0.3,
         cache_gib: float = 2.0,
         max_epochs: int = 10,
@@ -113,7 +125,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             cache_gib=cache_gib,
         )
         super().__init__(
-            pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
+            pre_processor=_pre_processor(backbone, image_size, tile_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -139,7 +151,10 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             hidden_channels=hidden_channels,
             scale=scale,
             score_fraction=score_fraction,
+            tile_size=tile_size,
+            tile_stride=tile_stride,
         )
+        self.images_at_once = 1 if tile_size else FlowModule.images_at_once
         self._reference: tuple[Tensor, ...] = ()
         self._whitened: tuple[int, ...] | None = None
 
@@ -164,7 +179,31 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""
-        return tuple(layer.clamp(-6e4, 6e4).half() for layer in self.model.extract(images))
+        return _halved(self.model.extract(images))
+
+    def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
+        """Return the feature maps of training images; with tiles those of some, drawn anew for each image."""
+        tiles = self.model.tiles
+        if tiles is None:
+            return self.extract(images)
+        count = min(len(tiles), math.ceil(_FITTED_TILES / total))
+        generator = torch.Generator().manual_seed(batch)  # the same in a fit that is resumed
+        which = [torch.randperm(len(tiles), generator=generator)[:count].tolist() for _ in images]
+        return _halved(self.model.extract(images, which))
+
+    def _validate_on_stored(self) -> None:
+        """Store the features of validation images, but not of all their tiles, which are many."""
+        if self.model.tiles is None:
+            super()._validate_on_stored()
+
+    def _check_exportable(self) -> None:
+        super()._check_exportable()
+        if self.model.tiles is not None:
+            msg = (
+                "A detector with tile_size cannot be exported to ONNX or OpenVINO: a graph would hold all tiles at "
+                "once. Export type torch works, and so does the checkpoint: anomalib_flowood.load takes either."
+            )
+            raise ValueError(msg)
 
     def fit_features(self, features: tuple[Tensor, ...]) -> None:
         """Fit descriptors and principal subspaces."""
@@ -177,7 +216,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
-        return tuple(part.half() if part.ndim == 4 else part for part in self.model.reduce(features))
+        reduced = self.model.reduce(features)
+        return tuple(part.half() if place % 2 == 0 else part for place, part in enumerate(reduced))
 
     def epoch_steps(self, images: int) -> int | None:
         """As many as take each position of the coarsest shown map once, up to a limit; as usual, if nothing trains."""
@@ -231,3 +271,14 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.model.eval()
         self.model.fit_whitening(self._reference)
         self.model.train(training)
+
+
+def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(layer.clamp(-6e4, 6e4).half() for layer in maps)
+
+
+def _pre_processor(backbone: str, image_size: tuple[int, int], tile_size: tuple[int, int] | None) -> PreProcessor:
+    """The backbone's; before tiles, which the model normalises, a resize alone."""
+    if tile_size is None:
+        return backbone_pre_processor(backbone, image_size)
+    return ExactPreProcessor(Resize(image_size, antialias=True))

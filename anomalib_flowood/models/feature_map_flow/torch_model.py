@@ -21,8 +21,10 @@ from anomalib_flowood.models.components.capabilities import LayerView
 from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
+from .folds import folds
 from .map_layer import MapLayer
 from .shown_map import ShownMap
+from .tiles import AT_ONCE, Tiles, new_tiles, normalise_of
 
 POSITION = "position"
 """The mask that is none: every position is transformed on its own, by weights that all of them share."""
@@ -32,10 +34,6 @@ _MAP_STRIDES = (8, 16)
 _SCORE_STRIDES = (16, 32)
 """Where an image shows whether it belongs as a whole."""
 
-_FOLDS = 5
-"""Parts of the images: each is scored by a whitening that was fitted to the others."""
-_SCORED = 100
-"""Images from which scales are known well enough: no further part is scored after these."""
 _CHUNK = 64
 """Images whose latents are computed at once."""
 _DRAWN = 512
@@ -108,6 +106,8 @@ class FeatureMapFlowModel(FlowModel):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        tile_size: tuple[int, int] | None = None,
+        tile_stride: tuple[int, int] | None = None,
     ) -> None:
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
@@ -122,9 +122,12 @@ class FeatureMapFlowModel(FlowModel):
             msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
             raise ValueError(msg)
         indices = sorted({*tops, *wholes})
-        network = create_feature_maps(backbone, indices, pre_trained=pre_trained, image_size=image_size)
+        height, width = image_size
+        tiles = new_tiles((height, width), tile_size, tile_stride)
+        size = tiles.size if tiles else (height, width)
+        network = create_feature_maps(backbone, indices, pre_trained=pre_trained, image_size=size)
         with torch.no_grad():
-            maps = run_backbone(network, torch.zeros(1, 3, *image_size))
+            maps = run_backbone(network, torch.zeros(1, 3, *size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
         new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction)
@@ -135,14 +138,16 @@ class FeatureMapFlowModel(FlowModel):
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
         new_flow = partial(_new_flow, shapes, mask, context, **arguments)
-        super().__init__(new_flow, flows.StandardNormal(), sum(2 * layer.numel() for layer in maps), levels=1)
+        dims = sum(2 * layer.numel() for layer in maps) * (len(tiles) if tiles else 1)
+        super().__init__(new_flow, flows.StandardNormal(), dims, levels=1)
         self.backbone = network
-        height, width = image_size
         self.image_size = (height, width)
+        self.tiles = tiles
+        self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
         self.evidence = Evidence(len(tops) + len(wholes))
         shown = [layer.size for layer in layers if layer.top]
-        self.shown_map = ShownMap(shown, self.image_size)
+        self.shown_map = ShownMap(shown, size)
         self._coarsest = min(math.prod(size) for size in shown)
 
     @property
@@ -156,19 +161,49 @@ class FeatureMapFlowModel(FlowModel):
         self.backbone.eval()
         return self
 
-    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def tiler(self) -> Tiles | None:
+        """The tiles, as ``anomalib.callbacks.TilerConfigurationCallback`` sets them; others than ours are refused."""
+        return self.tiles
+
+    @tiler.setter
+    def tiler(self, tiler: object) -> None:
+        if self.tiles != tiler:
+            msg = (
+                "The flow is built for tiles of one size: give the detector tile_size and tile_stride, and the size of "
+                "whole images as image_size. The callback may name the same, without a removed border."
+            )
+            raise ValueError(msg)
+
+    def extract(self, images: Tensor, which: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
         """Return the feature maps of pre-processed images.
 
         Args:
-            images: Images as the backbone wants them, ``(N, 3, H, W)``.
+            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1].
+            which: For each image which of its tiles to take, equally many; all by default.
 
         Returns:
-            One map for each layer, ``(N, C, h, w)``.
+            One map for each layer, ``(N, C, h, w)``; of a model with T tiles ``(N, T, C, h, w)``.
 
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        return run_backbone(self.backbone, self.checked(images, size=self.image_size))
+        images = self.checked(images, size=self.image_size)
+        if self.tiles is None:
+            return run_backbone(self.backbone, images)
+        chosen: Sequence[Sequence[int] | None] = which or [None] * len(images)
+        of_images = [list(self._tile_maps(*one)) for one in zip(images, chosen, strict=True)]
+        layers = zip(*([torch.cat(parts) for parts in zip(*image, strict=True)] for image in of_images), strict=True)
+        return tuple(torch.stack(layer) for layer in layers)
+
+    def _tile_maps(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, ...]]:
+        assert self.tiles is not None and self.normalise is not None  # noqa: PT018
+        for tiles in self.tiles.cut(image, which):
+            yield run_backbone(self.backbone, self.normalise(tiles))
+
+    def _alone(self, part: Tensor) -> Tensor:
+        """Of what is said of images, put all tiles in a row: ``(N, T, ...)`` to ``(N * T, ...)``."""
+        return part if self.tiles is None else part.flatten(0, 1)
 
     def fit_features(self, maps: tuple[Tensor, ...]) -> None:
         """Fit what comes before the flow.
@@ -180,6 +215,7 @@ class FeatureMapFlowModel(FlowModel):
         Raises:
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
         """
+        maps = tuple(self._alone(layer_maps) for layer_maps in maps)
         if len(maps[0]) < 3:
             msg = f"A density of maps needs at least 3 training images, more are better; got {len(maps[0])}."
             raise ValueError(msg)
@@ -190,35 +226,46 @@ class FeatureMapFlowModel(FlowModel):
         """Turn feature maps into what the flow models.
 
         Args:
-            maps: One map for each layer, ``(N, C, h, w)``. They may lie on another device than the model, and have
-                another precision.
+            maps: One map for each layer, as :meth:`extract` returns them. They may lie on another device than the
+                model, and have another precision.
 
         Returns:
             Two tensors for each layer: its reduced map, ``(N, D, h, w)``, and the rest of the log-density at each
-            position, ``(N, h, w)``, nats.
+            position, ``(N, h, w)``, nats; of a model with tiles both with the tiles as their second axis.
         """
-        return tuple(part for layer, layer_maps in zip(self.layers, maps, strict=True) for part in layer(layer_maps))
+        pairs = zip(self.layers, maps, strict=True)
+        parts = tuple(part for layer, layer_maps in pairs for part in layer(self._alone(layer_maps)))
+        return parts if self.tiles is None else tuple(part.unflatten(0, maps[0].shape[:2]) for part in parts)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Extract and reduce the maps of pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`."""
         return self.reduce(self.extract(images))
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
-        """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns."""
-        return flows.independent(
+        """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns.
+
+        An image's tiles count as independent.
+        """
+        alone = flows.independent(
             [
                 flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=layer.whiten)
                 for layer, side, reduced, rest in self._sides(inputs, flow)
             ]
         )
+        if self.tiles is None:
+            return alone
+        count = inputs[0].shape[:2]
+        terms = tuple(term.unflatten(0, count).sum(1) for term in alone.terms)
+        return flows.Density(terms, tuple(z.unflatten(0, count) for z in alone.latents), alone.base)
 
     def _sides(
         self, inputs: Inputs, flow: InvertibleModule | None = None
     ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
         """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
         sides = (self.flow if flow is None else flow).flows
+        reduced, rest = ([self._alone(part) for part in inputs[start::2]] for start in (0, 1))
         # A list of modules has modules of any kind to mypy.
-        return zip(self.layers, sides, inputs[::2], inputs[1::2], strict=True)  # type: ignore[arg-type]
+        return zip(self.layers, sides, reduced, rest, strict=True)  # type: ignore[arg-type]
 
     def epoch_steps(self, images: int) -> int | None:
         """Return the steps in which training sees as many positions as the coarsest shown map has in so many images.
@@ -293,7 +340,7 @@ class FeatureMapFlowModel(FlowModel):
             latents, scales = (torch.cat(parts) for parts in zip(*coupled, strict=True))
             del coupled  # as large as the latents
             found = []
-            for rest, part in _folds(len(latents)):
+            for rest, part in folds(len(latents)):
                 layer.fit_whitening(latents[rest])
                 found.append(layer.anomaly_map(latents[part], scales[part]))
             unseen = torch.cat(found)
@@ -315,7 +362,13 @@ class FeatureMapFlowModel(FlowModel):
             scorer: Not used: the score goes with the map.
         """
         del scorer
-        return self._judge(inputs[::2])
+        reduced = inputs[::2]
+        if self.tiles is None:
+            return self._judge(reduced)
+        of_images = zip(*reduced, strict=True)
+        return self.tiles.joined(
+            map(self._judge, zip(*(part.split(AT_ONCE) for part in image), strict=True)) for image in of_images
+        )
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`.
@@ -323,10 +376,17 @@ class FeatureMapFlowModel(FlowModel):
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
             deviation over normal images, up-sampled and averaged (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the
-            combined evidence.
+            combined evidence. Of a model with tiles the map is stitched, and the score the highest of a tile.
         """
+        if self.tiles is None:
+            return self._judge(self._reduced(self.extract(images)))
+        images = self.checked(images, size=self.image_size)
+        return self.tiles.joined(map(self._judge, map(self._reduced, self._tile_maps(image))) for image in images)
+
+    def _reduced(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Reduce feature maps, without the rest of the log-density."""
         layers: list[MapLayer] = list(self.layers)  # type: ignore[arg-type]
-        return self._judge([layer.reduced(maps) for layer, maps in zip(layers, self.extract(images), strict=True)])
+        return [layer.reduced(layer_maps) for layer, layer_maps in zip(layers, maps, strict=True)]
 
     def _judge(self, reduced: Sequence[Tensor]) -> InferenceBatch:
         shown, statistics = [], []
@@ -359,14 +419,3 @@ def _coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blurred(values: Tensor, noise: float) -> Tensor:
     return values + noise * torch.randn_like(values) if noise else values
-
-
-def _folds(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield some images and the others, as indices, until enough others came; drawn once for all."""
-    parts = torch.randperm(count, generator=torch.Generator().manual_seed(0)).chunk(min(_FOLDS, count))
-    scored = 0
-    for number, part in enumerate(parts):
-        if scored >= _SCORED:
-            return
-        yield torch.cat([*parts[:number], *parts[number + 1 :]]), part
-        scored += len(part)
