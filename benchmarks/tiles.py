@@ -58,7 +58,6 @@ def fit(folder: Path, arguments: argparse.Namespace) -> None:
         train_batch_size=1,
         eval_batch_size=1,
         memory_limit_mib=0,
-        memory_limit_mib=0,
     )
     tile = (arguments.tile, arguments.tile)
     detector = anomalib_flowood.FeatureMapFlow(

@@ -16,7 +16,7 @@ from PIL import Image
 import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.features import run_backbone
-from anomalib_flowood.models.components.post_processor import _squash, _squash_values
+from anomalib_flowood.models.components.squash import squash, squash_values
 from anomalib_flowood.models.feature_map_flow import tiles as tiles_module
 from anomalib_flowood.models.feature_map_flow.tiles import Tiles
 
@@ -209,6 +209,6 @@ def test_a_checkpoint_of_large_images_keeps_few_of_them_and_a_graph_is_refused(t
 def test_large_maps_are_decided_on_row_by_row():
     raw = torch.randn(2, 1, 1500, 1600)
     for ours, whole in zip(
-        *(squash(raw, torch.tensor(0.3), torch.tensor(2.0)) for squash in (_squash, _squash_values)), strict=True
+        *(decide(raw, torch.tensor(0.3), torch.tensor(2.0)) for decide in (squash, squash_values)), strict=True
     ):
         assert torch.equal(ours, whole)

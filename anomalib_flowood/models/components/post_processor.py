@@ -18,12 +18,9 @@ from anomalib_flowood import conformal, processes
 from anomalib_flowood.checks import refuse_infinite, refuse_nan
 from anomalib_flowood.trainers import validation_loaders
 
-logger = logging.getLogger(__name__)
+from .squash import squash
 
-_AT_ONCE = 2**22
-"""Values of maps that are mapped at once."""
-_JUST_ABOVE_HALF = 0.5 + 2**-24
-"""The next float32 after 0.5."""
+logger = logging.getLogger(__name__)
 
 
 class ConformalPostProcessor(PostProcessor):
@@ -316,12 +313,12 @@ class ConformalPostProcessor(PostProcessor):
         if not torch.compiler.is_compiling():
             refuse_nan(raw)
         threshold, unit = self.image_threshold, self._image_unit
-        pred_score, pred_label = _squash(raw, threshold, unit)
+        pred_score, pred_label = squash(raw, threshold, unit)
         if anomaly_map is None or not len(self.pixel_calibration):
             return InferenceBatch(pred_score=pred_score, pred_label=pred_label, anomaly_map=anomaly_map)
         pixel_range = self.pixel_max - self.pixel_min
         unit = torch.where(torch.isfinite(pixel_range) & (pixel_range > 0), pixel_range, unit)
-        squashed, pred_mask = _squash(anomaly_map, self.pixel_threshold, unit)
+        squashed, pred_mask = squash(anomaly_map, self.pixel_threshold, unit)
         return InferenceBatch(pred_score=pred_score, pred_label=pred_label, anomaly_map=squashed, pred_mask=pred_mask)
 
     def post_process_batch(self, batch: Any) -> None:
@@ -338,29 +335,6 @@ class ConformalPostProcessor(PostProcessor):
         n = len(self.calibration)
         spread = self.calibration[3 * n // 4] - self.calibration[n // 4]
         return torch.maximum(spread, 1e-6 * self.image_threshold.abs()).clamp(min=1e-12)
-
-
-def _squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Map raw values to [0, 1], with 0.5 at the threshold, and say which lie above; NaN counts as infinite.
-
-    Large maps go row by row, some at once, since what is computed between takes several times their memory.
-    """
-    if raw.ndim == 4 and not torch.compiler.is_compiling() and raw.numel() > _AT_ONCE:
-        squashed, above = torch.empty_like(raw), torch.empty_like(raw, dtype=torch.bool)
-        rows = max(1, _AT_ONCE // (raw.numel() // raw.shape[2]))
-        for some, *into in zip(*(part.split(rows, dim=2) for part in (raw, squashed, above)), strict=True):
-            for target, value in zip(into, _squash_values(some, threshold, unit), strict=True):
-                target.copy_(value)
-        return squashed, above
-    return _squash_values(raw, threshold, unit)
-
-
-def _squash_values(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    raw = torch.where(torch.isnan(raw), torch.full_like(raw, float("inf")), raw)
-    above = raw > threshold
-    x = (raw - threshold).abs() / unit
-    high = (1 - 0.5 / (1 + 4 * x).sqrt().sqrt()).clamp(min=_JUST_ABOVE_HALF)
-    return torch.where(above, high, 0.5 / (1 + x)), above
 
 
 def _collected(metric: CatMetric) -> Tensor:

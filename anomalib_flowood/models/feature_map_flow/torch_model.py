@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import create_feature_maps, default_layers, layer_indices, run_backbone
-from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.models.components.capabilities import LayerView
 from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
+from .extraction import MapExtraction
 from .folds import folds
 from .map_layer import MapLayer
 from .shown_map import ShownMap
-from .tiles import AT_ONCE, Tiles, new_tiles, normalise_of
+from .tiles import AT_ONCE, new_tiles, normalise_of
 
 POSITION = "position"
 """The mask that is none: every position is transformed on its own, by weights that all of them share."""
@@ -49,7 +49,7 @@ def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, *
     return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)
 
 
-class FeatureMapFlowModel(FlowModel):
+class FeatureMapFlowModel(MapExtraction):
     """Density of the feature maps of a frozen network, one flow per layer; says what does not belong, and where.
 
     With ``context="mean"`` it is the density of the maps of images whose mean vector is given.
@@ -155,56 +155,6 @@ class FeatureMapFlowModel(FlowModel):
         """No: the score is made of evidence of several kinds."""
         return False
 
-    def train(self, mode: bool = True) -> FeatureMapFlowModel:
-        """Set the flow's mode; the backbone is frozen, its batch norms included."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    @property
-    def tiler(self) -> Tiles | None:
-        """The tiles, as ``anomalib.callbacks.TilerConfigurationCallback`` sets them; others than ours are refused."""
-        return self.tiles
-
-    @tiler.setter
-    def tiler(self, tiler: object) -> None:
-        if self.tiles != tiler:
-            msg = (
-                "The flow is built for tiles of one size: give the detector tile_size and tile_stride, and the size of "
-                "whole images as image_size. The callback may name the same, without a removed border."
-            )
-            raise ValueError(msg)
-
-    def extract(self, images: Tensor, which: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
-        """Return the feature maps of pre-processed images.
-
-        Args:
-            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1].
-            which: For each image which of its tiles to take, equally many; all by default.
-
-        Returns:
-            One map for each layer, ``(N, C, h, w)``; of a model with T tiles ``(N, T, C, h, w)``.
-
-        Raises:
-            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
-        """
-        images = self.checked(images, size=self.image_size)
-        if self.tiles is None:
-            return run_backbone(self.backbone, images)
-        chosen: Sequence[Sequence[int] | None] = which or [None] * len(images)
-        of_images = [list(self._tile_maps(*one)) for one in zip(images, chosen, strict=True)]
-        layers = zip(*([torch.cat(parts) for parts in zip(*image, strict=True)] for image in of_images), strict=True)
-        return tuple(torch.stack(layer) for layer in layers)
-
-    def _tile_maps(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, ...]]:
-        assert self.tiles is not None and self.normalise is not None  # noqa: PT018
-        for tiles in self.tiles.cut(image, which):
-            yield run_backbone(self.backbone, self.normalise(tiles))
-
-    def _alone(self, part: Tensor) -> Tensor:
-        """Of what is said of images, put all tiles in a row: ``(N, T, ...)`` to ``(N * T, ...)``."""
-        return part if self.tiles is None else part.flatten(0, 1)
-
     def fit_features(self, maps: tuple[Tensor, ...]) -> None:
         """Fit what comes before the flow.
 
@@ -215,7 +165,7 @@ class FeatureMapFlowModel(FlowModel):
         Raises:
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
         """
-        maps = tuple(self._alone(layer_maps) for layer_maps in maps)
+        maps = tuple(self.alone(layer_maps) for layer_maps in maps)
         if len(maps[0]) < 3:
             msg = f"A density of maps needs at least 3 training images, more are better; got {len(maps[0])}."
             raise ValueError(msg)
@@ -234,7 +184,7 @@ class FeatureMapFlowModel(FlowModel):
             position, ``(N, h, w)``, nats; of a model with tiles both with the tiles as their second axis.
         """
         pairs = zip(self.layers, maps, strict=True)
-        parts = tuple(part for layer, layer_maps in pairs for part in layer(self._alone(layer_maps)))
+        parts = tuple(part for layer, layer_maps in pairs for part in layer(self.alone(layer_maps)))
         return parts if self.tiles is None else tuple(part.unflatten(0, maps[0].shape[:2]) for part in parts)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -263,7 +213,7 @@ class FeatureMapFlowModel(FlowModel):
     ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
         """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
         sides = (self.flow if flow is None else flow).flows
-        reduced, rest = ([self._alone(part) for part in inputs[start::2]] for start in (0, 1))
+        reduced, rest = ([self.alone(part) for part in inputs[start::2]] for start in (0, 1))
         # A list of modules has modules of any kind to mypy.
         return zip(self.layers, sides, reduced, rest, strict=True)  # type: ignore[arg-type]
 
@@ -306,7 +256,14 @@ class FeatureMapFlowModel(FlowModel):
             yield layer.anomaly_map(*_coupled(flow, maps))
 
     def layer_views(self, images: Tensor) -> list[LayerView]:
-        """View pre-processed images, ``(N, 3, H, W)``, layer by layer; errors as for :meth:`extract`."""
+        """View pre-processed images, ``(N, 3, H, W)``, layer by layer; errors as for :meth:`extract`.
+
+        Raises:
+            ValueError: Also if the model has tiles.
+        """
+        if self.tiles is not None:
+            msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
+            raise ValueError(msg)
         found = []
         for layer, flow, reduced, _ in self._sides(self.inputs(images)):
             latents, scales = _coupled(flow, reduced)
@@ -381,7 +338,7 @@ class FeatureMapFlowModel(FlowModel):
         if self.tiles is None:
             return self._judge(self._reduced(self.extract(images)))
         images = self.checked(images, size=self.image_size)
-        return self.tiles.joined(map(self._judge, map(self._reduced, self._tile_maps(image))) for image in images)
+        return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
 
     def _reduced(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Reduce feature maps, without the rest of the log-density."""

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backbone of FeatureMapFlow, and what it sees: whole images, or their tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
+
+from anomalib_flowood.features import run_backbone
+from anomalib_flowood.models.components import FlowModel
+
+from .tiles import Tiles
+
+
+class MapExtraction(FlowModel):
+    """A density of the feature maps of a frozen backbone, which sees whole images or their tiles."""
+
+    backbone: nn.Module
+    image_size: tuple[int, int]
+    tiles: Tiles | None
+    normalise: Normalize | None
+    """What the backbone wants of tiles."""
+
+    def train(self, mode: bool = True) -> MapExtraction:
+        """Set the flow's mode; the backbone is frozen, its batch norms included."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @property
+    def tiler(self) -> Tiles | None:
+        """The tiles, as ``anomalib.callbacks.TilerConfigurationCallback`` sets them; others than ours are refused."""
+        return self.tiles
+
+    @tiler.setter
+    def tiler(self, tiler: object) -> None:
+        if self.tiles != tiler:
+            msg = (
+                "The flow is built for tiles of one size: give the detector tile_size and tile_stride, and the size of "
+                "whole images as image_size. The callback may name the same, without a removed border."
+            )
+            raise ValueError(msg)
+
+    def extract(self, images: Tensor, which: Sequence[Sequence[int]] | None = None) -> tuple[Tensor, ...]:
+        """Return the feature maps of pre-processed images.
+
+        Args:
+            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1].
+            which: For each image which of its tiles to take, equally many; all by default.
+
+        Returns:
+            One map for each layer, ``(N, C, h, w)``; of a model with T tiles ``(N, T, C, h, w)``.
+
+        Raises:
+            ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
+        """
+        images = self.checked(images, size=self.image_size)
+        if self.tiles is None:
+            return run_backbone(self.backbone, images)
+        chosen: Sequence[Sequence[int] | None] = which or [None] * len(images)
+        of_images = [list(self.tile_maps(*one)) for one in zip(images, chosen, strict=True)]
+        layers = zip(*([torch.cat(parts) for parts in zip(*image, strict=True)] for image in of_images), strict=True)
+        return tuple(torch.stack(layer) for layer in layers)
+
+    def tile_maps(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the feature maps of an image's tiles, of some tiles at once."""
+        assert self.tiles is not None and self.normalise is not None  # noqa: PT018
+        for tiles in self.tiles.cut(image, which):
+            yield run_backbone(self.backbone, self.normalise(tiles))
+
+    def alone(self, part: Tensor) -> Tensor:
+        """Of what is said of images, put all tiles in a row: ``(N, T, ...)`` to ``(N * T, ...)``."""
+        return part if self.tiles is None else part.flatten(0, 1)
