@@ -21,6 +21,7 @@ from lightning import seed_everything
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Callback, Trainer
 
+from anomalib_flowood.data.datamodules.cross_dataset import grouped_sets
 from anomalib_flowood.look import shorten
 from anomalib_flowood.names import check_known
 from anomalib_flowood.report import JobProgress
@@ -213,9 +214,8 @@ def _base(kind: str, entry: dict) -> str:
     inside = arguments.get("dataset") or arguments.get("in_distribution")
     if entry.get("name") or kind == "model" or not inside:
         return str(entry.get("name") or find_class(kind, entry["class_path"]).__name__)
-    outside = arguments.get("out_of_distribution") or []
-    others = [outside] if isinstance(outside, str | Path) else outside
-    return " → ".join(filter(None, [_folder(inside), ", ".join(map(_folder, others))]))
+    outside = [name for _, name in grouped_sets(arguments.get("out_of_distribution") or [])]
+    return " → ".join(filter(None, [_folder(inside), ", ".join(map(_folder, outside))]))
 
 
 def _folder(data_set: object) -> str:

@@ -16,6 +16,7 @@ from .detection import (
 from .evaluator import MOST_SETS, PerSetEvaluator
 from .functional import (
     DETECTION_METRICS,
+    GROUP,
     MEAN,
     NOT_DEFINED,
     aupr_in,
@@ -23,6 +24,7 @@ from .functional import (
     auroc,
     detection_error,
     fpr_at_tpr,
+    groups_of,
     per_set,
     rate_text,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "AUROC",
     "DETECTION_METRICS",
     "FPR95",
+    "GROUP",
     "MEAN",
     "MOST_SETS",
     "NOT_DEFINED",
@@ -48,6 +51,7 @@ __all__ = [
     "auroc",
     "detection_error",
     "fpr_at_tpr",
+    "groups_of",
     "per_set",
     "rate_text",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from anomalib_flowood.trainers import name_results
 
 from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedian, DetectionError, F1Score, SetMetric
-from .functional import MEAN, NOT_DEFINED, OUTSIDE
+from .functional import MEAN, NOT_DEFINED, OUTSIDE, groups_of
 
 MOST_SETS = 8
 """Out-of-distribution sets that are listed one by one. The other classes of a data set of ten would bury a table."""
@@ -24,8 +24,8 @@ class PerSetEvaluator(Evaluator):
     """Logs metrics over all test images and, with two or more out-of-distribution sets, for each set on its own.
 
     Over all images a metric has the name that anomalib gives it (``image_AUROC``); of one set it is ``AUROC/mnist``,
-    against all in-distribution images; and the unweighted average over the sets is ``AUROC/mean``. Of more than
-    ``MOST_SETS`` sets only the average is logged. All of it comes from one test pass.
+    against all in-distribution images; the unweighted average over the sets is ``AUROC/mean``, and over those of a
+    group ``AUROC/near``. Of more than ``MOST_SETS`` sets only averages are logged. All of it comes from one test pass.
 
     Args:
         val_metrics: anomalib's validation metrics; logged over all images only.
@@ -70,8 +70,9 @@ class PerSetEvaluator(Evaluator):
                 continue  # no batch had its fields, so there is no value
             if isinstance(metric, SetMetric):
                 sets = metric.compute_sets()
-                if len(sets.keys() - {MEAN, OUTSIDE}) > MOST_SETS:
-                    sets = {name: value for name, value in sets.items() if name in {MEAN, OUTSIDE}}
+                averages = {MEAN, OUTSIDE, *groups_of(sets)}
+                if len(sets.keys() - averages) > MOST_SETS:
+                    sets = {name: value for name, value in sets.items() if name in averages}
                 for name, value in sets.items():
                     _log(trainer, pl_module, f"{metric.title}/{name}", value)
             _log(trainer, pl_module, metric.name, metric)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from anomalib_flowood.checks import refuse_nan
 
 MEAN = "mean"
 """Name of the average over all out-of-distribution sets."""
+GROUP = ": "
+"""What stands between the name of a group of sets and that of a set: ``near: cifar100``."""
 INSIDE, OUTSIDE = "inside", "outside"
 """Names of all in-distribution and of all out-of-distribution images."""
 NOT_DEFINED = "not defined"
@@ -231,9 +233,10 @@ def per_set(
         sources: The set that each image belongs to, N names; those of in-distribution images do not matter.
 
     Returns:
-        The metric by set, in alphabetical order, and at last their unweighted average, ``"mean"``. Empty if there are
-        not at least two out-of-distribution sets: the metric over all images says it then. A set that is called
-        ``mean``, ``inside`` or ``outside`` itself becomes, say, ``mean (set)``.
+        The metric by set, in alphabetical order; the unweighted average of each group of sets, where their names have
+        one (``near: cifar100``), under the group's; and at last that of all sets, ``"mean"``. Empty if there are not at
+        least two out-of-distribution sets: the metric over all images says it then. A set that is called ``mean``,
+        ``inside``, ``outside``, or as a group is, becomes, say, ``mean (set)``.
 
     Raises:
         ValueError: If there is not one source for each score, or ``measure`` refuses the scores.
@@ -247,9 +250,25 @@ def per_set(
     if len(sets) < 2:
         return {}
     scores, labels = scores.detach().cpu(), labels.detach().cpu()
+    groups = groups_of(sets)
     values = {}
     for name in sets:
         chosen = ~outside | torch.from_numpy(names == name)
-        key = f"{name} (set)" if name in {MEAN, INSIDE, OUTSIDE} else name
+        key = f"{name} (set)" if name in {MEAN, INSIDE, OUTSIDE, *groups} else name
         values[key] = measure(scores[chosen], labels[chosen])
-    return values | {MEAN: float(np.mean([*values.values()]))}
+    means = {group: float(np.mean([values[name] for name in grouped])) for group, grouped in groups.items()}
+    return values | means | {MEAN: float(np.mean([*values.values()]))}
+
+
+def groups_of(sets: Iterable[str]) -> dict[str, list[str]]:
+    """Return the groups that sets belong to, such as OpenOOD's near and far, and the sets of each.
+
+    Args:
+        sets: Names of sets: ``near: cifar100`` belongs to ``near``, and ``mnist`` to none.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sets:
+        group, found, _ = name.partition(GROUP)
+        if found:
+            groups.setdefault(group, []).append(name)
+    return groups

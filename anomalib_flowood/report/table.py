@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anomalib_flowood.look import shorten
-from anomalib_flowood.metrics import MEAN, MOST_SETS, NOT_DEFINED
+from anomalib_flowood.metrics import MEAN, MOST_SETS, NOT_DEFINED, groups_of
 
 METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
 _ERROR = 160
@@ -163,17 +163,19 @@ def benchmark_markdown(results: pd.DataFrame) -> str:
 def summarise_sets(results: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of :func:`summarise` for each out-of-distribution set, which the column ``set`` names.
 
-    Sets come in alphabetical order, their average last. Data with a single set are left out, and those with more than
-    ``MOST_SETS``: the other classes of a data set of ten would bury the table.
+    Sets come in alphabetical order, then the average of each group of them, and that of all. Data with a single set are
+    left out; of more than ``MOST_SETS``, since the other classes of a data set of ten would bury the table, come the
+    averages of groups, where there are any.
     """
     parts = []
     columns = [column for column in results.columns if column.startswith("AUROC/")]
     for _, jobs in results.groupby("data", sort=False):
         names = [column.removeprefix("AUROC/") for column in columns if jobs[column].notna().any()]
-        sets = sorted(name for name in names if name != MEAN)
-        if not 2 <= len(sets) <= MOST_SETS:
+        groups = sorted(group for group in groups_of(names) if group in names)
+        sets = sorted(name for name in names if name not in {MEAN, *groups})
+        if len(sets) < 2 or (len(sets) > MOST_SETS and not groups):
             continue
-        for name in [*sets, MEAN]:
+        for name in [*(sets if len(sets) <= MOST_SETS else []), *groups, MEAN]:
             values = {metric: jobs[f"{metric}/{name}"] for metric in ("AUROC", "FPR95")}
             done = jobs.assign(**values).dropna(subset=["AUROC"])  # the table of all images shows what failed
             parts.append(summarise(done).assign(set=name))
@@ -188,7 +190,7 @@ def set_table(results: pd.DataFrame) -> Table | None:
             data have several out-of-distribution sets.
 
     Returns:
-        A table that fits into 100 columns; ``None`` if no data have two sets or more, up to ``MOST_SETS``.
+        A table that fits into 100 columns; ``None`` if there is nothing to show.
     """
     table = Table(
         box=box.SIMPLE_HEAD, title="Each outside set", title_justify="left", title_style="bold", pad_edge=False

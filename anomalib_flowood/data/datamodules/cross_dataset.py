@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import Transform
 from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.sources import DATA_SETS, find_sources, what_folders_hold
+from anomalib_flowood.metrics.functional import GROUP, INSIDE, MEAN, OUTSIDE
 from anomalib_flowood.names import lists_names
 
 
@@ -24,14 +26,15 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
     * test: its test split (label 0) and the test split of each out-of-distribution data set (label 1), mixed evenly,
       so that any run of batches (``trainer.limit_test_batches``) holds both.
 
-    Each image's ``source`` is the name of its data set. A known name always means that data set: write
-    ``./mnist`` for a folder of that name.
+    Each image's ``source`` is the name of its data set, and ``near: cifar100`` if that is in a group. A known name
+    always means that data set: write ``./mnist`` for a folder of that name.
 
     Args:
         in_distribution: The normal data set: {data_sets}, or a folder of {layouts}. A folder without ``train/`` and
             ``test/`` is divided by ``test_split_ratio``.
-        out_of_distribution: One or more other data sets. Of a folder without ``train/`` and ``test/`` all images are
-            used.
+        out_of_distribution: One or more other data sets; or groups of them by name, such as OpenOOD's ``near`` and
+            ``far``, of which results have averages of their own. Of a folder without ``train/`` and ``test/`` all
+            images are used.
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.
         train_limit: The most images to take from the training split, validation included. For one seed, the images of
@@ -55,7 +58,8 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
         seed: Seed of all splits and limits.
 
     Raises:
-        ValueError: If a limit or ratio is out of range, a name is unknown or a data set is named twice.
+        ValueError: If a limit or ratio is out of range, a name is unknown, a data set is named twice, or a group cannot
+            be called so.
 
     Example:
         >>> from anomalib_flowood.data import CrossDataset
@@ -67,7 +71,7 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
     def __init__(
         self,
         in_distribution: str | Path,
-        out_of_distribution: list[str | Path] | str | Path,
+        out_of_distribution: dict[str, list[str | Path]] | list[str | Path] | str | Path,
         root: str | Path = "./datasets",
         train_limit: int | None = None,
         test_limit: int | None = None,
@@ -101,12 +105,14 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
             augmentations=augmentations,
             seed=seed,
         )
-        others = [out_of_distribution] if isinstance(out_of_distribution, str | Path) else list(out_of_distribution)
+        grouped = grouped_sets(out_of_distribution)
+        others = [name for _, name in grouped]
         if not others:
             msg = "out_of_distribution names no data set: at least one is needed."
             raise ValueError(msg)
         self.in_distribution = in_distribution
         self.out_of_distribution = others
+        self._groups = [group for group, _ in grouped]
         held_out = [test_split_ratio] + [1.0] * len(others)
         self._sources = find_sources([in_distribution, *others], root, held_out, seed)
         keys = [source.key for source in self._sources]
@@ -125,7 +131,7 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
         train = normal.read("train")
         self._hold_out(train, np.arange(len(train)), normal.name, normal.name, _stage)
         parts = []
-        for source in [normal, *others]:
+        for source, group in zip([normal, *others], ["", *self._groups], strict=True):
             images = source.read("test")
             rows = limited(np.arange(len(images)), self.test_limit, self.seed)
             parts.append(
@@ -133,7 +139,7 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
                     self._in_memory(images.select(rows)),
                     LabelName.NORMAL if source is normal else LabelName.ABNORMAL,
                     Split.TEST,
-                    source.name,
+                    f"{group}{GROUP}{source.name}" if group else source.name,
                 )
             )
         test = parts[0]
@@ -141,3 +147,23 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
             test += part
         self.test_data = test.subsample(mixed(test.samples["source"].tolist()).tolist(), inplace=True)
         self._is_setup = True
+
+
+def grouped_sets(given: Mapping[str, list[str | Path]] | list[str | Path] | str | Path) -> list[tuple[str, str | Path]]:
+    """Return what ``out_of_distribution`` names, each data set with its group, empty where there is none.
+
+    Raises:
+        ValueError: If a group has no name, that of an average, or one with ``": "`` in it; or if it is empty.
+    """
+    if isinstance(given, str | Path):
+        return [("", given)]
+    if not isinstance(given, Mapping):
+        return [("", name) for name in given]
+    for group, names in given.items():
+        if not group or group in {MEAN, INSIDE, OUTSIDE} or GROUP in group or "/" in group:
+            msg = f"A group of out_of_distribution cannot be called {group!r}: call it, say, near or far."
+            raise ValueError(msg)
+        if not names:
+            msg = f"The group {group!r} of out_of_distribution names no data set: at least one is needed."
+            raise ValueError(msg)
+    return [(group, name) for group, names in given.items() for _, name in grouped_sets(names)]

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**22
-"""Values of maps that are mapped at once."""
+_LARGE = 2**24
+"""Values of a large map; a quarter of these is mapped at once."""
 _JUST_ABOVE_HALF = 0.5 + 2**-24
 """The next float32 after 0.5."""
 
@@ -15,15 +15,17 @@ _JUST_ABOVE_HALF = 0.5 + 2**-24
 def squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Map raw values to [0, 1], with 0.5 at the threshold, and say which lie above; NaN counts as infinite.
 
-    Large maps go row by row, some at once, since what is computed between takes several times their memory.
+    The map of a single large image goes row by row, some at once, since what is computed between takes several times
+    its memory. It is overwritten.
     """
-    if raw.ndim == 4 and not torch.compiler.is_compiling() and raw.numel() > _AT_ONCE:
-        squashed, above = torch.empty_like(raw), torch.empty_like(raw, dtype=torch.bool)
-        rows = max(1, _AT_ONCE // (raw.numel() // raw.shape[2]))
-        for some, *into in zip(*(part.split(rows, dim=2) for part in (raw, squashed, above)), strict=True):
-            for target, value in zip(into, squash_values(some, threshold, unit), strict=True):
-                target.copy_(value)
-        return squashed, above
+    if raw.ndim == 4 and not torch.compiler.is_compiling() and len(raw) == 1 and raw.numel() > _LARGE:
+        above = torch.empty_like(raw, dtype=torch.bool)
+        rows = max(1, _LARGE // 4 // raw.shape[3])
+        for values, marks in zip(raw.split(rows, dim=2), above.split(rows, dim=2), strict=True):
+            squashed, marked = squash_values(values, threshold, unit)
+            values.copy_(squashed)
+            marks.copy_(marked)
+        return raw, above
     return squash_values(raw, threshold, unit)
 
 
