@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,19 @@ def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, c
         r"At a level of 16.7.% .*: \d of 4 normal images raise .* \d of 5 anomalous images are found", decision
     )
     assert f"{decision}\n5 held-out normal images allow no level below 17 %; 20 would allow 5 %.\n" in out
+
+
+def test_normal_images_alone_are_enough_and_what_is_not_defined_is_said_once(here, capsys, caplog):
+    flat(here / "parts")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(["train", "--data", "parts", *SMALLER, "--trainer.accelerator=cpu"])
+    assert not [str(warning.message) for warning in caught if "not defined" in str(warning.message)]
+    out = capsys.readouterr().out
+    assert re.search(r"image_AUROC\W+not defined", out)
+    assert "The test split of parts has no anomalous images: AUROC is undefined." in caplog.messages
+    assert re.search(r": \d of 4 normal images raise an alarm \(.*expected: at most 20", out)
+    assert "Next: flowood predict" in out
 
 
 def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(here, capsys, caplog):
