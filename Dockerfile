@@ -13,6 +13,7 @@ RUN python -m venv /opt/venv
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY anomalib_flowood anomalib_flowood
+COPY configs configs
 RUN /opt/venv/bin/pip install '.[export,serve]' && /opt/venv/bin/pip check
 
 FROM python:3.12-slim

@@ -76,7 +76,14 @@ def test_the_dockerfile_serves_as_somebody_who_may_do_little():
     copied = [word for name, what in lines if name == "COPY" and "--from" not in what for word in what.split()[:-1]]
     assert sorted(copied) == sorted(sent)
     assert all((ROOT / name).exists() for name in copied)
-    assert {'readme = "README.md"', 'license-files = ["LICENSE"]'} <= set(PYPROJECT.splitlines())
+    # What a wheel is built of.
+    needed = {
+        'fragments = [{ path = "README.md" }]',
+        'license-files = ["LICENSE"]',
+        'configs = "anomalib_flowood/configs"',
+    }
+    assert needed <= set(PYPROJECT.splitlines())
+    assert {"README.md", "LICENSE", "configs", "pyproject.toml", "anomalib_flowood"} <= set(copied)
     extras = re.search(r"pip install '\.\[([\w,]+)\]'", text)[1].split(",")
     assert all(f"\n{extra} = [" in PYPROJECT for extra in extras)
     assert "/health/ready" in said["HEALTHCHECK"]
