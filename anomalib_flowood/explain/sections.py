@@ -118,7 +118,7 @@ class Section(NamedTuple):
     compares: bool = False
 
 
-def _both(model: Any) -> bool:
+def _embeds_and_contributes(model: Any) -> bool:
     return embeds(model) and contributes(model)
 
 
@@ -131,7 +131,7 @@ _SECTIONS = (
     Section("drawing samples", draws, samples),
     Section("looking for the nearest images", embeds, nearest),
     Section("taking scores apart by layers", views_layers, map_cases, compares=True),
-    Section("taking scores apart by directions", _both, direction_cases, compares=True),
+    Section("taking scores apart by directions", _embeds_and_contributes, direction_cases, compares=True),
 )
 
 

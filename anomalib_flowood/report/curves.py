@@ -72,11 +72,7 @@ def precision_chart(
     lines, points, names, areas = _curves(scores, detectors, thresholds, curve, place)
     share = float(scores["label"].mean())
     # At a recall of 1 a curve falls to where everything raises an alarm.
-    lines = [
-        point
-        for name in names
-        for point in [*(one for one in lines if one["name"] == name), {"x": 1.0, "y": round(share, 5), "name": name}]
-    ]
+    lines += [{"x": 1.0, "y": round(share, 5), "name": name} for name in names]
     spec = _curve_spec(f"Precision and recall: {title}", lines, points, names, detectors, ("recall", "precision"))
     mark = {"type": "rule", "color": TEXT, "opacity": 0.3, "aria": False}
     y = {"field": "y", "type": "quantitative"}

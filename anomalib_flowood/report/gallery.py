@@ -108,14 +108,10 @@ def make_gallery(
     pictures = {
         path: _picture(f"{prefix}{number}", image) for number, (path, image) in enumerate(found.images.items(), start=1)
     }
-    strips = {
-        detector: {
-            title: _tiles(rows, pictures, layers)
-            for layers in [_Layers(maps.get(detector), jobs[detector], thresholds.get(detector))]
-            for title, rows in parts.items()
-        }
-        for detector, parts in chosen.items()
-    }
+    strips = {}
+    for detector, parts in chosen.items():
+        layers = _Layers(maps.get(detector), jobs[detector], thresholds.get(detector))
+        strips[detector] = {title: _tiles(rows, pictures, layers) for title, rows in parts.items()}
     return Gallery(pictures, strips, found.missing)
 
 

@@ -19,7 +19,6 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 
 from anomalib_flowood import conformal
 from anomalib_flowood.benchmark import Results
-from anomalib_flowood.metrics import DETECTION_METRICS
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.report.curves import roc_chart
 from anomalib_flowood.report.decisions import decide, decision_of, kinds
@@ -171,7 +170,6 @@ def test_runs_without_thresholds_have_no_decisions(tmp_path: Path):
     assert "raise an alarm (" not in page.text
     assert not [layer for chart in page.charts() for layer in chart["layer"] if layer["mark"]["type"] == "text"]
     assert [detector["threshold"] for detector in page.tables()[0]["detectors"]] == [None, None]
-    assert set(DETECTION_METRICS)  # metrics need no threshold
 
 
 def test_the_decision_in_words_has_the_beta_interval_of_the_docs():
