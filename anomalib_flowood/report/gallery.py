@@ -13,6 +13,8 @@ from anomalib.data import AnomalibDataModule
 from .maps import JobMaps, map_uri, outline, shown_images
 from .thumbnails import Thumbnail, find_thumbnails
 
+_ALL = 200
+"""So many test images are all in the page; of more, those in a row of worst or typical ones."""
 _PIXELATED = 96
 """Images up to this side are shown pixel by pixel."""
 
@@ -104,7 +106,8 @@ def make_gallery(
     paths = [path for strips in chosen.values() for rows in strips.values() for path in rows["image_path"]]
     if not paths:
         return Gallery()
-    found = find_thumbnails(paths, open_data)
+    everything = pd.concat([scores["image_path"] for scores in jobs.values()]).unique()
+    found = find_thumbnails([*paths, *everything] if len(everything) <= _ALL else paths, open_data)
     pictures = {
         path: _picture(f"{prefix}{number}", image) for number, (path, image) in enumerate(found.images.items(), start=1)
     }

@@ -15,6 +15,7 @@ from report_helpers import Page, job, report
 from test_decisions import images
 
 from anomalib_flowood.benchmark import Results
+from anomalib_flowood.report import gallery
 from anomalib_flowood.report.maps import MapKeeper, map_uri, outline, read_maps, shown_images
 
 
@@ -88,7 +89,7 @@ def test_the_outline_goes_round_the_mask():
     assert outline(mask, (256, 128)).count("Z") == 2
 
 
-def test_the_page_lays_maps_and_outlines_over_images(tmp_path: Path):
+def test_the_page_lays_maps_and_outlines_over_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scores = scored()
     rng = np.random.default_rng(0)
     maps = {}
@@ -113,4 +114,13 @@ def test_the_page_lays_maps_and_outlines_over_images(tmp_path: Path):
     outlines = [path for path in page.all("path") if path.get("class") == "truth"]
     assert len(outlines) == 2 * 8  # of the outside sets
     assert {box["class"] for box in page.all("input")} == {"layer-maps", "layer-truth"}
-    assert len([image for image in page.all("image") if "id" in image]) == 24  # once, though two detectors show them
+    stored = [image for image in page.all("image") if "id" in image]
+    assert len(stored) == 80  # all of them, once, though two detectors show some
+    (table,) = page.tables()
+    assert len(table["lists"][0]["pictures"]) == 80
+
+    monkeypatch.setattr(gallery, "_ALL", 79)
+    page = Page(report(folder))
+    assert len([image for image in page.all("image") if "id" in image]) == 24  # of many, those in a row alone
+    (table,) = page.tables()
+    assert len(table["lists"][0]["pictures"]) == 24
