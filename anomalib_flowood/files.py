@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,45 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """Let files that belong together appear in a folder once all of them are on the disk, or not at all.
+
+    Only the renaming at the end, some microseconds, can be cut in half by a kill: then there is no file ``last``.
+
+    Args:
+        folder: Where they are to be; made if missing. What else it holds stays.
+        last: Name of the one without which nobody reads the others: the earlier one goes first, the new one comes last.
+
+    Yields:
+        The folder to write to, within ``folder``. It is gone afterwards.
+    """
+    target = Path(os.path.realpath(folder))
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target / f".{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+        for file in files:
+            _sync(file)
+        (target / last).unlink(missing_ok=True)
+        for file in files:
+            file.replace(target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: str | Path, text: str) -> None:

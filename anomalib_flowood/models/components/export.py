@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood.exported import description_path, read_description
+from anomalib_flowood.files import whole_files
 from anomalib_flowood.scores import SCORES
 
 from .export_check import ExportCheckError, check_export, openvino_runtime, raw_onnx_path
@@ -48,7 +50,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
 
     Each export gets a ``model.json`` beside it (:mod:`anomalib_flowood.exported`), is never written over that of
     another model, and ends with a check: a few normal images, which fits take from their validation set and checkpoints
-    keep, go through the exported model and through PyTorch.
+    keep, go through the exported model and through PyTorch. All of it is done in a folder of its own, from where the
+    files take their places once they are whole: an export that fails or is killed leaves an earlier one as it was.
     """
 
     check_exports: bool = True
@@ -96,12 +99,12 @@ class CheckedExport(CheckedWeights, KeepsImages):
             ExportCheckError: If the exported model gives other scores.
         """
         self._check_fitted()
-        export_root = self._export_root(export_root)
-        self._refuse_to_replace(export_root, ExportType.TORCH, f"{model_file_name}.pt")
-        with _frozen(self):
-            path = super().to_torch(export_root, model_file_name)
-        self._describe_and_check(path, ExportType.TORCH)
-        return path
+        target = self._target(export_root, ExportType.TORCH, f"{model_file_name}.pt")
+        with self._whole_export(target) as root:
+            with _frozen(self):
+                path = super().to_torch(root, model_file_name)
+            self._describe_and_check(path, target, ExportType.TORCH)
+        return target
 
     def to_onnx(  # type: ignore[override]
         self,
@@ -121,8 +124,6 @@ class CheckedExport(CheckedWeights, KeepsImages):
                 exported.
             ExportCheckError: If the exported model gives other scores.
         """
-        import onnx
-
         self._check_fitted()
         self._check_exportable()
         kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
@@ -130,9 +131,18 @@ class CheckedExport(CheckedWeights, KeepsImages):
         raw_only = isinstance(post_processor, ConformalPostProcessor) and not post_processor.calibrated
         if raw_only and not self._within_calibration:
             logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
-        if not self._within_openvino:
-            export_root = self._export_root(export_root)
-            self._refuse_to_replace(export_root, ExportType.ONNX, f"{model_file_name}.onnx")
+        if self._within_openvino:
+            return self._graph(export_root, model_file_name, input_size, **kwargs)
+        target = self._target(export_root, ExportType.ONNX, f"{model_file_name}.onnx")
+        with self._whole_export(target) as root:
+            path = self._graph(root, model_file_name, input_size, **kwargs)
+            self._describe_and_check(path, target, ExportType.ONNX)
+        return target
+
+    def _graph(self, export_root: Path | str, model_file_name: str, input_size: Any, **kwargs: Any) -> Path:
+        """Export to ONNX, with the graph that gives the raw score beside it."""
+        import onnx
+
         with self._set("_gives_raw_score"):
             path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
         graph = onnx.load(path, load_external_data=False)
@@ -142,8 +152,6 @@ class CheckedExport(CheckedWeights, KeepsImages):
             path.replace(raw_onnx_path(path))
             graph.graph.output.remove(raw[0])
             onnx.save(graph, path)
-        if not self._within_openvino:
-            self._describe_and_check(path, ExportType.ONNX)
         return path
 
     def to_openvino(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:
@@ -166,16 +174,19 @@ class CheckedExport(CheckedWeights, KeepsImages):
         compression = CompressionType(given) if (given := _argument("compression_type", 1, args, kwargs)) else None
         if compression in _INT8:
             check_quantisable(self.model)
-        export_root = self._export_root(export_root)
-        self._refuse_to_replace(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
+        target = self._target(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
         data = _argument("datamodule", 2, args, kwargs)
         recalibrated = compression in _INT8 and data is not None
-        with self._set("_within_openvino"), self._calibrated_by_export(data, args, kwargs, recalibrated):
-            path = super().to_openvino(export_root, model_file_name, *args, **kwargs)
+        with (
+            self._set("_within_openvino"),
+            self._calibrated_by_export(data, args, kwargs, recalibrated),
+            self._whole_export(target) as root,
+        ):
+            path = super().to_openvino(root, model_file_name, *args, **kwargs)
             if compression in {None, CompressionType.FP16}:
                 keep_single_precision(path, half_weights=compression is not None)
-            self._describe_and_check(path, ExportType.OPENVINO, compression and str(compression.value))
-        return path
+            self._describe_and_check(path, target, ExportType.OPENVINO, compression and str(compression.value))
+        return target
 
     @contextmanager
     def _calibrated_by_export(self, data: Any, args: Any, kwargs: Any, wanted: bool) -> Iterator[None]:
@@ -228,11 +239,12 @@ class CheckedExport(CheckedWeights, KeepsImages):
         within = run.resolve().is_relative_to(given.resolve()) and run.resolve().relative_to(given.resolve()).parts
         return run if within and within[0] == type(self).__name__ else given
 
-    def _refuse_to_replace(self, root: Path, export_type: ExportType, name: str) -> None:
-        path = root / "weights" / export_type.value / name
+    def _target(self, given: Path | str, export_type: ExportType, name: str) -> Path:
+        """Where an export is to be, unless that of another model is there."""
+        path = self._export_root(given) / "weights" / export_type.value / name
         described = description_path(path)
         if not path.exists() and not described.exists():
-            return
+            return path
         remedy = "Give another export_root or model_file_name, or remove what is there."
         if not described.exists():
             msg = f"{path} is there already, and without a {described.name} nobody can tell of what model. {remedy}"
@@ -241,26 +253,42 @@ class CheckedExport(CheckedWeights, KeepsImages):
         if there["identity"] != identity(self):
             msg = f"{path} is the export of another model ({there.get('class')}, by its {described.name}). {remedy}"
             raise ValueError(msg)
+        return path
 
-    def _describe_and_check(self, path: Path, export_type: ExportType, compression: str | None = None) -> None:
-        """Write ``model.json``, then check, so that an export is described whatever the check finds."""
+    @contextmanager
+    def _whole_export(self, target: Path) -> Iterator[Path]:
+        """Let anomalib export below another root, from where all files take their places beside the target at once."""
+        with whole_files(target.parent, last=description_path(target).name) as folder:
+            yield folder
+            made = folder / "weights"
+            for file in (made / target.parent.name).iterdir():
+                file.replace(folder / file.name)
+            shutil.rmtree(made)
+            failed = read_description(folder / target.name).get("check", {}).get("passed") is False
+            msg = f"{target} gives other scores than PyTorch on normal images: see the line above"
+            if failed and target.exists():
+                msg += ". The earlier export stays as it was; `--no-check` exports without the check."
+                raise ExportCheckError(msg)
+        if failed:
+            msg += (
+                f", and {description_path(target).name}. Do not use it. Report it with the versions that this file "
+                "lists; `--no-check` exports without the check."
+            )
+            raise ExportCheckError(msg)
+
+    def _describe_and_check(
+        self, path: Path, target: Path, export_type: ExportType, compression: str | None = None
+    ) -> None:
+        """Check an export, and write its ``model.json``, whatever the check finds; the target is where it will be."""
         device = self.device
         self.eval().to("cpu")  # graphics processors round differently
         try:
             description = describe(self, path, export_type, compression)
-            write_description(path, description)
             if self.check_exports:
-                description["check"] = check_export(self, path, export_type, compression)
-                write_description(path, description)
+                description["check"] = check_export(self, path, export_type, compression, target)
+            write_description(path, description)
         finally:
             self.to(device)
-        if description.get("check", {}).get("passed") is False:
-            msg = (
-                f"{path} gives other scores than PyTorch on normal images: see the line above, and "
-                f"{description_path(path).name}. Do not use it. Report it with the versions that this file lists; "
-                "`--no-check` exports without the check."
-            )
-            raise ExportCheckError(msg)
 
     def _check_fitted(self) -> None:
         if not bool(self.model.fitted):

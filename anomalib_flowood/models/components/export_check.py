@@ -53,11 +53,22 @@ class Runtime:
     shape: Sequence[int | None] = (None, 3, None, None)
 
 
-def check_export(detector: KeepsImages, path: Path, export_type: ExportType, compression: str | None) -> dict[str, Any]:
-    """Compare the export with PyTorch; print what was found, and return it for ``model.json``."""
+def check_export(
+    detector: KeepsImages, path: Path, export_type: ExportType, compression: str | None, target: Path | None = None
+) -> dict[str, Any]:
+    """Compare the export with PyTorch; print what was found, and return it for ``model.json``.
+
+    Args:
+        detector: In evaluation mode, on the CPU.
+        path: The exported model.
+        export_type: Its type.
+        compression: How it is compressed, if it is.
+        target: Where it will be, for what is printed; ``None`` if it stays.
+    """
+    target = path if target is None else target
     if detector.check_images is None:
         print(
-            f"Check of {path}: nothing could be checked, for the detector keeps no normal images: they are large, or "
+            f"Check of {target}: nothing could be checked, for the detector keeps no normal images: they are large, or "
             "it was fitted by an earlier version."
         )
         return {"images": 0}
@@ -70,9 +81,9 @@ def check_export(detector: KeepsImages, path: Path, export_type: ExportType, com
     try:
         found, images, passed = compare_runtime(detector, load(path))
     except ModuleNotFoundError as error:
-        print(f"Check of {path}: nothing could be checked, for {error.name} is not installed.")
+        print(f"Check of {target}: nothing could be checked, for {error.name} is not installed.")
         return {"images": 0}
-    print(f"Check of {path}: largest differences from PyTorch on {images} normal images: {readable(found, images)}.")
+    print(f"Check of {target}: largest differences from PyTorch on {images} normal images: {readable(found, images)}.")
     result: dict[str, Any] = {"images": images, "bound": BOUND, "largest_differences": found}
     if compression is not None:
         logger.warning("Compression (%s) changes scores: no bound is asked of it.", compression)
