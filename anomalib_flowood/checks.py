@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,6 +62,25 @@ def check_sizes(**sizes: float | None) -> None:
             raise ValueError(msg)
         if argument == "cache_gib" and value < 0:
             msg = f"cache_gib must be at least 0, got {value}."
+            raise ValueError(msg)
+
+
+_LEAST = {"train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
+
+
+def check_loading(data: Any) -> None:
+    """Refuse, by the argument's name, what no data loader and no generator of random numbers takes.
+
+    Args:
+        data: A data module, anomalib's or ours; one that has no such arguments passes.
+
+    Raises:
+        ValueError: If a batch has no images, there are fewer than 0 workers, or a seed is negative.
+    """
+    for argument, least in _LEAST.items():
+        value = getattr(data, argument, None)
+        if value is not None and value < least:
+            msg = f"{argument} of {type(data).__name__} has to be at least {least}, got {value}."
             raise ValueError(msg)
 
 

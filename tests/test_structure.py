@@ -22,7 +22,7 @@ LONGEST_BODY = 45
 # From the ground up. What is in a line imports what is in the lines before it, and nothing else of the package.
 FLOORS = (
     ("",),
-    ("files",),
+    ("configuration", "files"),
     ("checks", "look", "names", "trainers"),
     ("parsing", "processes"),
     ("engine",),

@@ -11,6 +11,7 @@ from argparse import ArgumentError
 from importlib import import_module
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser, Namespace
@@ -118,6 +119,13 @@ def config_key(config: object) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up: Python's, NumPy's, or PyTorch's of any device."""
+    refused = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in refused)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def readable(error: BaseException) -> str:
     """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
 
@@ -125,8 +133,14 @@ def readable(error: BaseException) -> str:
         error: Any error.
 
     Returns:
-        Its message, or its type's name where it has none.
+        Its message, or its type's name where it has none; what helps, where memory ran out.
     """
+    if out_of_memory(error):
+        return (
+            f"Memory ran out: {str(error).strip().splitlines()[0]}. Smaller batches (train_batch_size and "
+            "eval_batch_size of the data), a smaller image_size, and less memory_limit_mib (data) and cache_gib "
+            "(detector) take less."
+        )
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     message = str(error).strip()

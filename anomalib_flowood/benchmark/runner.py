@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
+from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.engine import new_folder
 from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import rate_text
@@ -99,11 +100,7 @@ class Benchmark(AnomalibBenchmark):
             if resumed is not None:
                 msg += " --resume takes the folder, runs/benchmark/…, that `flowood benchmark` has made."
             raise FileNotFoundError(msg)
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            msg = f"{path} is not valid YAML: {error}"
-            raise ValueError(msg) from error
+        config = read_configuration(path)
         if not isinstance(config, dict) or not isinstance(config.get("benchmark"), dict):
             msg = f"{path} has no benchmark section."
             raise ValueError(msg)

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import AnomalibModule
 
 from anomalib_flowood import models
 from anomalib_flowood.cli.folders import with_data_modules
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
+from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
 from anomalib_flowood.models.components import CheckpointError, FlowModule, known_flows, read_checkpoint
 from anomalib_flowood.models.components.capabilities import takes_scores
@@ -130,9 +130,6 @@ def _given(arguments: Sequence[str], name: str) -> Iterator[Any]:
         if option == f"--{name}":
             yield value
         elif option in {"-c", "--config"} and Path(value).is_file():
-            try:
-                config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):  # the parser says what is wrong
-                continue
+            config = read_configuration(value)
             if isinstance(config, dict):
                 yield config.get(name)

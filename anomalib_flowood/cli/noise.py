@@ -23,6 +23,7 @@ _WARNINGS = (
     ".*LeafSpec",  # Lightning's use of PyTorch
     ".*module\\(s\\) in eval mode",  # a frozen backbone
     ".*returned `None`, this fit will run with no optimizer",  # a density fitted in closed form
+    "Image size .* could be decompression bomb",  # ours names the file
     "The dirpath has changed",  # results of a prediction have a folder of their own
     ".*is not defined: there are no ",  # which the table of a test says, and a line of ours, once for all metrics
 )

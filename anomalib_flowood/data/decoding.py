@@ -269,18 +269,38 @@ def _warn_of_pages(path: str) -> None:
 _told_of_pages: list[str] = []
 
 
+def _warn_of_size(image: Image.Image, path: str | Path | bytes) -> None:
+    """Name, once in a process, an image so large that Pillow warns of it; twice the limit Pillow refuses itself."""
+    pixels, limit, name = image.width * image.height, Image.MAX_IMAGE_PIXELS, _named(path)
+    if limit is not None and pixels > limit and (isinstance(path, bytes) or name not in _told_of_size):
+        _told_of_size.add(name)
+        logger.warning(
+            "The image %s has %s pixels, above %s, from where on Pillow suspects a file that was made to fill memory. "
+            "It is read; with more than %s it would be refused.",
+            name,
+            f"{pixels:,}",
+            f"{limit:,}",
+            f"{2 * limit:,}",
+        )
+
+
+_told_of_size: set[str] = set()
+
+
 @contextmanager
 def _opened(path: str | Path | bytes) -> Iterator[Any]:
     """Open an image file; whatever goes wrong with it is an :class:`UnreadableImageError` with its path."""
     try:
         if isinstance(path, bytes):
             with Image.open(BytesIO(path), formats=FORMATS) as image:
+                _warn_of_size(image, path)
                 yield image
             return
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
             msg = "it is no regular file"
             raise OSError(msg)
         with Image.open(path) as image:
+            _warn_of_size(image, path)
             yield image
     except UnreadableImageError:
         raise

@@ -10,6 +10,7 @@ A backbone is named by
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
@@ -40,6 +41,7 @@ def check_backbone(name: str) -> None:
         if not (folder / "config.json").is_file():
             msg = f"Backbone {name!r}: no config.json in the folder {folder}. `flowood backbone` writes such a folder."
             raise FileNotFoundError(msg)
+        _check_description(folder / "config.json")
         if not any(path.suffix in {".safetensors", ".bin", ".pth", ".pt"} for path in folder.iterdir()):
             msg = f"Backbone {name!r}: no weights (model.safetensors) in the folder {folder}."
             raise FileNotFoundError(msg)
@@ -51,6 +53,21 @@ def check_backbone(name: str) -> None:
         except RuntimeError:
             kind, known = "timm weights", list_pretrained(f"{name.split('.')[0]}.*")
             raise unknown_name(kind, name, known) from None
+
+
+def _check_description(path: Path) -> None:
+    """Refuse a folder's ``config.json`` that names no network."""
+    remedy = "`flowood backbone` writes such a file."
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no text
+        msg = f"{path} is not valid JSON in UTF-8 ({error}). {remedy}"
+        raise ValueError(msg) from error
+    architecture = description.get("architecture") if isinstance(description, dict) else None
+    if not isinstance(architecture, str) or not is_model(architecture):
+        has = f"its architecture is {architecture!r}" if architecture else "it has no architecture"
+        msg = f"{path} describes no network that timm knows: {has}. {remedy}"
+        raise ValueError(msg)
 
 
 def _remembered(function: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
@@ -79,8 +96,18 @@ def backbone_config(name: str) -> dict[str, Any]:
         ValueError: If the name is unknown.
         FileNotFoundError: If a ``local-dir:`` folder lacks ``config.json`` or weights.
     """
-    with torch.device("meta"):  # Only the configuration is wanted: no weights are made.
-        return timm.create_model(name, pretrained=False).pretrained_cfg  # type: ignore[return-value]
+    try:
+        with torch.device("meta"):  # Only the configuration is wanted: no weights are made.
+            config: Any = timm.create_model(name, pretrained=False).pretrained_cfg
+        _ = config["mean"], config["std"], tuple(config["input_size"])
+        return config
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if not name.startswith(LOCAL_DIR):
+            raise
+        path = Path(name.removeprefix(LOCAL_DIR), "config.json")
+        reason = f"{type(error).__name__}: {error}"
+        msg = f"timm builds nothing from {path} ({reason}). `flowood backbone` writes such a file."
+        raise ValueError(msg) from error
 
 
 @_remembered

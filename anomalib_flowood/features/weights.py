@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +22,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -76,8 +78,10 @@ def create_backbone(
     """
     kwargs |= _input_arguments(name, image_size)
     try:
-        if not pre_trained or name.startswith(LOCAL_DIR):
-            backbone = timm.create_model(name, pretrained=pre_trained, **kwargs)
+        if not pre_trained:
+            backbone = timm.create_model(name, pretrained=False, **kwargs)
+        elif name.startswith(LOCAL_DIR):
+            backbone = _from_folder(name, kwargs)
         elif name in _PACKAGED and find_spec(_PACKAGED[name]):
             weights = _packaged_weights(name)
             backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **kwargs)
@@ -107,6 +111,21 @@ def _input_arguments(name: str, image_size: tuple[int, int] | None) -> dict[str,
     if config["input_size"][0] != 3:
         arguments["in_chans"] = 3  # timm adapts the weights
     return arguments
+
+
+def _from_folder(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Read a folder's weights, or say what is wrong with them."""
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        if _OTHER_SIZE in str(error):  # whole, but for other images
+            raise
+        reason = " ".join(str(error).split())[:200]
+        msg = (
+            f"The weights in the folder {name.removeprefix(LOCAL_DIR)} cannot be read, or are of another network than "
+            f"its config.json says ({reason}). Was the file copied in part? `flowood backbone` writes such a folder."
+        )
+        raise ValueError(msg) from error
 
 
 def _packaged_weights(name: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def of_module(module: Any) -> Detector:
     return Detector(
         module_runtime(module),
         tuple(size) if size else None,
-        post_processor.calibration.tolist() if calibrated else (),
+        post_processor.kept.tolist() if calibrated else (),
         post_processor.level if calibrated else None,
         getattr(module, "max_value", None),
     )
@@ -93,6 +93,17 @@ def _export_in(folder: Path) -> Path:
 
 
 def _runtime(path: Path, known: dict[str, Any]) -> Runtime:
+    try:
+        return _computing(path, known)
+    except (ValueError, ModuleNotFoundError, FileNotFoundError):
+        raise
+    except Exception as error:  # every runtime has its own for a file that is not whole
+        reason = " ".join(str(error).split())[:200]
+        msg = f"{path} cannot be loaded: is it whole, with what lies beside it? ({reason}) Export the model again."
+        raise ValueError(msg) from error
+
+
+def _computing(path: Path, known: dict[str, Any]) -> Runtime:
     if known["export_type"] == "torch":
         if os.environ.get("TRUST_REMOTE_CODE", "0").lower() not in {"1", "true"}:
             msg = (

@@ -16,6 +16,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_flowood.checks import check_loading
 from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
@@ -53,6 +54,7 @@ class SourcedDataModule(AnomalibDataModule):
             seed=seed,
             **loading,
         )
+        check_loading(self)
         _check_ranges(train_limit, test_limit, memory_limit_mib, max_value, val_split_ratio, test_split_ratio)
         # For anomalib none is a half.
         self.val_split_ratio = val_split_ratio  # type: ignore[assignment]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken files and wrong values are named, with the remedy, before anything is done."""
+
+import codecs
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from model_helpers import data, engine, pixel_flow
+from PIL import Image
+from safetensors.torch import save_file
+
+from anomalib_flowood import EmbeddingFlow, load
+from anomalib_flowood.benchmark import out_of_memory, readable
+from anomalib_flowood.cli import main
+from anomalib_flowood.configuration import check_arguments, read_configuration
+from anomalib_flowood.data import decoding, read_image
+from anomalib_flowood.features import create_backbone
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+BROKEN = {
+    "UTF-16": ("model: PixelFlow\n".encode("utf-16"), r"a\.yaml is in UTF-16\. Save it as UTF-8"),
+    "Latin-1": ("name: Größe\n".encode("latin-1"), r"a\.yaml is not in UTF-8 \(byte 8 is 0xf6\)\. Save it as UTF-8"),
+    "a zero": (b"model: \0\n", r"a\.yaml is not valid YAML: unacceptable character"),
+    "a bracket": (b"model: [a\n", r"a\.yaml is not valid YAML: .*line 1"),
+    "a billion aliases": (BOMB.encode(), r"a\.yaml has more than 100,000 values, aliases written out \(line 5\)"),
+    "a circle": (b"a: &a [1, *a]\n", r"a\.yaml repeats \*a before its end \(line 1\)"),
+    "a well": (b"[" * 200 + b"]" * 200, r"a\.yaml is nested more than 100 times"),
+    "an object": (b"a: !!python/object/apply:os.getcwd []\n", r"a\.yaml is not valid YAML: could not determine"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_configurations_are_named_at_once(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, message = BROKEN[kind]
+    (tmp_path / "a.yaml").write_bytes(content)
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match=message):
+        read_configuration("a.yaml")
+    if kind != "an object":  # which the parser meets, and refuses
+        for arguments in (["train", "--config", "a.yaml"], ["test", "--data=a.yaml"], ["benchmark", "-c", "a.yaml"]):
+            with pytest.raises(ValueError, match=message):
+                check_arguments(arguments)
+        with pytest.raises(SystemExit, match="1"):
+            main(["train", "--config", "a.yaml"])
+        assert "flowood: a.yaml" in capsys.readouterr().err
+    assert time.perf_counter() - begun < 1
+
+
+def test_a_byte_order_mark_and_aliases_that_people_write_are_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(codecs.BOM_UTF8 + b"a: &a {x: 1}\nb: {<<: *a, y: 2}\n")
+    assert read_configuration(path) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
+
+
+def test_values_that_no_loader_takes_are_named_with_the_data_module(tmp_path):
+    for argument, least, value in [("train_batch_size", 1, 0), ("eval_batch_size", 1, -2), ("num_workers", 0, -1)]:
+        with pytest.raises(ValueError, match=rf"{argument} of \w+ has to be at least {least}, got {value}"):
+            data(tmp_path, **{argument: value})
+    with pytest.raises(ValueError, match=r"seed of CrossDataset has to be at least 0, got -1"):
+        data(tmp_path, seed=-1)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((12, 12, 3), 60 * number, np.uint8)).save(images / f"{number}.png")
+    foreign = Folder("ours", root=tmp_path, normal_dir="images", val_split_mode="from_train", train_batch_size=0)
+    with pytest.raises(ValueError, match=r"train_batch_size of Folder has to be at least 1, got 0"):
+        engine(tmp_path).fit(pixel_flow(), datamodule=foreign)
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A folder as `flowood backbone` writes it, of a network too small to be of use, and its own description."""
+    network = create_backbone("test_resnet", pre_trained=False)
+    save_file(
+        {name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    cfg = network.pretrained_cfg
+    known = {key: cfg[key] for key in ("mean", "std", "input_size", "first_conv", "classifier")}
+    description = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": known}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    assert EmbeddingFlow(f"local-dir:{tmp_path}", layers=[]).model is not None
+    return tmp_path, description
+
+
+def test_broken_folders_of_backbones_are_named(backbone):
+    folder, description = backbone
+    name, config, weights = f"local-dir:{folder}", folder / "config.json", folder / "model.safetensors"
+    for text, message in [
+        ("{", r"config\.json is not valid JSON in UTF-8 .*`flowood backbone` writes such a file"),
+        ("[]", r"config\.json describes no network that timm knows: it has no architecture"),
+        ('{"architecture": "resnet0"}', r"config\.json describes no network .*: its architecture is 'resnet0'"),
+        (json.dumps({**description, "pretrained_cfg": 3}), r"timm builds nothing from .*config\.json"),
+    ]:
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            EmbeddingFlow(name, layers=[])
+    config.write_bytes(json.dumps(description).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON in UTF-8"):
+        EmbeddingFlow(name, layers=[])
+    config.write_text(json.dumps(description))
+    whole = weights.read_bytes()
+    for content in (whole[:1000], b"", b"no weights at all", whole[: len(whole) // 2]):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"The weights in the folder {folder} cannot be read, or .*copied"):
+            EmbeddingFlow(name, layers=[])
+    save_file({"conv1.0.weight": torch.zeros(3)}, weights)
+    with pytest.raises(ValueError, match=rf"The weights in the folder {folder} .*are of another network"):
+        EmbeddingFlow(name, layers=[])
+
+
+def test_a_truncated_export_is_named(cases, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = cases("pixel_flow").detector.to_torch(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.pt cannot be loaded: is it whole, .* Export the model again"):
+        load(path)
+
+
+def test_memory_that_ran_out_is_said_so_with_the_remedy():
+    for request in (lambda: torch.empty(2**50), lambda: np.empty(2**50)):
+        with pytest.raises((RuntimeError, MemoryError)) as found:
+            request()
+        assert out_of_memory(found.value)
+        assert readable(found.value).startswith("Memory ran out: ")
+        assert "Smaller batches (train_batch_size and eval_batch_size" in readable(found.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_pillow_suspects_is_read_and_named_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(decoding, "_told_of_size", set())
+    path = tmp_path / "large.png"
+    Image.new("L", (40, 40)).save(path)
+    for _ in range(2):
+        assert read_image(path).shape == (1, 40, 40)
+    assert read_image(path.read_bytes()).shape == (1, 40, 40)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text[:60] for text in said] == [
+        f"The image {path} has 1,600 pixels, above 1,000, from where"[:60],
+        "The image that was given has 1,600 pixels, above 1,000, from"[:60],
+    ]
+    assert "with more than 2,000 it would be refused" in said[0]
