@@ -11,6 +11,7 @@ Outliers with Conformal p-values (2023, arXiv 2104.08279).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -175,6 +176,9 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
 
 CONTAMINATION_LEVEL = 0.01
 """Of how many clean calibrations in expectation, at most, a warning says that they look contaminated."""
+_NAMED = 10
+"""The most files that a warning names."""
+_NO_FILES: Mapping[str, float] = {}
 
 
 def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
@@ -208,20 +212,103 @@ def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
     return min(1.0, places * float(chances[place])), place + 1
 
 
-def looks_contaminated(calibration: Tensor) -> str:
+def looks_contaminated(calibration: Tensor, contamination: float = 0.0, files: Mapping[str, float] = _NO_FILES) -> str:
     """Say that calibration scores look contaminated, and what it costs; nothing where they do not.
 
     Args:
         calibration: As for :func:`contamination_p_value`.
+        contamination: The share that is taken for possible: see :func:`trimmed`. What it covers is not told.
+        files: Scores by the files that gave them, as far as they are known.
     """
     p_value, apart = contamination_p_value(calibration)
-    if p_value >= CONTAMINATION_LEVEL:
+    images = calibration.numel()
+    if p_value >= CONTAMINATION_LEVEL or apart <= trimmed_number(images, contamination):
         return ""
+    least = float(calibration.detach().flatten().sort().values[images - apart])
+    found = sorted((name for name in files if files[name] >= least), key=lambda name: -files[name])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    which = f": {', '.join(found[:_NAMED])}{more}" if found else ""
+    look = "Look at them" if found else "Look for them (`flowood predict` on the validation images names the highest)"
     return (
-        f"{apart} of {calibration.numel()} normal validation images score far above the others (p = {p_value:.1g}): "
-        "are there anomalies among them? They raise the threshold, in the worst case so far that nothing is called "
-        "anomalous. Look at them (`flowood predict` on the validation images names the highest scores) and take out "
-        "what is not normal"
+        f"{apart} of {images} normal validation images score far above the others (p = {p_value:.1g}){which}. Are "
+        "there anomalies among them? They raise the threshold, in the worst case so far that nothing is called "
+        f"anomalous. {look} and take out what is not normal, or leave so many out of account: "
+        f"--model.post_processor.contamination {math.ceil(1000 * apart / images) / 1000:g} (ConformalPostProcessor)"
+    )
+
+
+def trimmed_number(images: int, contamination: float) -> int:
+    """The most images that can be contaminated, k = ⌊contamination · n⌋.
+
+    Args:
+        images: Number n of calibration images.
+        contamination: The largest share that may be, in [0, 0.5).
+
+    Raises:
+        ValueError: If the share is not in [0, 0.5).
+    """
+    if not 0 <= contamination < 0.5:
+        msg = f"contamination must be at least 0 and below 0.5, got {contamination}."
+        raise ValueError(msg)
+    return math.floor(Fraction(str(float(contamination))) * images)
+
+
+def trimmed(ascending: Tensor, contamination: float) -> Tensor:
+    """Calibration scores without the k largest, where up to k of n may be of anomalies, nobody knows which.
+
+    Let S be a fresh normal image's score, c ≤ k the number of contaminated scores, whatever they are and whoever chose
+    them, and N = n - c that of clean ones, with which S is exchangeable. With p = (1 + #{kept ≥ S}) / (n - k + 1):
+
+    - False alarms: P(p ≤ j / (n - k + 1)) ≤ (j + k) / (n - c + 1) for every whole j, and so, at a level α with its rank
+      m = :func:`threshold_rank` (n - k, α), P(p < α) ≤ (m + k) / (n - k + 1) < α + k / (n - k + 1).
+      Proof: p ≤ j / (n - k + 1) says that at most j - 1 kept scores are ≥ S. With the k that were dropped, at most
+      j + k - 1 of all are, and so of the clean ones. S is then among the j + k largest of N + 1 exchangeable scores,
+      where it is with probability (j + k) / (N + 1) at most.
+    - No blindness: the threshold is at most the m-th largest clean score, wherever the contaminated ones lie.
+      Proof: it is the (m + k)-th largest of all; k of those above or at it can be contaminated, so m are clean.
+    - Where the k dropped are the contaminated ones, as those far above the others, what is kept is a clean calibration:
+      P(p < α) ≤ m / (n - k + 1) < α. Where nothing is contaminated the first bound is (m + k) / (n + 1): that is the
+      price, since no rule can tell a normal image that scores high from an anomaly.
+
+    Args:
+        ascending: Calibration scores, sorted, ``(n,)``.
+        contamination: The largest share of them that may be contaminated, k / n: see :func:`trimmed_number`.
+
+    Returns:
+        The n - k smallest, ``(n - k,)``.
+    """
+    return ascending[: len(ascending) - trimmed_number(len(ascending), contamination)]
+
+
+def trimmed_bound(images: int, contamination: float, rank: int) -> float:
+    """The largest share of fresh normal images that is flagged in expectation, (m + k) / (n - k + 1): :func:`trimmed`.
+
+    Args:
+        images: Number n of calibration images, before any is dropped.
+        contamination: The largest share of them that may be contaminated.
+        rank: m; those are flagged that score above the m-th largest score that is kept.
+    """
+    dropped = trimmed_number(images, contamination)
+    return (rank + dropped) / (images - dropped + 1)
+
+
+def price_of_trimming(images: int, contamination: float, rank_of: Callable[[int], int]) -> str:
+    """Say what is promised where some calibration images may be anomalies; nothing where none may.
+
+    Args:
+        images: Number n of calibration images, before any is dropped.
+        contamination: The largest share of them that may be contaminated.
+        rank_of: Gives the rank m of the threshold among a number of scores.
+    """
+    dropped = trimmed_number(images, contamination)
+    if not dropped:
+        return ""
+    rank = rank_of(images - dropped)
+    return (
+        f"The highest {dropped} of {images} calibration scores are left out of account (contamination "
+        f"{contamination:g}). If no more images are anomalies, at most "
+        f"{100 * trimmed_bound(images, contamination, rank):.3g} % of normal images are labelled anomalous in "
+        f"expectation; {100 * rank / (images - dropped + 1):.3g} % if these are"
     )
 
 

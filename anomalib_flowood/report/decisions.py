@@ -141,6 +141,8 @@ def decision_of(post_processor: Any) -> dict[str, float]:
     numbers = {name: float(value) for name, value in values.items() if value is not None}
     if "level" in numbers:
         numbers["calibration_images"] = len(post_processor.calibration)
+    if getattr(post_processor, "contamination", 0):  # between the level and the bound of conformal.trimmed
+        del numbers["level"], numbers["calibration_images"]
     return {} if math.isnan(numbers.get("threshold", math.nan)) else numbers
 
 

@@ -105,7 +105,7 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
         )
         _decision(frame, post_processor, console)
         if post_processor.level > post_processor.alpha:
-            cost = conformal.few_images(len(post_processor.calibration), post_processor.alpha)
+            cost = conformal.few_images(len(post_processor.kept), post_processor.alpha)
             console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -122,7 +122,7 @@ def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, conso
     lines = [
         f"Called anomalous: {flagged:,} of {len(frame):,} images ({percent(flagged / len(frame))}); if all were "
         f"normal, {expected}.",
-        conformal.more_images(len(post_processor.calibration)),
+        conformal.more_images(len(post_processor.kept)),
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

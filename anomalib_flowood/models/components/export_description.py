@@ -50,7 +50,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         alpha = post_processor.alpha
         if post_processor.calibrated:
             level = post_processor.level
-            threshold, calibration = float(post_processor.image_threshold), post_processor.calibration.tolist()
+            threshold, calibration = float(post_processor.image_threshold), post_processor.kept.tolist()
     outputs = reference(detector, torch.zeros(1, 3, 32, 32))
     raw = "raw_score" if "raw_score" in outputs else "pred_score"
     where = {

@@ -194,7 +194,10 @@ class FrozenFeatures(_Base):
         loader = _single(loaders, "validation")
         extracted, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
         room = self.cache_gib - self._kept_gib - extracted.taken_gib
-        dataset = FeatureDataset(self._prepare_all(extracted.features, room).features, labels)
+        samples = getattr(loader.dataset, "samples", None)  # anomalib's table
+        paths = None if samples is None else getattr(samples, "image_path", None)
+        prepared = self._prepare_all(extracted.features, room).features
+        dataset = FeatureDataset(prepared, labels, None if paths is None else list(paths))
         validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torchmetrics import CatMetric
 
 from anomalib_flowood import conformal, processes
 from anomalib_flowood.checks import refuse_infinite, refuse_nan
-from anomalib_flowood.trainers import validation_loaders
+
+from .calibration_images import how_to_have_more, most_calibration_images
 
 from .squash import squash
 
@@ -51,9 +53,13 @@ class ConformalPostProcessor(PostProcessor):
     Args:
         alpha: The level, in (0, 1); ``None`` for that of the checkpoint which the detector is loaded from, and 0.05
             without one.
+        contamination: The largest share of the calibration images that may be anomalies, in [0, 0.5). So many of the
+            highest scores are left out of account, k of n, and nothing else in the calibration can make the detector
+            blind; up to α + k / (n - k + 1) of the normal images are flagged then: see :func:`conformal.trimmed`.
+            ``None`` for the checkpoint's, and 0 without one.
 
     Raises:
-        ValueError: If the level is not in (0, 1).
+        ValueError: If the level is not in (0, 1), or the share not in [0, 0.5).
     """
 
     calibration: Tensor
@@ -63,8 +69,11 @@ class ConformalPostProcessor(PostProcessor):
     calibrated_for: Tensor
     """Fingerprint of the detector that gave them, ``(32,)``, bytes; empty where nobody knows."""
 
-    def __init__(self, alpha: float | None = None) -> None:
+    def __init__(self, alpha: float | None = None, contamination: float | None = None) -> None:
         super().__init__()
+        self._contamination = contamination
+        self._stored_contamination = 0.0
+        conformal.trimmed_number(0, self.contamination)  # refuses what is no share
         self._chosen = alpha is not None
         self._overruled: float | None = None
         self._alpha = conformal.DEFAULT_ALPHA if alpha is None else alpha
@@ -76,8 +85,10 @@ class ConformalPostProcessor(PostProcessor):
         new_list = partial(CatMetric, nan_strategy="disable", sync_on_compute=False)
         self._validated, self._validated_minima, self._validated_maxima = new_list(), new_list(), new_list()
         self._scored_by = torch.empty(0, dtype=torch.uint8)
+        self._files: dict[str, float] = {}
         self._warned_of = 0
         self._warned_of_contamination = False
+        self._said_of_trimming = ""
 
     @property
     def alpha(self) -> float:
@@ -90,11 +101,17 @@ class ConformalPostProcessor(PostProcessor):
         self._alpha, self._chosen = alpha, True
 
     @property
+    def contamination(self) -> float:
+        """The share of calibration images that may be anomalies: the one that was given, or the checkpoint's."""
+        return self._stored_contamination if self._contamination is None else self._contamination
+
+    @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return ("alpha",)
+        return ("alpha", "contamination")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Take a checkpoint's level, unless another one was chosen."""
+        """Take a checkpoint's level and contamination, unless others were chosen."""
+        self._stored_contamination = config.get("contamination", 0.0)
         stored = config.get("alpha")
         if stored is None or stored == self._alpha or stored == self._overruled:
             return
@@ -144,10 +161,14 @@ class ConformalPostProcessor(PostProcessor):
         both = torch.stack([scores, maxima.to(scores)], 1) if len(maxima) else scores[:, None]
         refuse_infinite(both, "normal validation", "score or map", "no threshold can be set")
         self.check_number(len(scores))
-        warning = conformal.looks_contaminated(scores)
+        warning = conformal.looks_contaminated(scores, self.contamination, self._files)
         if warning and not self._warned_of_contamination:
             logger.warning("%s.", warning)
         self._warned_of_contamination = bool(warning)
+        said = conformal.price_of_trimming(len(scores), self.contamination, self._rank)
+        if said and said != self._said_of_trimming:
+            logger.info("%s.", said)
+        self._said_of_trimming = said
         self.calibration = scores.detach().to(self.calibration).sort().values
         self.pixel_calibration = maxima.detach().to(self.pixel_calibration).sort().values
         self.calibrated_for = self.calibrated_for.new_empty(0)
@@ -181,13 +202,13 @@ class ConformalPostProcessor(PostProcessor):
             )
             self.forget()
             return
-        self._rank(len(self.calibration))
+        self._rank(len(self.kept))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what a validation set costs that is too small, or refuse it, before anything is trained."""
         del pl_module
         self._warned_of = 0
-        images = None if _trial_run(trainer) else _most_calibration_images(trainer)
+        images = None if _trial_run(trainer) else most_calibration_images(trainer)
         if images is not None:
             self.check_number(images, trainer)
 
@@ -198,6 +219,7 @@ class ConformalPostProcessor(PostProcessor):
         self._validated_minima.reset()
         self._validated_maxima.reset()
         self._scored_by = self._scored_by.new_empty(0)
+        self._files = {}
 
     def on_validation_batch_end(
         self,
@@ -216,7 +238,11 @@ class ConformalPostProcessor(PostProcessor):
             # Now, since a callback may exchange the weights for the time of a validation.
             self._scored_by = fingerprint().to(self.calibrated_for.device)
         normal = ~outputs.gt_label.bool()
-        self._validated.update(outputs.pred_score[normal].detach())
+        scores = outputs.pred_score[normal].detach()
+        self._validated.update(scores)
+        if paths := getattr(outputs, "image_path", None):
+            chosen = compress(paths, normal.tolist())
+            self._files |= zip(chosen, scores.to(self._validated.dtype).tolist(), strict=True)
         if outputs.anomaly_map is not None:
             maps = outputs.anomaly_map[normal].detach().flatten(1)
             self._validated_minima.update(maps.amin(1))
@@ -232,7 +258,10 @@ class ConformalPostProcessor(PostProcessor):
         if trainer.sanity_checking or _trial_run(trainer):
             return
         minima, maxima = _collected(self._validated_minima), _collected(self._validated_maxima)
+        for files in processes.gathered_objects(self._files):
+            self._files |= files
         self.calibrate(_collected(self._validated), maxima)
+        self._files = {}
         self.calibrated_for = self._scored_by
         if len(maxima):
             self.pixel_min.copy_(minima.min())
@@ -243,12 +272,12 @@ class ConformalPostProcessor(PostProcessor):
     @property
     def image_threshold(self) -> Tensor:
         """The calibration score above which an image is labelled anomalous, ``()``; NaN before a validation."""
-        return self._threshold(self.calibration)
+        return self._threshold(self.kept)
 
     @property
     def pixel_threshold(self) -> Tensor:
         """The maximum of a calibration image's map above which a pixel is marked, ``()``; NaN without maps."""
-        return self._threshold(self.pixel_calibration)
+        return self._threshold(conformal.trimmed(self.pixel_calibration, self.contamination))
 
     def _threshold(self, ascending: Tensor) -> Tensor:
         n = len(ascending)
@@ -259,10 +288,15 @@ class ConformalPostProcessor(PostProcessor):
         """Share of fresh normal images that are labelled anomalous, in expectation; NaN before a validation.
 
         Labelled are those whose p-value is no larger: it is m / (n + 1), the largest p-value below ``alpha``, or
-        1 / (n + 1) where none is.
+        1 / (n + 1) where none is. With ``contamination`` n counts what is kept, and the share may be larger.
         """
-        n = len(self.calibration)
+        n = len(self.kept)
         return self._rank(n) / (n + 1) if n else float("nan")
+
+    @property
+    def kept(self) -> Tensor:
+        """The calibration scores that decide, ascending: all but the highest, where some may be of anomalies."""
+        return conformal.trimmed(self.calibration, self.contamination)
 
     def _rank(self, images: int) -> int:
         """Which of the largest calibration scores is the threshold."""
@@ -273,21 +307,24 @@ class ConformalPostProcessor(PostProcessor):
         """Refuse too few calibration images, or say once what they cost.
 
         Args:
-            images: Their number.
+            images: Their number, contaminated ones among them.
             trainer: Lightning's, whose data module knows how there can be more.
 
         Raises:
             ValueError: If the level takes more, and is not the default one.
         """
+        images -= conformal.trimmed_number(images, self.contamination)
         self._rank(images)
         if images == self._warned_of or images >= conformal.images_needed(self.alpha):
             return
         self._warned_of = images
-        logger.warning("%s: %s.", conformal.few_images(images, self.alpha), _remedy(trainer, images, self.alpha))
+        logger.warning(
+            "%s: %s.", conformal.few_images(images, self.alpha), how_to_have_more(trainer, images, self.alpha)
+        )
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Conformal p-values of raw scores, on the CPU: :func:`anomalib_flowood.conformal.p_values`."""
-        return conformal.p_values(self.calibration.cpu(), scores.detach().cpu())
+        return conformal.p_values(self.kept.cpu(), scores.detach().cpu())
 
     def drift_p_value(self, scores: Tensor) -> float:
         """Whether raw scores, together, are in-distribution: :func:`anomalib_flowood.conformal.drift_p_value`."""
@@ -332,8 +369,8 @@ class ConformalPostProcessor(PostProcessor):
     @property
     def _image_unit(self) -> Tensor:
         """Interquartile range of the calibration scores, ``()``; with a floor, since all of them may be alike."""
-        n = len(self.calibration)
-        spread = self.calibration[3 * n // 4] - self.calibration[n // 4]
+        n = len(self.kept)
+        spread = self.kept[3 * n // 4] - self.kept[n // 4]
         return torch.maximum(spread, 1e-6 * self.image_threshold.abs()).clamp(min=1e-12)
 
 
@@ -346,36 +383,3 @@ def _collected(metric: CatMetric) -> Tensor:
 def _trial_run(trainer: Any) -> bool:
     """Whether Lightning runs a batch or two to see that everything works; it does not declare the attribute."""
     return bool(trainer.fast_dev_run)
-
-
-def _remedy(trainer: Any, images: int, alpha: float) -> str:
-    """What gives more calibration images, in the words of the data module where they are its validation images."""
-    data: Any = getattr(trainer, "datamodule", None)  # maybe that of an earlier fit
-    needed = conformal.images_needed(alpha)
-    if hasattr(data, "how_to_hold_out"):
-        datasets = [loader.dataset for loader in validation_loaders(trainer)]
-        if len(data.val_data) == images and datasets == [data.val_data]:
-            return data.how_to_hold_out(needed)
-    return (
-        f"hold out {needed - images} more (val_split_ratio of the data module, of anomalib's also val_split_mode: "
-        "from_train)"
-    )
-
-
-def _most_calibration_images(trainer: Trainer) -> int | None:
-    """The most images that a validation can calibrate on; ``None`` if there is no validation, or nobody knows."""
-    limit = trainer.limit_val_batches
-    loaders = validation_loaders(trainer)
-    if not loaders:
-        return None
-    total = 0
-    for loader in loaders:
-        dataset, batch_size = getattr(loader, "dataset", None), getattr(loader, "batch_size", None)
-        if not hasattr(dataset, "__len__") or batch_size is None:
-            return None
-        samples = getattr(dataset, "samples", None)  # anomalib's table
-        labels = None if samples is None else getattr(samples, "label_index", None)
-        normal = len(dataset) if labels is None else int((labels == 0).sum())  # type: ignore[arg-type]
-        batches = limit if isinstance(limit, int) else int(limit * len(loader))
-        total += min(normal, batches * batch_size)
-    return total

@@ -27,6 +27,7 @@ class FeatureBatch(UpdateMixin):
     Attributes:
         features: What the detector extracted, a tuple of tensors whose first dimension is the batch.
         gt_label: 0 for normal and 1 for anomalous images, ``(N,)``.
+        image_path: Their files, where they are known.
     """
 
     features: tuple[Tensor, ...]
@@ -36,6 +37,7 @@ class FeatureBatch(UpdateMixin):
     pred_label: Tensor | None = None
     anomaly_map: Tensor | None = None
     pred_mask: Tensor | None = None
+    image_path: list[str] | None = None
 
 
 class FeatureDataset(Dataset):
@@ -44,10 +46,11 @@ class FeatureDataset(Dataset):
     Args:
         features: Tensors with one row per image.
         labels: Labels of the images, ``(N,)``, or ``None`` if they have none.
+        paths: Their files, or ``None`` if they are not known.
     """
 
-    def __init__(self, features: tuple[Tensor, ...], labels: Tensor | None) -> None:
-        self.features, self.labels = features, labels
+    def __init__(self, features: tuple[Tensor, ...], labels: Tensor | None, paths: Sequence[str] | None = None) -> None:
+        self.features, self.labels, self.paths = features, labels, paths
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -61,7 +64,8 @@ class FeatureDataset(Dataset):
         """Return the features of several images as one batch: what a loader calls for each of its batches."""
         index = torch.as_tensor(indices)
         labels = None if self.labels is None else self.labels[index]
-        return FeatureBatch(tuple(feature[index] for feature in self.features), labels)
+        paths = None if self.paths is None else [self.paths[place] for place in indices]
+        return FeatureBatch(tuple(feature[index] for feature in self.features), labels, image_path=paths)
 
 
 def feature_loader(
