@@ -17,6 +17,7 @@ from typing import NoReturn
 from anomalib_flowood import __version__
 from anomalib_flowood.cli.help import COMPLETION, PARSED, help_level, overview, short_help, unknown, without_levels
 from anomalib_flowood.cli.noise import quieten
+from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
@@ -53,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
     level = help_level(given)
     token = HELP_LEVEL.set(ALL if level is None else level)
     try:
-        with warnings.catch_warnings(), ended_by_signals():
+        with warnings.catch_warnings(), unheard(), ended_by_signals():
             _configure_logging()
             _run(given if level is None else without_levels(given))
     finally:
@@ -89,10 +90,16 @@ def _run(args: list[str]) -> None:
     if known is not None and known.module:
         _run_at_once(args[0], args[1:])
         return
+    from anomalib_flowood.configuration import check_arguments
+
+    try:
+        check_arguments(args)
+    except (ValueError, OSError) as error:
+        _fail(error, str(error))
     with loading(f"anomalib and PyTorch for flowood {args[0]}"):
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from anomalib_flowood.benchmark import BenchmarkError, readable
+        from anomalib_flowood.benchmark import BenchmarkError, out_of_memory, readable
         from anomalib_flowood.cli.commands import FlowoodCLI
 
     try:
@@ -103,6 +110,10 @@ def _run(args: list[str]) -> None:
         ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError, ModuleNotFoundError,
     ) as error:  # fmt: skip
         _fail(error, readable(error), debuggable=not isinstance(error, BenchmarkError))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _fail(error, readable(error))
 
 
 def _run_at_once(name: str, args: list[str]) -> None:

@@ -74,10 +74,10 @@ class ResultsCLI(AnomalibCLI):
         if missing:
             print(f"{', '.join(missing)} are {NOT_DEFINED}: all test images are normal, or all are anomalous.")
         decision = decide(row, self.recorder.scores)
-        if decision is not None:
-            decision.show(Console())
         self._write_record(folder, data, **({"decision": decision.sentence()} if decision else {}))
         Results(folder).add(row, self.recorder.scores.assign(**labels), self.recorder.shown_maps)
+        if decision is not None:
+            decision.show(Console())
         print(f"As a page: flowood report {shlex.quote(str(folder))}")
 
     def say_what_is_next(self) -> None:

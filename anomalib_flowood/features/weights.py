@@ -118,7 +118,7 @@ def _from_folder(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        if _OTHER_SIZE in str(error):  # whole, but for other images
+        if "img_size" in kwargs and _OTHER_SIZE in str(error):  # whole, but for other images
             raise
         reason = " ".join(str(error).split())[:200]
         msg = (

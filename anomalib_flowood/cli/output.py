@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output that nobody reads to its end."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that goes nowhere once its reader is gone."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let a command end its work, files and status, where its output is read in part (``flowood predict … | head -1``).
+
+    Without it the line after the last one that was read would end the command, whatever was left to be written.
+    """
+    given = sys.stdout
+    if type(given) is not io.TextIOWrapper:  # a test's, a notebook's
+        yield
+        return
+    given.flush()
+    sys.stdout = _Output(
+        given.buffer, encoding=given.encoding, errors=given.errors, line_buffering=given.line_buffering
+    )
+    try:
+        yield
+    finally:
+        mine, sys.stdout = sys.stdout, given
+        mine.flush()
+        mine.detach()
