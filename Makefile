@@ -12,6 +12,8 @@
 # make scores     every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests, in two processes; WORKERS=0: in one, for pdb
 # make test-fast    the tests of flows, scores and metrics alone
+# make faults       kills at random moments, full disks and the like under every command: what was tried and survived;
+#                   FAULTS=6 kills of each command
 # make gpu          the tests of devices on this machine's GPU, then what it makes of the detectors, couplings and the paper
 #                   (benchmarks/gpu.py); with .venv or with PYTHON=…, which has what they import
 # make lint         ruff and mypy
@@ -33,7 +35,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast faults gpu lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -78,6 +80,13 @@ test: .venv/test chromium
 
 test-fast: .venv/test
 	$(PYTEST) tests/flows tests/scores tests/metrics $(PYTEST_ARGS)
+
+# In one process, so that no more than two commands run at once.
+FAULTS ?= 6
+faults: .venv/test
+	@mkdir -p results
+	FAULTS=$(FAULTS) FAULTS_TABLE=$(CURDIR)/results/faults.md $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS); \
+		status=$$?; cat results/faults.md; exit $$status
 
 # Installs nothing: a machine with a GPU has a PyTorch of its own. Without a GPU the device is a pretended one alone.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
