@@ -19,7 +19,6 @@ from anomalib_flowood import conformal, processes
 from anomalib_flowood.checks import refuse_infinite, refuse_nan
 
 from .calibration_images import how_to_have_more, most_calibration_images
-
 from .squash import squash
 
 logger = logging.getLogger(__name__)
