@@ -33,11 +33,6 @@ class FlowoodParser(ArgumentParser):
         kwargs.setdefault("prog", "flowood")
         super().__init__(*args, **kwargs)
 
-    @property
-    def command(self) -> str:
-        """What is typed for it: the command, and the subcommand where it is of one."""
-        return self.prog.replace(" [options]", "")
-
     def format_help(self) -> str:
         """Describe the arguments, as many as :data:`HELP_LEVEL` says; in the usage only those that have to be given."""
         less = HELP_LEVEL.get() < ALL
@@ -45,7 +40,7 @@ class FlowoodParser(ArgumentParser):
         texts, usage = [action.help for action in hidden], self.usage
         positional = [action.dest.upper() for action in self._actions if not action.option_strings]
         if self._subcommands_action is None:
-            self.usage = " ".join([self.command, *positional, "[options]"])
+            self.usage = " ".join([_command(self), *positional, "[options]"])
         try:
             for action in hidden:
                 action.help = argparse.SUPPRESS
@@ -60,7 +55,7 @@ class FlowoodParser(ArgumentParser):
         if not self.exit_on_error:  # a parser within a parser, which reads what it is told
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or _subcommand_parser(message, self)
-        sys.stderr.write(f"flowood: {mended(message, parser)}\n({parser.command} --help tells more.)\n")
+        sys.stderr.write(f"flowood: {mended(message, parser)}\n({_command(parser)} --help tells more.)\n")
         sys.exit(2)
 
 
@@ -116,6 +111,11 @@ def _near_option(option: str, known: Iterable[str]) -> str:
         return _did_you_mean(option, known)
     last = [other.rpartition(".")[2] for other in same]
     return _did_you_mean(option.rpartition(".")[2], last, prefix=f"{group}.")
+
+
+def _command(parser: ArgumentParser) -> str:
+    """What is typed for a parser: the command, and the subcommand where it is of one."""
+    return parser.prog.replace(" [options]", "")
 
 
 def _subcommand_parser(message: str, parser: ArgumentParser) -> ArgumentParser:
