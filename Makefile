@@ -16,6 +16,7 @@
 #                   FAULTS=6 kills of each command
 # make gpu          the tests of devices on this machine's GPU, then what it makes of the detectors, couplings and the paper
 #                   (benchmarks/gpu.py); with .venv or with PYTHON=…, which has what they import
+# make docs         the documentation site, into site/html: a broken link, or an anchor that is not there, is an error
 # make lint         ruff and mypy
 # make pre-commit   what a commit is checked for, on all files
 PYTHON ?= python3
@@ -35,7 +36,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast faults gpu lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast faults gpu docs lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -96,6 +97,12 @@ gpu:
 	$(GPU_PYTHON) -m pytest -v tests/test_devices.py $(PYTEST_ARGS)
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
+# The pages are the repository's, in their places: links between them work on GitHub and on the site.
+docs: .venv/docs
+	@rm -rf site/pages && mkdir -p site/pages
+	git ls-files -co --exclude-standard '*.md' '*.png' '*.webp' '*.csv' '*.yaml' | grep -v '^tests/' | tar cT - | tar xC site/pages
+	$(BIN)/mkdocs build
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -111,7 +118,7 @@ pre-commit: .venv/dev
 		else echo "Install Python's venv module first; on Debian, as root: apt-get install python3-venv" >&2; exit 1; fi; }
 
 # The stamps: one for each set of extras.
-.venv/offline .venv/test .venv/dev: pyproject.toml | .venv/bin/pip
+.venv/offline .venv/test .venv/dev .venv/docs: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -e ".[$(@F)]"
 	@touch $@
 

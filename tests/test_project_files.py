@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
 from anomalib_flowood import __version__
@@ -87,12 +86,3 @@ def test_the_dockerfile_serves_as_somebody_who_may_do_little():
     extras = re.search(r"pip install '\.\[([\w,]+)\]'", text)[1].split(",")
     assert all(f"\n{extra} = [" in PYPROJECT for extra in extras)
     assert "/health/ready" in said["HEALTHCHECK"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
-)
-def test_links_to_files_lead_somewhere(name: str):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
-    assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
