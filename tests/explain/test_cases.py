@@ -129,6 +129,20 @@ def test_the_page_takes_scores_of_maps_apart(maps, tmp_path):
     assert text.count("the nearest normal patch") >= 6
 
 
+def test_a_detector_of_tiles_is_explained_without_its_layers(tmp_path):
+    detector = feature_map_flow(coupling_layers=0, image_size=(96, 96), tile_size=(48, 48))
+    images = torch.nn.functional.interpolate(photographs(8, 0), (96, 96))
+    with torch.no_grad():
+        prepared = torch.stack([detector.pre_processor.transform(image) for image in images])
+        features = detector.model.extract(prepared)
+        detector.model.fit_features(features)
+        detector.model.fit_whitening(detector.model.reduce(features))
+    detector.model.fitted.fill_(True)
+    page = explain(detector.eval(), {"parts": images[:4], "holes": images[4:] * 0.4}, tmp_path)
+    assert "What the score is made of" not in page.read_text(encoding="utf-8")
+    assert "cases" not in json.loads((tmp_path / "explain.json").read_text())
+
+
 def test_an_image_is_not_its_own_nearest(maps, embeddings, tmp_path):
     sets = {"parts": photographs(6, 2), "holes": outside()}
     explain(maps, sets, tmp_path / "maps")

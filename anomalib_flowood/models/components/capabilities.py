@@ -138,8 +138,8 @@ def embeds(model: Any) -> TypeGuard[Embeds]:
 
 
 def views_layers(model: Any) -> TypeGuard[ViewsLayers]:
-    """Whether a torch model views images layer by layer."""
-    return callable(getattr(model, "layer_views", None))
+    """Whether a torch model views images layer by layer; one that has the method may say that it cannot now."""
+    return callable(getattr(model, "layer_views", None)) and getattr(model, "views_layers", True)
 
 
 def contributes(model: Any) -> TypeGuard[Contributes]:

@@ -255,6 +255,11 @@ class FeatureMapFlowModel(MapExtraction):
         for layer, flow, maps, _ in self._sides(reduced):
             yield layer.anomaly_map(*_coupled(flow, maps))
 
+    @property
+    def views_layers(self) -> bool:
+        """Whether there are :meth:`layer_views`: of whole images, not of tiles."""
+        return self.tiles is None
+
     def layer_views(self, images: Tensor) -> list[LayerView]:
         """View pre-processed images, ``(N, 3, H, W)``, layer by layer; errors as for :meth:`extract`.
 
