@@ -72,6 +72,14 @@ for number in range(8):
 PYTHON
 }
 
+ask() { # ADDRESS IMAGE
+    if command -v curl >/dev/null; then
+        curl --silent --show-error --fail --data-binary "@$2" "$1"
+    else
+        "$PYTHON" -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1], open(sys.argv[2], "rb").read()).read())' "$@"
+    fi
+}
+
 serve() { # starts, is asked once, and is stopped
     $FLOWOOD serve "$EXPORTED" --port 0 >serving.txt 2>&1 &
     local server=$! address=
@@ -81,7 +89,7 @@ serve() { # starts, is asked once, and is stopped
         address=$(sed -n 's/^Serving .* on \(http:[^ ]*\)\. .*/\1/p' serving.txt)
     done
     [ -n "$address" ] || { cat serving.txt; return 1; }
-    curl --silent --show-error --fail --data-binary @new_images/006.jpg "$address/score"
+    ask "$address/score" new_images/006.jpg || { cat serving.txt; return 1; }
     kill -TERM "$server"
     wait "$server" || [ $? = 143 ]
     trap - EXIT
