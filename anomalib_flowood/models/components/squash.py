@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 _LARGE = 2**24
-"""Values of a large map; a quarter of these is mapped at once."""
+"""Values of a large map."""
+_AT_ONCE = 2**20
+"""Those of its values that are mapped at once."""
 _JUST_ABOVE_HALF = 0.5 + 2**-24
 """The next float32 after 0.5."""
 
@@ -20,7 +22,7 @@ def squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor
     """
     if raw.ndim == 4 and not torch.compiler.is_compiling() and len(raw) == 1 and raw.numel() > _LARGE:
         above = torch.empty_like(raw, dtype=torch.bool)
-        rows = max(1, _LARGE // 4 // raw.shape[3])
+        rows = max(1, _AT_ONCE // raw.shape[3])
         for values, marks in zip(raw.split(rows, dim=2), above.split(rows, dim=2), strict=True):
             squashed, marked = squash_values(values, threshold, unit)
             values.copy_(squashed)
