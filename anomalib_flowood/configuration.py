@@ -81,7 +81,7 @@ def _excess(text: str) -> str:
     opened: list[tuple[str | None, int]] = []
     total = 0
     for event in yaml.parse(text, Loader=_LOADER):
-        at = f"(line {event.start_mark.line + 1})"
+        at = f"(line {event.start_mark.line + 1})" if event.start_mark else ""
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, total))
             total += 1

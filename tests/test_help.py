@@ -182,7 +182,7 @@ def test_what_was_meant(arguments, message, tmp_path, monkeypatch, capsys):
         ("data: {class_path: OneClass, init_args: {dataset: x, normal_clas: 1}}", "Did you mean 'normal_class'?"),
         ("data: {class_path: OneClass}", "flowood: --data.dataset has to be given.\n"),
         ("model: 3", "flowood: --model: Not a valid subclass of AnomalibModule. Got value: 3\n"),
-        ("model: {class_path: x", "Problems parsing config: while parsing a flow mapping in "),
+        ("model: {class_path: x", "a.yaml is not valid YAML: while parsing a flow mapping at line 1"),
         ("trainr: {max_epochs: 1}", "There is no 'trainr' in a configuration. Did you mean 'trainer'?"),
         ("trainer: {max_epoch: 1}", "no 'trainer.max_epoch' in a configuration. Did you mean 'trainer.max_epochs'"),
     ],

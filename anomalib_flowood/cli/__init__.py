@@ -94,8 +94,8 @@ def _run(args: list[str]) -> None:
 
     try:
         check_arguments(args)
-    except (ValueError, OSError) as error:
-        _fail(error, str(error))
+    except (ValueError, OSError) as error:  # as a parser answers what it cannot read
+        _refuse(str(error))
     with loading(f"anomalib and PyTorch for flowood {args[0]}"):
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 

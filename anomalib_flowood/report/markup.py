@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from anomalib_flowood.look import BLUE, SKY
+from anomalib_flowood.look import BLUE, SKY, VERMILION
 
 from .decisions import percent
 
@@ -34,7 +34,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(BLUE=BLUE, SKY=SKY, percent=percent)
+    environment.globals.update(BLUE=BLUE, SKY=SKY, VERMILION=VERMILION, percent=percent)
     environment.filters["json"] = script_json
     return environment.get_template(template).render(**values)
 

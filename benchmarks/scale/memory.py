@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_flowood import EmbeddingFlow, OneClass, models
-from anomalib_flowood.look import PALETTE
+from anomalib_flowood.look import GREY, PALETTE
 from benchmarks.peak import Peak, anonymous
 
 EMBEDDINGS, FILES = "embeddings", "files"
@@ -178,7 +178,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         )
         memory_axes.semilogx(counts, [row.gib for row in series], "o-", color=colour, label=name)
     time_axes.set(xlabel="images", ylabel="seconds", title="A fit (in brackets the power at its end)")
-    memory_axes.axhline(BAR_GIB, color="#777777", linestyle="--", label="cache_gib + 1")
+    memory_axes.axhline(BAR_GIB, color=GREY, linestyle="--", label="cache_gib + 1")
     memory_axes.set(xlabel="images", ylabel="GiB above rest", title="Peak memory, files not counted", ylim=(0, None))
     time_axes.legend()
     memory_axes.legend()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import sys
 import time
 
@@ -53,7 +54,7 @@ def test_unknown_names(name, error, message):
 
 
 def test_a_folder_without_weights(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY}))
     with pytest.raises(FileNotFoundError, match="no weights"):
         create_backbone(f"local-dir:{tmp_path}")
 

@@ -29,6 +29,8 @@ _REASONS = {
 
 _UNNAMED = "0.1.0 or before"
 _CONFORMAL = "anomalib_flowood.models.components.ConformalPostProcessor"
+_LEVEL = {"alpha", "contamination"}
+"""What its configuration holds; other post-processors have others."""
 
 
 class SettingsError(ValueError):
@@ -124,7 +126,7 @@ def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, An
     known = inspect.signature(cls.__init__).parameters.keys()
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     level = checkpoint.get("anomalib_post_processor_config") or {}
-    if level.keys() == {"alpha"} and "post_processor" in known:
+    if "alpha" in level and level.keys() <= _LEVEL and "post_processor" in known:
         arguments["post_processor"] = {"class_path": _CONFORMAL, "init_args": level}
     for component, enabled in checkpoint.get("anomalib_components_enabled", {}).items():
         if not enabled and component in known:
