@@ -11,10 +11,12 @@ import re
 import sys
 from collections.abc import Iterable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from anomalib_flowood.files import whole_file
 from anomalib_flowood.names import alternatives, nearest, subclasses, unknown_name
 
 ALL = 2
@@ -49,6 +51,13 @@ class FlowoodParser(ArgumentParser):
             self.usage = usage
             for action, text in zip(hidden, texts, strict=True):
                 action.help = text
+
+    def save(self, cfg: Namespace, path: str | Path, *args: Any, overwrite: bool = False, **kwargs: Any) -> None:
+        """Write a configuration, as :meth:`ArgumentParser.save` does; the file appears whole or not at all."""
+        if not overwrite and Path(path).exists():
+            super().save(cfg, path, *args, **kwargs)  # refuses
+        with whole_file(path) as file:
+            super().save(cfg, file, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with what is wrong with the command line, in the user's words, and exit status 2."""

@@ -54,7 +54,7 @@ COMMANDS = {
     "explain": f"explain --ckpt_path model.ckpt --output explained --max_images=8 {DATA}",
     "benchmark": "benchmark --config benchmark.yaml",
     "report": "report run --output page",
-    "watch": "watch model.ckpt arriving --output watched.csv --aside anomalous --link --interval=0.05",
+    "watch": "watch model.ckpt arriving --output watched.csv --aside anomalous --link=true --interval=0.05",
 }
 ENDLESS = {"watch": 5.0}
 """Commands that run until they are stopped, and for how many seconds to watch them."""

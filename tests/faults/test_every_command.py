@@ -39,8 +39,11 @@ survived: Counter[tuple[str, str]] = Counter()
 def prepared(tmp_path_factory):
     yield world(tmp_path_factory.mktemp("world"))
     if table := os.environ.get("FAULTS_TABLE"):
-        lines = ["| fault | command | tried | survived |", "| --- | --- | ---: | ---: |"]
-        lines += [f"| {fault} | `{name}` | {tried[fault, name]} | {survived[fault, name]} |" for fault, name in tried]
+        lines = ["| fault | commands | tried | survived |", "| --- | --- | ---: | ---: |"]
+        for fault in dict.fromkeys(fault for fault, _ in tried):
+            of = [key for key in tried if key[0] == fault]
+            names = ", ".join(name if survived[key] == tried[key] else f"**{name}**" for key in of for name in key[1:])
+            lines.append(f"| {fault} | {names} | {sum(tried[k] for k in of)} | {sum(survived[k] for k in of)} |")
         lines.append(f"| all | | {tried.total()} | {survived.total()} |")
         Path(table).write_text("\n".join(lines) + "\n")
 

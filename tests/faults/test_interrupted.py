@@ -14,11 +14,13 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from model_helpers import data, engine, pixel_flow
 
 from anomalib_flowood.cli import main
 from anomalib_flowood.files import escaped, unescaped, whole_file, write_table, write_text
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
+from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.trainers import save_checkpoint
 
 PIXELS = "--model.image_size=[12,12] --model.channels=1 --model.coupling_layers=4 --model.hidden_channels=16"
@@ -141,6 +143,23 @@ def test_a_file_that_fails_is_as_it_was(tmp_path):
     with patch.object(os, "fsync", side_effect=OSError("disk gone")), pytest.raises(OSError, match="disk gone"):
         write_text(path, "after")
     assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_runs_configuration_is_whole(tmp_path):
+    parser = FlowoodParser(exit_on_error=False)
+    parser.add_argument("--epochs", type=int)
+    path = tmp_path / "config.yaml"
+    parser.save(parser.parse_args(["--epochs=1"]), path, multifile=False)
+    after = parser.parse_args(["--epochs=2"])
+    full = patch.object(ArgumentParser, "dump", side_effect=OSError(errno.ENOSPC, "no space"))
+    with full, pytest.raises(OSError, match="no space"):
+        parser.save(after, path, overwrite=True, multifile=False)
+    assert path.read_text() == "epochs: 1\n"
+    with pytest.raises(ValueError, match="Refusing to overwrite existing file"):
+        parser.save(after, path, multifile=False)
+    parser.save(after, path, overwrite=True, multifile=False)
+    assert path.read_text() == "epochs: 2\n"
     assert list(tmp_path.iterdir()) == [path]
 
 
