@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parser of the command line: help of a length that is asked for, and errors that say what was meant.
 
-Imports jsonargparse alone, so that subcommands which need no anomalib start at once.
+Imports neither anomalib nor PyTorch, so that subcommands which need no anomalib start at once.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class FlowoodParser(ArgumentParser):
             for action, text in zip(hidden, texts, strict=True):
                 action.help = text
 
-    def save(self, cfg: Namespace, path: str | Path, *args: Any, overwrite: bool = False, **kwargs: Any) -> None:
+    def save(self, cfg: Namespace, path: Any, *args: Any, **kwargs: Any) -> None:
         """Write a configuration, as :meth:`ArgumentParser.save` does; the file appears whole or not at all."""
-        if not overwrite and Path(path).exists():
+        if not kwargs.pop("overwrite", False) and Path(path).exists():
             super().save(cfg, path, *args, **kwargs)  # refuses
         with whole_file(path) as file:
             super().save(cfg, file, *args, **kwargs)

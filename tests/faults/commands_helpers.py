@@ -56,6 +56,8 @@ COMMANDS = {
     "report": "report run --output page",
     "watch": "watch model.ckpt arriving --output watched.csv --aside anomalous --link=true --interval=0.05",
 }
+FRESH = {"report"}
+"""Commands whose process starts anew: what draws charts does not outlive a fork of a process that has drawn some."""
 ENDLESS = {"watch": 5.0}
 """Commands that run until they are stopped, and for how many seconds to watch them."""
 
@@ -104,6 +106,8 @@ def started(
         os.dup2(os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  # not pytest's
         prepare()
+        if name in FRESH:
+            os.execv(sys.executable, [sys.executable, "-m", "anomalib_flowood", *COMMANDS[name].split(), *more.split()])
         main([*COMMANDS[name].split(), *more.split()])
         status = 0
     except SystemExit as end:

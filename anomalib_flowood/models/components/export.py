@@ -101,8 +101,14 @@ class CheckedExport(CheckedWeights, KeepsImages):
         self._check_fitted()
         target = self._target(export_root, ExportType.TORCH, f"{model_file_name}.pt")
         with self._whole_export(target) as root:
-            with _frozen(self):
-                path = super().to_torch(root, model_file_name)
+            try:
+                with _frozen(self):
+                    path = super().to_torch(root, model_file_name)
+            except RuntimeError as error:
+                if "unexpected pos" not in str(error):  # what PyTorch's writer says of a disk without room
+                    raise
+                msg = f"{target} could not be written whole: is there room on the disk? ({error})"
+                raise OSError(msg) from error
             self._describe_and_check(path, target, ExportType.TORCH)
         return target
 
