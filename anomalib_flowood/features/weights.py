@@ -115,14 +115,18 @@ def _input_arguments(name: str, image_size: tuple[int, int] | None) -> dict[str,
 
 def _from_folder(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Read a folder's weights, or say what is wrong with them."""
+    folder = Path(name.removeprefix(LOCAL_DIR))
     try:
+        if kwargs.get("features_only"):  # of which timm asks for no tensor: a wrong file would leave it random
+            whole = {key: value for key, value in kwargs.items() if key not in {"features_only", "out_indices"}}
+            timm.create_model(name, pretrained=True, **whole)
         return timm.create_model(name, pretrained=True, **kwargs)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         if "img_size" in kwargs and _OTHER_SIZE in str(error):  # whole, but for other images
             raise
         reason = " ".join(str(error).split())[:200]
         msg = (
-            f"The weights in the folder {name.removeprefix(LOCAL_DIR)} cannot be read, or are of another network than "
+            f"The weights in the folder {folder} cannot be read, or are of another network than "
             f"its config.json says ({reason}). Was the file copied in part? `flowood backbone` writes such a folder."
         )
         raise ValueError(msg) from error

@@ -6,6 +6,7 @@ import time
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm import create_model
 
 from anomalib_flowood.features import BackboneUnavailableError, backbone_config, create_backbone, save_local, weights
@@ -57,6 +58,14 @@ def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY}))
     with pytest.raises(FileNotFoundError, match="no weights"):
         create_backbone(f"local-dir:{tmp_path}")
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": TINY, "num_classes": 10}))
+    save_file({"other.weight": torch.randn(8)}, tmp_path / "model.safetensors")
+    for kind in ({"num_classes": 0}, {"features_only": True, "out_indices": (1, 2)}):
+        with pytest.raises(ValueError, match="of another network than its config.json says .*Missing key"):
+            create_backbone(f"local-dir:{tmp_path}", **kind)
 
 
 def test_saved_backbones_come_back(tmp_path, monkeypatch):
