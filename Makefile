@@ -2,6 +2,7 @@
 # make seeds        the same comparison over three seeds, for mean and spread
 # make speed        what engine, fits and inference cost over the bare work, and whether the bars are held
 # make scale        what a second process gains in a fit, and that the same comes of it
+# make serve        requests/s of `flowood serve` beside the model alone, and that nothing is lost when it is stopped
 # make contest      our detectors, anomalib's and plain baselines on one backbone; TILES=folder laid out as MVTec AD
 # make suite        the same detectors on any folders laid out as MVTec AD, with masks or without; FOLDERS="one another",
 #                   on another backbone and size with ARGS="--backbone tf_efficientnet_lite1 --image-size 240"
@@ -36,7 +37,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed scale contest suite scores paper report pages test test-fast faults gpu docs lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale serve contest suite scores paper report pages test test-fast faults gpu docs lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -46,11 +47,15 @@ seeds: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	sed 's/^  seed: 0$$/  seed: {grid: [0, 1, 2]}/' configs/benchmark/quickstart.yaml > runs/quickstart_seeds.yaml
 	$(BIN)/flowood benchmark --config runs/quickstart_seeds.yaml
 
-speed: .venv/offline fashion-mnist
+speed: .venv/test fashion-mnist
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python -m benchmarks.latency
 
 scale: .venv/offline
 	$(BIN)/python -m benchmarks.scale processes $(ARGS)
+
+serve: .venv/test
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 # Repeat it to go on where it was interrupted.
 contest: .venv/offline fashion-mnist

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from anomalib_flowood import conformal
+from anomalib_flowood.checks import refuse_nan
 from anomalib_flowood.inference.images import each_image, resized
 from anomalib_flowood.models.components.export_check import Runtime
 
@@ -160,6 +161,7 @@ class Detector:
         outputs = {name: np.asarray(value)[:given] for name, value in self.runtime.run(images).items()}
         score = outputs["pred_score"].reshape(given)
         raw = outputs.get("raw_score", score).reshape(given)
+        refuse_nan(raw)
         maps = outputs.get("anomaly_map")
         p_value = label = None
         if len(self.calibration):

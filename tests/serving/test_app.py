@@ -121,6 +121,12 @@ def test_detectors_without_maps_or_calibration():
         assert "flowood_drift_p_value NaN" in client.get("/metrics").text
 
 
+def test_a_score_that_is_no_number_is_said():
+    with new_client(lambda images: {"pred_score": np.full(len(images), np.nan)}, calibration=()) as client:
+        answer = client.post("/score", content=png(100))
+    assert (answer.status_code, "NaN" in answer.json()["detail"]) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("given", "status", "says"),
     [
