@@ -93,8 +93,8 @@ def measure(
                     bare.append(rate)
                     took += many
                     alone += one
-        for server, (name, _), numbers in zip(servers, models, found, strict=True):
-            rows.append(Row(name, *numbers, server.stop_under_load(files, senders)))
+        for server, (name, _), (requests, bare, took, alone) in zip(servers, models, found, strict=True):
+            rows.append(Row(name, requests, bare, took, alone, server.stop_under_load(files, senders)))
     return rows
 
 

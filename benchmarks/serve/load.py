@@ -36,7 +36,9 @@ class Server:
         """
         until = time.perf_counter() + seconds
         with ThreadPoolExecutor(senders) as pool:
-            found = [pool.submit(_send, self.port, files[sender:] + files[:sender], until) for sender in range(senders)]
+            found = [
+                pool.submit(_send, self.port, [*files[sender:], *files[:sender]], until) for sender in range(senders)
+            ]
             took = [one for each in found for one in each.result()]
         self.received += len(took)
         return took
