@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from anomalib import TaskType
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
@@ -22,6 +25,9 @@ from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem
 
 _CHUNK = 2**22
 """The most numbers that are resized at once, 16 MiB of them."""
+
+_THREADS = 4
+"""The most files that are read at a time: each is in memory as floats, full-size, before it is resized."""
 
 _COLUMNS = ("image_path", "split", "label_index", "source", "store", "row")
 
@@ -231,9 +237,8 @@ class SourcedDataset(AnomalibDataset):
         # its mask with it.
         alone = bool(steps) or images.pixels is None or mask_paths is not None
         chunk = 1 if alone else max(1, _CHUNK // images.pixels[0].numel())  # type: ignore[index]
-        done: list[torch.Tensor] = []
-        masks: list[torch.Tensor] = []
-        for start in range(0, len(rows), chunk):
+
+        def ready(start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             read = images.read(rows[start : start + chunk])
             batch = _scale(read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0))
             mask = None if mask_paths is None else _mask(mask_paths[start], batch.shape[-2:], images.paths[rows[start]])
@@ -245,8 +250,12 @@ class SourcedDataset(AnomalibDataset):
             # Grey images are resized before they are spread over three channels: a third of the work.
             for resize in resizes:
                 batch, mask = resize(batch), None if mask is None else resize(mask)
-            done.append(batch)
-            masks += [] if mask is None else [mask.as_subclass(torch.Tensor)]
+            return batch, None if mask is None else mask.as_subclass(torch.Tensor)
+
+        # What draws at random does so in the order of the images, and workers share the processors already.
+        threads = 1 if steps or images.pixels is not None or get_worker_info() else min(_THREADS, os.cpu_count() or 1)
+        pairs = _mapped(ready, range(0, len(rows), chunk), threads)
+        done, masks = [batch for batch, _ in pairs], [mask for _, mask in pairs if mask is not None]
         if len({batch.shape[1:] for batch in done}) > 1:
             return [_rgb(batch[0]) for batch in done], masks
         # In memory of their own: an expanded view would break callers that write to the images or use view().
@@ -257,6 +266,14 @@ class SourcedDataset(AnomalibDataset):
     def collate_fn(self) -> Callable:
         """Function for data loaders: passes ready batches on, and builds batches from items."""
         return collate
+
+
+def _mapped(function: Callable[[int], Any], values: Sequence[int], threads: int) -> list[Any]:
+    """What a function returns for each of some values, in their order."""
+    if threads == 1 or len(values) == 1:
+        return [function(value) for value in values]
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes, and PyTorch resizes, without the interpreter lock
+        return list(pool.map(function, values))
 
 
 def collate(data: SourcedImageBatch | list[SourcedImageItem]) -> SourcedImageBatch:
@@ -289,9 +306,7 @@ def _flatten(transform: Transform | None) -> Iterator[Transform]:
 
 def _scale(image: torch.Tensor) -> torch.Tensor:
     """Bytes to floats in [0, 1], in NumPy for the reason given in :meth:`Images.read`."""
-    values = image.numpy().astype(np.float32)
-    values /= 255
-    return torch.from_numpy(values)
+    return torch.from_numpy(np.divide(image.numpy(), np.float32(255), dtype=np.float32))
 
 
 def _rgb(image: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,8 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
         if image.format in {"TIFF", "PNG"}:  # a PNG may tell behind its pixels; Pillow turns a TIFF itself
             orientation = _orientation(image)
         if kind.white == 255:
-            values = np.array(image.convert("L" if kind.channels == 1 else "RGB"))
+            mode = "L" if kind.channels == 1 else "RGB"
+            values = np.array(image if image.mode == mode else image.convert(mode))
             values = values[None] if kind.channels == 1 else values.transpose(2, 0, 1)
             return _upright(values, orientation), 255, False  # Pillow has inverted them
         return _upright(np.array(image)[None], orientation), kind.white, inverted

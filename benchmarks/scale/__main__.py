@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits gain by a second process, and what memory and time they take of many images.
+"""What fits gain by a second process, what memory and time they take of many images, and whether reading keeps up.
 
 python -m benchmarks.scale processes [FOLDER]
 python -m benchmarks.scale memory
+python -m benchmarks.scale loading
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from benchmarks.memory import write_photographs
 from benchmarks.results import put_between
 
-from . import memory, processes
+from . import loading, memory, processes
 
 README = Path(__file__).with_name("README.md")
 
@@ -42,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     counts = {memory.EMBEDDINGS: (10_000, 100_000, 300_000, 1_000_000), memory.FILES: (3_000, 10_000, 30_000, 100_000)}
     for kind, default in counts.items():
         run.add_argument(f"--{kind}", nargs="+", type=int, default=default, help="how many, one fit each")
+    run = commands.add_parser("loading", help="read photographs for the backbone")
+    run.add_argument("--images", type=int, default=640, help="how many are made")
+    run.add_argument("--rounds", type=int, default=3)
     return parser
 
 
@@ -71,12 +75,19 @@ def _memory(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[s
     return "", partial(memory.table, rows)
 
 
+def _loading(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[str], str]]:
+    """As :func:`_processes`."""
+    folder = made / "photographs" / "good"
+    loading.write(folder, arguments.images)
+    return f"{arguments.rounds} rounds, ", partial(loading.table, loading.measure(folder, arguments.rounds))
+
+
 def main() -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args()
     console = Console(soft_wrap=True)
     load, start = os.getloadavg()[0], time.perf_counter()
-    measure = {"processes": _processes, "memory": _memory}[arguments.command]
+    measure = {"processes": _processes, "memory": _memory, "loading": _loading}[arguments.command]
     try:
         with TemporaryDirectory() as made:
             how, table = measure(arguments, Path(made))

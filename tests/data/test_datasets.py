@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,22 @@ def test_batch_and_items_agree(tmp_path: Path) -> None:
     assert data[-1].image_path == data[11].image_path
     with pytest.raises(IndexError):
         data[12]
+
+
+def test_files_are_read_at_the_same_time_and_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = files(write_images(tmp_path / "a", 6, (6, 8)))
+    indices = [5, 0, 3, 4]
+    one_by_one = [SourcedDataset(images, 0, "train", augmentations=Resize([4, 5]))[index].image for index in indices]
+    both, read = Barrier(2, timeout=20), Images.read
+
+    def together(self: Images, rows: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+        both.wait()  # breaks unless two are read at a time
+        return read(self, rows)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(Images, "read", together)
+    batch = SourcedDataset(images, 0, "train", augmentations=Resize([4, 5])).__getitems__(indices)
+    assert torch.equal(batch.image, torch.stack(one_by_one))
 
 
 def test_values_lie_between_0_and_1() -> None:
