@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind, default in counts.items():
         run.add_argument(f"--{kind}", nargs="+", type=int, default=default, help="how many, one fit each")
     run = commands.add_parser("loading", help="read photographs for the backbone")
-    run.add_argument("--images", type=int, default=640, help="how many are made")
+    run.add_argument("--images", type=int, default=240, help="how many are made")
     run.add_argument("--rounds", type=int, default=3)
     return parser
 

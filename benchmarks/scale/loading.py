@@ -25,8 +25,8 @@ SIZE = (1224, 1632)
 """Height and width of the photographs: 2 megapixels."""
 _DIFFERENT = 32
 """Photographs that differ; the others are links to them, which cost as much to read."""
-_ALONE = 32
-"""Images in a batch of the backbone alone."""
+_BATCH = 32
+"""Images in a batch, of a fit and of the backbone alone."""
 
 
 def write(folder: Path, images: int) -> None:
@@ -60,26 +60,26 @@ def _processor_seconds() -> float:
 
 def _alone(detector: EmbeddingFlow, images: int) -> dict[str, Any]:
     """Extract features of images that are in memory, resized."""
-    batch = torch.rand(_ALONE, 3, *detector.model.embedding.image_size)
-    batches = max(1, images // _ALONE)
+    batch = torch.rand(_BATCH, 3, *detector.model.embedding.image_size)
+    batches = max(1, images // _BATCH)
     with torch.no_grad():
         detector.eval().extract(batch)
         start, used = time.perf_counter(), _processor_seconds()
         for _ in range(batches):
             detector.extract(batch)
     return {
-        "images_per_second": batches * _ALONE / (time.perf_counter() - start),
-        "milliseconds": 1000 * (_processor_seconds() - used) / (batches * _ALONE),
+        "images_per_second": batches * _BATCH / (time.perf_counter() - start),
+        "milliseconds": 1000 * (_processor_seconds() - used) / (batches * _BATCH),
     }
 
 
 def _loaded(detector: EmbeddingFlow, folder: Path, workers: int) -> dict[str, Any]:
     """Fit to photographs; what the extraction of their features took."""
-    data = OneClass(folder.parent, folder.name, num_workers=workers)
+    data = OneClass(folder.parent, folder.name, num_workers=workers, train_batch_size=_BATCH)
     watch = Stopwatch()
     with TemporaryDirectory() as output, quiet():
         quiet_engine(output, [watch]).fit(detector, datamodule=data)
-    images = data.train_batch_size * (len(watch.wall) - 1)  # the last batch may be smaller, and is not waited for
+    images = _BATCH * (len(watch.wall) - 1)  # the last batch may be smaller, and is not waited for
     return {
         "images_per_second": images / (watch.wall[-1] - watch.wall[0]),
         "milliseconds": 1000 * (watch.processor[-1] - watch.processor[0]) / images if workers == 0 else float("nan"),

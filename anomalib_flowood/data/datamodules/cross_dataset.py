@@ -50,7 +50,7 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
             it in their checkpoints, and test and predict by it. See docs/images.md.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
-        num_workers: Worker processes. Images in memory need none.
+        num_workers: Worker processes. Images in memory need none; without any, files are read in up to four threads.
         train_augmentations: Augmentations of the training images.
         val_augmentations: Augmentations of the validation images.
         test_augmentations: Augmentations of the test images.
