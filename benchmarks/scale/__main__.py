@@ -79,7 +79,8 @@ def _loading(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[
     """As :func:`_processes`."""
     folder = made / "photographs" / "good"
     loading.write(folder, arguments.images)
-    return f"{arguments.rounds} rounds, ", partial(loading.table, loading.measure(folder, arguments.rounds))
+    rows, spent_on = loading.measure(folder, arguments.rounds), loading.stages(folder)
+    return f"{arguments.rounds} rounds, ", partial(loading.table, rows, spent_on)
 
 
 def main() -> int:

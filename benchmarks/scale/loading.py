@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,8 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning.pytorch import Callback
+from PIL import Image
+from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import EmbeddingFlow, OneClass
+from anomalib_flowood.data import SourcedDataset
+from anomalib_flowood.data.decoding import read_image
 from benchmarks.fits import quiet, quiet_engine
 from benchmarks.memory import write_photographs
 from benchmarks.tables import markdown
@@ -107,11 +112,46 @@ def measure(folder: Path, rounds: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table(rows: pd.DataFrame, said: str) -> str:
+def stages(folder: Path) -> dict[str, float]:
+    """What the steps of reading take of one processor, each with all before it; milliseconds per image."""
+    data = OneClass(folder.parent, folder.name)
+    data.prepare_data()
+    data.setup()
+    images: SourcedDataset = data.train_data
+    size = EmbeddingFlow().model.embedding.image_size
+    images.augmentations = Resize(size, antialias=True)
+    steps: dict[str, Callable[[int], object]] = {
+        "decoded by Pillow": lambda place: _decoded(images.samples.image_path[place]),
+        "the same, leaving details out (`draft`)": lambda place: _decoded(images.samples.image_path[place], size),
+        "read": lambda place: read_image(images.samples.image_path[place]),
+        "read, as floats, resized": lambda place: images[place],
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    for step, run in steps.items():
+        run(0)
+        used = _processor_seconds()
+        for place in range(_DIFFERENT):
+            run(place)
+        found[step] = 1000 * (_processor_seconds() - used) / _DIFFERENT
+    torch.set_num_threads(threads)
+    return found
+
+
+def _decoded(path: str, size: tuple[int, int] | None = None) -> None:
+    with Image.open(path) as image:
+        if size is not None:
+            image.draft("RGB", size)
+        image.load()
+
+
+def table(rows: pd.DataFrame, spent_on: dict[str, float], said: str) -> str:
     """What was measured, in Markdown: medians over rounds, of ratios, too.
 
     Args:
         rows: As :func:`measure` returns them.
+        spent_on: As :func:`stages` returns it.
         said: The command and the machine.
     """
     speeds = rows.pivot_table(index="round", columns="workers", values="images_per_second")
@@ -123,4 +163,5 @@ def table(rows: pd.DataFrame, said: str) -> str:
         held = "held" if ratio >= BAR else "**not held**"
         of_all = f"{spent[workers]:.1f}" if spent[workers] == spent[workers] else "–"
         lines.append([str(workers), f"{speeds[workers].median():.1f}", f"{ratio:.2f}", held, of_all])
-    return f"{said}\n\n{markdown(head, lines)}\n"
+    steps = markdown(["a photograph", "processor time, ms"], [[step, f"{ms:.1f}"] for step, ms in spent_on.items()])
+    return f"{said}\n\n{markdown(head, lines)}\n\n{steps}\n"
