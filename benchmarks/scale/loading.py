@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,10 +132,12 @@ def stages(folder: Path) -> dict[str, float]:
     found = {}
     for step, run in steps.items():
         run(0)
-        used = _processor_seconds()
+        taken = []
         for place in range(_DIFFERENT):
+            used = _processor_seconds()
             run(place)
-        found[step] = 1000 * (_processor_seconds() - used) / _DIFFERENT
+            taken.append(_processor_seconds() - used)
+        found[step] = 1000 * statistics.median(taken)
     torch.set_num_threads(threads)
     return found
 
