@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ FITS = ((EMBEDDINGS, "EmbeddingFlow"), (FILES, "EmbeddingFlow"), (FILES, "Featur
 CACHE_GIB = EmbeddingFlow.cache_gib
 BAR_GIB = CACHE_GIB + 1
 _KINDS = 20
+_SPARE = 0.01
+"""Share of the images on the disk that is left for a test."""
 
 
 class Row(NamedTuple):
@@ -81,11 +84,12 @@ class GivenEmbeddings(EmbeddingFlow):
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Write small JPEG files, all of them normal: shades of several slopes with noise."""
+    """Write small JPEG files, so many and some to spare, all of them normal: shades of several slopes with noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     shades = np.linspace(0, 1, SIDE)
-    for number in track(range(count), f"Writing {count:,} images"):
+    written = math.ceil(count / (1 - _SPARE)) + 1
+    for number in track(range(written), f"Writing {written:,} images"):
         slopes = rng.uniform(30, 90, (2, 1, 1, 3))
         image = 60 + slopes[0] * shades[:, None, None] + slopes[1] * shades[None, :, None]
         image = image + rng.normal(0, 8, (SIDE, SIDE, 3))
@@ -106,7 +110,8 @@ def fit(kind: str, name: str, images: int, folder: Path) -> Row:
     else:
         own = {"map_layers": (1, 2), "score_layers": (2,)} if name == "FeatureMapFlow" else {}
         detector = getattr(models, name)(backbone=BACKBONE, pre_trained=False, image_size=(SIDE, SIDE), **own)
-        data = {"datamodule": OneClass(folder, "good", train_limit=images, val_split_ratio=0.01)}
+        module = OneClass(folder, "good", train_limit=images, val_split_ratio=0.01, test_split_ratio=_SPARE)
+        data = {"datamodule": module}
     with TemporaryDirectory() as output, Peak(anonymous) as peak:
         engine = Engine(
             accelerator="cpu", devices=1, default_root_dir=output, logger=False, enable_progress_bar=False,
@@ -115,6 +120,9 @@ def fit(kind: str, name: str, images: int, folder: Path) -> Row:
         start = time.perf_counter()
         engine.fit(detector, **data)
         seconds = time.perf_counter() - start
+    if kind == FILES and (have := len(module.train_data) + len(module.val_data)) != images:
+        msg = f"There are {have:,} images in {folder} besides those of a test, not {images:,}."
+        raise RuntimeError(msg)
     return Row(kind, name, images, seconds, (peak.above_rest or 0) / 2**30)
 
 
