@@ -18,7 +18,6 @@ from PIL import Image
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import EmbeddingFlow, OneClass
-from anomalib_flowood.data import SourcedDataset
 from anomalib_flowood.data.decoding import read_image
 from benchmarks.fits import quiet, quiet_engine
 from benchmarks.memory import write_photographs
@@ -118,7 +117,7 @@ def stages(folder: Path) -> dict[str, float]:
     data = OneClass(folder.parent, folder.name)
     data.prepare_data()
     data.setup()
-    images: SourcedDataset = data.train_data
+    images: Any = data.train_data
     size = EmbeddingFlow().model.embedding.image_size
     images.augmentations = Resize(size, antialias=True)
     steps: dict[str, Callable[[int], object]] = {
