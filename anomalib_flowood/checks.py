@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,35 @@ def check_loading(data: Any) -> None:
         if value is not None and value < least:
             msg = f"{argument} of {type(data).__name__} has to be at least {least}, got {value}."
             raise ValueError(msg)
+
+
+def check_workers(data: Any) -> None:
+    """Refuse workers of a data loader where their queues cannot be made; without them nothing is asked of the machine.
+
+    Args:
+        data: As for :func:`check_loading`.
+
+    Raises:
+        OSError: If there is no shared memory, with what helps.
+    """
+    if not getattr(data, "num_workers", 0):
+        return
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise OSError(no_shared_memory(str(error))) from error
+
+
+def no_shared_memory(reason: str) -> str:
+    """Say what helps where the workers of a data loader cannot share what they read.
+
+    Args:
+        reason: What the system or PyTorch says.
+    """
+    return (
+        f"The processes that read images got no shared memory: {reason.rstrip('.')}. Read without them "
+        "(--data.num_workers 0), or mount a larger /dev/shm (docker run --shm-size 2g)."
+    )
 
 
 def refuse_infinite(values: Tensor, images: str, what: str, so: str) -> None:

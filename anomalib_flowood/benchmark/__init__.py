@@ -20,7 +20,7 @@ detector's scores are taken before that happens, and all metrics are computed fr
 several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
-from .building import build, find_class, out_of_memory, readable
+from .building import build, find_class, is_of_the_machine, out_of_memory, readable
 from .jobs import BenchmarkJob, BenchmarkJobGenerator, check_seed
 from .recording import ScoreRecorder, measure
 from .results import Results
@@ -37,6 +37,7 @@ __all__ = [
     "build",
     "check_seed",
     "find_class",
+    "is_of_the_machine",
     "measure",
     "out_of_memory",
     "readable",

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import json
 import re
+import traceback
 from argparse import ArgumentError
+from collections import deque
 from importlib import import_module
 from typing import Any
 
@@ -16,12 +19,16 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser, Namespace
 
+from anomalib_flowood.checks import no_shared_memory
 from anomalib_flowood.names import check_known, subclasses, unknown_name
 
 KINDS: dict[str, type] = {"model": AnomalibModule, "data": AnomalibDataModule}
 """What a configuration names, and what it has to be."""
 
 _NAMES = {"model": "detector", "data": "data module"}
+
+_NOT_SHARED = re.compile(r"shared memory\(shm\)|</?torch_\d+_|workers are out of shared memory")
+"""What PyTorch says of batches for which there is no shared memory: the allocator, a file, a worker that was killed."""
 
 
 def find_class(kind: str, name: str) -> type:
@@ -126,6 +133,29 @@ def out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
+def _out_of_shared_memory(error: BaseException) -> str:
+    """What the system says of memory that the workers of a data loader cannot share; nothing of other errors."""
+    if isinstance(error, RuntimeError):  # PyTorch's, of a batch, in the words of the worker that could not share it
+        return next((line for line in reversed(str(error).splitlines()) if _NOT_SHARED.search(line)), "")
+    if isinstance(error, OSError) and error.errno not in {errno.EMFILE, errno.ENFILE}:
+        last = deque(traceback.walk_tb(error.__traceback__), maxlen=1)
+        if last and last[0][0].f_globals.get("__name__") == "multiprocessing.synchronize":
+            return str(error)
+    return ""
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error says that the machine has no more to give, of memory or of what the system hands out."""
+    cause = _unmasked(error)
+    return out_of_memory(cause) or isinstance(cause, OSError) or bool(_out_of_shared_memory(cause))
+
+
+def _unmasked(error: BaseException) -> BaseException:
+    """The error of a fit whose workers could not be started, in whose place Lightning raises one of its own."""
+    masked = isinstance(error, RuntimeError) and "iter(combined_loader)" in str(error) and error.__context__
+    return masked or error
+
+
 def readable(error: BaseException) -> str:
     """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
 
@@ -135,12 +165,15 @@ def readable(error: BaseException) -> str:
     Returns:
         Its message, or its type's name where it has none; what helps, where memory ran out.
     """
+    error = _unmasked(error)
     if out_of_memory(error):
         return (
             f"Memory ran out: {str(error).strip().splitlines()[0]}. Smaller batches (train_batch_size and "
             "eval_batch_size of the data), a smaller image_size, and less memory_limit_mib (data) and cache_gib "
             "(detector) take less."
         )
+    if reason := _out_of_shared_memory(error):
+        return no_shared_memory(reason.removeprefix("RuntimeError: "))
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     message = str(error).strip()

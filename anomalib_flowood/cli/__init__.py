@@ -99,7 +99,7 @@ def _run(args: list[str]) -> None:
     with loading(f"anomalib and PyTorch for flowood {args[0]}"):
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from anomalib_flowood.benchmark import BenchmarkError, out_of_memory, readable
+        from anomalib_flowood.benchmark import BenchmarkError, is_of_the_machine, readable
         from anomalib_flowood.cli.commands import FlowoodCLI
 
     try:
@@ -111,7 +111,7 @@ def _run(args: list[str]) -> None:
     ) as error:  # fmt: skip
         _fail(error, readable(error), debuggable=not isinstance(error, BenchmarkError))
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_of_the_machine(error):
             raise
         _fail(error, readable(error))
 

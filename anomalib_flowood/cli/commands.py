@@ -31,6 +31,7 @@ import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood import __version__
 from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, check_seed
+from anomalib_flowood.checks import check_workers
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
@@ -156,6 +157,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         name, given = arguments["score"], arguments["ckpt_path"]
         output = arguments["output"] or given.with_name(f"{given.stem}-{name}.ckpt")
         detector, data = self.model, arguments["data"]
+        check_workers(data)
         data.prepare_data()
         data.setup("fit")
         read_as_trained(detector, data)

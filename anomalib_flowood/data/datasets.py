@@ -283,13 +283,21 @@ def collate(data: SourcedImageBatch | list[SourcedImageItem]) -> SourcedImageBat
         data: A ready batch, or N items (of a wrapper that does not hand batches through).
 
     Returns:
-        The batch.
+        The batch; of a worker process one in shared memory.
 
     Raises:
         ValueError: If the items' images have different sizes.
+        RuntimeError: If there is no shared memory for it.
     """
-    if isinstance(data, SourcedImageBatch):
-        return data
+    batch = data if isinstance(data, SourcedImageBatch) else _joined_items(data)
+    if get_worker_info():  # else a thread of the worker does so: an error there is lost, and the batch awaited for ever
+        for tensor in (batch.image, batch.gt_mask, batch.gt_label):
+            if tensor is not None:
+                tensor.share_memory_()
+    return batch
+
+
+def _joined_items(data: list[SourcedImageItem]) -> SourcedImageBatch:
     # anomalib would stretch smaller images to the largest without a word.
     _check_sizes([item.image for item in data], [str(item.image_path) for item in data])
     return cast("SourcedImageBatch", SourcedImageBatch.collate(list(data)))

@@ -6,6 +6,8 @@ all, and writes what was tried and what was survived to the file that ``FAULTS_T
 """
 
 import ctypes
+import errno
+import multiprocessing
 import os
 import random
 import resource
@@ -173,6 +175,36 @@ def test_no_shared_memory(name, here):
         pytest.skip("hiding /dev/shm takes root")
     with Trial("no /dev/shm, two workers", name):
         check_ended(status, here)
+        check_told_of_workers(status, here)
+
+
+def check_told_of_workers(status: int, here: Path) -> None:
+    assert status == 1, (status, said(here))
+    (line,) = [line for line in said(here).splitlines() if line.startswith("flowood: ")]
+    assert "got no shared memory: " in line
+    assert "--data.num_workers 0" in line
+    assert "/dev/shm" in line
+    assert "Traceback" not in said(here)
+
+
+def no_locks() -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    multiprocessing.Lock = refuse
+
+
+@pytest.mark.parametrize("name", ["train", "score"])
+def test_workers_without_shared_memory_are_refused(name, here):
+    check_told_of_workers(ended(started(name, here, no_locks, "--data.num_workers=2"), 60), here)
+    assert ended(started("explain", here, no_locks, "--data.num_workers=2")) == 0, said(here)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "score"] if FULL else ["train"])
+def test_workers_whose_batches_find_no_shared_memory(name, here):
+    with Trial("no shared memory above 100,000 bytes, a worker", name):
+        child = started(name, here, limited(resource.RLIMIT_FSIZE, 100_000), "--data.num_workers=1")
+        check_told_of_workers(ended(child, 60), here)
 
 
 @pytest.mark.parametrize("name", WRITERS if FULL else ["predict", "report"])

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from anomalib_flowood import processes
-from anomalib_flowood.checks import check_loading
+from anomalib_flowood.checks import check_loading, check_workers
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.names import alternatives
@@ -61,6 +61,7 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
     def setup(self, stage: str) -> None:
         """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
         check_loading(self.trainer.datamodule)  # type: ignore[attr-defined]
+        check_workers(self.trainer.datamodule)  # type: ignore[attr-defined]
         super().setup(stage)
         save_whole(self.trainer)
         if stage == TrainerFn.FITTING:
