@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if sys.platform != "win32":
+    import fcntl
+
 if TYPE_CHECKING:
     import pandas as pd
+
+_WORKPLACE = ".flowood-"
+"""What the names of folders begin with in which files are written, before they take their places."""
 
 # What a spreadsheet takes for the beginning of a formula (OWASP, CSV Injection), quoted already or not.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
@@ -27,17 +35,19 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path: The file. What it held before stays until everything is written; a link stays a link.
 
     Yields:
-        The file to write to: another one in the same folder, with the same suffix. It takes the place of ``path`` once
+        The file to write to: another one, on the same disk, with the same suffix. It takes the place of ``path`` once
         it is on the disk, and is removed if an error is raised.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        with _workplace(target.parent) as folder:
+            temporary = folder / f".new{target.suffix}"
+            yield temporary
+            _sync(temporary)
+            temporary.replace(target)
+    except OSError as error:
+        if _WORKPLACE in str(error.filename):  # of which nobody has heard
+            error.filename = str(target)
         raise
 
 
@@ -56,9 +66,7 @@ def whole_files(folder: str | Path, last: str) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
-    temporary = target / f".{secrets.token_hex(8)}"
-    temporary.mkdir()
-    try:
+    with _workplace(target) as temporary:
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
         for file in files:
@@ -66,8 +74,63 @@ def whole_files(folder: str | Path, last: str) -> Iterator[Path]:
         (target / last).unlink(missing_ok=True)
         for file in files:
             file.replace(target / file.name)
+
+
+@contextmanager
+def _workplace(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder to write in, within another one, for a while.
+
+    It is locked as long as its process lives, so that those which killed processes have left are told from those that
+    are in use, be it on another machine. The former are removed by the next process that writes there.
+    """
+    _remove_abandoned(parent)
+    folder, lock = _new_workplace(parent)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_workplace(parent: Path) -> tuple[Path, int | None]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_WORKPLACE, dir=parent))
+        lock = _locked(folder, wait=True)
+        if folder.exists():
+            return folder, lock
+        # Another process has found it before it was locked.
+        if lock is not None:
+            os.close(lock)
+
+
+@cache  # a process leaves none to itself, and looking at large folders takes time
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{_WORKPLACE}*"):
+        lock = _locked(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path, wait: bool) -> int | None:
+    """Lock a folder until it is closed, or the process ends, in whatever way.
+
+    Returns:
+        The open folder; nothing if it is in use, or gone, or its disk or this system knows no locks on folders. Where
+        none are known nothing is ever taken for abandoned.
+    """
+    if sys.platform == "win32":
+        return None
+    opened = None
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if opened is not None:
+            os.close(opened)
+        return None
+    return opened
 
 
 def _sync(path: Path) -> None:

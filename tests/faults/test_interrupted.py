@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from model_helpers import data, engine, pixel_flow
 
 from anomalib_flowood.cli import main
-from anomalib_flowood.files import escaped, unescaped, whole_file, write_table, write_text
+from anomalib_flowood.files import escaped, unescaped, whole_file, whole_files, write_table, write_text
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
 from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.trainers import save_checkpoint
@@ -74,7 +74,7 @@ def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     for path in checkpoints(here):
         read_checkpoint(path)
-    assert not list(here.rglob(".*.ckpt"))
+    assert not list(here.rglob(".*"))
 
 
 @forks
@@ -144,6 +144,56 @@ def test_a_file_that_fails_is_as_it_was(tmp_path):
         write_text(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def forked(function) -> int:
+    """Run something in a process of its own, which ends without cleaning up."""
+    child = os.fork()
+    if not child:
+        try:
+            function()
+        finally:
+            os._exit(9)
+    return child
+
+
+@forks
+@pytest.mark.parametrize("together", [False, True])
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_what_a_living_one_writes_is_not(together, tmp_path):
+    path = tmp_path / "page.html"
+    reader, writer = os.pipe()
+
+    def place():
+        return whole_files(tmp_path, last=path.name) if together else whole_file(path)
+
+    def write(text, then):
+        with place() as given:
+            file = given / path.name if together else given
+            file.write_text(text)
+            then()
+
+    def hidden():
+        return {found.name for found in tmp_path.iterdir() if found.name.startswith(".")}
+
+    os.waitpid(forked(lambda: write("half of", lambda: os._exit(9))), 0)
+    left = hidden()
+    assert len(left) == 1
+    living = forked(lambda: write("of the living", lambda: os.read(reader, 1)))
+    wait_for(lambda: "of the living" in [found.read_text() for found in tmp_path.glob(".*/*")])
+    os.waitpid(forked(lambda: write("of the next", lambda: None)), 0)
+    assert path.read_text() == "of the next"
+    assert len(hidden()) == 1
+    assert not left & hidden()
+    os.write(writer, b".")
+    os.waitpid(living, 0)
+    assert path.read_text() == "of the living"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError) as found:
+        write_text(tmp_path / "nowhere" / "page.html", "text")
+    assert found.value.filename == str(tmp_path / "nowhere" / "page.html")
 
 
 def test_a_runs_configuration_is_whole(tmp_path):
