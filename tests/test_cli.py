@@ -311,7 +311,8 @@ def test_predictions_with_sources_and_without_labels(tmp_path: Path, capsys: pyt
         pred_score=torch.tensor([1.0, 2.0]),
         pred_label=None,
     )
-    path = keep_predictions([[batch], [batch]], tmp_path / "new")  # a list for each data loader
+    path, findings = keep_predictions([[batch], [batch]], tmp_path / "new")  # a list for each data loader
+    assert findings == {}
     assert path == tmp_path / "new" / "predictions.csv"
     frame = pd.read_csv(path)
     assert list(frame.columns) == ["image_path", "source", "pred_score", "pred_label"]

@@ -129,9 +129,16 @@ def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, c
     assert checkpoint == str(run / "weights/lightning/model.ckpt")
     report = shlex.split(re.search(r"As a page: flowood (report .*)", out)[1])
 
+    capsys.readouterr()
     main([*predict, "--trainer.accelerator=cpu", "--data", "new"])  # the checkpoint knows all that training was told
     (path,) = here.rglob("predictions.csv")
     assert len(pd.read_csv(path)) == 3
+    out = capsys.readouterr().out
+    settings = json.loads((path.parent / "run.json").read_text())["settings"]
+    assert re.fullmatch(r"Called anomalous: \d of 3 images .*; if all were normal, expected: .*", settings["decision"])
+    assert f"{settings['decision']}\n" in out
+    assert f"Drift: p = {settings['drift_p_value']:.2g}," in out
+    assert "run.json beside them has all settings, and the decision." in out
     export[export.index("--export_type") + 1] = "torch"
     main(export)
     assert (run / "weights/torch/model.pt").is_file()

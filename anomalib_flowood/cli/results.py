@@ -51,11 +51,13 @@ class ResultsCLI(AnomalibCLI):
     def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
         """Keep what was predicted, and with which settings, by which checkpoint, of which data."""
         folder = Path(self.engine.trainer.default_root_dir)
-        if keep_predictions(predictions, folder, self.model.post_processor, errors) is None:
+        kept = keep_predictions(predictions, folder, self.model.post_processor, errors)
+        if kept is None:
             return
         data = self._data_label()
-        record = self._write_record(folder, data)
-        print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has all settings.")
+        record = self._write_record(folder, data, **kept.findings)
+        has = "all settings, and the decision" if "decision" in kept.findings else "all settings"
+        print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has {has}.")
 
     def keep_results(self) -> None:
         """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""

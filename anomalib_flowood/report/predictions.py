@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,12 +26,25 @@ from .decisions import decide, decision_of, expectation, percent
 _SHOWN_PREDICTIONS = 10
 
 
+class Kept(NamedTuple):
+    """What is kept of a prediction.
+
+    Attributes:
+        path: The table.
+        findings: What was said of all images together, for the record beside the table: ``decision``, in words, and
+            ``drift_p_value``. Nothing where no calibrated detector of ours has labelled them.
+    """
+
+    path: Path
+    findings: dict[str, Any]
+
+
 def keep_predictions(
     predictions: Iterable[Any] | None,
     folder: Path,
     post_processor: nn.Module | None = None,
     errors: Mapping[str, str] | None = None,
-) -> Path | None:
+) -> Kept | None:
     """Write ``predictions.csv``; print where it is, the most anomalous images, drift, and what could not be read.
 
     Of several processes that of rank 0 does so, for all of them.
@@ -43,7 +57,7 @@ def keep_predictions(
             ``error``, and a row without a score for each of them.
 
     Returns:
-        The file, or nothing if there were no predictions (``--return_predictions false``), and in other processes.
+        What is kept, or nothing if there were no predictions (``--return_predictions false``), and in other processes.
     """
     batches: list[Any] = []
     for item in predictions or ():
@@ -70,17 +84,16 @@ def keep_predictions(
         write_table(frame, file)
 
     console = Console()
-    if scored:
-        _show(frame[:scored], post_processor, console)
+    findings = _show(frame[:scored], post_processor, console) if scored else {}
     console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
     if errors:
         lines = [f"{len(errors)} of {len(frame)} files could not be read:", *errors.values()]
         console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
-    return path
+    return Kept(path, findings)
 
 
-def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Console) -> None:
-    """Print the most anomalous images, whether there is drift, and what labels are worth where few images calibrate."""
+def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Console) -> dict[str, Any]:
+    """Print the most anomalous images, and what is found of all together: drift, and what labels are worth."""
     worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
     table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
     table.add_column("image", overflow="fold")
@@ -94,37 +107,40 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
         label = "" if pd.isna(row["pred_label"]) else names[bool(row["pred_label"])]
         table.add_row(escape(row["image_path"]), f"{row['pred_score']:.4g}", *p_value, label)
     console.print(table)
-    if isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated:
-        drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
-        console.print(
-            f"Drift: p = {drift:.2g}, the chance that {len(frame):,} images of the training distribution would differ "
-            f"as much from the {len(post_processor.calibration):,} calibration images as these do together.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        _decision(frame, post_processor, console)
-        if post_processor.level > post_processor.alpha:
-            cost = conformal.few_images(len(post_processor.kept), post_processor.alpha)
-            console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
+    if not isinstance(post_processor, ConformalPostProcessor) or not post_processor.calibrated:
+        return {}
+    drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
+    console.print(
+        f"Drift: p = {drift:.2g}, the chance that {len(frame):,} images of the training distribution would differ "
+        f"as much from the {len(post_processor.calibration):,} calibration images as these do together.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    decision = _decision(frame, post_processor, console)
+    if post_processor.level > post_processor.alpha:
+        cost = conformal.few_images(len(post_processor.kept), post_processor.alpha)
+        console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
+    return {"decision": decision, "drift_p_value": drift}
 
 
-def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, console: Console) -> None:
+def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, console: Console) -> str:
     """Print what comes of the labels: by what the images are, where that is known, or by their number alone."""
     numbers = decision_of(post_processor)
     if "label" in frame and frame["label"].notna().all():
         decision = decide(numbers, frame.assign(score=frame["raw_score"]))
         assert decision is not None  # it is calibrated
         decision.show(console)
-        return
+        return decision.sentence()
     flagged = int((frame["pred_label"] == 1).sum())
-    expected = expectation(numbers["level"], numbers["calibration_images"])
-    lines = [
-        f"Called anomalous: {flagged:,} of {len(frame):,} images ({percent(flagged / len(frame))}); if all were "
-        f"normal, {expected}.",
-        conformal.more_images(len(post_processor.kept)),
-    ]
+    # Of a trimmed calibration no level is known.
+    expected = expectation(numbers.get("level", math.nan), numbers.get("calibration_images", math.nan))
+    if_normal = f"; if all were normal, {expected}" if expected else ""
+    share = percent(flagged / len(frame))
+    text = f"Called anomalous: {flagged:,} of {len(frame):,} images ({share}){if_normal}."
+    lines = [text, conformal.more_images(len(post_processor.kept))]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return text
 
 
 def _rows(batch: Any) -> pd.DataFrame:

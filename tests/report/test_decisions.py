@@ -215,8 +215,11 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
         image=torch.rand(3, 3, 4, 4), pred_score=torch.tensor([1.0, 30.0, 40.0]), gt_label=truth, image_path=["a"] * 3
     )
     calibrated.post_process_batch(batch)
-    table = pd.read_csv(keep_predictions([batch], tmp_path, calibrated))
+    path, findings = keep_predictions([batch], tmp_path, calibrated)
+    table = pd.read_csv(path)
     out = capsys.readouterr().out
+    assert findings["decision"] in out
+    assert f"Drift: p = {findings['drift_p_value']:.2g}, " in out
     assert "20 held-out normal images allow no level below 4.8 %; 100 would allow 1 %." in out
     if labels:
         assert table["label"].tolist() == [0, 0, 1]
@@ -225,3 +228,12 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
     else:
         assert "label" not in table
         assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out
+
+
+def test_a_prediction_by_a_trimmed_calibration_names_no_level(tmp_path):
+    trimmed = ConformalPostProcessor(contamination=0.1)
+    trimmed.calibrate(torch.arange(40.0))
+    batch = ImageBatch(image=torch.rand(2, 3, 4, 4), pred_score=torch.tensor([1.0, 90.0]), image_path=["a"] * 2)
+    trimmed.post_process_batch(batch)
+    _, findings = keep_predictions([batch], tmp_path, trimmed)
+    assert findings["decision"] == "Called anomalous: 1 of 2 images (50\u00a0%)."
