@@ -139,6 +139,41 @@ def forget_iterator(trainer: Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the last batch of a fit; errors as for :func:`skip_batches`."""
+    return bool(_field(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(_field(trainer.fit_loop, "_data_fetcher")))
+
+
+def put_between_batches(loops: dict[str, Any], batches: int, *, validate: bool) -> None:
+    """Let a checkpoint say that its fit stands between two batches, from where Lightning goes on as if uninterrupted.
+
+    From within a batch it draws a random number too many, and of a validation that has not ended it leaves out all.
+
+    Args:
+        loops: The checkpoint's counts, which are changed.
+        batches: How many batches of the epoch are done.
+        validate: Whether the validation that follows is still to be done.
+    """
+    counts = loops["fit_loop"]
+    progress = counts["epoch_loop.batch_progress"]
+    undone = progress["current"]["ready"] - batches
+    for batch in (progress["current"], progress["total"]):
+        batch.update(dict.fromkeys(batch, batch["ready"] - undone))
+    progress["is_last_batch"] &= not undone
+    validation = counts["epoch_loop.val_loop.batch_progress"]
+    begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    for batch in (validation["current"], validation["total"]):
+        batch.update(begun if validate else dict.fromkeys(batch, batch["completed"]))
+
+
+def put_between_epochs(loops: dict[str, Any]) -> None:
+    """Likewise for one that was about to begin an epoch, which Lightning would leave out."""
+    progress = loops["fit_loop"]["epoch_progress"]
+    for epoch in (progress["current"], progress["total"]):
+        done = epoch["processed"]
+        epoch.update({"ready": done, "started": done, "completed": max(0, done - 1)})  # as when an epoch ends
+
+
 def skip_batches(trainer: Trainer, batches: int) -> None:
     """Pass over the first batches of an epoch that a resumed fit is about to go on with.
 
@@ -152,6 +187,9 @@ def skip_batches(trainer: Trainer, batches: int) -> None:
     iterator = _field(_field(trainer.fit_loop, "_data_fetcher"), "iterator")
     for _ in range(batches):
         next(iterator, None)
+    # What loggers count by: one more where Lightning passes over a validation first.
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = trainer.global_step - validation_is_due(trainer)
 
 
 def _replace_loader(loop: Any, loader: DataLoader) -> None:

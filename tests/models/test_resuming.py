@@ -86,12 +86,60 @@ def test_a_training_that_is_limited_in_steps_goes_on_exactly(tmp_path):
     assert differing(whole, again) == []
 
 
-def test_what_cannot_go_on_exactly_is_said(tmp_path, caplog):
-    each = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=3)
-    fit(tmp_path, "pixels", each)  # with three batches in an epoch
-    caplog.clear()
-    fit(tmp_path, "pixels", ckpt_path=tmp_path / "steps/step=3.ckpt")
-    assert "after the last batch of an epoch and before its validation" in caplog.text
+class SaveAlways(Callback):
+    """Writes what a kill would leave, at hooks all over a training."""
+
+    def __init__(self, folder):
+        self.folder, self.paths = folder, []
+        train = ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
+        for name in (*train, "on_validation_start", "on_validation_batch_end", "on_validation_end"):
+            setattr(self, name, partial(self.save, name))
+
+    def save(self, name, trainer, *args):
+        if not trainer.sanity_checking:
+            self.paths.append(self.folder / f"{len(self.paths)}-{name}.ckpt")
+            trainer.save_checkpoint(self.paths[-1])
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"val_check_interval": 0.5},
+        {"accumulate_grad_batches": 2},
+        {"check_val_every_n_epoch": 2},
+        {"check_val_every_n_epoch": None, "val_check_interval": 3},
+        {"limit_train_batches": 2},
+    ],
+)
+def test_a_training_goes_on_exactly_from_any_moment(limits, tmp_path):
+    saved = SaveAlways(tmp_path)
+    whole = fit(tmp_path, "pixels", saved, **limits)
+    assert len(whole.post_processor.calibration) == 24
+    wrong = {path.stem: fit(tmp_path, "pixels", seed=99, ckpt_path=path, **limits) for path in saved.paths}
+    assert [name for name, again in wrong.items() if differing(whole, again)] == []
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "maps"])
+def test_a_training_goes_on_exactly_from_about_a_validation_within_an_epoch(kind, tmp_path):
+    saved = SaveAlways(tmp_path)
+    whole = fit(tmp_path, kind, saved, val_check_interval=1)
+    names = [path.stem.split("-")[1] for path in saved.paths]
+    end = names.index("on_validation_end")
+    batch = names.index("on_validation_batch_end")
+    for path in (saved.paths[batch], saved.paths[end], saved.paths[end + 1]):
+        assert differing(whole, fit(tmp_path, kind, seed=99, ckpt_path=path, val_check_interval=1)) == [], path
+
+
+def test_a_training_that_was_interrupted_several_times_goes_on_exactly(tmp_path):
+    limits = {"val_check_interval": 1, "max_epochs": 3}
+    whole = fit(tmp_path, "pixels", **limits)
+    path = None
+    for step, hook in ((1, "on_train_batch_start"), (3, "on_train_epoch_start"), (4, "on_validation_end")):
+        saved = OnExceptionCheckpoint(tmp_path, f"{step}")
+        with pytest.raises(KilledError):
+            fit(tmp_path, "pixels", saved, Kill(step, hook), seed=step - 1, ckpt_path=path, **limits)
+        path = saved.ckpt_path
+    assert differing(whole, fit(tmp_path, "pixels", seed=99, ckpt_path=path, **limits)) == []
 
 
 @pytest.mark.parametrize("kind", ["pixels", "maps"])

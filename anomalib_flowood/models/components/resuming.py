@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from anomalib_flowood.trainers import forget_iterator, skip_batches, trainer_of
+from anomalib_flowood.trainers import (
+    forget_iterator,
+    put_between_batches,
+    put_between_epochs,
+    skip_batches,
+    trainer_of,
+    validation_is_due,
+)
 
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
@@ -18,8 +24,6 @@ if TYPE_CHECKING:
     _Base = AnomalibModule
 else:
     _Base = object
-
-logger = logging.getLogger(__name__)
 
 _KEY = "anomalib_flowood_random"
 
@@ -29,7 +33,8 @@ class Resuming(_Base):
 
     These are the states of PyTorch's generators when the fit began (features are extracted in a shuffled order), when
     the epoch did (the order of its batches is drawn then), and now (noise). A resumed fit begins as the first one did,
-    passes over the batches of its epoch that were trained on, and goes on with the same noise.
+    passes over the batches of its epoch that were trained on, and goes on with the same noise. Wherever a checkpoint is
+    written, it stands behind the last step of the optimizer, or behind the validation that followed it.
 
     In several processes each has generators of its own, and a checkpoint has those of one: none are kept.
     """
@@ -37,9 +42,15 @@ class Resuming(_Base):
     _drawn: dict[str, Any] | None = None
     """What the checkpoint has, from which a fit is resumed."""
     _states: dict[str, dict[str, Tensor]]
-    """States of the generators: when the fit, its present epoch, and its present batch began."""
+    """States of the generators: when the fit and its present epoch began, and after the optimizer's last step."""
     _has_order = False
     """Whether the order of the next epoch's batches has been drawn already, as Lightning does when a fit begins."""
+    _steps = 0
+    """How often the optimizer had stepped then."""
+    _batches = 0
+    """How many batches of the present epoch were done then; gradients of later ones are in no checkpoint."""
+    _validated = False
+    """Whether a validation has followed these."""
 
     def begin_fit(self) -> None:
         """Prepare what a fit trains on, when all else is set up for it."""
@@ -55,12 +66,13 @@ class Resuming(_Base):
         forget_iterator(self.trainer)
         if drawn is not None:
             self._set_generators(drawn["epoch"])
-        self._states |= {"epoch": self._generators(), "batch": self._generators()}
+        self._states |= {"epoch": self._generators(), "step": self._generators()}
         self._has_order = True
 
     def on_train_start(self) -> None:
         """Pass over what has been trained on already."""
         super().on_train_start()
+        self._steps = self.trainer.global_step
         drawn, self._drawn = self._drawn, None
         if drawn is None:
             return
@@ -69,9 +81,11 @@ class Resuming(_Base):
             self._set_generators(drawn["now"])
         elif drawn["within"]:
             self._has_order = False  # the next epoch to start is another one
-            if drawn["batches"]:
-                skip_batches(self.trainer, drawn["batches"])
+            self._batches, self._validated = drawn["batches"], drawn["validated"]
+            skip_batches(self.trainer, self._batches)
+            if self._batches:  # else the order of batches is to be drawn yet
                 self._set_generators(drawn["now"])
+            self._states["step"] = self._generators()
 
     def on_train_epoch_start(self) -> None:
         """Keep the state that the order of batches is drawn with."""
@@ -79,20 +93,30 @@ class Resuming(_Base):
         if not self._has_order:
             self._states["epoch"] = self._generators()
         self._has_order = False
+        self._batches, self._validated = 0, True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the state with which the next batch begins, that it can be trained on again if it is not finished."""
+        """Keep the state with which the next step begins, that it can be done again if it is not finished."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self._states["batch"] = self._generators()
+        if self.trainer.global_step != self._steps:
+            self._steps, self._batches, self._validated = self.trainer.global_step, batch_idx + 1, False
+            self._states["step"] = self._generators()
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that a validation is done, before checkpoints are written of it."""
+        super().on_validation_epoch_end()
+        self._validated = True
 
     def on_validation_end(self) -> None:
-        """Keep it where a validation lies between two batches."""
+        """Keep the state where a validation lies between two steps."""
         super().on_validation_end()
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._states["batch"] = self._generators()
+        trainer: Any = self.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and trainer.fit_loop.epoch_loop.batch_progress.current.ready == self._batches:
+            self._states["step"] = self._generators()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the states of the generators."""
+        """Add the states of the generators, and let the training stand after the optimizer's last step."""
         super().on_save_checkpoint(checkpoint)
         trainer = trainer_of(self)
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.world_size > 1:
@@ -101,18 +125,22 @@ class Resuming(_Base):
         if states is None or "epoch" not in states:
             return
         loop: Any = trainer.fit_loop  # whose counts are not typed
-        progress = loop.epoch_loop.batch_progress
-        epoch, batches = loop.epoch_progress.current, progress.current
-        now = states["batch"] if batches.ready > batches.processed else self._generators()
-        within = epoch.ready > epoch.processed
-        checkpoint[_KEY] = {
-            "unvalidated": within and progress.is_last_batch and batches.completed < batches.processed,
-            "fit": states["fit"],
-            "epoch": states["epoch"] if within else now,  # between two epochs the next one draws its order from here
-            "now": now,
-            "within": within,
-            "batches": batches.processed if within else 0,
-        }
+        epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        now = self._generators()
+        # The next epoch draws its order from here, if it has not.
+        kept = {"fit": states["fit"], "epoch": states["epoch"] if self._has_order else now, "now": now, "within": False}
+        if epoch.ready > epoch.started:
+            put_between_epochs(checkpoint["loops"])
+        elif epoch.started > epoch.processed:
+            ends = batch.completed < batch.processed and trainer.global_step != self._steps  # as callbacks see it first
+            batches = batch.processed if ends else self._batches
+            # Where a later batch has begun, a validation that was due is done.
+            validated = batch.ready > batches or (self._validated and not ends) or not validation_is_due(trainer)
+            if not ends and (batch.ready > batches or not validated):
+                now = states["step"]
+            kept |= {"epoch": states["epoch"], "now": now, "within": True, "batches": batches, "validated": validated}
+            put_between_batches(checkpoint["loops"], batches, validate=not validated)
+        checkpoint[_KEY] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the states of the generators, if a training is resumed."""
@@ -120,12 +148,6 @@ class Resuming(_Base):
         trainer = trainer_of(self)
         resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1
         self._drawn = checkpoint.get(_KEY) if resumed else None
-        if self._drawn is not None and self._drawn["unvalidated"]:
-            logger.warning(
-                "The checkpoint was written after the last batch of an epoch and before its validation, which "
-                "Lightning leaves out when it goes on: the weights will not be those of an uninterrupted training. A "
-                "checkpoint from within an epoch, or from its end (every_n_epochs), is continued exactly."
-            )
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
