@@ -103,9 +103,8 @@ class SourcedDataset(AnomalibDataset):
             raise ValueError(msg)
         self._samples = samples.reset_index(drop=True)
         masks = self._samples.get("mask_path", pd.Series("", self._samples.index)).tolist()
-        masked = [mask != "" for mask in masks]
-        # An anomalous image without a mask would pass for a normal one, pixel by pixel.
-        judged = any(masked) and all(np.asarray(masked) | (self._samples["label_index"] == LabelName.NORMAL))
+        # Of anomalous images without a mask metrics of pixels know nothing: see items.with_known_masks.
+        judged = any(mask != "" for mask in masks)
         self._samples.attrs["task"] = TaskType.SEGMENTATION if judged else TaskType.CLASSIFICATION
         self._masks: list[str] = masks if judged else []
         # The table in a form that costs nothing to look up.

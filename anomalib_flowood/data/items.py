@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
@@ -61,3 +63,25 @@ class SourcedImageBatch(ImageBatch):
             if isinstance(value, torch.Tensor):
                 setattr(moved, name, value.to(device, non_blocking=non_blocking))
         return moved
+
+
+def with_known_masks(batch: SourcedImageBatch, fields: Sequence[str]) -> Any:
+    """Leave out the images whose pixels nobody has judged: anomalous ones with an empty mask.
+
+    A mask of an anomalous image is empty if it has none, or if its defect is gone at the size of the batch: there is
+    nothing to be found then, and taking all of its pixels for normal would count the defect as a false alarm.
+
+    Args:
+        batch: The batch, with labels and masks.
+        fields: What to keep of it.
+
+    Returns:
+        The batch if all of its images are judged; else these fields of those that are; nothing if none is.
+    """
+    judged = ~batch.gt_label.bool() | batch.gt_mask.flatten(1).any(1)
+    if judged.all():
+        return batch
+    if not judged.any():
+        return None
+    values = {name: getattr(batch, name, None) for name in fields}
+    return SimpleNamespace(**{name: None if value is None else value[judged] for name, value in values.items()})

@@ -54,7 +54,7 @@ def pair(images: Sequence[Path], folder: Path) -> Pairs:
 
 
 def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
-    """Give test images the masks that their folder has, if they all fit; say what does not, with the files' names.
+    """Give test images the masks that their folder has and that fit; say what does not, with the files' names.
 
     Args:
         images: The images, which are files in ``folder / "test"``, or in the folder itself where there is none.
@@ -62,8 +62,8 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
         anomalous: Which of the images are anomalous, ``(N,)``. The others need no masks: theirs are empty.
 
     Returns:
-        The images, with masks if each anomalous one has one of its size. With some alone, metrics of pixels would take
-        the defects of the others for normal.
+        The images, with masks if any anomalous one has one of its size. The others' are empty:
+        :func:`~anomalib_flowood.data.items.with_known_masks` leaves them out where pixels are judged.
     """
     ground_truth = folder / GROUND_TRUTH
     if not ground_truth.is_dir():
@@ -75,24 +75,29 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
     masks = np.full(len(images), "", dtype=object)
     masks[rows] = pairs.masks
     missing = [str(ground_truth / names[row].with_suffix(".png")) for row in rows if not masks[row]]
-    unfit = [text for row in rows if masks[row] and (text := _misfit(images.paths[row], masks[row]))]
+    misfits = {row: text for row in rows if masks[row] and (text := _misfit(images.paths[row], masks[row]))}
     # Empty masks of normal images do no harm.
     normal = {name.with_suffix("") for name, mask in zip(names, masks, strict=True) if not mask}
     stray = [str(path) for path in pairs.unmatched if _image_of(path.relative_to(ground_truth)) not in normal]
-    problems = [_some(missing, "missing"), _some(unfit, "of another size"), _some(stray, "that are no image's")]
+    problems = [
+        _some(missing, "missing"),
+        _some([*misfits.values()], "of another size"),
+        _some(stray, "that are no image's"),
+    ]
     said = "; ".join(filter(None, problems))
-    if missing or unfit:
+    masks[[*misfits]] = ""
+    judged = len(rows) - len(missing) - len(misfits)
+    if missing or misfits:
         logger.warning(
-            "Pixels are not judged, and no mask in %s is used: each of the %d anomalous test images needs one of its "
-            "size, KIND/NAME.png or KIND/NAME_mask.png. Masks %s.",
+            "Pixels are judged on %s: the other anomalous ones lack a mask of their size in %s, KIND/NAME.png or "
+            "KIND/NAME_mask.png. Masks %s.",
+            f"{judged} of the {len(rows)} anomalous test images, and on the normal ones" if judged else "no image",
             ground_truth,
-            len(rows),
             said,
         )
-        return images
-    if stray:
+    elif stray:
         logger.warning("Left out: masks %s.", said)
-    return replace(images, masks=tuple(masks))
+    return replace(images, masks=tuple(masks)) if judged else images
 
 
 def without_masks(files: list[Path], folder: Path) -> list[Path]:

@@ -34,10 +34,13 @@ def as_read(item: Any) -> Any:
         item: An item of anomalib's; others are returned as they are.
 
     Returns:
-        The item with the image to draw, and without its path.
+        The item with the image to draw, and without its path; without a mask where it is anomalous and its mask is
+        empty, since where it is so nobody knows.
     """
     if not isinstance(item, ImageItem | NumpyImageItem):
         return item
+    if item.gt_label is not None and item.gt_label and item.gt_mask is not None and not item.gt_mask.any():
+        item = item.update(in_place=False, gt_mask=None)
     if Path(item.image_path or "").is_file():
         picture = read_picture(str(item.image_path))
         rgb = picture.expand(3, *picture.shape[1:])

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from anomalib import data
 from anomalib.data import utils
+from anomalib.metrics import AnomalibMetric
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualizer
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from anomalib_flowood.data.decoding import read_image
+from anomalib_flowood.data.items import SourcedImageBatch, with_known_masks
 from anomalib_flowood.data.path_dataset import PathDataset
 from anomalib_flowood.data.pictures import as_read, save_pictures
 
@@ -107,6 +109,21 @@ def _drawing_what_was_read(draw: Callable) -> Callable:
     return visualize_image_item
 
 
+def _where_masks_are_known(update: Callable) -> Callable:
+    @functools.wraps(update)
+    def update_where_masks_are_known(self: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        known = batch
+        of_pixels = "gt_mask" in self.fields and isinstance(batch, SourcedImageBatch)
+        if of_pixels and batch.gt_mask is not None and batch.gt_label is not None:
+            known = with_known_masks(batch, self.fields)
+        if known is None:
+            self._update_count -= 1  # as anomalib does where it passes over a batch
+            return
+        update(self, known, *args, **kwargs)
+
+    return update_where_masks_are_known
+
+
 REPLACEMENTS = (
     Replacement(
         utils,
@@ -134,6 +151,12 @@ REPLACEMENTS = (
         lambda _: save_pictures,
         "it names a picture after the image's file and its last folder, so that lot2/good/000.png overwrites "
         "lot1/good/000.png",
+    ),
+    Replacement(
+        AnomalibMetric,
+        "update",
+        _where_masks_are_known,
+        "it takes all pixels of an anomalous image without a mask for normal ones",
     ),
 )
 """All that is replaced."""

@@ -138,16 +138,53 @@ def misspelt(folder: Path) -> None:
         (misspelt, ["Masks missing: 1 (", "dent/01.png); that are no image's: 1 (", "dent/1_mask.png)"]),
     ],
 )
-def test_masks_that_do_not_fit_are_named_and_left_out(folder, caplog, spoil, said):
+def test_images_whose_masks_do_not_fit_are_named_and_have_none(folder, caplog, spoil, said):
     spoil(folder)
+    module = OneClass(folder, augmentations=Resize((20, 24)))
+    module.setup()
+    (message,) = [text for text in caplog.messages if "mask" in text]
+    assert "Pixels are judged on 7 of the 8 anomalous test images, and on the normal ones: the other" in message
+    for text in said:
+        assert text in message
+    assert module.test_data.task == TaskType.SEGMENTATION
+    empty = [path for path, mask in masks_of(module.test_data).items() if not mask.any()]
+    assert sorted(path for path in empty if "good" not in path) == [str(folder / "test/dent/01.png")]
+
+
+def test_masks_of_which_none_fits_are_not_used(folder, caplog):
+    shutil.rmtree(folder / "ground_truth/dent")
+    shutil.rmtree(folder / "ground_truth/scratch")
     module = OneClass(folder)
     module.setup()
     (message,) = [text for text in caplog.messages if "mask" in text]
-    assert "each of the 8 anomalous test images needs one of its size" in message
-    for text in said:
-        assert text in message
+    assert "Pixels are judged on no image: " in message
     assert module.test_data.task == TaskType.CLASSIFICATION
     assert module.test_data[0].gt_mask is None
+
+
+def test_pixels_of_anomalous_images_without_a_mask_are_not_judged(folder, tmp_path):
+    def measured(masked):
+        module = OneClass(folder, eval_batch_size=2)  # of whose batches some have no mask at all
+        run, detector = engine(tmp_path / str(masked)), feature_map_flow(coupling_layers=0)
+        run.fit(detector, datamodule=module)
+        (results,) = run.test(detector, datamodule=module, verbose=False)
+        batches = run.predict(detector, datamodule=module, return_predictions=True)
+        maps = torch.cat([batch.anomaly_map.flatten(1) for batch in batches])
+        truth = torch.cat([batch.gt_mask.flatten(1) for batch in batches])
+        label = torch.cat([batch.gt_label for batch in batches])
+        assert truth.any(1).sum() == masked
+        known = ~label | truth.any(1)
+        expected = roc_auc_score(truth[known].flatten(), maps[known].flatten())
+        assert results["pixel_AUROC"] == pytest.approx(expected, abs=1e-6)
+        return results
+
+    whole = measured(8)
+    for number in range(3):
+        (folder / f"ground_truth/dent/{number:02}_mask.png").unlink()
+    some = measured(5)
+    assert some["image_AUROC"] == whole["image_AUROC"]
+    assert some["pixel_AUROC"] != whole["pixel_AUROC"]
+    assert 0 < some["pixel_AUPRO"] <= 1
 
 
 def test_a_mask_without_an_image_is_named_and_the_others_are_used(folder, caplog):

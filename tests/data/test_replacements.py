@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib import data as anomalib_data
+from anomalib import metrics as anomalib_metrics
 from anomalib.data import Folder, ImageBatch, NumpyImageItem
 from anomalib.data import utils as anomalib_utils
 from anomalib.deploy.inferencers import openvino_inferencer, torch_inferencer
@@ -30,7 +31,9 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 
 import anomalib_flowood.data
 from anomalib_flowood.data import Images, PathDataset, SourcedDataset, replacements
+from anomalib_flowood.data.items import SourcedImageBatch
 from anomalib_flowood.data.replacements import REPLACEMENTS, Replacement
+from anomalib_flowood.metrics import AUROC
 
 ANOMALIB = f"anomalib {version('anomalib')}"
 BY_NAME = {replacement.name: replacement for replacement in REPLACEMENTS}
@@ -150,3 +153,23 @@ def test_saving(tmp_path: Path) -> None:
         saved[name] = sorted(path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*.png"))
     assert saved["ours"] == ["a/good/000.png", "b/good/000.png"]
     assert len(saved["theirs"]) == 1, NEEDLESS
+
+
+def test_judging_pixels() -> None:
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True
+    known = {"gt_label": torch.tensor([1, 1, 0]), "gt_mask": masks, "anomaly_map": masks[:, None].float() + 0.1}
+    known["anomaly_map"][1] = 2.0  # a defect that nobody has marked
+    values = []
+    for kind in (SourcedImageBatch, ImageBatch):
+        for cls in (anomalib_metrics.AUROC, AUROC):
+            metric = cls(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)
+            metric.update(kind(image=torch.rand(3, 3, 4, 4), **known))
+            values.append(float(metric.compute()))
+    assert values[:2] == [1, 1]
+    assert max(values[2:]) < 1, NEEDLESS  # of others' data anomalib's rule holds
+    metric = anomalib_metrics.AUROC(fields=["anomaly_map", "gt_mask"], strict=False)
+    metric.update(
+        SourcedImageBatch(image=torch.rand(1, 3, 4, 4), **{name: value[1:2] for name, value in known.items()})
+    )
+    assert not metric.update_called
