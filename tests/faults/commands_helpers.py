@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command on small data in a process of its own, and what has to be true of the files that it leaves."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -61,6 +62,9 @@ FRESH = {"report"}
 ENDLESS = {"watch": 5.0}
 """Commands that run until they are stopped, and for how many seconds to watch them."""
 
+_running: dict[int, tuple[int, Path]] = {}
+_said: dict[Path, str] = {}
+
 
 def world(folder: Path) -> Path:
     """Make a folder with all that the commands need: images, a checkpoint, a benchmark's run, an export."""
@@ -96,14 +100,20 @@ def started(
         more: More of its arguments.
         out: What its output goes to.
     """
+    reader, writer = os.pipe()  # and no file, which a full disk would cut off
     child = os.fork()
     if child:
+        os.close(writer)
+        os.set_blocking(reader, False)
+        _running[child] = reader, folder
         return child
     status = 99
     try:
         os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_WRONLY) if out is None else out, 1)
-        os.dup2(os.open(folder / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(writer, 2)
+        os.close(writer)
+        os.close(reader)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  # not pytest's
         prepare()
         if name in FRESH:
@@ -116,22 +126,44 @@ def started(
         import traceback
 
         traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(status)
+    finally:  # whatever is wrong, this process must not go on as a second pytest
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def ended(child: int, seconds: float = 300) -> int:
     """Wait for a process; its status, or the negative number of the signal that ended it."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    msg = f"hangs for {seconds} s"
-    raise AssertionError(msg)
+    reader, folder = _running.pop(child)
+    text = b""
+    try:
+        while time.monotonic() < end:
+            found, status = os.waitpid(child, os.WNOHANG)
+            text += _waiting(reader)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        msg = f"hangs for {seconds} s"
+        raise AssertionError(msg)
+    finally:
+        os.close(reader)
+        _said[folder] = text.decode()
+
+
+def said(folder: Path) -> str:
+    """What the last process that has ended wrote to stderr, of those that ran in a folder."""
+    return _said.get(folder, "")
+
+
+def _waiting(reader: int) -> bytes:
+    """All that can be read without waiting."""
+    text = b""
+    with contextlib.suppress(BlockingIOError):
+        while more := os.read(reader, 65_536):
+            text += more
+    return text
 
 
 def check_left(folder: Path) -> int:
