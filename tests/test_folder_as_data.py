@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from model_helpers import BACKBONE
 from PIL import Image
 
@@ -199,3 +200,30 @@ def test_what_is_no_folder_is_said_before_anything_is_loaded(arguments, message,
     error = capsys.readouterr().err
     assert message in error
     assert "test/KIND (as MVTec AD)" in error
+
+
+def test_a_folder_in_a_configuration_is_seen_from_where_the_command_runs(here, capsys):
+    mvtec(here / "parts")
+    file = here / "files/detector.yaml"
+    file.parent.mkdir()
+    file.write_text("trainer: {accelerator: cpu}\ndata: ./parts  # ours\nseed_everything: 0\n")
+    main(["fit", "--config", str(file), *SMALLER, "--data.val_split_ratio=0.4"])
+    (config,) = here.rglob("config.yaml")
+    data = yaml.safe_load(config.read_text())["data"]
+    assert data["class_path"].endswith("OneClass")
+    assert data["init_args"]["dataset"] == "parts"
+    assert data["init_args"]["val_split_ratio"] == 0.4
+    capsys.readouterr()
+    for written, said in (("./nowhere", f"There is no folder ./nowhere (looked for it from {here})."),
+                          ("part", "Unknown folder or data module 'part'. Did you mean 'parts'?")):  # fmt: skip
+        file.write_text(f"data: {written}\n")
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", str(file)])
+        err = capsys.readouterr().err
+        assert said in err
+        assert "Traceback" not in err
+    (file.parent / "data.yaml").write_text("class_path: OneClass\ninit_args: {dataset: parts, train_limit: 1}\n")
+    file.write_text("data: data.yaml\n")  # seen from the other file, as by jsonargparse
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(file), *SMALLER])
+    assert "needs at least 2 training images" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from anomalib_flowood import __version__
 from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, check_seed
 from anomalib_flowood.checks import check_workers
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
+from anomalib_flowood.cli.folders import FolderParser
 from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
@@ -58,7 +59,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
     def init_parser(**kwargs: Any) -> ArgumentParser:
         """Build a parser that takes configuration files, and says in them what wrote them."""
         header = [f"flowood {__version__}, anomalib {version('anomalib')}"]
-        return with_config(FlowoodParser(dump_header=header, **kwargs))
+        return with_config(FolderParser(dump_header=header, **kwargs))
 
     @staticmethod
     def anomalib_subcommands() -> dict[str, dict[str, str]]:

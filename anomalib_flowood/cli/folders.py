@@ -1,20 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder in the place of a data module: ``--data ./parts``."""
+"""A folder in the place of a data module: ``--data ./parts``, and ``data: ./parts`` in a configuration file."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from anomalib.data import AnomalibDataModule
+from jsonargparse import Namespace
 
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data import OneClass
 from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
 from anomalib_flowood.names import subclasses, unknown_name
+from anomalib_flowood.parsing import FlowoodParser
 
 DATA = "--data"
+_OF_FOLDERS = "predict"
+"""The subcommand that takes a folder as it is."""
+_READER = f"{OneClass.__module__}.{OneClass.__name__}"
+
+
+class FolderParser(FlowoodParser):
+    """A parser of configurations in which the data may be a folder, as on the command line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._here = Path.cwd()  # that of a file is another while it is parsed
+
+    def parse_string(self, cfg_str: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration; ``data: FOLDER`` in it is seen from where the command runs, not from the file.
+
+        Raises:
+            FileNotFoundError: If what is written as a path leads nowhere.
+        """
+        if self.prog.split()[-1] != _OF_FOLDERS:
+            cfg_str = _with_data_module(cfg_str, self._here)
+        return super().parse_string(cfg_str, *args, **kwargs)
+
+
+def _with_data_module(text: str, here: Path) -> str:
+    """Let :class:`OneClass` read the folder that a configuration gives as its data."""
+    try:
+        top = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:  # which the parser says, too
+        return text
+    for key, value in top.value if isinstance(top, yaml.MappingNode) else ():
+        # A file is the configuration of a data module, beside this one.
+        if key.value != "data" or value.tag != "tag:yaml.org,2002:str" or Path(value.value).is_file():
+            continue
+        folder = _folder(value.value, here)
+        if folder is not None:
+            module = {"class_path": _READER, "init_args": {"dataset": str(folder)}}
+            return text[: value.start_mark.index] + json.dumps(module) + text[value.end_mark.index :]
+    return text
 
 
 def with_data_modules(arguments: Sequence[str]) -> list[str]:
@@ -32,7 +75,7 @@ def with_data_modules(arguments: Sequence[str]) -> list[str]:
         FileNotFoundError: If what is written as a path leads nowhere.
     """
     subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), "")
-    if subcommand == "predict":
+    if subcommand == _OF_FOLDERS:
         return list(arguments)
     written: list[str] = []
     for argument in arguments:
@@ -48,16 +91,23 @@ def with_data_modules(arguments: Sequence[str]) -> list[str]:
 
 def _data_module(value: str) -> list[str] | None:
     """The arguments that stand for a folder; nothing where the value is something else."""
-    path = Path(value).expanduser()
+    folder = _folder(value, Path.cwd())
+    return None if folder is None else [DATA, _READER, f"{DATA}.dataset={folder}"]
+
+
+def _folder(value: str, here: Path) -> Path | None:
+    """The folder that is meant, seen from another one, as it was given; nothing where the value is something else."""
+    given = Path(value).expanduser()
+    path = here / given
     modules = {cls.__name__ for cls in subclasses(AnomalibDataModule)}
     if path.is_dir() and value not in modules:
-        return [DATA, f"{OneClass.__module__}.{OneClass.__name__}", f"{DATA}.dataset={path}"]
+        return given
     if path.exists() or value in modules:
         return None
     if re.fullmatch(r"[\w-]+", value) and value != "null":
-        folders = [entry.name for entry in Path().iterdir() if entry.is_dir() and entry.name[0] != "."]
+        folders = [entry.name for entry in here.iterdir() if entry.is_dir() and entry.name[0] != "."]
         raise unknown_name("folder or data module", value, {*folders, *modules}, LAYOUTS_OF_PARTS)
-    if value.startswith((".", "~", "/")) or (len(path.parts) > 1 and value[0] != "{"):
-        msg = f"There is no folder {value} (looked for it from {Path.cwd()}). {LAYOUTS_OF_PARTS}"
+    if value.startswith((".", "~", "/")) or (len(given.parts) > 1 and value[0] != "{"):
+        msg = f"There is no folder {value} (looked for it from {here}). {LAYOUTS_OF_PARTS}"
         raise FileNotFoundError(msg)
     return None

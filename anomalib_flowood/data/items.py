@@ -72,12 +72,15 @@ def with_known_masks(batch: SourcedImageBatch, fields: Sequence[str]) -> Any:
     nothing to be found then, and taking all of its pixels for normal would count the defect as a false alarm.
 
     Args:
-        batch: The batch, with labels and masks.
+        batch: The batch.
         fields: What to keep of it.
 
     Returns:
-        The batch if all of its images are judged; else these fields of those that are; nothing if none is.
+        The batch if it has no masks or no labels, or if all of its images are judged; else these fields of those that
+        are; nothing if none is.
     """
+    if batch.gt_mask is None or batch.gt_label is None:
+        return batch
     judged = ~batch.gt_label.bool() | batch.gt_mask.flatten(1).any(1)
     if judged.all():
         return batch

@@ -112,10 +112,8 @@ def _drawing_what_was_read(draw: Callable) -> Callable:
 def _where_masks_are_known(update: Callable) -> Callable:
     @functools.wraps(update)
     def update_where_masks_are_known(self: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-        known = batch
         of_pixels = "gt_mask" in self.fields and isinstance(batch, SourcedImageBatch)
-        if of_pixels and batch.gt_mask is not None and batch.gt_label is not None:
-            known = with_known_masks(batch, self.fields)
+        known = with_known_masks(batch, self.fields) if of_pixels else batch
         if known is None:
             self._update_count -= 1  # as anomalib does where it passes over a batch
             return
