@@ -101,13 +101,14 @@ def cut(batch: Any, rows: int) -> None:
             setattr(batch, name, value[:rows])
 
 
-def shares(loader: DataLoader, batches: int | None = None) -> tuple[DataLoader, list[int]]:
+def shares(loader: DataLoader, batches: int | None = None, single: bool = False) -> tuple[DataLoader, list[int]]:
     """Let each process read a share of a loader's images: batches by turns, so that, rank by rank, they are in order.
 
     Args:
         loader: It may shuffle: the images come in the order of the data set all the same.
         batches: No more than so many of its batches. Of a loader that shuffles, the images are then drawn, always the
             same ones.
+        single: Read one image at a time, whatever the loader's batches are.
 
     Returns:
         The loader of this process, of as many batches as the others', and how many images of each are to be taken:
@@ -127,6 +128,7 @@ def shares(loader: DataLoader, batches: int | None = None) -> tuple[DataLoader, 
             else torch.arange(len(rows))
         )
         rows = [rows[place] for place in drawn[: batches * size].sort().values.tolist()]
+    size = 1 if single else size
     turns = range(rank() * size, len(rows) + rank() * size, ranks() * size)
     parts = [rows[start : start + size] for start in turns]
     own = DataLoader(

@@ -3,8 +3,9 @@
 
     python -m benchmarks.pages docs/pages
 
-takes about two minutes on two cores, and Chromium with its driver. The parts are drawn, so that nobody's photographs
-are in the documentation: washers of brushed metal, some of them scratched, stained or chipped, with masks.
+takes about two minutes on two cores, Chromium with its driver, and pdftoppm for what is printed. The parts are drawn,
+so that nobody's photographs are in the documentation: washers of brushed metal, some of them scratched, stained or
+chipped, with masks.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import base64
 import io
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from selenium import webdriver
+from selenium.webdriver.support.wait import WebDriverWait
 
 from anomalib_flowood.cli import main as flowood
 
@@ -95,7 +100,7 @@ class Camera:
 
     def take(
         self,
-        page: Path,
+        page: str,
         picture: Path,
         width: int,
         scheme: str,
@@ -106,7 +111,7 @@ class Camera:
         """Photograph what begins with an element.
 
         Args:
-            page: The page.
+            page: The page's address.
             picture: The file to write.
             width: Of the window.
             scheme: ``light`` or ``dark``.
@@ -118,7 +123,7 @@ class Camera:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        self.driver.get(page.resolve().as_uri())
+        self.driver.get(page)
         self.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", top)
         if act is not None:
             act(self.driver)
@@ -127,10 +132,48 @@ class Camera:
         image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
         image.save(picture, quality=_QUALITY, method=6)
 
+    def print(self, page: str, picture: Path, sheets: int) -> None:
+        """Print a page on A4 without backgrounds, as Chromium does by default; the first sheets, side by side."""
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        self.driver.get(page)
+        time.sleep(2)
+        paper = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": False}
+        printed = base64.b64decode(self.driver.execute_cdp_cmd("Page.printToPDF", paper)["data"])
+        command = ["pdftoppm", "-png", "-r", "75", "-l", str(sheets), "-", "sheet"]
+        subprocess.run(command, input=printed, check=True)  # noqa: S603
+        pages = [Image.open(path).convert("RGB") for path in sorted(Path().glob("sheet-*.png"))]
+        width, height = pages[0].size
+        together = Image.new("RGB", (len(pages) * (width + 8) - 8, height), (150, 150, 150))
+        for place, sheet in enumerate(pages):
+            together.paste(sheet, (place * (width + 8), 0))
+        together.save(picture, quality=_QUALITY, method=6)
+
+
+@contextmanager
+def served(checkpoint: Path) -> Iterator[str]:
+    """Let ``flowood serve`` serve a checkpoint, and return its page's address."""
+    command = [sys.executable, "-m", "anomalib_flowood", "serve", str(checkpoint), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            assert process.stdout is not None
+            yield next(line for line in process.stdout if "http://" in line).split(" on ")[1].split(". ")[0]
+        finally:
+            process.terminate()
+
 
 def _open_first(driver: Any) -> None:
     """Open the first image of a defect."""
     driver.execute_script("document.querySelectorAll('.gallery .strip')[2].querySelector('.open').click()")
+
+
+def _drop_images(driver: Any) -> None:
+    """Have some images scored."""
+    places = ["good/000", "scratch/001", "stain/002", "chip/003", "good/004", "chip/005"]
+    files = [str(Path("parts", "test", f"{place}.png").resolve()) for place in places]
+    driver.find_element("id", "files").send_keys("\n".join(files))
+    summary = driver.find_element("id", "summary")
+    WebDriverWait(driver, 60).until(lambda _: "normal" in summary.text and "to go" not in summary.text)
 
 
 SHOTS: tuple[tuple[str, str, int, str, str, int, Callable[[Any], None] | None], ...] = (
@@ -140,6 +183,8 @@ SHOTS: tuple[tuple[str, str, int, str, str, int, Callable[[Any], None] | None], 
     ("report", "report_opened", 1280, "light", ".gallery", 800, _open_first),
     ("maps", "explain_maps", 1280, "light", ".case", 1050, None),
     ("embeddings", "explain_embeddings", 390, "dark", ".case", 1400, None),
+    ("serve", "serve_light", 1280, "light", "body", 900, _drop_images),
+    ("serve", "serve_phone", 390, "dark", "body", 1400, _drop_images),
 )
 """Page, picture, width, colours, what is at the top, height, and what is done before."""
 
@@ -153,20 +198,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         os.chdir(work)
         draw_parts(Path("parts"))
-        pages = {}
+        pages, checkpoints = {}, {}
         for name, detector in (("maps", "FeatureMapFlow"), ("embeddings", "EmbeddingFlow")):
             flowood(["train", "--data", "parts", "--model", detector, "--seed_everything", "0"])
-            (checkpoint,) = Path("results").glob(f"{detector}/**/model.ckpt")
-            flowood(["explain", "--data", "parts", "--ckpt_path", str(checkpoint), "--output", name])
-            pages[name] = Path(name) / "index.html"
+            (checkpoints[name],) = Path("results").glob(f"{detector}/**/model.ckpt")
+            flowood(["explain", "--data", "parts", "--ckpt_path", str(checkpoints[name]), "--output", name])
+            pages[name] = Path(name, "index.html").resolve().as_uri()
         run = next(Path("results/FeatureMapFlow").rglob("results.csv")).parent
         flowood(["report", str(run), "--output", "report"])
-        pages["report"] = Path("report/index.html")
+        pages["report"] = Path("report/index.html").resolve().as_uri()
         camera = Camera(Path(work) / "profile")
         try:
-            for page, name, *how in SHOTS:
-                camera.take(pages[page], into / f"{name}.webp", *how)
-                print(into / f"{name}.webp")
+            with served(checkpoints["maps"]) as pages["serve"]:
+                for page, name, *how in SHOTS:
+                    camera.take(pages[page], into / f"{name}.webp", *how)
+                    print(into / f"{name}.webp")
+            camera.print(pages["report"], into / "report_printed.webp", sheets=3)
+            print(into / "report_printed.webp")
         finally:
             camera.driver.quit()
 

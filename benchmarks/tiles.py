@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What memory FeatureMapFlow takes on large photographs that it sees in tiles.
 
-    python -m benchmarks.tiles [--size 6000 8000] [--tile 224] [--images 8] [--backbone tf_efficientnet_lite0]
+    python -m benchmarks.tiles [--size 6000 8000] [--tile 224] [--images 8] [--new 2] [--backbone tf_efficientnet_lite0]
 
-JPEG photographs of noise on soft shapes are written to a temporary folder. One process fits the detector to them,
-another loads its checkpoint and scores one more, a third has ``Engine.predict`` do so. Peaks are of whole processes,
-libraries included: the resident set size that the kernel keeps (``ru_maxrss``).
+JPEG photographs of noise on soft shapes are written to a temporary folder. One process fits the detector to them, with
+no setting of the data but their folder; others score more of them, each in a way of its own. Peaks are of whole
+processes, libraries included: the resident set size that the kernel keeps (``ru_maxrss``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,11 +29,8 @@ from rich.table import Table
 
 import anomalib_flowood
 
-TASKS = {
-    "fit": "fit to {images} photographs",
-    "load": "anomalib_flowood.load(…).score of one",
-    "engine": "Engine.predict of one",
-}
+NEW = Path("photographs", "test", "good")
+"""Where the photographs are that are scored."""
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -> None:
@@ -51,14 +50,7 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], seed: int
 def fit(folder: Path, arguments: argparse.Namespace) -> None:
     from anomalib.engine import Engine
 
-    data = anomalib_flowood.OneClass(
-        folder / "photographs",
-        "good",
-        val_split_ratio=0.25,
-        train_batch_size=1,
-        eval_batch_size=1,
-        memory_limit_mib=0,
-    )
+    data = anomalib_flowood.OneClass(folder / "photographs", val_split_ratio=0.25)
     tile = (arguments.tile, arguments.tile)
     detector = anomalib_flowood.FeatureMapFlow(
         arguments.backbone, image_size=arguments.size, tile_size=tile, visualizer=False
@@ -67,20 +59,67 @@ def fit(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def load(folder: Path, arguments: argparse.Namespace) -> None:
-    found = anomalib_flowood.load(_checkpoint(folder)).score(folder / "new")
+    found = anomalib_flowood.load(_checkpoint(folder)).score(folder / NEW)
     assert found.anomaly_map is not None
-    assert found.anomaly_map.shape == (1, *arguments.size)
+    assert found.anomaly_map.shape == (arguments.new, *arguments.size)
     assert np.isfinite(found.score).all()
 
 
-def engine(folder: Path, arguments: argparse.Namespace) -> None:
+def predict(folder: Path, arguments: argparse.Namespace) -> None:
+    batches = _run(folder).predict(_detector(folder), data_path=folder / NEW)
+    assert len(batches) == arguments.new
+    assert all(batch.anomaly_map.shape[-2:] == arguments.size for batch in batches)
+
+
+def lean(folder: Path, arguments: argparse.Namespace) -> None:
+    del arguments
+    _run(folder).predict(_detector(folder), data_path=folder / NEW, return_predictions=False)
+
+
+def test(folder: Path, arguments: argparse.Namespace) -> None:
+    data = anomalib_flowood.OneClass(folder / "photographs")
+    _run(folder).test(_detector(folder), datamodule=data)
+    assert len(data.test_data) == arguments.new
+
+
+def command(folder: Path, arguments: argparse.Namespace) -> None:
+    del arguments
+    from anomalib_flowood.__main__ import main as flowood
+
+    given = ["--data", str(folder / NEW), "--ckpt_path", str(_checkpoint(folder)), "--output", str(folder / "out")]
+    flowood(["predict", *given])
+    assert (folder / "out" / "predictions.csv").is_file()
+
+
+def imports(folder: Path, arguments: argparse.Namespace) -> None:
+    del arguments
     from anomalib.engine import Engine
 
+    assert Engine
+    _detector(folder)
+
+
+TASKS: dict[str, tuple[Callable[[Path, argparse.Namespace], None], str]] = {
+    "fit": (fit, "fit to {images} photographs"),
+    "load": (load, "anomalib_flowood.load(…).score of {new}"),
+    "predict": (predict, "Engine.predict of {new}"),
+    "lean": (lean, "Engine.predict of {new}, return_predictions=False"),
+    "test": (test, "Engine.test of {new}"),
+    "command": (command, "flowood predict of {new}"),
+    "imports": (imports, "the imports and the detector alone"),
+}
+
+
+def _run(folder: Path) -> Any:
+    from anomalib.engine import Engine
+
+    return Engine(accelerator="cpu", devices=1, default_root_dir=folder / "results_of_others", logger=False)
+
+
+def _detector(folder: Path) -> Any:
     detector = anomalib_flowood.open_checkpoint(_checkpoint(folder))
     detector.visualizer = None
-    run = Engine(accelerator="cpu", devices=1, default_root_dir=folder / "predicted")
-    (batch,) = run.predict(detector, data_path=folder / "new")
-    assert batch.anomaly_map.shape[-2:] == tuple(arguments.size)
+    return detector
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -92,6 +131,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(6000, 8000), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--tile", type=int, default=224)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--new", type=int, default=2, help="How many are scored.")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -101,21 +141,21 @@ def main() -> None:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         start = time.perf_counter()
-        {"fit": fit, "load": load, "engine": engine}[arguments.task](arguments.folder, arguments)
+        TASKS[arguments.task][0](arguments.folder, arguments)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(peak, time.perf_counter() - start)
         return
     table = Table("", "peak, GiB", "seconds")
     with TemporaryDirectory() as folder:
         write_photographs(Path(folder) / "photographs" / "train" / "good", arguments.images, arguments.size)
-        write_photographs(Path(folder) / "new", 1, arguments.size, seed=1)
-        for task, what in TASKS.items():
-            command = [sys.executable, "-m", "benchmarks.tiles", "--task", task, "--folder", folder]
-            command += ["--size", *map(str, arguments.size), "--tile", str(arguments.tile)]
-            command += ["--backbone", arguments.backbone]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
+        write_photographs(Path(folder) / NEW, arguments.new, arguments.size, seed=1)
+        for task, (_, what) in TASKS.items():
+            given = [sys.executable, "-m", "benchmarks.tiles", "--task", task, "--folder", folder]
+            given += ["--size", *map(str, arguments.size), "--tile", str(arguments.tile)]
+            given += ["--new", str(arguments.new), "--backbone", arguments.backbone]
+            output = subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603
             peak, seconds = map(float, output.split()[-2:])
-            table.add_row(what.format(images=arguments.images), f"{peak:.2f}", f"{seconds:.0f}")
+            table.add_row(what.format(images=arguments.images, new=arguments.new), f"{peak:.2f}", f"{seconds:.0f}")
     Console().print(table)
 
 

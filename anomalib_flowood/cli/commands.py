@@ -41,6 +41,7 @@ from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.parsing import FlowoodParser, with_config
+from anomalib_flowood.report.predictions import PredictionKeeper
 from anomalib_flowood.serving import Limits, check_installed
 
 _UNREADABLE = 3
@@ -251,11 +252,11 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
         if self.subcommand in {"test", "train", "predict"}:
-            self.recorder = ScoreRecorder()
+            self.recorder, self.predicted = ScoreRecorder(), PredictionKeeper()
             trainer = self._get(self.config_init, "trainer")
             given = trainer["callbacks"] or []
-            ours = ReadAsTrained() if self.subcommand == "predict" else self.recorder
-            trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), ours]
+            ours = [ReadAsTrained(), self.predicted] if self.subcommand == "predict" else [self.recorder]
+            trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), *ours]
         super().instantiate_engine()
         self.engine: RunEngine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
 
@@ -268,7 +269,9 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             batch_size = getattr(self.model, "images_at_once", 1)
             arguments = self._prepare_subcommand_kwargs("predict")
             arguments, errors = skipping_arguments(batch_size=batch_size, **arguments)
-            self.keep_predictions(self.engine.predict(**arguments), errors)
+            wanted = arguments.pop("return_predictions", None) is not False
+            self.engine.predict(**arguments, return_predictions=False)
+            self.keep_predictions(self.predicted.batches if wanted else None, errors)
             if errors:
                 sys.exit(_UNREADABLE)
         elif self.subcommand == "benchmark":

@@ -21,7 +21,7 @@ from torchvision.tv_tensors import Image, Mask
 
 from anomalib_flowood.data.decoding import read_mask
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem
+from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 
 _CHUNK = 2**22
 """The most numbers that are resized at once, 16 MiB of them."""
@@ -50,6 +50,10 @@ class SourcedDataset(AnomalibDataset):
         augmentations: Applied to the images. A :class:`~torchvision.transforms.v2.Resize` at the end, such as the
             model's, is applied to the whole batch at once; what comes before it, to one image after another.
     """
+
+    keep_bytes = False
+    """Whether images that are resized by nothing stay 8 bits, ``uint8``: for detectors of such large ones that floats,
+    of four times the size, fill the memory (:attr:`~anomalib_flowood.models.components.FlowModule.takes_bytes`)."""
 
     def __init__(
         self,
@@ -156,7 +160,7 @@ class SourcedDataset(AnomalibDataset):
             index: Its position.
 
         Returns:
-            The item: image of shape ``(3, H, W)``, ``float32`` in [0, 1].
+            The item: image of shape ``(3, H, W)``, ``float32`` in [0, 1], or ``uint8`` (:attr:`keep_bytes`).
 
         Raises:
             IndexError: If there is no such position.
@@ -179,7 +183,7 @@ class SourcedDataset(AnomalibDataset):
             indices: Positions of N images.
 
         Returns:
-            The batch: images of shape ``(N, 3, H, W)``, ``float32`` in [0, 1].
+            The batch: images of shape ``(N, 3, H, W)``, ``float32`` in [0, 1], or ``uint8`` (:attr:`keep_bytes`).
 
         Raises:
             ValueError: If the images have different sizes and nothing resizes them, or a file cannot be read.
@@ -220,7 +224,8 @@ class SourcedDataset(AnomalibDataset):
             _check_sizes([images[place] for place in range(len(index))], [self._paths[i] for i in index])
         batch = np.empty((len(index), *parts[0][1][0].shape), dtype=np.float32)
         for places, fetched in parts:
-            batch[places] = fetched.numpy() if isinstance(fetched, torch.Tensor) else np.stack(fetched)
+            whole = fetched if isinstance(fetched, torch.Tensor) else torch.stack(of_one_type(fetched))
+            batch[places] = _scale(whole).numpy() if whole.dtype == torch.uint8 else whole.numpy()
         return torch.from_numpy(batch)
 
     def _fetch(
@@ -228,9 +233,9 @@ class SourcedDataset(AnomalibDataset):
     ) -> tuple[torch.Tensor | list[torch.Tensor], list[torch.Tensor]]:
         """Read and augment: ``(M, 3, H, W)``, or M images of shape ``(3, H, W)`` where sizes differ; and M masks."""
         steps = list(_flatten(self.augmentations))
-        resizes: list[Transform] = []
+        resizes: list[Resize] = []
         while steps and type(steps[-1]) is Resize:
-            resizes.insert(0, steps.pop())
+            resizes.insert(0, cast("Resize", steps.pop()))
         # Large images are resized as they are read: a batch of them, as floats and full-size, takes gigabytes. So are
         # files. A random transform draws once per call, so that it, too, gets one image at a time, as in anomalib, and
         # its mask with it.
@@ -239,7 +244,9 @@ class SourcedDataset(AnomalibDataset):
 
         def ready(start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             read = images.read(rows[start : start + chunk])
-            batch = _scale(read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0))
+            batch = read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0)
+            if not self.keep_bytes or steps or any(tuple(step.size) != batch.shape[-2:] for step in resizes):
+                batch = _scale(batch)
             mask = None if mask_paths is None else _mask(mask_paths[start], batch.shape[-2:], images.paths[rows[start]])
             if steps:
                 one: Any = Image(_rgb(batch[0]))
@@ -254,7 +261,7 @@ class SourcedDataset(AnomalibDataset):
         # What draws at random does so in the order of the images, and workers share the processors already.
         threads = 1 if steps or images.pixels is not None or get_worker_info() else min(_THREADS, os.cpu_count() or 1)
         pairs = _mapped(ready, range(0, len(rows), chunk), threads)
-        done, masks = [batch for batch, _ in pairs], [mask for _, mask in pairs if mask is not None]
+        done, masks = of_one_type([batch for batch, _ in pairs]), [mask for _, mask in pairs if mask is not None]
         if len({batch.shape[1:] for batch in done}) > 1:
             return [_rgb(batch[0]) for batch in done], masks
         # In memory of their own: an expanded view would break callers that write to the images or use view().

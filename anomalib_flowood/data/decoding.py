@@ -34,6 +34,8 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
 _MOST_LOOKED_AT = 1000
+_AT_ONCE = 2**20
+"""Values that are scaled at once."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # TIFF tags and a value
 
 
@@ -112,8 +114,18 @@ def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.
             f"expected.{remedy}"
         )
         raise UnreadableImageError(msg, _named(path))
-    scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)  # half the memory of doubles
+    scaled = as_bytes(values, white)
     return torch.from_numpy(255 - scaled if inverted else scaled)
+
+
+def as_bytes(values: np.ndarray, white: float) -> np.ndarray:
+    """Scale values, ``(C, H, W)``, from 0 to white to 8 bits, row by row: of a large image floats take gigabytes."""
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, _AT_ONCE // max(1, values[:, :1].size))
+    for start in range(0, values.shape[1], rows):
+        part = values[:, start : start + rows]
+        scaled[:, start : start + rows] = np.rint(part * np.float32(255 / white))
+    return scaled
 
 
 def read_mask(path: str | Path) -> torch.Tensor:
@@ -195,10 +207,10 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
             orientation = _orientation(image)
         if kind.white == 255:
             mode = "L" if kind.channels == 1 else "RGB"
-            values = np.array(image if image.mode == mode else image.convert(mode))
+            values = np.asarray(image if image.mode == mode else image.convert(mode))
             values = values[None] if kind.channels == 1 else values.transpose(2, 0, 1)
             return _upright(values, orientation), 255, False  # Pillow has inverted them
-        return _upright(np.array(image)[None], orientation), kind.white, inverted
+        return _upright(np.asarray(image)[None], orientation), kind.white, inverted
 
 
 def _kind(image: Any) -> _Kind:
@@ -250,14 +262,14 @@ def _deep_values(path: str | Path | bytes, kind: str) -> np.ndarray:
 
 
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8."""
+    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8. It is a copy."""
     if orientation in {5, 6, 7, 8}:
         values = values.swapaxes(1, 2)
     if orientation in {3, 4, 7, 8}:
         values = values[:, ::-1]
     if orientation in {2, 3, 6, 7}:
         values = values[:, :, ::-1]
-    return np.ascontiguousarray(values)
+    return np.array(values, order="C")
 
 
 def _warn_of_pages(path: str) -> None:

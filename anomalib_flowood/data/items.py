@@ -4,13 +4,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+from torch import Tensor
+from torchvision.tv_tensors import Image
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """Images in [0, 1], float32 where they were bytes; others as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def of_one_type(images: list[Tensor]) -> list[Tensor]:
+    """Bring images in [0, 1] and images of bytes together: as they are where all are alike, else all in [0, 1]."""
+    return images if len({image.dtype for image in images}) < 2 else [in_unit_range(image) for image in images]
+
+
+def _validated(image: Tensor, validate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Check an image by anomalib's rule, which makes floats of bytes; of those it sees the first pixel alone."""
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        return validate(image)
+    shape = validate(image[..., :1, :1]).shape[:-2]
+    return Image(image.reshape(*shape, *image.shape[-2:]))
 
 
 @dataclass
@@ -35,6 +55,11 @@ class SourcedImageItem(ImageItem):
     source: str | None = None
     numpy_class: ClassVar[type[SourcedNumpyImageItem]] = SourcedNumpyImageItem
 
+    @staticmethod
+    def validate_image(image: Tensor) -> Tensor:
+        """Check the image as anomalib does; one of bytes stays so, since it is large: ``SourcedDataset.keep_bytes``."""
+        return _validated(image, ImageItem.validate_image)
+
 
 @dataclass
 class SourcedImageBatch(ImageBatch):
@@ -43,6 +68,11 @@ class SourcedImageBatch(ImageBatch):
     source: list[str] | None = None
     item_class: ClassVar[type[SourcedImageItem]] = SourcedImageItem
     numpy_class: ClassVar[type[SourcedNumpyImageBatch]] = SourcedNumpyImageBatch
+
+    @staticmethod
+    def validate_image(image: Tensor) -> Tensor:
+        """Check the images as anomalib does; those of bytes stay so, as in an item."""
+        return _validated(image, ImageBatch.validate_image)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SourcedImageBatch:
         """Move the batch to a device.

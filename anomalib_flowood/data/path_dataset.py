@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from anomalib.data import ImageItem
 from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from torch import nn
@@ -14,6 +13,7 @@ from torchvision.transforms.v2 import Resize, Transform
 
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.data.masks import without_masks
 
@@ -56,24 +56,43 @@ class PathDataset(PredictDataset):
         self.image_size = image_size
         self.read_for(resize, max_value)
 
-    def read_for(self, resize: Resize | None, max_value: int | None) -> None:
-        """Read images from now on at another size, with another white; see the class."""
+    def read_for(self, resize: Resize | None, max_value: int | None, *, keep_bytes: bool = False) -> None:
+        """Read images from now on at another size, with another white; see the class, and that of the data."""
         images = Images("", [str(path) for path in self.image_filenames], max_value=max_value)
         self._data = SourcedDataset(images, 0, "predict", augmentations=resize)
+        self._data.keep_bytes = keep_bytes and self.transform is None
 
-    def __getitem__(self, index: int) -> ImageItem:
-        """Get one item: image of shape ``(3, H, W)``, ``float32`` in [0, 1].
+    def __getitem__(self, index: int) -> SourcedImageItem:
+        """Get one item: image of shape ``(3, H, W)``, ``float32`` in [0, 1], or ``uint8``: see :meth:`read_for`.
 
         Raises:
             UnreadableImageError: If the file cannot be read, with its path.
         """
         item = self._data[index]
         image = item.image if self.transform is None else self.transform(item.image)
-        return ImageItem(image=image, image_path=item.image_path)
+        return SourcedImageItem(image=image, image_path=item.image_path)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[ImageItem]:
+    def __getitems__(self, indices: Sequence[int]) -> list[SourcedImageItem]:
         """Get items; errors as for one of them."""
         return [self[index] for index in indices]
+
+    @property
+    def collate_fn(self) -> Callable:
+        """Function for data loaders: makes a batch of items, without a copy of a single one."""
+        return _collate
+
+
+def _collate(items: Sequence[SourcedImageItem]) -> SourcedImageBatch:
+    if len(items) == 1:
+        return SourcedImageBatch(image=items[0].image[None], image_path=[items[0].image_path])
+    for item, image in zip(items, of_one_type([item.image for item in items]), strict=True):
+        item.image = image
+    return SourcedImageBatch.collate(list(items))  # type: ignore[return-value]
+
+
+def takes_bytes(detector: nn.Module | None) -> bool:
+    """Whether a detector takes images of 8 bits as they are."""
+    return getattr(detector, "takes_bytes", False)
 
 
 def resize_of(detector: nn.Module) -> Resize | None:

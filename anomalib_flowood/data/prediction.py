@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from anomalib_flowood.data.datamodules import SourcedDataModule
-from anomalib_flowood.data.path_dataset import PathDataset, resize_of
+from anomalib_flowood.data.path_dataset import PathDataset, resize_of, takes_bytes
 from anomalib_flowood.data.skipping import SkippingDataset
 from anomalib_flowood.names import subclasses
 from anomalib_flowood.trainers import prediction_loaders
@@ -51,7 +51,7 @@ def _read_paths(detector: nn.Module, loaders: Any, max_value: int | None) -> Non
         if type(dataset) is PathDataset.__base__:  # anomalib's, whose __getitem__ knows neither of both
             dataset.__class__ = PathDataset
         if isinstance(dataset, PathDataset):
-            dataset.read_for(resize_of(detector), max_value)
+            dataset.read_for(resize_of(detector), max_value, keep_bytes=takes_bytes(detector))
 
 
 class ReadAsTrained(Callback):

@@ -126,11 +126,13 @@ class Detector:
         Arguments and errors as for :meth:`score`.
 
         Yields:
-            The path, empty where there is none, and the image, ``(3, H, W)``, float32 in [0, 1].
+            The path, empty where there is none, and the image, ``(3, H, W)``, float32 in [0, 1]; of a detector with
+            tiles it may be uint8, which takes a quarter of the memory.
         """
         _, _, height, width = self.runtime.shape
         size = (height or self.size[0], width or self.size[1]) if self.size else None
-        return ((path, resized(image, size)) for path, image in each_image(images, self.max_value))
+        found = each_image(images, self.max_value, keep_bytes=self.runtime.takes_bytes)
+        return ((path, resized(image, size)) for path, image in found)
 
     def score_read(self, images: Sequence[ReadImage]) -> Iterator[Scores]:
         """Score images that :meth:`read` gave, :attr:`images_at_once` at most.

@@ -14,12 +14,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from anomalib_flowood.data import image_files, read_image
+from anomalib_flowood.data.decoding import as_bytes
 
 _CHANNELS = (1, 3, 4)
 _WHITE = {"uint8": 255, "uint16": 65535}
 
 
-def each_image(given: Any, max_value: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def each_image(
+    given: Any, max_value: int | None = None, *, keep_bytes: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
     """Go through images one by one, each as the detectors' own data sets read it.
 
     Args:
@@ -28,9 +31,10 @@ def each_image(given: Any, max_value: int | None = None) -> Iterator[tuple[str, 
             where C is 1, 3 or 4, and the fourth is dropped; or an iterable of these. Arrays are ``uint8``, ``uint16``,
             or floats in [0, 1]. ``(3, H, W)`` is one image in colour, not three grey ones.
         max_value: What white is in 16 bits: see :func:`~anomalib_flowood.data.read_image`.
+        keep_bytes: Leave what has been read in 8 bits.
 
     Yields:
-        The path, empty where there is none, and the image, ``(1 or 3, H, W)``, float32 in [0, 1].
+        The path, empty where there is none, and the image, ``(1 or 3, H, W)``: float32 in [0, 1], or uint8.
 
     Raises:
         FileNotFoundError: If a folder holds no image.
@@ -40,12 +44,13 @@ def each_image(given: Any, max_value: int | None = None) -> Iterator[tuple[str, 
     """
     for image in single_images(given):
         if isinstance(image, np.ndarray):
-            yield "", _of_array(image, max_value)
+            name, pixels = "", _of_array(image, max_value)
         elif isinstance(image, Image.Image):
-            yield str(getattr(image, "filename", "")), _of_pillow(image, max_value)
+            name, pixels = str(getattr(image, "filename", "")), _of_pillow(image, max_value)
         else:
             name = "" if isinstance(image, bytes) else str(image)
-            yield name, _scaled(read_image(image, max_value).numpy(), 255)
+            pixels = read_image(image, max_value).numpy()
+        yield name, pixels if keep_bytes else _scaled(pixels)
 
 
 def single_images(given: Any) -> Iterator[str | Path | bytes | Image.Image | np.ndarray]:
@@ -112,12 +117,12 @@ def _of_array(image: np.ndarray, max_value: int | None) -> np.ndarray:
         raise ValueError(msg)
     white = _WHITE[image.dtype.name]
     if white == 255:
-        return _scaled(image, 255)
+        return image
     white = max_value or white
     if int(image.max()) > white:
         msg = f"Values of an array of 16 bits run to {image.max()}, and white was {white} in training."
         raise ValueError(msg)
-    return _scaled(np.rint(image * np.float32(255 / white)), 255)  # as a file of 16 bits is read
+    return as_bytes(image, white)  # as a file of 16 bits is read
 
 
 def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
@@ -134,17 +139,20 @@ def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
         msg = "Of a Pillow image of mode I nobody knows what white is: give its file, or an array of uint16."
         raise ValueError(msg)
     pixels = np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
-    return _scaled(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), 255)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _scaled(values: np.ndarray, white: int) -> np.ndarray:
-    scaled = np.array(values, dtype=np.float32, order="C")  # a copy, to be divided in place: images may be large
-    scaled /= np.float32(white)
+def _scaled(image: np.ndarray) -> np.ndarray:
+    """Bytes in [0, 1]; floats as they are."""
+    if image.dtype != np.uint8:
+        return image
+    scaled = np.array(image, dtype=np.float32, order="C")  # a copy, to be divided in place: images may be large
+    scaled /= np.float32(255)
     return scaled
 
 
 def resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Resize an image as training did, and spread one channel over three: ``(3, H, W)``."""
+    """Resize an image as training did, which makes floats of bytes; spread one channel over three: ``(3, H, W)``."""
     if size is not None and image.shape[1:] != size:
-        image = functional.resize(torch.from_numpy(image), list(size), antialias=True).numpy()
-    return np.broadcast_to(image, (3, *image.shape[1:]))
+        image = functional.resize(torch.from_numpy(_scaled(image)), list(size), antialias=True).numpy()
+    return np.broadcast_to(np.ascontiguousarray(image), (3, *image.shape[1:]))

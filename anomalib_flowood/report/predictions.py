@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +26,45 @@ from anomalib_flowood.models.components import ConformalPostProcessor
 from .decisions import decide, decision_of, expectation, percent
 
 _SHOWN_PREDICTIONS = 10
+_KEPT = ("image_path", "source", "gt_label", "raw_score", "pred_score", "p_value", "pred_label")
+
+
+class PredictionKeeper(Callback):
+    """Keeps what a prediction says of images, without these and their maps, which would fill the memory."""
+
+    def __init__(self) -> None:
+        self.batches: list[SimpleNamespace] = []
+        """What :func:`keep_predictions` takes."""
+        self._last: Any = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        del trainer, pl_module
+        self.batches, self._last = [], None
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take a batch, which the post-processor, whose turn is after ours, has not seen yet."""
+        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        self._keep_last()
+        self._last = outputs
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last one."""
+        del trainer, pl_module
+        self._keep_last()
+
+    def _keep_last(self) -> None:
+        if self._last is not None:
+            self.batches.append(SimpleNamespace(**{name: getattr(self._last, name, None) for name in _KEPT}))
+        self._last = None
 
 
 class Kept(NamedTuple):
@@ -50,7 +91,8 @@ def keep_predictions(
     Of several processes that of rank 0 does so, for all of them.
 
     Args:
-        predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing.
+        predictions: What anomalib's engine returned: batches, or a list of batches for each data loader, or nothing;
+            or the batches of a :class:`PredictionKeeper`.
         folder: Where to write.
         post_processor: The detector's: a calibrated :class:`ConformalPostProcessor` also tests all images together.
         errors: Path and message of each file that could not be read. If there are any, the table has a column

@@ -21,6 +21,7 @@ from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.path_dataset import takes_bytes
 from anomalib_flowood.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,24 @@ class SourcedDataModule(AnomalibDataModule):
         self.memory_limit_mib = memory_limit_mib
         self.max_value = self._given_max_value = max_value
         self._memory_left: float = memory_limit_mib
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images of a batch that is not trained on: as many as was said; one at a time for detectors of large ones."""
+        detector = getattr(self.trainer, "lightning_module", None)
+        return 1 if getattr(detector, "images_at_once", None) == 1 else self._eval_batch_size
+
+    @eval_batch_size.setter
+    def eval_batch_size(self, images: int) -> None:
+        self._eval_batch_size = images
+
+    def _update_augmentations(self) -> None:
+        """Resize as the trainer's detector does, and leave images in 8 bits for those that take them so."""
+        super()._update_augmentations()
+        detector: Any = getattr(self.trainer, "lightning_module", None)
+        for part in ("train_data", "val_data", "test_data"):
+            if hasattr(self, part):
+                getattr(self, part).keep_bytes = takes_bytes(detector)
 
     def prepare_data(self) -> None:
         """Download what is missing.
@@ -160,11 +179,12 @@ class SourcedDataModule(AnomalibDataModule):
 
     def _begin_reading(self, training: Images, stage: str | None) -> None:
         """Find out what white is in files of 16 bits: as given, as the detector has it, as the training files show."""
-        self._memory_left = 0 if stage == TrainerFn.PREDICTING else self.memory_limit_mib  # each is read just once
-        detector: Any = None if stage == TrainerFn.FITTING else getattr(self.trainer, "lightning_module", None)
+        detector: Any = getattr(self.trainer, "lightning_module", None)
+        once = stage == TrainerFn.PREDICTING or takes_bytes(detector)  # each image is read just once, or is large
+        self._memory_left = 0 if once else self.memory_limit_mib
         if self._given_max_value is not None:
             return
-        if hasattr(detector, "max_value"):
+        if stage != TrainerFn.FITTING and hasattr(detector, "max_value"):
             self.max_value = detector.max_value
         elif training.pixels is None:
             self.max_value = plain_max_value(training.paths)

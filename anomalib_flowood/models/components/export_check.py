@@ -47,10 +47,12 @@ class Runtime:
     Attributes:
         run: Takes images in [0, 1], ``(N, 3, H, W)``, and returns the outputs by name.
         shape: The shape of its input; ``None`` for a dimension that may vary.
+        takes_bytes: Whether images may also be of 8 bits.
     """
 
     run: Callable[[np.ndarray], Outputs]
     shape: Sequence[int | None] = (None, 3, None, None)
+    takes_bytes: bool = False
 
 
 def check_export(
@@ -128,7 +130,8 @@ def module_runtime(detector: Any) -> Runtime:
         detector: In evaluation mode, on the CPU.
     """
     count = 1 if detector.images_at_once == 1 else None
-    return Runtime(lambda images: reference(detector, torch.from_numpy(images)), (count, 3, None, None))
+    shape = (count, 3, None, None)
+    return Runtime(lambda images: reference(detector, torch.from_numpy(images)), shape, detector.takes_bytes)
 
 
 def onnx_runtime(path: Path) -> Runtime:
@@ -197,13 +200,14 @@ def reference(detector: AnomalibModule, images: Tensor, factor: float = 1.0) -> 
 
     Args:
         detector: In evaluation mode.
-        images: In [0, 1], ``(N, 3, H, W)``.
+        images: In [0, 1], ``(N, 3, H, W)``; of 8 bits where the detector takes them so.
         factor: Number to multiply raw scores and maps by before they are post-processed.
 
     Returns:
         The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
     """
-    images = images.to(detector.dtype)  # weights may have 64 bits
+    if images.dtype != torch.uint8:
+        images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
     raw: InferenceBatch = detector.model(images if transform is None else transform(images))
     raw = InferenceBatch(*(value if value is None or factor == 1 else value * factor for value in raw))

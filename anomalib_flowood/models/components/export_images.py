@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
+from anomalib_flowood.data.items import in_unit_range
 from anomalib_flowood.trainers import training_loaders, validation_loaders
 
 from .flow_model import FlowModel
@@ -83,7 +84,7 @@ def _normal_images(loader: DataLoader | None, count: int) -> Iterator[Tensor]:
             labels = batch.gt_label
             normal = torch.ones(len(batch.image), dtype=torch.bool) if labels is None else ~labels.bool()
             for image in batch.image[normal.cpu()][:count]:
-                yield image
+                yield in_unit_range(image)
                 count -= 1
             if count <= 0:
                 return

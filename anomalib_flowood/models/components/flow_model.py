@@ -178,7 +178,7 @@ def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, i
     """Refuse images that cannot be scored. Skipped in exported graphs, which cannot raise.
 
     Args:
-        images: Pre-processed images, ``(N, C, H, W)``.
+        images: Pre-processed images, ``(N, C, H, W)``; of bytes none is NaN.
         unit_range: Whether values must lie in [0, 1].
         size: Height and width that a model on a backbone was built for.
 
@@ -194,6 +194,8 @@ def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, i
             "pre-processor's Resize, or set image_size."
         )
         raise ValueError(msg)
+    if images.dtype == torch.uint8:
+        return
     # NaN and infinities survive a sum, which is much cheaper than a look at every value. A sum may also overflow.
     if not bool(images.sum().isfinite()):
         broken = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
+from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from anomalib_flowood import processes
 from anomalib_flowood.checks import check_loading, check_workers
@@ -57,6 +59,11 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
     """
 
     # -- what images are, and how they are scored ------------------------------------------------------------------
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether images of the detector's size may come in 8 bits, ``uint8``, where others lie in [0, 1]."""
+        return False
 
     def setup(self, stage: str) -> None:
         """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
@@ -112,9 +119,8 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
 
         As long as the score is not fitted, which it is at the end of training, −log p stands in for it.
         """
-        model, inputs = self.model, self.inputs_of(batch)
-        batch.update(**model.predict(inputs, None if model.scorer.ready else model.nll)._asdict())
-        losses = batch.pred_score if model.scores_are_likelihoods else model.nll(model, inputs)
+        found, losses = self.judged(batch)
+        batch.update(**found._asdict())
         own = processes.own_rows(self.trainer, batch_idx, len(losses), dataloader_idx)
         processes.cut(batch, own)
         losses = losses[:own] if batch.gt_label is None else losses[:own][~batch.gt_label]
@@ -122,6 +128,13 @@ class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport)
             value = losses.mean() if losses.numel() else losses.new_zeros(())
             self.log("val_loss", value, prog_bar=True, batch_size=losses.numel(), sync_dist=True)
         return batch
+
+    def judged(self, batch: Any) -> tuple[InferenceBatch, Tensor]:
+        """Score a batch, by −log p as long as the score is not fitted; also return −log p per dimension, ``(N,)``."""
+        model, inputs = self.model, self.inputs_of(batch)
+        found = model.predict(inputs, None if model.scorer.ready else model.nll)
+        assert found.pred_score is not None  # every detector scores images
+        return found, found.pred_score if model.scores_are_likelihoods else model.nll(model, inputs)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch; where the score is a likelihood, put its ``bits_per_dim``, ``(N,)``, beside it.

@@ -213,7 +213,7 @@ class FrozenFeatures(_Base):
         training = self.training
         self.eval()
         # A share is applied to the stored features, by Lightning, at every epoch.
-        own, counts = processes.shares(loader, limit if isinstance(limit, int) else None)
+        own, counts = processes.shares(loader, limit if isinstance(limit, int) else None, self.images_at_once == 1)
         total = len(counts)
         store = FeatureStore(len(loader.dataset), self.cache_gib - self._kept_gib)  # type: ignore[arg-type]
         labels: list[Any] = []

@@ -66,6 +66,8 @@ class AntialiasedResize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Resize ``(N, C, H, W)``."""
+        if not torch.compiler.is_compiling() and tuple(images.shape[-2:]) == self.size:
+            return images  # a large one would be multiplied by two identities, and copied
         rows, columns = (
             _weights(length, out, images) for length, out in zip(images.shape[-2:], self.size, strict=True)
         )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
+from anomalib_flowood.data.items import in_unit_range
 from anomalib_flowood.features import run_backbone
 from anomalib_flowood.models.components import FlowModel
+from anomalib_flowood.models.components.flow_model import check_images, check_precision
 
 from .tiles import Tiles
 
@@ -48,7 +50,8 @@ class MapExtraction(FlowModel):
         """Return the feature maps of pre-processed images.
 
         Args:
-            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1].
+            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1], or
+                are bytes, of which only tiles become floats.
             which: For each image which of its tiles to take, equally many; all by default.
 
         Returns:
@@ -57,19 +60,24 @@ class MapExtraction(FlowModel):
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
         """
-        images = self.checked(images, size=self.image_size)
+        self.check(images)
         if self.tiles is None:
-            return run_backbone(self.backbone, images)
+            return run_backbone(self.backbone, images.to(self.dtype))
         chosen: Sequence[Sequence[int] | None] = which or [None] * len(images)
         of_images = [list(self.tile_maps(*one)) for one in zip(images, chosen, strict=True)]
         layers = zip(*([torch.cat(parts) for parts in zip(*image, strict=True)] for image in of_images), strict=True)
         return tuple(torch.stack(layer) for layer in layers)
 
+    def check(self, images: Tensor) -> None:
+        """Refuse images that cannot be scored: errors as for :meth:`extract`."""
+        check_precision(self.dtype)
+        check_images(images, size=self.image_size)
+
     def tile_maps(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, ...]]:
         """Yield the feature maps of an image's tiles, of some tiles at once."""
         assert self.tiles is not None and self.normalise is not None  # noqa: PT018
         for tiles in self.tiles.cut(image, which):
-            yield run_backbone(self.backbone, self.normalise(tiles))
+            yield run_backbone(self.backbone, self.normalise(in_unit_range(tiles).to(self.dtype)))
 
     def alone(self, part: Tensor) -> Tensor:
         """Of what is said of images, put all tiles in a row: ``(N, T, ...)`` to ``(N * T, ...)``."""

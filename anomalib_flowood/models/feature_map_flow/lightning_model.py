@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -176,6 +177,16 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         super().check_number(images)
         for layer in self.model.layers:
             layer.check_number(images)  # type: ignore[operator]
+
+    @property
+    def takes_bytes(self) -> bool:
+        """With tiles, which alone become floats, unless another pre-processor than ours needs the whole image so."""
+        transform = getattr(self.pre_processor, "transform", None)
+        return self.model.tiles is not None and (transform is None or type(transform) is Resize)
+
+    def judged(self, batch: Any) -> tuple[InferenceBatch, Tensor]:
+        """As all detectors do; with tiles, some tiles after the others."""
+        return super().judged(batch) if self.model.tiles is None else self.model.judged(batch.image)
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""

@@ -342,8 +342,23 @@ class FeatureMapFlowModel(MapExtraction):
         """
         if self.tiles is None:
             return self._judge(self._reduced(self.extract(images)))
-        images = self.checked(images, size=self.image_size)
+        self.check(images)
         return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
+
+    def judged(self, images: Tensor) -> tuple[InferenceBatch, Tensor]:
+        """Score images by their tiles, some at a time; also return −log p per dimension, ``(N,)``."""
+        assert self.tiles is not None
+        self.check(images)
+        log_prob = torch.zeros(len(images), dtype=self.dtype, device=images.device)
+
+        def parts(number: int) -> Iterator[InferenceBatch]:
+            for maps in self.tile_maps(images[number]):
+                inputs = self.reduce(tuple(layer[None] for layer in maps))
+                log_prob[number] += self.log_prob_of(inputs)[0]
+                yield self._judge([part[0] for part in inputs[::2]])
+
+        found = self.tiles.joined(map(parts, range(len(images))))
+        return found, -log_prob / self.dims
 
     def _reduced(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Reduce feature maps, without the rest of the log-density."""

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What memory large images take, which a detector with tiles gets in 8 bits, and one at a time."""
+
+import numpy as np
+import pytest
+import torch
+from anomalib.models import Padim
+from model_helpers import BACKBONE, engine
+from PIL import Image
+
+import anomalib_flowood
+from anomalib_flowood import FeatureMapFlow, OneClass
+from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, in_unit_range
+from anomalib_flowood.data.path_dataset import PathDataset
+from benchmarks.peak import Peak, anonymous
+
+SIZE, TILE = (60, 90), (32, 32)
+SMALL = {"backbone": BACKBONE, "pre_trained": False, "map_layers": (1, 2), "score_layers": (2,), "subspace_dim": 4}
+SMALL |= {"layout_dims": 8, "visualizer": False}
+
+
+def write(folder, count, seed, size=SIZE):
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    write(folder / "train" / "good", 40, 0)
+    write(folder / "test" / "good", 4, 1)
+    write(folder / "test" / "another", 3, 2, size=(70, 80))
+    return folder
+
+
+def data(photographs):
+    return OneClass(photographs, "good", val_split_ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def trained(photographs, tmp_path_factory):
+    torch.manual_seed(0)
+    detector = FeatureMapFlow(**SMALL, image_size=SIZE, tile_size=TILE)
+    run = engine(tmp_path_factory.mktemp("run"))
+    seen = []
+    judge = detector.judged
+    detector.judged = lambda batch: (seen.append((batch.image.dtype, len(batch.image))), judge(batch))[1]
+    run.fit(detector, datamodule=data(photographs))
+    del detector.judged
+    detector.seen = seen
+    return detector.eval(), run
+
+
+def test_a_fit_sees_bytes_one_image_at_a_time(trained):
+    """Whatever the batch size of the data, 256 here."""
+    detector, _ = trained
+    assert detector.seen[-20:] == [(torch.uint8, 1)] * 20
+    assert len(detector.post_processor.calibration) == 20
+
+
+def test_bytes_are_scored_as_floats(trained):
+    model = trained[0].model
+    pixels = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        found, want = model(pixels), model(in_unit_range(pixels))
+        judged, losses = model.judged(pixels)
+        inputs = model.inputs(pixels)
+    assert torch.equal(found.pred_score, want.pred_score)
+    assert torch.equal(found.anomaly_map, want.anomaly_map)
+    torch.testing.assert_close(judged.pred_score, found.pred_score, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses, model.nll(model, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_whatever_reads_them_scores_are_the_same(trained, photographs):
+    """Images of another size are resized, as floats."""
+    detector, run = trained
+    checkpoint = run.trainer.checkpoint_callback.best_model_path
+    test = {path.name: photographs / "test" / path.name for path in (photographs / "test").iterdir()}
+    by_path = {name: run.predict(detector, data_path=folder) for name, folder in test.items()}
+    kinds = {name: {batch.image.dtype for batch in batches} for name, batches in by_path.items()}
+    assert kinds == {"good": {torch.uint8}, "another": {torch.float32}}
+    by_module = run.predict(detector, datamodule=data(photographs))
+    assert [len(batch.image) for batch in by_module] == [1] * 7
+    scores = {str(batch.image_path[0]): batch.raw_score for batch in by_module}
+    for name, folder in test.items():
+        loaded = anomalib_flowood.load(checkpoint).score(folder)
+        of_path = torch.cat([batch.raw_score for batch in by_path[name]])
+        np.testing.assert_allclose(of_path, loaded.raw_score, rtol=1e-4, atol=1e-5)
+        assert [scores[path].item() for path in loaded.paths] == of_path.tolist()
+        floats = [np.asarray(Image.open(path), dtype=np.float32) / 255 for path in loaded.paths]
+        assert np.array_equal(anomalib_flowood.load(checkpoint).score(floats).raw_score, loaded.raw_score)
+
+
+def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):
+    detector, run = trained
+    module = data(photographs)
+    run.test(detector, datamodule=module, verbose=False)
+    assert module.test_data[0].image.dtype == torch.uint8
+    assert module.eval_batch_size == 1
+    other = Padim(backbone="resnet18", pre_trained=False, n_features=10, visualizer=False, evaluator=False)
+    engine(tmp_path).fit(other, datamodule=module)
+    assert module.test_data[0].image.dtype == torch.float32
+    assert module.eval_batch_size == 256
+
+
+def test_a_batch_of_bytes_and_floats_is_one_of_floats(photographs):
+    dataset = PathDataset(photographs / "test")
+    dataset.read_for(None, None, keep_bytes=True)
+    items = [dataset[len(dataset) - 1], dataset[len(dataset) - 2]]
+    assert {item.image.dtype for item in items} == {torch.uint8}
+    want = in_unit_range(torch.stack([item.image for item in items]))
+    items[0].image = in_unit_range(items[0].image)
+    assert torch.equal(dataset.collate_fn(items).image, want)
+
+
+def test_a_single_image_is_no_copy_and_is_checked():
+    pixels = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
+    item = SourcedImageItem(image=pixels)
+    (again,) = SourcedImageBatch(image=item.image)
+    assert item.image.data_ptr() == pixels.data_ptr()
+    assert torch.equal(again.image, pixels)
+    with pytest.raises(ValueError, match="3 channels"):
+        SourcedImageItem(image=pixels[:2])
+
+
+def test_memory_is_bounded_whatever_the_number(tmp_path):
+    """In bytes a pixel: of the photograph that is read, of the one before, and of their maps; of no floats."""
+    size = (1500, 2000)
+    write(tmp_path / "new", 3, 0, size=size)
+    detector = FeatureMapFlow(**SMALL, image_size=size, tile_size=(100, 100)).eval()
+    detector.max_value = None  # as a fit leaves it
+    run = engine(tmp_path)
+    run.predict(detector, data_path=tmp_path / "new" / "0.png", return_predictions=False)
+    with Peak(anonymous, 0.002) as peak:
+        run.predict(detector, data_path=tmp_path / "new", return_predictions=False)
+    assert peak.above_rest / (size[0] * size[1]) < 24
