@@ -155,4 +155,5 @@ def resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     """Resize an image as training did, which makes floats of bytes; spread one channel over three: ``(3, H, W)``."""
     if size is not None and image.shape[1:] != size:
         image = functional.resize(torch.from_numpy(_scaled(image)), list(size), antialias=True).numpy()
-    return np.broadcast_to(np.ascontiguousarray(image), (3, *image.shape[1:]))
+    image = np.ascontiguousarray(image)
+    return image if len(image) == 3 else np.broadcast_to(image, (3, *image.shape[1:]))

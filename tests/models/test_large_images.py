@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What memory large images take, which a detector with tiles gets in 8 bits, and one at a time."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,19 @@ def test_whatever_reads_them_scores_are_the_same(trained, photographs):
         assert [scores[path].item() for path in loaded.paths] == of_path.tolist()
         floats = [np.asarray(Image.open(path), dtype=np.float32) / 255 for path in loaded.paths]
         assert np.array_equal(anomalib_flowood.load(checkpoint).score(floats).raw_score, loaded.raw_score)
+
+
+def test_nothing_is_said_of_arrays_that_cannot_be_written_to(trained, photographs):
+    detector = anomalib_flowood.load(trained[1].trainer.checkpoint_callback.best_model_path)
+    colour = Image.open(photographs / "test" / "good" / "0.png")
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for image in (colour, colour.convert("L"), np.asarray(colour), np.asarray(colour.resize((70, 50)))):
+                detector.score(image)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):

@@ -130,8 +130,12 @@ def module_runtime(detector: Any) -> Runtime:
         detector: In evaluation mode, on the CPU.
     """
     count = 1 if detector.images_at_once == 1 else None
-    shape = (count, 3, None, None)
-    return Runtime(lambda images: reference(detector, torch.from_numpy(images)), shape, detector.takes_bytes)
+
+    def run(images: np.ndarray) -> Outputs:
+        # PyTorch warns of arrays that cannot be written to, as those of grey images, whose channels are one.
+        return reference(detector, torch.from_numpy(images if images.flags.writeable else images.copy()))
+
+    return Runtime(run, (count, 3, None, None), detector.takes_bytes)
 
 
 def onnx_runtime(path: Path) -> Runtime:
