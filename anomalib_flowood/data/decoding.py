@@ -35,7 +35,7 @@ _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
 _MOST_LOOKED_AT = 1000
 _AT_ONCE = 2**20
-"""Values that are scaled at once."""
+"""Values that are scaled, and pixels that are fetched, at once."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # TIFF tags and a value
 
 
@@ -207,10 +207,23 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
             orientation = _orientation(image)
         if kind.white == 255:
             mode = "L" if kind.channels == 1 else "RGB"
-            values = np.asarray(image if image.mode == mode else image.convert(mode))
-            values = values[None] if kind.channels == 1 else values.transpose(2, 0, 1)
+            values = _pixels(image if image.mode == mode else image.convert(mode), kind.channels)
             return _upright(values, orientation), 255, False  # Pillow has inverted them
         return _upright(np.asarray(image)[None], orientation), kind.white, inverted
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """Pixels of 8 bits, ``(C, H, W)``, some rows at a time: of all of them Pillow would make two copies more."""
+    width, height = image.size
+    rows = max(1, _AT_ONCE // max(1, width))
+    if rows >= height:
+        values = np.asarray(image)
+        return values[None] if channels == 1 else values.transpose(2, 0, 1)
+    pixels = np.empty((channels, height, width), dtype=np.uint8)
+    for top in range(0, height, rows):
+        part = np.asarray(image.crop((0, top, width, min(height, top + rows))))
+        pixels[:, top : top + rows] = part[None] if channels == 1 else part.transpose(2, 0, 1)
+    return pixels
 
 
 def _kind(image: Any) -> _Kind:
@@ -262,14 +275,14 @@ def _deep_values(path: str | Path | bytes, kind: str) -> np.ndarray:
 
 
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8. It is a copy."""
+    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8; to be written to."""
     if orientation in {5, 6, 7, 8}:
         values = values.swapaxes(1, 2)
     if orientation in {3, 4, 7, 8}:
         values = values[:, ::-1]
     if orientation in {2, 3, 6, 7}:
         values = values[:, :, ::-1]
-    return np.array(values, order="C")
+    return np.require(values, requirements=["C", "W"])
 
 
 def _warn_of_pages(path: str) -> None:

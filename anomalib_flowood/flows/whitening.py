@@ -17,6 +17,9 @@ from .precision import full_precision
 _POINTS_PER_DIRECTION = 2
 """With fewer points for each direction, whitening would learn them by heart."""
 
+_POSITIONS = 64
+"""Positions whose covariances are computed at once, for which their vectors are copied."""
+
 _RIDGE = 1e-6
 """Of the mean variance, added to every variance: a number that is constant stays invertible."""
 
@@ -173,8 +176,11 @@ class PositionWhitening(Layer):
             raise ValueError(msg)
         vectors = samples.flatten(2).permute(2, 0, 1).to(self.mean.dtype)  # (h * w, n, D)
         means = vectors.mean(1)
-        centred = vectors - means[:, None]
-        scatters = (centred.mT @ centred).double()
+        scatters = torch.empty(len(vectors), dims, dims, dtype=torch.float64, device=vectors.device)
+        parts = (part.split(_POSITIONS) for part in (vectors, means, scatters))
+        for some, mean, scatter in zip(*parts, strict=True):
+            centred = some - mean[:, None]
+            scatter.copy_(centred.mT @ centred)
         shared = scatters.mean(0) / (n - 1)
         if not bool(shared.isfinite().all()) or float(shared.trace()) <= 0:
             msg = f"The {n} maps hold NaN or infinite values, or are all the same."

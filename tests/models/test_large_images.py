@@ -4,6 +4,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.models import Padim
@@ -12,6 +13,7 @@ from PIL import Image
 
 import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, OneClass
+from anomalib_flowood.cli import main, results
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, in_unit_range
 from anomalib_flowood.data.path_dataset import PathDataset
 from benchmarks.peak import Peak, anonymous
@@ -106,6 +108,25 @@ def test_nothing_is_said_of_arrays_that_cannot_be_written_to(trained, photograph
                 detector.score(image)
     finally:
         torch.set_warn_always(False)
+
+
+def test_the_command_keeps_what_is_said_alone(trained, photographs, tmp_path, monkeypatch):
+    kept = []
+    keep = results.keep_predictions
+    monkeypatch.setattr(
+        results, "keep_predictions", lambda batches, *rest: (kept.extend(batches), keep(batches, *rest))[1]
+    )
+    checkpoint = str(trained[1].trainer.checkpoint_callback.best_model_path)
+    folder = photographs / "test" / "good"
+    main(["predict", "--data", str(folder), "--ckpt_path", checkpoint, "--output", str(tmp_path)])
+    assert len(kept) == 4
+    assert all(torch.as_tensor(value).ndim < 2 for batch in kept for value in (batch.raw_score, batch.p_value))
+    assert not any(hasattr(batch, name) for batch in kept for name in ("image", "anomaly_map", "pred_mask"))
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    want = anomalib_flowood.load(checkpoint).score(folder)
+    assert table["image_path"].tolist() == list(want.paths)
+    np.testing.assert_allclose(table["raw_score"], want.raw_score, rtol=1e-4, atol=1e-5)
+    assert table["pred_label"].tolist() == want.label.astype(int).tolist()
 
 
 def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):

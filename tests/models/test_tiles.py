@@ -206,8 +206,10 @@ def test_a_checkpoint_of_large_images_keeps_few_of_them_and_a_graph_is_refused(t
     np.testing.assert_allclose(anomalib_flowood.load(path).score(image).score, want.pred_score.detach(), rtol=1e-4)
 
 
-def test_a_large_map_is_decided_on_row_by_row_in_its_own_memory():
-    raw, threshold, unit = torch.randn(1, 1, 4200, 4100), torch.tensor(0.3), torch.tensor(2.0)
+@pytest.mark.parametrize("axes", [(1, 1), (1,)])
+def test_a_large_map_is_decided_on_row_by_row_in_its_own_memory(axes):
+    """Also without an axis of channels, as in anomalib's batches."""
+    raw, threshold, unit = torch.randn(*axes, 4200, 4100), torch.tensor(0.3), torch.tensor(2.0)
     want = squash_values(raw, threshold, unit)
     squashed, above = squash(raw, threshold, unit)
     assert squashed.data_ptr() == raw.data_ptr()

@@ -20,10 +20,11 @@ def squash(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor, Tensor
     The map of a single large image goes row by row, some at once, since what is computed between takes several times
     its memory. It is overwritten.
     """
-    if raw.ndim == 4 and not torch.compiler.is_compiling() and len(raw) == 1 and raw.numel() > _LARGE:
+    # anomalib's batches have maps without the axis of channels.
+    if raw.ndim in {3, 4} and not torch.compiler.is_compiling() and len(raw) == 1 and raw.numel() > _LARGE:
         above = torch.empty_like(raw, dtype=torch.bool)
-        rows = max(1, _AT_ONCE // raw.shape[3])
-        for values, marks in zip(raw.split(rows, dim=2), above.split(rows, dim=2), strict=True):
+        rows = max(1, _AT_ONCE // raw.shape[-1])
+        for values, marks in zip(raw.split(rows, dim=-2), above.split(rows, dim=-2), strict=True):
             squashed, marked = squash_values(values, threshold, unit)
             values.copy_(squashed)
             marks.copy_(marked)

@@ -83,12 +83,11 @@ class MapLayer(nn.Module):
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
     def fit_whitening(self, latents: Tensor) -> None:
-        """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``."""
+        """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``, which are overwritten."""
         self.positions.fit(latents)
-        whitened = torch.empty_like(latents)
-        for some, part in zip(latents.split(_CHUNK), whitened.split(_CHUNK), strict=True):
-            part.copy_(self.positions.whitened(some))
-        self.layout.fit(whitened)
+        for some in latents.split(_CHUNK):
+            some.copy_(self.positions.whitened(some))
+        self.layout.fit(latents)
 
     def forget_whitening(self) -> None:
         """Whiten nothing: what was fitted is of other weights of the flow."""

@@ -298,9 +298,11 @@ class FeatureMapFlowModel(MapExtraction):
         statistics: list[Tensor] = []
         for layer, flow, maps, _ in self._sides(reduced):
             like = layer.location
-            coupled = [_coupled(flow, some.to(like)) for some in maps.split(_CHUNK)]
-            latents, scales = (torch.cat(parts) for parts in zip(*coupled, strict=True))
-            del coupled  # as large as the latents
+            latents, scales = like.new_empty(maps.shape), like.new_empty(len(maps), *layer.size)
+            parts = (part.split(_CHUNK) for part in (maps, latents, scales))
+            for some, *filled in zip(*parts, strict=True):
+                for part, values in zip(filled, _coupled(flow, some.to(like)), strict=True):
+                    part.copy_(values)
             found = []
             for rest, part in folds(len(latents)):
                 layer.fit_whitening(latents[rest])
