@@ -275,7 +275,7 @@ def _deep_values(path: str | Path | bytes, kind: str) -> np.ndarray:
 
 
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8; to be written to."""
+    """Undo how the camera was held; ``(C, H, W)`` or ``(C, W, H)``, and EXIF's orientation, 1 to 8; writable."""
     if orientation in {5, 6, 7, 8}:
         values = values.swapaxes(1, 2)
     if orientation in {3, 4, 7, 8}:
