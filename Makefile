@@ -105,8 +105,8 @@ gpu:
 # The pages are the repository's, in their places: links between them work on GitHub and on the site.
 docs: .venv/docs
 	@rm -rf site/pages && mkdir -p site/pages
-	git ls-files -co --exclude-standard '*.md' '*.png' '*.webp' '*.csv' '*.yaml' | grep -v '^tests/' | tar cT - | tar xC site/pages
-	$(BIN)/mkdocs build
+	git ls-files -co --exclude-standard '*.md' '*.png' '*.webp' '*.csv' '*.yaml' docs/site.css | grep -v '^tests/' | tar cT - | tar xC site/pages
+	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/mkdocs build
 
 lint: .venv/dev
 	$(BIN)/ruff check .
