@@ -95,7 +95,7 @@ class SourcedImageBatch(ImageBatch):
         return moved
 
 
-def with_known_masks(batch: SourcedImageBatch, fields: Sequence[str]) -> Any:
+def with_known_masks(batch: Any, fields: Sequence[str]) -> Any:
     """Leave out the images whose pixels nobody has judged: anomalous ones with an empty mask.
 
     A mask of an anomalous image is empty if it has none, or if its defect is gone at the size of the batch: there is

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -82,7 +83,7 @@ class PathDataset(PredictDataset):
         return _collate
 
 
-def _collate(items: Sequence[SourcedImageItem]) -> SourcedImageBatch:
+def _collate(items: Sequence[Any]) -> SourcedImageBatch:
     if len(items) == 1:
         return SourcedImageBatch(image=items[0].image[None], image_path=[items[0].image_path])
     for item, image in zip(items, of_one_type([item.image for item in items]), strict=True):
