@@ -136,3 +136,15 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(monkeypatch,
             main(["serve", "model.ckpt", "--port", str(port)])
     assert end.value.code == 1
     assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+def test_an_answer_waits_for_no_acknowledgement(tmp_path, monkeypatch):
+    """An answer's head and body are two packets; with Nagle's algorithm the second waits some 40 ms."""
+    with served(tmp_path, monkeypatch) as (port, _, _):
+        connection, took = http.client.HTTPConnection("127.0.0.1", port, timeout=30), []
+        for _ in range(60):  # at first Linux acknowledges at once
+            start = time.perf_counter()
+            connection.request("GET", "/health/live")
+            connection.getresponse().read()
+            took.append(time.perf_counter() - start)
+        assert min(took[30:]) < 0.03
