@@ -63,15 +63,27 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
         model: As converted from ONNX, whose nodes keep their names.
         nodes: Names of the nodes that are to be quantised, with what OpenVINO made of them.
         images: Normal images, ``(N, 3, H, W)``, in [0, 1].
+
+    Returns:
+        The quantised model, for one image at a time where the number was open: where it is, OpenVINO (2026.4) takes maps
+        that are quantised for the next layer, and looked at besides, for zeros.
     """
     import nncf
 
     kept = nncf.IgnoredScope(names=_outside(model, nodes), validate=False)
-    samples = list(islice(images, _IMAGES))
+    # The graph that gives the calibration is to be quantised by the same images: loaders draw their order.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        samples = list(islice(images, _IMAGES))
     # On a thread of its own, as every inference by OpenVINO: see openvino_runtime().
     with ThreadPoolExecutor(1) as thread:
         arguments = {"ignored_scope": kept, "subset_size": len(samples)}
-        return thread.submit(nncf.quantize, model, nncf.Dataset(samples), **arguments).result()
+        found = thread.submit(nncf.quantize, model, nncf.Dataset(samples), **arguments).result()
+    shape = found.input(0).partial_shape
+    if shape[0].is_dynamic:
+        shape[0] = 1
+        found.reshape({found.input(0): shape})
+    return found
 
 
 def with_small_weights(model: Any, nodes: Set[str]) -> Any:
