@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .fitted import ShapedByFit, principal_directions
 from .layers import Layer
@@ -35,14 +36,18 @@ class Whitening(ShapedByFit, Layer):
     is symmetric and invertible. With a standard normal for w it is the Gaussian of probabilistic PCA (Tipping and
     Bishop 1999, section 3). Before a fit it is the identity.
 
+    Where samples are maps, directions can be held constant over square blocks of positions: what varies as a whole is
+    coarse, and W has fewer numbers.
+
     Args:
         dims_in: One shape, of any rank.
         directions: The most directions k that a fit takes; one for two samples at most, and no more than there
             are numbers.
         dims_c: FrEIA's convention; none are supported.
+        block: Rows and columns of a block.
 
     Raises:
-        ValueError: If there is more than one input, a condition, or k is negative.
+        ValueError: If there is more than one input, a condition, k is negative, or the input is not made of blocks.
     """
 
     shaped_by_fit = ("directions", "variances")
@@ -50,7 +55,7 @@ class Whitening(ShapedByFit, Layer):
     mean: Tensor
     """m, of the shape of a sample; a buffer, as the others."""
     directions: Tensor
-    """W^T, ``(k, ...)`` with a row for each; k is known after a fit."""
+    """W^T, ``(k, ...)`` with a row for each, of length 1, a number for each block; k is known after a fit."""
     variances: Tensor
     """u, ``(k,)``."""
     rest: Tensor
@@ -61,14 +66,20 @@ class Whitening(ShapedByFit, Layer):
         dims_in: Iterable[tuple[int, ...]],
         directions: int,
         dims_c: Iterable[tuple[int, ...]] | None = None,
+        *,
+        block: int = 1,
     ) -> None:
         super().__init__(dims_in, dims_c)
         if directions < 0:
             msg = f"directions must be at least 0, got {directions}."
             raise ValueError(msg)
+        if block < 1 or (block > 1 and (len(self.shape) != 3 or any(side % block for side in self.shape[1:]))):
+            msg = f"Blocks of {block} x {block} positions do not make up the shape {self.shape}."
+            raise ValueError(msg)
         self.most = directions
+        self.block = block
         self.register_buffer("mean", torch.zeros(self.shape))
-        self.register_buffer("directions", torch.zeros(0, math.prod(self.shape)))
+        self.register_buffer("directions", self._none())
         self.register_buffer("variances", torch.ones(0))
         self.register_buffer("rest", torch.ones(()))
 
@@ -83,14 +94,14 @@ class Whitening(ShapedByFit, Layer):
         if n < 2:
             msg = f"Whitening is fitted to at least 2 samples, got {n}."
             raise ValueError(msg)
-        samples = samples.flatten(1)
         centre = samples.mean(0)
         centred = (samples - centre).cpu()
-        variances, directions = principal_directions(centred, min(self.most, n // _POINTS_PER_DIRECTION))
+        blocks = self._blocks(centred)
+        variances, directions = principal_directions(blocks, min(self.most, n // _POINTS_PER_DIRECTION))
         variances = variances.to(samples) * n / (n - 1)
         left = torch.linalg.vector_norm(centred).square().to(samples) / (n - 1) - variances.sum()
-        rest = (left / max(1, samples.shape[1] - len(variances))).clamp(min=1e-6)
-        self.mean.copy_(centre.unflatten(0, self.shape))
+        rest = (left / max(1, centre.numel() - len(variances))).clamp(min=1e-6)
+        self.mean.copy_(centre)
         self.rest.copy_(rest)
         self.directions = directions.to(self.mean)
         self.variances = torch.maximum(variances, rest).to(self.mean)
@@ -99,7 +110,7 @@ class Whitening(ShapedByFit, Layer):
         """Be the identity again."""
         self.mean.zero_()
         self.rest.fill_(1)
-        self.directions = self.directions.new_zeros(0, self.mean.numel())
+        self.directions = self._none().to(self.directions)
         self.variances = self.variances.new_ones(0)
 
     @property
@@ -121,10 +132,29 @@ class Whitening(ShapedByFit, Layer):
         """Multiply with the covariance to some power."""
         scale = self.rest**power
         if len(self.directions):  # OpenVINO multiplies with no empty matrix
-            flat = x.flatten(1)
-            coordinates = (flat @ self.directions.T) * (self.variances**power / scale - 1)
-            x = torch.addmm(flat, coordinates, self.directions).unflatten(1, self.shape)
+            coordinates = (self._blocks(x) @ self.directions.T) * (self.variances**power / scale - 1)
+            x = self._added(x, coordinates @ self.directions)
         return x * scale
+
+    def _none(self) -> Tensor:
+        """No direction: the product with it is that of nothing."""
+        return torch.zeros(0, math.prod(self.shape) // self.block**2)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Coordinates of samples, ``(N, ...)``, along what is constant over each block, and 0 elsewhere; length 1."""
+        if self.block > 1:
+            x = functional.avg_pool2d(x, self.block) * self.block
+        return x.flatten(1)
+
+    def _added(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """Samples, ``(N, ...)``, plus those that have these coordinates, and none that :meth:`_blocks` leaves out."""
+        if self.block == 1:
+            return x + blocks.unflatten(1, self.shape)
+        dims, height, width = self.shape
+        rows, columns = height // self.block, width // self.block
+        # By shapes alone: an interpolation would leave single precision in OpenVINO.
+        apart = x.reshape(-1, dims, rows, self.block, columns, self.block)
+        return (apart + blocks.reshape(-1, dims, rows, 1, columns, 1) / self.block).reshape(-1, *self.shape)
 
 
 class PositionWhitening(Layer):

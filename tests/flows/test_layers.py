@@ -48,8 +48,8 @@ def factor_out(shape):
     return FactorOut([shape], fill=lambda inner: inner.append(ChannelCoupling, layer=0, subnet_constructor=net))
 
 
-def whitening(shape, directions=3):
-    layer = Whitening([shape], directions).double()
+def whitening(shape, directions=3, **arguments):
+    layer = Whitening([shape], directions, **arguments).double()
     scale = torch.linspace(0.3, 3, shape[-1], dtype=torch.float64)
     layer.fit(image(40, *shape, seed=5) * scale + 2)
     return layer
@@ -64,6 +64,7 @@ LAYERS = {
     "actnorm": lambda: ActNorm([(4, 4, 6)]).eval(),
     "whitening": lambda: whitening((4, 4, 6)),
     "whitening of vectors": lambda: whitening((5,), directions=2),
+    "whitening of blocks": lambda: whitening((4, 4, 6), block=2),
     "1x1 convolution": lambda: InvertibleConv1x1([(4, 4, 6)]),
 }
 
@@ -270,6 +271,29 @@ def test_whitening_takes_one_direction_for_two_samples_and_remembers_them():
         layer.fit(image(1, 6))
     with pytest.raises(ValueError, match="directions must be at least 0"):
         Whitening([(6,)], -1)
+
+
+def test_whitening_by_blocks_is_that_by_directions_which_are_constant_over_each():
+    x = image(60, 2, 4, 6, seed=3).cumsum(0)
+    layer = whitening((2, 4, 6), block=2)
+    layer.fit(x)
+    means = torch.nn.functional.avg_pool2d(x, 2).flatten(1)
+    eigenvalues, vectors = torch.linalg.eigh(torch.cov(means.T))
+    kept = vectors.T.flip(0)[:3].reshape(3, 2, 2, 3).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1) / 2
+    variances = 4 * eigenvalues.flip(0)[:3]
+    total = torch.cov(x.flatten(1).T).trace()
+    rest = (total - variances.sum()) / (48 - 3)
+    covariance = rest * torch.eye(48).double() + kept.T @ torch.diag(variances - rest) @ kept
+    y, log_det = call(layer)(x)
+    found = torch.distributions.Normal(0, 1).log_prob(y).flatten(1).sum(1) + log_det
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0).flatten(), covariance)
+    torch.testing.assert_close(found, gaussian.log_prob(x.flatten(1)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((4, 4, 6), 4), ((4,), 2), ((4, 4, 6), 0)])
+def test_blocks_make_up_a_map(shape, block):
+    with pytest.raises(ValueError, match=f"Blocks of {block} x {block} positions do not make up"):
+        Whitening([shape], 2, block=block)
 
 
 def test_whitening_takes_no_more_directions_than_there_are_numbers():

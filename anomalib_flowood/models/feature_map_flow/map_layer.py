@@ -14,6 +14,9 @@ from anomalib_flowood.features import Descriptors
 _CHUNK = 64
 """Images that are whitened at once in a fit."""
 
+_BLOCKS = (4, 2, 1)
+"""Rows and columns over which the layout of a layer is constant whose whole map is no evidence."""
+
 
 class MapLayer(nn.Module):
     """Descriptors of one layer's maps and their principal subspace; and the whitening of what the flow leaves.
@@ -22,7 +25,8 @@ class MapLayer(nn.Module):
         name: The layer's name, for errors.
         channels: C, the channels of the layer's map.
         shape: ``(D, h, w)`` of the reduced map.
-        layout_dims: Directions of whole maps that are whitened.
+        layout_dims: Directions of whole maps that are whitened; by blocks of positions, where the mean of the whole map,
+            which sees what whitening leaves, is no evidence: light and texture are coarse.
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
@@ -52,7 +56,7 @@ class MapLayer(nn.Module):
         self.descriptors = Descriptors(channels, name)
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])
-        self.layout = flows.Whitening([shape], layout_dims)
+        self.layout = flows.Whitening([shape], layout_dims, block=1 if whole else _block(self.size))
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
@@ -137,3 +141,8 @@ class MapLayer(nn.Module):
             *([f"{self.name}: its most anomalous positions"] * self.top),
             *([f"{self.name}: its whole map"] * self.whole),
         ]
+
+
+def _block(size: tuple[int, int]) -> int:
+    """The largest blocks that make up a map."""
+    return next(block for block in _BLOCKS if not any(side % block for side in size))
