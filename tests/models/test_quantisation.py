@@ -52,7 +52,7 @@ def test_quantises_the_backbone_and_nothing_behind_it(case):
     assert not np.allclose(found, expected, rtol=1e-6)
     assert np.corrcoef(found, expected)[0, 1] > 0.99
     normal = torch.cat([batch.gt_label for batch in module.test_dataloader()]).numpy() == 0
-    np.testing.assert_allclose(found[normal], expected[normal], rtol=0, atol=5)  # where normal images have a spread of 1
+    np.testing.assert_allclose(found[normal], expected[normal], rtol=0, atol=5)  # normal ones have a spread of 1
 
 
 def test_p_values_and_labels_are_those_of_the_quantised_model(case):

@@ -65,8 +65,8 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
         images: Normal images, ``(N, 3, H, W)``, in [0, 1].
 
     Returns:
-        The quantised model, for one image at a time where the number was open: where it is, OpenVINO (2026.4) takes maps
-        that are quantised for the next layer, and looked at besides, for zeros.
+        The quantised model, for one image at a time where their number was open: then OpenVINO (2026.4) takes maps that
+        are quantised for the next layer, and looked at besides, for zeros.
     """
     import nncf
 
