@@ -25,7 +25,7 @@ class MapLayer(nn.Module):
         name: The layer's name, for errors.
         channels: C, the channels of the layer's map.
         shape: ``(D, h, w)`` of the reduced map.
-        layout_dims: Directions of whole maps that are whitened; constant over blocks of positions, where the mean of the
+        layout_dims: Directions of whole maps that are whitened; constant over blocks of positions where the mean of the
             whole map, which sees what whitening leaves, is no evidence: light and texture are coarse.
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
