@@ -8,7 +8,7 @@ Lightning deals the images of a validation, a test and a prediction out one by o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from anomalib_flowood.trainers import is_dealt_once, loader_of
@@ -141,6 +141,25 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
         generator=torch.Generator(),  # so that none is drawn of those that the training draws
     )
     return own, [len(part) for part in parts]
+
+
+class DrawnShare(DistributedSampler):
+    """Rows that are drawn with replacement, in every epoch anew: for each process others, and equally many.
+
+    Args:
+        rows: What they are rows of.
+        number: How many each process gets.
+    """
+
+    def __init__(self, rows: Dataset, number: int) -> None:
+        super().__init__(rows, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))  # Lightning's
+        self.num_samples = number
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw them."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.randint(len(self.dataset), (self.num_replicas, self.num_samples), generator=generator)  # type: ignore[arg-type]
+        return iter(drawn[self.rank].tolist())
 
 
 def agreed_folder(name: str, make: Callable[[], Path]) -> Path:

@@ -90,9 +90,21 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
 
 
 def prediction_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a prediction that is about to begin; none where nothing is predicted."""
+    """The loaders of a prediction that is about to begin; none where nothing is predicted.
+
+    Raises:
+        ValueError: If there are fewer images than processes, which Lightning does without a word about it.
+    """
     if not trainer.predicting:
         return []
+    for loader in _listed(_source(trainer.predict_loop).dataloader()):
+        images = len(loader.dataset) if hasattr(loader, "dataset") else trainer.world_size
+        if images < trainer.world_size:
+            msg = (
+                f"{trainer.world_size} processes cannot share {images} images to predict, since each needs one: set "
+                f"devices to {max(1, images)}."
+            )
+            raise ValueError(msg)
     trainer.predict_loop.setup_data()
     return _listed(trainer.predict_dataloaders)
 

@@ -63,15 +63,15 @@ class _Scores(Metric):
         check_scores(preds, target)
         self.preds.append(preds.detach().flatten())
         self.target.append(target.detach().flatten().to(torch.uint8))  # of pixels there are many
-        if preds.ndim != 1 or len(preds) == 0:
+        if preds.ndim != 1:
             return
         names = [OUTSIDE] * len(preds) if source is None else source
         if len(names) != len(preds):
             msg = f"Each of the {len(preds)} scores needs a source, got {len(names)}."
             raise ValueError(msg)
         # Names may come from folders, so they are encoded as file names are.
-        text = bytearray(os.fsencode("\0".join([*names, ""])))
-        self.source.append(torch.frombuffer(text, dtype=torch.uint8).to(preds.device))
+        text = os.fsencode("".join(f"{name}\0" for name in names))
+        self.source.append(torch.tensor(list(text), dtype=torch.uint8, device=preds.device))  # of no image, too
 
     @staticmethod
     def measure(scores: Tensor, labels: Tensor) -> float:
@@ -207,6 +207,12 @@ class F1Score(AnomalibF1Score):
     """
 
     default_fields = ("pred_label", "gt_label")
+
+    def update(self, batch: Batch) -> None:  # type: ignore[override]
+        """Count one batch; of no images, as one of several processes may have them, there is nothing to count."""
+        labels = getattr(batch, self.fields[0], None)
+        if labels is None or len(labels):
+            super().update(batch)
 
     def compute(self) -> Tensor:
         """Return the score, ``()``; ``None`` without ``strict`` if no batch had labels."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.getLogger(__name__)
+
 _KEY = "anomalib_flowood_random"
 
 
@@ -36,7 +39,8 @@ class Resuming(_Base):
     passes over the batches of its epoch that were trained on, and goes on with the same noise. Wherever a checkpoint is
     written, it stands behind the last step of the optimizer, or behind the validation that followed it.
 
-    In several processes each has generators of its own, and a checkpoint has those of one: none are kept.
+    In several processes each has generators of its own, and a checkpoint has those of one. Batches are the same again
+    there, since they are drawn by the epoch's number; the noise is not.
     """
 
     _drawn: dict[str, Any] | None = None
@@ -119,7 +123,7 @@ class Resuming(_Base):
         """Add the states of the generators, and let the training stand after the optimizer's last step."""
         super().on_save_checkpoint(checkpoint)
         trainer = trainer_of(self)
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.world_size > 1:
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         states = getattr(self, "_states", None)
         if states is None or "epoch" not in states:
@@ -128,7 +132,8 @@ class Resuming(_Base):
         epoch, batch = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         now = self._generators()
         # The next epoch draws its order from here, if it has not.
-        kept = {"fit": states["fit"], "epoch": states["epoch"] if self._has_order else now, "now": now, "within": False}
+        order = states["epoch"] if self._has_order else now
+        kept = {"fit": states["fit"], "epoch": order, "now": now, "within": False, "processes": trainer.world_size}
         if epoch.ready > epoch.started:
             put_between_epochs(checkpoint["loops"])
         elif epoch.started > epoch.processed:
@@ -146,8 +151,19 @@ class Resuming(_Base):
         """Take the states of the generators, if a training is resumed."""
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
-        resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1
+        resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         self._drawn = checkpoint.get(_KEY) if resumed else None
+        if trainer is None or self._drawn is None or not self._trainable:
+            return
+        before, now = self._drawn["processes"], trainer.world_size
+        if before != now or now > 1:
+            logger.warning(
+                "The training goes on in %d processes, from %d before: the weights will not be those of an "
+                "uninterrupted one, since noise%s drawn anew. In one process they are.",
+                now,
+                before,
+                " is" if before == now else " and batches are",
+            )
 
     def _generators(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
@@ -156,6 +172,8 @@ class Resuming(_Base):
         return states
 
     def _set_generators(self, states: dict[str, Tensor]) -> None:
+        if self.trainer.world_size > 1:
+            return
         torch.set_rng_state(states["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"].cpu(), self.device)

@@ -17,6 +17,8 @@ from anomalib.data.dataclasses.generic import UpdateMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
+from anomalib_flowood import processes
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,10 +79,13 @@ def feature_loader(
         dataset: The features.
         batch_size: Images of a batch.
         shuffle: Draw them in another order every time.
-        batches: So many batches of images drawn with replacement, in the place of every image once.
+        batches: So many batches of images drawn with replacement, in the place of every image once. Of several
+            processes each has its share of them.
     """
     order: Sampler[int] = SequentialSampler(dataset)
-    if shuffle:
+    if shuffle and batches is not None and processes.ranks() > 1:
+        order = processes.DrawnShare(dataset, math.ceil(batches / processes.ranks()) * batch_size)
+    elif shuffle:
         drawn = None if batches is None else batches * batch_size
         order = RandomSampler(dataset, replacement=drawn is not None, num_samples=drawn)
     # With the batch size told to the loader, so that Lightning can put another sampler in place of this one.
