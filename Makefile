@@ -77,6 +77,7 @@ report: .venv/offline
 	$(BIN)/flowood report "$(RUN)" --output results/report
 
 pages: .venv/test chromium
+	@command -v pdftoppm >/dev/null || { echo "No pdftoppm here. On Debian, as root: apt-get install poppler-utils" >&2; exit 1; }
 	$(BIN)/python -m benchmarks.pages docs/pages
 
 # A worker that is through with its share takes over half of what the other one still has.

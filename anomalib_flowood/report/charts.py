@@ -48,6 +48,7 @@ _CONFIG: dict[str, Any] = {
         "titleFontWeight": "normal",
         "labelFontSize": 11,
         "titleFontSize": 12,
+        "titlePadding": 10,  # the reader's font may be wider than the one in which labels were measured
     },
     "legend": {
         **dict.fromkeys(("labelColor", "titleColor"), TEXT),

@@ -204,6 +204,28 @@ def test_the_printed_page_has_everything(browser, page: str) -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
+def test_no_text_of_a_chart_touches_another(browser, page: str) -> None:
+    """In drawings whose fonts are the reader's: they are printed where nobody has scrolled to them."""
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        show(browser, page)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    found = browser.execute_script("""
+        for (const folded of document.querySelectorAll("details")) folded.open = true;
+        const meet = (a, b) => a.left < b.right + 3 && b.left < a.right + 3 && a.top < b.bottom && b.top < a.bottom;
+        const still = [...document.querySelectorAll(".chart > svg")];
+        const pairs = still.flatMap((svg) => {
+          const texts = [...svg.querySelectorAll("text")].map((one) => [one.textContent, one.getBoundingClientRect()]);
+          return texts.flatMap(([one, a], place) =>
+            texts.slice(place + 1).filter(([, b]) => meet(a, b)).map(([other]) => [one, other]));
+        });
+        return [still.length, pairs];
+    """)
+    assert found[0] > 0
+    assert found[1] == []
+
+
 def test_ten_thousand_images_stay_usable(browser, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     count = 10_000

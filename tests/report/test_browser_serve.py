@@ -63,6 +63,9 @@ def test_images_are_chosen_by_keyboard_scored_and_shown(width, scheme, browser, 
     assert set(found) == {"good & <b>.png", "bad.png", "broken.png"}
     assert "p-value\n0.04762" in found["bad.png"].text
     assert "Cannot read the image" in found["broken.png"].text
+    marked = "return getComputedStyle(arguments[0]).borderTopWidth"
+    assert browser.execute_script(marked, found["bad.png"]) == "4px"
+    assert browser.execute_script(marked, found["good & <b>.png"]) == "1px"
     painted = "return arguments[0].querySelector('canvas').getContext('2d').getImageData(4, 4, 1, 1).data[3]"
     WebDriverWait(browser, 20).until(lambda _: found["bad.png"].find_elements("css selector", "canvas"))
     assert browser.execute_script(painted, found["bad.png"]) > 100
