@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Completion, tried in a shell that has the script sourced."""
 
+import re
 import shutil
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
+from lightning.pytorch import Trainer
 
+from anomalib_flowood import CrossDataset, OneClass, models
 from anomalib_flowood.cli import main
+from anomalib_flowood.cli.commands import FlowoodCLI
+from anomalib_flowood.cli.settings import settings
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, detectors
 
 ASK = """
@@ -36,6 +42,10 @@ def script(shell: str, path, capsys) -> None:
         (["train", "--data", "par"], {"parts"}),
         (["predict", "--ckpt_path", "mod"], {"model.ckpt"}),
         (["report", "pa"], {"parts"}),
+        (["train", "--model.couplin"], {"--model.coupling_layers"}),
+        (["test", "--data.val_sp"], {"--data.val_split_ratio"}),
+        (["fit", "--trainer.gradient_clip"], {"--trainer.gradient_clip_val", "--trainer.gradient_clip_algorithm"}),
+        (["export", "--compression_type", "int8_p"], {"int8_ptq"}),
     ],
 )
 def test_bash_completes(typed, offered, tmp_path, monkeypatch, capsys):
@@ -52,7 +62,36 @@ def test_bash_completes(typed, offered, tmp_path, monkeypatch, capsys):
     assert done.stderr == ""
     found = set(done.stdout.split())
     assert offered <= found
-    assert len(found) < len(offered) + 5  # what does not begin so is left out
+    assert all(word.startswith(typed[-1]) for word in found)
+    assert typed[-1] == "--mod" or len(found) < len(offered) + 5
+
+
+def test_every_option_of_every_command_is_completed():
+    trained = ("optimizer", "lr_scheduler", "logging")  # of which each detector has its own
+    for name, parser in FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False).subcommand_parsers.items():
+        known = SUBCOMMANDS[name]
+        completed = {argument.name for argument in (*known.arguments, *known.more)} | {"--help"}
+        if known.runs_detectors:
+            completed |= {argument.name for argument in settings()}
+        options = {option for action in parser._actions for option in action.option_strings if option[:2] == "--"}
+        # What is added to a list (`--trainer.callbacks+`), and help of the trainer's own classes, is left out.
+        typed = {option for option in options if not re.search(r"\+$|^--trainer(\..*\.help|\.help)?$", option)}
+        assert {option for option in typed if option[2:].split(".")[0] not in trained} <= completed, name
+        taken = {argument.name for argument in known.more if argument.name.count(".") == 0}
+        assert taken <= options, name
+
+
+def test_the_arguments_of_all_detectors_and_data_modules_are_completed():
+    named = {argument.name: argument.text for argument in settings()}
+    for group, classes in (
+        ("model", [getattr(models, name) for name in detectors()]),
+        ("data", [OneClass, CrossDataset]),
+        ("trainer", [Trainer]),
+    ):
+        for cls in classes:
+            assert {f"--{group}.{argument}" for argument in signature(cls).parameters} <= named.keys()
+    assert named["--data.normal_class"]
+    assert all(text for option, text in named.items() if option.startswith("--data."))
 
 
 def test_zsh_has_a_script(tmp_path, capsys):

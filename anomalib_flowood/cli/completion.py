@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completion in a shell, of what help shows: subcommands, their arguments, files, folders and names."""
+"""Completion in a shell: subcommands, their arguments, files, folders and names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import shtab
 
 from anomalib_flowood.cli.help import COMPLETION
+from anomalib_flowood.cli.settings import settings
 from anomalib_flowood.cli.subcommands import FILE, FOLDER, SUBCOMMANDS, Argument
 from anomalib_flowood.names import check_known
 
@@ -16,7 +17,9 @@ from anomalib_flowood.names import check_known
 def completion(shell: str) -> str:
     """Write the script that completes ``flowood`` in a shell.
 
-    jsonargparse would write one, too, from all that could be typed: minutes go into it, and megabytes come of it.
+    jsonargparse would write one, too, from all that could be typed: minutes go into it, and megabytes come of it. Here
+    ``--model.…`` and ``--data.…`` are those of all our detectors and data modules, whichever has been chosen: shtab's
+    scripts do not look at what is typed before.
 
     Args:
         shell: ``bash``, ``zsh``, or another one that shtab knows.
@@ -34,11 +37,13 @@ def completion(shell: str) -> str:
     parser.add_argument(
         COMPLETION, choices=shtab.SUPPORTED_SHELLS, help="Write the script that completes commands in a shell."
     )
+    of_detectors = settings()
     subparsers = parser.add_subparsers()
     for name, subcommand in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(name, help=_literal(subcommand.description), add_help=False)
         _add_help(subparser)
-        for argument in subcommand.arguments:
+        arguments = [*subcommand.arguments, *subcommand.more, *(of_detectors if subcommand.runs_detectors else ())]
+        for argument in {argument.name: argument for argument in reversed(arguments)}.values():
             _add(subparser, argument)
     return shtab.complete(parser, shell)
 

@@ -44,6 +44,7 @@ class Subcommand:
         module: The module that runs it, and starts without anomalib: it has ``add_arguments(parser)`` and
             ``run(arguments)``.
         on_checkpoint: Whether it takes the detector from a checkpoint, if one is named.
+        more: The rest of its arguments, but for those of detectors, data modules and the trainer: shells complete them.
     """
 
     description: str
@@ -52,6 +53,12 @@ class Subcommand:
     ours: bool = False
     module: str = ""
     on_checkpoint: bool = False
+    more: tuple[Argument, ...] = ()
+
+    @property
+    def runs_detectors(self) -> bool:
+        """Whether it has the arguments of detectors, data modules and the trainer."""
+        return self.on_checkpoint or _EPOCHS in self.arguments
 
 
 def detectors() -> tuple[str, ...]:
@@ -87,24 +94,36 @@ _ALPHA = Argument(
 _OUTPUT = Argument("--output", FOLDER, "Folder to write to. By default a new one in the run's folder.")
 _TRAINED = Argument("detector", f"{FILE}|{FOLDER}", "Checkpoint, or exported model.")
 
+_PRINTED = Argument("--print_config", "", "Print the configuration, and do nothing.")
+_DESCRIBED = (
+    Argument("--model.help", "CLASS", "Show the arguments of a detector.", choices=detectors()),
+    Argument("--data.help", "CLASS", "Show the arguments of a data module."),
+    _PRINTED,
+)
+_QUIET = Argument("--verbose", "true|false", "Print the results. Default: True.", ("true", "false"))
+
 _TRAINING = (_DATA, _MODEL, *_SETTINGS, _CONFIG, _EPOCHS, _SEED, _ACCELERATOR, _ROOT, _RESUMED)
 _TESTING = (_CHECKPOINT, _DATA, *_SETTINGS, _ALPHA, _CONFIG, _SEED, _ACCELERATOR, _ROOT)
 _FROM_FOLDER = ("--data ./parts", "the default detector, on a folder of images")
 _FROM_FILE = ("--config detector.yaml", "as a file says; flowood configs writes examples")
 _OF_RUN = "results/…/latest/weights/lightning/model.ckpt"
 
+_OPENVINO = ("output_model", "compress_to_fp16", "version", "input", "output", "extension", "verbose", "dynamo")
+
 SUBCOMMANDS = {
     "train": Subcommand(
         "Fit a detector, then test it.",
         _TRAINING,
         (_FROM_FOLDER, _FROM_FILE, ("--data ./parts --trainer.accelerator cpu --seed_everything 0", "repeatable")),
+        more=_DESCRIBED,
     ),
-    "fit": Subcommand("Fit a detector.", _TRAINING, (_FROM_FOLDER, _FROM_FILE)),
+    "fit": Subcommand("Fit a detector.", _TRAINING, (_FROM_FOLDER, _FROM_FILE), more=_DESCRIBED),
     "validate": Subcommand(
         "Run a fitted detector on the validation set.",
         _TESTING,
         ((f"--data ./parts --ckpt_path {_OF_RUN}", "the images that its threshold is from"),),
         on_checkpoint=True,
+        more=(_MODEL, *_DESCRIBED, _QUIET),
     ),
     "test": Subcommand(
         "Run a fitted detector on the test set and print its metrics.",
@@ -114,6 +133,7 @@ SUBCOMMANDS = {
             (f"--data ./parts --ckpt_path {_OF_RUN} --model.post_processor.alpha 0.01", "with fewer false alarms"),
         ),
         on_checkpoint=True,
+        more=(_MODEL, *_DESCRIBED, _QUIET),
     ),
     "predict": Subcommand(
         "Score images, keep the scores as predictions.csv and show the most anomalous.",
@@ -128,6 +148,12 @@ SUBCOMMANDS = {
         ),
         ((f"--data ./new_images --ckpt_path {_OF_RUN}", "a table with score, p-value and label of each image"),),
         on_checkpoint=True,
+        more=(
+            _MODEL,
+            *_DESCRIBED,
+            _SEED,
+            Argument("--return_predictions", "true|false", "Keep what is predicted. Default: True.", ("true", "false")),
+        ),
     ),
     "export": Subcommand(
         "Export a fitted detector (torch, ONNX, OpenVINO).",
@@ -139,6 +165,19 @@ SUBCOMMANDS = {
         ),
         ((f"--export_type openvino --ckpt_path {_OF_RUN}", "for flowood watch, or OpenVINO itself"),),
         on_checkpoint=True,
+        more=(
+            *(_CONFIG, _MODEL, _DATA, *_DESCRIBED, _SEED, _ROOT),
+            Argument("--check", "", "Compare the exported model with PyTorch; done by default."),
+            Argument("--model_file_name", "NAME", "Name of the exported file. By default that of the checkpoint."),
+            Argument("--input_size", "[H,W]", "Size of the images that the exported model takes."),
+            Argument("--compression_type", "TYPE", "Of OpenVINO.", ("fp16", "int8", "int8_ptq", "int8_acq")),
+            Argument("--metric", "CLASS", "What int8_acq holds to."),
+            Argument("--metric.help", "CLASS", "Show the arguments of a metric."),
+            Argument("--max_drop", "X", "By how much that may fall."),
+            Argument("--ov_args", "JSON", "Arguments of OpenVINO's converter."),
+            Argument("--onnx_kwargs", "JSON", "Arguments of PyTorch's ONNX exporter."),
+            *(Argument(f"--ov_kwargs.{name}", "VALUE", "Argument of OpenVINO's converter.") for name in _OPENVINO),
+        ),
     ),
     "benchmark": Subcommand(
         "Compare detectors, ours and anomalib's, on data sets: a table, scores and histograms.",
@@ -150,6 +189,7 @@ SUBCOMMANDS = {
             ("--config configs/benchmark/one_class.yaml", "flowood configs writes this file"),
             ("--resume runs/benchmark/…", "what is finished is not run again"),
         ),
+        more=(Argument("--images", NUMBER, "List so many images on which each detector is most wrong."),),
     ),
     "explain": Subcommand(
         "Draw what a fitted flow does to images from inside and outside, on one page.",
@@ -165,6 +205,7 @@ SUBCOMMANDS = {
         ((f"--data configs/data/cross_dataset.yaml --ckpt_path {_OF_RUN}", "a page, and its pictures"),),
         ours=True,
         on_checkpoint=True,
+        more=(_MODEL, *_DESCRIBED, _SEED, _ROOT),
     ),
     "score": Subcommand(
         "Give a trained checkpoint another anomaly score, without training it again.",
@@ -180,6 +221,7 @@ SUBCOMMANDS = {
         ((f"--score complexity --data configs/data/cross_dataset.yaml --ckpt_path {_OF_RUN}", "a new checkpoint"),),
         ours=True,
         on_checkpoint=True,
+        more=(_MODEL, *_DESCRIBED, _SEED, _ROOT),
     ),
     "watch": Subcommand(
         "Score images as they arrive in a folder; set aside what is anomalous.",
@@ -193,6 +235,7 @@ SUBCOMMANDS = {
         ),
         (("weights/openvino ./arriving --aside ./anomalous", "until Ctrl-C; it goes on from there"),),
         ours=True,
+        more=(_CONFIG, _PRINTED),
     ),
     "serve": Subcommand(
         "Score images that are sent over HTTP, with a page to drop them on and metrics.",
@@ -204,6 +247,15 @@ SUBCOMMANDS = {
         ),
         (("weights/openvino", "then http://127.0.0.1:8000 in a browser"),),
         ours=True,
+        more=(
+            *(_CONFIG, _PRINTED),
+            Argument("--max_mib", "MIB", "The largest request."),
+            Argument("--max_megapixels", "MP", "The largest image."),
+            Argument("--max_files", NUMBER, "The most images of a request."),
+            Argument("--queue", NUMBER, "The most images that wait."),
+            Argument("--upload_timeout", "SECONDS", "How long a request may take to arrive."),
+            Argument("--answer_timeout", "SECONDS", "How long an answer may take."),
+        ),
     ),
     "report": Subcommand(
         "Show the results of a benchmark or a test on one page.",
@@ -222,6 +274,7 @@ SUBCOMMANDS = {
         ),
         (("resnet18 backbones/resnet18", "then --model.backbone local-dir:backbones/resnet18"),),
         ours=True,
+        more=(_CONFIG, _PRINTED),
     ),
     "configs": Subcommand(
         "Copy the configuration files that come with the package.",
@@ -249,5 +302,6 @@ SUBCOMMANDS = {
             ),
         ),
         (("--option loggers", "TensorBoard and others"),),
+        more=(Argument("--verbose", "", "Show what is being done."),),
     ),
 }
