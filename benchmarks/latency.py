@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import openvino
 import torch
 from rich.console import Console
@@ -37,6 +36,7 @@ import anomalib_flowood
 from anomalib_flowood import OneClass
 from anomalib_flowood.data import read_image
 from anomalib_flowood.features import run_backbone
+from anomalib_flowood.models.components.export_check import onnx_runtime
 from benchmarks.fits import quiet, quiet_engine
 from benchmarks.memory import write_photographs
 
@@ -65,14 +65,12 @@ def bare_calls(detector: Any, ready: torch.Tensor, folder: Path) -> list[Call]:
     backbone = Backbone(detector).eval()
     path = folder / "backbone.onnx"
     torch.onnx.export(backbone, (ready,), path, dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
     model = openvino.Core().read_model(path)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    pixels = ready.numpy()
+    pixels, in_onnx_runtime = ready.numpy(), onnx_runtime(path).run
     return [
         lambda _: backbone(ready),
-        lambda _: session.run(None, {given.name: pixels}),
+        lambda _: in_onnx_runtime(pixels),
         lambda _: compiled(pixels),
     ]
 

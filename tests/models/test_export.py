@@ -2,6 +2,7 @@
 """Exports: what lies beside them, where they are put, and their own check."""
 
 import json
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from anomalib_flowood.models.components.export_check import (
     check_export,
     compare,
     compare_runtime,
+    onnx_runtime,
     openvino_runtime,
 )
 
@@ -371,3 +373,17 @@ def test_an_image_alone_has_a_graph_for_its_size_and_the_same_scores(maps):
             np.testing.assert_allclose(np.concatenate([one[name] for one in alone]), value, rtol=1e-5, atol=1e-5)
         for name, value in runtime.run(larger).items():
             np.testing.assert_allclose(value, other[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors are allotted in Linux's way")
+def test_onnx_runtime_has_no_threads_for_processors_that_are_not_allotted(maps):
+    path, allotted = maps.export("onnx"), os.sched_getaffinity(0)
+    threads = Path("/proc/self/task")
+    before = len(list(threads.iterdir()))
+    try:
+        os.sched_setaffinity(0, {min(allotted)})
+        runtime = onnx_runtime(path)
+        assert len(list(threads.iterdir())) == before
+    finally:
+        os.sched_setaffinity(0, allotted)
+    assert np.isfinite(runtime.run(np.zeros((2, 3, 48, 48), np.float32))["raw_score"]).all()

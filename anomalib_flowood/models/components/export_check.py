@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,7 +148,12 @@ def onnx_runtime(path: Path) -> Runtime:
     import onnxruntime
 
     raw = raw_onnx_path(path)
-    session = onnxruntime.InferenceSession(raw if raw.exists() else path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # By itself it has a thread for every core, also for those that the process may not use, and all wait by spinning.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
+    if allowed < (os.cpu_count() or 1):
+        options.intra_op_num_threads = int(allowed)
+    session = onnxruntime.InferenceSession(raw if raw.exists() else path, options, providers=["CPUExecutionProvider"])
     (given,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
     return Runtime(
         lambda images: dict(zip(names, session.run(None, {given.name: images}), strict=True)),
