@@ -383,7 +383,7 @@ def test_onnx_runtime_has_no_threads_for_processors_that_are_not_allotted(maps):
     try:
         os.sched_setaffinity(0, {min(allotted)})
         runtime = onnx_runtime(path)
-        assert len(list(threads.iterdir())) == before
+        assert len(list(threads.iterdir())) <= before
     finally:
         os.sched_setaffinity(0, allotted)
     assert np.isfinite(runtime.run(np.zeros((2, 3, 48, 48), np.float32))["raw_score"]).all()
