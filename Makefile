@@ -17,6 +17,7 @@
 #                   FAULTS=6 kills of each command
 # make gpu          the tests of devices on this machine's GPU, then what it makes of the detectors, couplings and the paper
 #                   (benchmarks/gpu.py); with .venv or with PYTHON=…, which has what they import
+# make notebooks    runs the notebooks, and stores them with what they show
 # make docs         the documentation site, into site/html: a broken link, or an anchor that is not there, is an error
 # make lint         ruff and mypy
 # make pre-commit   what a commit is checked for, on all files
@@ -37,7 +38,7 @@ PROFILE ?= laptop
 WORKERS ?= 2
 RUN ?= $(lastword $(sort $(wildcard runs/benchmark/*)))
 
-.PHONY: quickstart seeds speed scale serve contest suite scores paper report pages test test-fast faults gpu docs lint pre-commit fashion-mnist chromium
+.PHONY: quickstart seeds speed scale serve contest suite scores paper report pages notebooks test test-fast faults gpu docs lint pre-commit fashion-mnist chromium
 
 quickstart: .venv/offline fashion-mnist $(BACKBONE)/model.safetensors
 	$(BIN)/flowood benchmark --config configs/benchmark/quickstart.yaml
@@ -103,10 +104,19 @@ gpu:
 	$(GPU_PYTHON) -m pytest -v tests/test_devices.py $(PYTEST_ARGS)
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
-# The pages are the repository's, in their places: links between them work on GitHub and on the site.
+# From their beginning, with nothing of an earlier run, and without times, which would differ after each.
+notebooks: .venv/test .venv/docs fashion-mnist
+	rm -rf notebooks/parts notebooks/results
+	$(BIN)/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+# The pages are the repository's, in their places: links between them work on GitHub and on the site. Notebooks become
+# Markdown, by which they look as the other pages do, and links to them follow.
 docs: .venv/docs
 	@rm -rf site/pages && mkdir -p site/pages
-	git ls-files -co --exclude-standard '*.md' '*.png' '*.webp' '*.csv' '*.yaml' docs/site.css | grep -v '^tests/' | tar cT - | tar xC site/pages
+	git ls-files -co --exclude-standard '*.md' '*.ipynb' '*.png' '*.webp' '*.csv' '*.yaml' docs/site.css | grep -v '^tests/' | tar cT - | tar xC site/pages
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown site/pages/notebooks/*.ipynb
+	rm site/pages/notebooks/*.ipynb
+	grep -rlZ --include='*.md' '\.ipynb' site/pages | xargs -0 sed -i 's/\(\]([^)]*\)\.ipynb/\1.md/g'
 	NO_MKDOCS_2_WARNING=1 PYTHONWARNINGS=ignore::FutureWarning $(BIN)/mkdocs build
 
 lint: .venv/dev

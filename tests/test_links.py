@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Links between the Markdown files, and to headings in them; `make docs` lets mkdocs check them again."""
+"""Links between Markdown files and notebooks, and to headings in them; `make docs` lets mkdocs check them again."""
 
+import json
 import re
 from functools import cache
 from itertools import chain
@@ -10,10 +11,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("docs", "benchmarks", "anomalib_flowood")
+FOLDERS = ("docs", "benchmarks", "anomalib_flowood", "notebooks")
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in chain(ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in FOLDERS))
+    for path in chain(
+        ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in FOLDERS), ROOT.glob("notebooks/*.ipynb")
+    )
 )
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
@@ -21,7 +24,11 @@ _LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 
 @cache
 def text_of(page: str) -> str:
-    return _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return _FENCE.sub("", text)
 
 
 def slug(heading: str) -> str:
@@ -76,7 +83,8 @@ def test_the_site_has_every_page():
             yield from pages(value) if isinstance(value, list) else [value]
 
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(pages(site["nav"])) == PAGES
+    # Where notebooks are Markdown.
+    assert sorted(pages(site["nav"])) == sorted(page.replace(".ipynb", ".md") for page in PAGES)
 
 
 def test_pages_of_docstrings_name_what_there_is():

@@ -45,7 +45,9 @@ def test_what_is_in_them(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert package | configs | {"LICENSE", "README.md", "pyproject.toml", "CHANGELOG.md"} <= names
     assert not [
-        name for name in names if name.startswith(("tests", "benchmarks", "docs", ".")) and name != ".gitignore"
+        name
+        for name in names
+        if name.startswith(("tests", "benchmarks", "docs", "notebooks", ".")) and name != ".gitignore"
     ]
 
 
