@@ -75,6 +75,18 @@ def test_averaged_weights_leave_the_backbone_as_it_is(new, tmp_path):
     assert len(detector.post_processor.calibration) == 24
 
 
+def test_a_score_is_fitted_to_averaged_weights(tmp_path):
+    detector = pixel_flow(max_epochs=3, score="typicality")
+    averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    engine(tmp_path, callbacks=[averaging]).fit(detector, datamodule=data(tmp_path))
+    fitted = {name: value.clone() for name, value in detector.model.scorer.named_buffers()}
+    module = data(tmp_path)
+    module.setup()
+    detector.fit_score(module.train_dataloader())
+    for name, value in detector.model.scorer.named_buffers():
+        torch.testing.assert_close(fitted[name], value)
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("limits", [{"overfit_batches": 2}, {"overfit_batches": 0.5}, {"fast_dev_run": True}])
 def test_trial_trainings_work(detector, limits, tmp_path):

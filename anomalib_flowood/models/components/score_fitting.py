@@ -32,6 +32,8 @@ class ScoreFitting(_Base):
     """Fits the score at the end of a training, or to a trained detector."""
 
     model: FlowModel
+    _fitted_to: tuple[int, ...] = ()
+    """Which weights of the present training the score is fitted to."""
 
     def inputs_of(self, batch: Any) -> Inputs:
         """What the density of a pre-processed batch is computed from."""
@@ -41,6 +43,7 @@ class ScoreFitting(_Base):
         """Forget what the score has learnt of other weights."""
         super().on_train_epoch_start()
         self.model.scorer.forget()
+        self._fitted_to = ()
 
     def on_train_epoch_end(self) -> None:
         """Fit the score where no validation did."""
@@ -49,8 +52,11 @@ class ScoreFitting(_Base):
             self.fit_score(self._training_loader())
 
     def on_train_end(self) -> None:
-        """Say where the score could not be fitted."""
+        """Fit the score to weights that a callback has averaged; say where it could not be fitted."""
         super().on_train_end()
+        if self._fitted_to and self._fitted_to != self._weights():
+            self.fit_score(self._training_loader())
+        self._fitted_to = ()
         if not self.model.scorer.ready:
             logger.warning(
                 "Training ended before its last epoch did, so the score %r is not fitted: `flowood score` fits it.",
@@ -63,6 +69,9 @@ class ScoreFitting(_Base):
         trainer: Any = self.trainer
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._training_ends():
             self.fit_score(self._training_loader())
+
+    def _weights(self) -> tuple[int, ...]:
+        return tuple(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
 
     def _training_loader(self) -> Any:
         """The trainer's loader; of several processes each has the images of all, and not its share."""
@@ -89,6 +98,7 @@ class ScoreFitting(_Base):
         scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
         processes.from_rank_zero([*scorer.buffers()])  # each has drawn an order of its own
         self.model.train(training)
+        self._fitted_to = self._weights()
         if isinstance(self.post_processor, ConformalPostProcessor):
             self.post_processor.forget()
 
