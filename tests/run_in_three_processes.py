@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits, tests and predicts fewer images than suit three processes; Lightning starts this file twice more."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -106,7 +107,9 @@ if __name__ == "__main__":
     for title, build in FITTED.items():
         for mixed in (False, True):
             torch.manual_seed(0)
-            found[title, mixed] = run(place, build(), PROCESSES, mixed=mixed)
+            detector = build()
+            torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")))  # no process draws what another does
+            found[title, mixed] = run(place, detector, PROCESSES, mixed=mixed)
     for title in TRAINED:
         found[title] = train(place, title)
     if not processes.rank():
