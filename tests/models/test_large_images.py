@@ -51,8 +51,10 @@ def trained(photographs, tmp_path_factory):
     seen = []
     judge = detector.judged
     detector.judged = lambda batch: (seen.append((batch.image.dtype, len(batch.image))), judge(batch))[1]
+    prepare = detector.prepare_features
+    detector.prepare_features = lambda features: (seen.append(("prepared", len(features[0]))), prepare(features))[1]
     run.fit(detector, datamodule=data(photographs))
-    del detector.judged
+    del detector.judged, detector.prepare_features
     detector.seen = seen
     return detector.eval(), run
 
@@ -61,6 +63,7 @@ def test_a_fit_sees_bytes_one_image_at_a_time(trained):
     """Whatever the batch size of the data, 256 here."""
     detector, _ = trained
     assert detector.seen[-20:] == [(torch.uint8, 1)] * 20
+    assert [entry for entry in detector.seen if "prepared" in entry] == [("prepared", 1)] * 20
     assert len(detector.post_processor.calibration) == 20
 
 

@@ -243,8 +243,9 @@ class FrozenFeatures(_Base):
         return store, stored
 
     @torch.no_grad()
-    def _prepare_all(self, features: tuple[Tensor, ...], room_gib: float, chunk: int = 256) -> FeatureStore:
+    def _prepare_all(self, features: tuple[Tensor, ...], room_gib: float) -> FeatureStore:
         store = FeatureStore(len(features[0]), room_gib)
+        chunk = 1 if self.images_at_once == 1 else 256  # an image may have many tiles
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store
