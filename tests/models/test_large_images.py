@@ -53,8 +53,12 @@ def trained(photographs, tmp_path_factory):
     detector.judged = lambda batch: (seen.append((batch.image.dtype, len(batch.image))), judge(batch))[1]
     prepare = detector.prepare_features
     detector.prepare_features = lambda features: (seen.append(("prepared", len(features[0]))), prepare(features))[1]
+    kept = []
+    keep = detector.keep_reference
+    detector.keep_reference = lambda features: (kept.extend(features), keep(features))
     run.fit(detector, datamodule=data(photographs))
-    del detector.judged, detector.prepare_features
+    del detector.judged, detector.prepare_features, detector.keep_reference
+    detector.twice = not all(map(torch.Tensor.is_set_to, kept, run.trainer.train_dataloader.dataset.features))
     detector.seen = seen
     return detector.eval(), run
 
@@ -65,6 +69,10 @@ def test_a_fit_sees_bytes_one_image_at_a_time(trained):
     assert detector.seen[-20:] == [(torch.uint8, 1)] * 20
     assert [entry for entry in detector.seen if "prepared" in entry] == [("prepared", 1)] * 20
     assert len(detector.post_processor.calibration) == 20
+
+
+def test_a_fit_keeps_features_once(trained):
+    assert not trained[0].twice
 
 
 def test_bytes_are_scored_as_floats(trained):

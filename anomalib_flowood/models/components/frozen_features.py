@@ -160,7 +160,8 @@ class FrozenFeatures(_Base):
         store = self._prepare_all(wanted, self.cache_gib - extracted.taken_gib)
         prepared = store.features
         if count:
-            self.keep_reference(prepared if random else tuple(part[reference] for part in prepared))
+            own = random or len(reference) == len(prepared[0])  # else a copy of some
+            self.keep_reference(prepared if own else tuple(part[reference] for part in prepared))
         if not random:
             self._kept_gib = store.taken_gib
             dataset = FeatureDataset(prepared, labels)
