@@ -136,7 +136,10 @@ def test_predictions_say_which_run_they_belong_to(trained, capsys):
     assert f"Data: CrossDataset ramps-squares. Checkpoint: {checkpoint}." in out
     record = json.loads((folders[0] / "run.json").read_text())
     assert record["command"] == "predict"
+    decision, drift = (record["settings"].pop(name) for name in ("decision", "drift_p_value"))
     assert record["settings"] == {"checkpoint": str(checkpoint), "seed": 7}
+    assert decision in out
+    assert 0 <= drift <= 1
     assert record["detectors"]["PixelFlow"]["init_args"]["image_size"] == [12, 12]
 
     write_images(Path("new"), 3, 90)

@@ -17,13 +17,13 @@ class ShapedByFit(nn.Module):
     """Mixin for modules that keep as many directions as their fit finds, and take as many as a checkpoint has."""
 
     shaped_by_fit: ClassVar[tuple[str, ...]]
-    """Names of the buffers whose shape is known after a fit."""
+    """Names of the buffers whose length is known after a fit."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.shaped_by_fit:
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                setattr(self, name, getattr(self, name).new_empty(saved.shape))
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and saved.shape[1:] == own.shape[1:]:  # else PyTorch refuses it
+                setattr(self, name, own.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

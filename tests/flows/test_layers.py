@@ -267,6 +267,8 @@ def test_whitening_takes_one_direction_for_two_samples_and_remembers_them():
     fresh = Whitening([(6,)], 4).double()
     fresh.load_state_dict(saved(layer))
     assert torch.equal(call(fresh)(image(3, 6))[0], call(layer)(image(3, 6))[0])
+    with pytest.raises(RuntimeError, match="size mismatch for directions"):
+        Whitening([(7,)], 4).double().load_state_dict(saved(layer))
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         layer.fit(image(1, 6))
     with pytest.raises(ValueError, match="directions must be at least 0"):

@@ -50,8 +50,9 @@ def test_quantises_the_backbone_and_nothing_behind_it(case):
         expected = detector.model(detector.pre_processor.transform(images)).pred_score.numpy()
     found = load(path).score(images.numpy()).raw_score
     assert not np.allclose(found, expected, rtol=1e-6)
-    assert np.corrcoef(found, expected)[0, 1] > 0.99
     normal = torch.cat([batch.gt_label for batch in module.test_dataloader()]).numpy() == 0
+    assert np.corrcoef(found, expected)[0, 1] > 0.95
+    assert found[normal].max() < found[~normal].min()
     np.testing.assert_allclose(found[normal], expected[normal], rtol=0, atol=5)  # normal ones have a spread of 1
 
 
