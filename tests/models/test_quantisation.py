@@ -17,6 +17,7 @@ pytest.importorskip("nncf", reason="INT8 export is the extra anomalib-flowood[in
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("case")
+    torch.manual_seed(0)  # of some random backbones eight bits leave little
     detector = DETECTORS["feature_map_flow"](coupling_layers=0)
     module = data(folder)
     run = engine(folder)
@@ -51,7 +52,7 @@ def test_quantises_the_backbone_and_nothing_behind_it(case):
     found = load(path).score(images.numpy()).raw_score
     assert not np.allclose(found, expected, rtol=1e-6)
     normal = torch.cat([batch.gt_label for batch in module.test_dataloader()]).numpy() == 0
-    assert np.corrcoef(found, expected)[0, 1] > 0.95
+    assert np.corrcoef(found, expected)[0, 1] > 0.99
     assert found[normal].max() < found[~normal].min()
     np.testing.assert_allclose(found[normal], expected[normal], rtol=0, atol=5)  # normal ones have a spread of 1
 
