@@ -2,6 +2,8 @@
 """What memory large images take, which a detector with tiles gets in 8 bits, and one at a time."""
 
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pandas as pd
@@ -172,14 +174,26 @@ def test_a_single_image_is_no_copy_and_is_checked():
         SourcedImageItem(image=pixels[:2])
 
 
-def test_memory_is_bounded_whatever_the_number(tmp_path):
-    """In bytes a pixel: of the photograph that is read, of the one before, and of their maps; of no floats."""
+def bytes_a_pixel(folder):
+    """The most memory that predicting a folder's photographs takes."""
     size = (1500, 2000)
-    write(tmp_path / "new", 3, 0, size=size)
+    write(folder / "new", 3, 0, size=size)
     detector = FeatureMapFlow(**SMALL, image_size=size, tile_size=(100, 100)).eval()
     detector.max_value = None  # as a fit leaves it
-    run = engine(tmp_path)
-    run.predict(detector, data_path=tmp_path / "new" / "0.png", return_predictions=False)
+    run = engine(folder)
+    run.predict(detector, data_path=folder / "new" / "0.png", return_predictions=False)
     with Peak(anonymous, 0.002) as peak:
-        run.predict(detector, data_path=tmp_path / "new", return_predictions=False)
-    assert peak.above_rest / (size[0] * size[1]) < 24
+        run.predict(detector, data_path=folder / "new", return_predictions=False)
+    return None if peak.above_rest is None else peak.above_rest / (size[0] * size[1])
+
+
+def test_memory_is_bounded_whatever_the_number(tmp_path):
+    """To the photograph that is read, the one before, and their maps; no floats.
+
+    In a process of its own: in the holes that other tests leave in the heap, megabytes come and go.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        most = process.submit(bytes_a_pixel, tmp_path).result()
+    if most is None:
+        pytest.skip("anonymous memory is read from /proc, which this system lacks")
+    assert most < 24
