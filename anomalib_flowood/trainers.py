@@ -2,7 +2,8 @@
 """Lightning's trainers: which loaders they have, before they are asked for a batch, and others in their place.
 
 What Lightning gives is reached by its public names. It has none for the loaders of a fit as they were made, before each
-device got its share of them, none for others in their place once the fit has begun, and none for the table of a test.
+device got its share of them, none for others in their place once the fit has begun, none for the table of a test, and
+none for averaged weights.
 (``trainer.datamodule`` does not do: it stays that of an earlier run where a later one gets loaders.) These are reached
 here and nowhere else, and the versions that have them bound those that this package takes.
 """
@@ -17,6 +18,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Sampler
@@ -202,6 +204,11 @@ def skip_batches(trainer: Trainer, batches: int) -> None:
     # What loggers count by: one more where Lightning passes over a validation first.
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = trainer.global_step - validation_is_due(trainer)
+
+
+def average_of(callback: StochasticWeightAveraging) -> LightningModule:
+    """The module with the weights that a callback has averaged; errors as for :func:`training_loaders`."""
+    return _field(callback, "_average_model")
 
 
 def _replace_loader(loop: Any, loader: DataLoader) -> None:

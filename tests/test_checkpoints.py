@@ -419,18 +419,33 @@ def test_a_good_checkpoint_keeps_its_calibration(trained):
     assert "ConformalPostProcessor" not in checkpoint["callbacks"]
 
 
-def test_averaged_weights_have_no_calibration_of_others(tmp_path):
+def test_averaged_weights_have_a_calibration_of_their_own(tmp_path):
     module = data(tmp_path)
     average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
     detector = pixel_flow(max_epochs=4)
     run = engine(tmp_path, callbacks=[average])
     run.fit(detector, datamodule=module)
     assert average.n_averaged > 1
+    for averaged in (detector, open_checkpoint(run.trainer.checkpoint_callback.best_model_path)):
+        assert_own(averaged, module)
+        assert all(values is not None for values in p_values(run, averaged, module))
+
+
+def test_weights_that_were_changed_after_all_have_no_calibration_of_others(tmp_path):
+    class Change(Callback):
+        """What averages in a way of its own."""
+
+        def on_train_end(self, trainer, detector):
+            with torch.no_grad():
+                next(detector.model.flow.parameters()).add_(0.01)
+
+    module = data(tmp_path)
+    detector, run = pixel_flow(), engine(tmp_path, callbacks=[Change()])
+    run.fit(detector, datamodule=module)
     assert not detector.post_processor.calibrated
     assert p_values(run, detector, module) == [None] * 5
-    run.trainer.save_checkpoint(tmp_path / "averaged.ckpt")
-    assert not open_checkpoint(tmp_path / "averaged.ckpt").post_processor.calibrated
-    # The checkpoint of the last epoch has the weights from before they were averaged, and their calibration.
+    run.trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    assert not open_checkpoint(tmp_path / "changed.ckpt").post_processor.calibrated
     assert_own(open_checkpoint(run.trainer.checkpoint_callback.best_model_path), module)
     run.validate(detector, datamodule=module, verbose=False)
     assert_own(detector, module)

@@ -46,13 +46,13 @@ ENDS = {
     "no validation": {"limit_val_batches": 0},
     "a validation in every second epoch": {"check_val_every_n_epoch": 2},
 }
-CALIBRATED = {"the last epoch", "early stopping", "a limit in time"}
+CALIBRATED = {"the last epoch", "early stopping", "averaged weights", "a limit in time"}
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_however_a_training_ends_the_whitening_is_that_of_its_weights(end, tmp_path):
     arguments = {name: value() if callable(value) else value for name, value in ENDS[end].items()}
-    # Without batch norms, for whose sake Lightning would train on, averaged weights come last of all.
+    # Without batch norms, for whose sake Lightning would train on with averaged weights.
     (detector, seen), module = observed(backbone="test_convnext", max_epochs=3), data(tmp_path)
     run = engine(tmp_path, **arguments)
     run.fit(detector, datamodule=module)

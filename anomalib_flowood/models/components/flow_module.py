@@ -24,6 +24,7 @@ from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian,
 from anomalib_flowood.names import alternatives
 from anomalib_flowood.trainers import prediction_loaders, save_whole, trainer_of, training_loaders
 
+from .averaging import Averaging
 from .export import CheckedExport
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -41,7 +42,7 @@ _MAX_VALUE = "anomalib_flowood_max_value"
 
 
 # No subclass of `AnomalibModule`, of which anomalib lists direct ones only.
-class FlowModule(FlowTraining, ScoreFitting, Resuming, Restoring, CheckedExport):
+class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, CheckedExport):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``.

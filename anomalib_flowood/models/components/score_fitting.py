@@ -17,6 +17,7 @@ from anomalib_flowood.trainers import callbacks_of, trainer_of, training_loaders
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
+from .weights import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class ScoreFitting(_Base):
             self.fit_score(self._training_loader())
 
     def _weights(self) -> tuple[int, ...]:
-        return tuple(0 if weight.is_inference() else weight._version for weight in self.model.parameters())
+        # By their values: a callback may have copied the same into them once more.
+        return tuple(checksum(weight) for weight in self.model.parameters())
 
     def _training_loader(self) -> Any:
         """The trainer's loader; of several processes each has the images of all, and not its share."""

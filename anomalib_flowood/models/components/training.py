@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_flowood.scores.score import Inputs
@@ -43,8 +42,6 @@ class FlowTraining(_Base):
     learning_rate: float
     _epochs_by_images = False
     """Whether the present fit has no limit but what the detector sets by the number of training images."""
-    _frozen_norms: tuple[tuple[_BatchNorm, dict[str, Tensor]], ...] = ()
-    """Batch norms that no training may change, and what they hold, where a callback would reset them."""
 
     @property
     def trainer(self) -> Trainer:
@@ -80,7 +77,7 @@ class FlowTraining(_Base):
             self.trainer.fit_loop.max_epochs = self.epochs_for(images)
 
     def _check_trainer(self) -> None:
-        """Refuse, before anything is trained, what would train nothing or spoil what is fitted.
+        """Refuse, before anything is trained, what would train nothing.
 
         Raises:
             ValueError: If so, with what to set instead.
@@ -93,26 +90,11 @@ class FlowTraining(_Base):
             if not trains:
                 msg = f"{name} has to be above 0: nothing would be trained, and an untrained flow scores at random."
                 raise ValueError(msg)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, WeightAveraging):
-                msg = (
-                    f"{type(callback).__name__} averages and exchanges not weights alone but whatever a fit finds in "
-                    "one piece, calibration included (buffers, whatever use_buffers says). Use "
-                    "StochasticWeightAveraging, or train without averaging."
-                )
-                raise ValueError(msg)
 
     def on_train_start(self) -> None:
         """Let the learning rate follow the length that the training has now, with all that was resumed."""
         super().on_train_start()
         self._follow_length()
-        averaging = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(self.trainer))
-        trained = {module for flow in self.model.trained_flows for module in flow.modules()} if averaging else set()
-        self._frozen_norms = tuple(
-            (module, {name: value.clone() for name, value in module.named_buffers()})
-            for module in self.modules()
-            if averaging and isinstance(module, _BatchNorm) and module not in trained
-        )
 
     def _follow_length(self) -> None:
         """Set a cosine to the number of steps, which is known only now: stored features, or a resumed training.
@@ -128,18 +110,6 @@ class FlowTraining(_Base):
             share = (1 + math.cos(math.pi * min(1.0, scheduler.last_epoch / steps))) / 2
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = rate * share
-
-    def on_train_epoch_start(self) -> None:
-        """Give batch norms of a frozen network back what StochasticWeightAveraging resets, to estimate it anew."""
-        super().on_train_epoch_start()
-        for module, kept in self._frozen_norms:
-            for name, value in kept.items():
-                setattr(module, name, value.clone())
-
-    def on_train_end(self) -> None:
-        """Let go what was kept."""
-        super().on_train_end()
-        self._frozen_norms = ()
 
     def epochs_for(self, images: int) -> int:
         """How many epochs to train on so many images, where neither the trainer nor ``max_epochs`` says it."""

@@ -23,6 +23,7 @@ from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUPRO, AUROC
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
 
 from .torch_model import POSITION, FeatureMapFlowModel
@@ -272,7 +273,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     def _fit_whitening(self) -> None:
         # Once for the same weights: what a validation has calibrated stays to the last bit.
-        weights = tuple(parameter._version for parameter in self.model.flow.parameters())
+        weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters())
         if self._whitened == weights or not self._reference:
             return
         if self._shows_progress:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks that average the weights of a training: the average is what is scored and calibrated, or it is refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anomalib_flowood.trainers import average_of, callbacks_of
+
+from .flow_model import FlowModel
+
+if TYPE_CHECKING:
+    from anomalib.models.components import AnomalibModule
+
+    _Base = AnomalibModule
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class Averaging(_Base):
+    """Takes the average of ``StochasticWeightAveraging`` before the last validation, and keeps it from doing harm.
+
+    Lightning takes it when all is over, after the last checkpoint; for the sake of batch norms it goes through one more
+    epoch with it, at whose end validation and checkpoint are. There is nothing to add to the average by then.
+    """
+
+    model: FlowModel
+    _frozen_norms: tuple[tuple[_BatchNorm, dict[str, Tensor]], ...] = ()
+    """Batch norms that no training may change, and what they hold, where a callback would reset them."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse callbacks that average more than weights.
+
+        Raises:
+            ValueError: If there is one, with what to set instead.
+        """
+        super().setup(stage)
+        for callback in callbacks_of(self.trainer):
+            if stage == TrainerFn.FITTING and isinstance(callback, WeightAveraging):
+                msg = (
+                    f"{type(callback).__name__} averages and exchanges not weights alone but whatever a fit finds in "
+                    "one piece, calibration included (buffers, whatever use_buffers says). Use "
+                    "StochasticWeightAveraging, or train without averaging."
+                )
+                raise ValueError(msg)
+
+    def on_fit_start(self) -> None:
+        """Refuse an average that would be of nothing: Lightning gives the weights back that the fit began with then.
+
+        Raises:
+            ValueError: If so, with what to set instead.
+        """
+        for average in self._averages():
+            if not average.swa_start <= average.swa_end < float("inf"):
+                msg = (
+                    f"StochasticWeightAveraging is to begin in epoch {average.swa_start + 1}, and there is no last "
+                    f"epoch that is no earlier (max_epochs is {average.swa_end + 1:g}): set max_epochs of the trainer "
+                    "to more, or swa_epoch_start to less."
+                )
+                raise ValueError(msg)
+        super().on_fit_start()
+
+    def on_train_start(self) -> None:
+        """Keep what batch norms of a frozen network hold; go on with an average that a checkpoint has brought."""
+        super().on_train_start()
+        averages = self._averages()
+        trained = {module for flow in self.model.trained_flows for module in flow.modules()}
+        self._frozen_norms = tuple(
+            (module, {name: value.clone() for name, value in module.named_buffers()})
+            for module in (self.modules() if averages else ())
+            if isinstance(module, _BatchNorm) and module not in trained
+        )
+        if self.trainer.fit_loop.restarted_mid_epoch:  # whose beginning Lightning leaves out
+            for average in averages:
+                average.on_train_epoch_start(self.trainer, self)
+            self._restore_norms()
+
+    def on_train_epoch_start(self) -> None:
+        """Give batch norms back what they held, and forget gradients: in its own epoch there is a step without any."""
+        super().on_train_epoch_start()
+        if self._averages():
+            self.zero_grad()
+        self._restore_norms()
+
+    def _restore_norms(self) -> None:
+        for module, kept in self._frozen_norms:
+            for name, value in kept.items():
+                setattr(module, name, value.clone())
+
+    def on_validation_start(self) -> None:
+        """Take the average before anything is judged, fitted or calibrated by it."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._take_average()
+        super().on_validation_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Take the average where no validation did."""
+        self._take_average()
+        super().on_train_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Let go what was kept; say where the weights are no average."""
+        super().on_train_end()
+        self._frozen_norms = ()
+        epochs: int = self.trainer.current_epoch
+        for average in self._averages():
+            if epochs <= average.swa_end:
+                logger.warning(
+                    "StochasticWeightAveraging has averaged nothing: training ended in epoch %d, and the average is "
+                    "taken after the last one, %d (max_epochs). These are the weights of the last step.",
+                    epochs,
+                    average.swa_end + 1,
+                )
+
+    def _averages(self) -> list[StochasticWeightAveraging]:
+        return [callback for callback in callbacks_of(self.trainer) if isinstance(callback, StochasticWeightAveraging)]
+
+    def _take_average(self) -> None:
+        trainer: Any = self.trainer
+        for average in self._averages():
+            last = trainer.current_epoch == average.swa_end and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            if last and not average.pl_module_contains_batch_norm(self):
+                average.transfer_weights(average_of(average), self)
