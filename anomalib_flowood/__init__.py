@@ -8,6 +8,7 @@ importable without anomalib and Lightning, so that registration waits until ``an
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -41,14 +42,21 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        return sorted({*_MODULES, *import_module(f"{__name__}.models").__all__})
+        return sorted({*_MODULES, *_imported("models").__all__})
     if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return getattr(_imported(_MODULES[name]), name)
     # A class. What else is looked for here begins with a small letter: modules, before they are imported.
-    if name[:1].isupper() and name in (detectors := import_module(f"{__name__}.models")).__all__:
+    if name[:1].isupper() and name in (detectors := _imported("models")).__all__:
         return getattr(detectors, name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
+
+
+def _imported(module: str) -> ModuleType:
+    with warnings.catch_warnings():
+        # anomalib and timm warn about their own deprecated imports, which no user can mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        return import_module(f"{__name__}.{module}")
 
 
 def _register() -> None:

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from anomalib_flowood.cli.noise import quieten
+from anomalib_flowood.noise import quieten
 
 
 class _Kept(logging.Handler):

@@ -83,6 +83,7 @@ def test_the_first_hour(tmp_path):
     )
     assert [name for name, _, _ in steps] == ["pictures", "train", "test", "predict", "export", "report", "serve"]
     assert not any(int(useless) for _, _, useless in steps)
+    assert (tmp_path / "train.log").read_text().count("Seed set to") == 1
     said = (tmp_path / "test.log").read_text()
     assert re.search(r"of 9 normal images raise an alarm .* of 16 anomalous images are found", said)
     assert re.search(r'"file":.*"p_value":0\.\d+,"label":"anomalous"', (tmp_path / "serve.log").read_text())

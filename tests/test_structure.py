@@ -23,7 +23,7 @@ LONGEST_BODY = 45
 FLOORS = (
     ("",),
     ("configuration", "files"),
-    ("checks", "look", "names", "trainers"),
+    ("checks", "look", "names", "noise", "trainers"),
     ("parsing", "processes"),
     ("engine",),
     ("conformal",),

@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from anomalib_flowood import __version__
 from anomalib_flowood.cli.help import COMPLETION, PARSED, help_level, overview, short_help, unknown, without_levels
-from anomalib_flowood.cli.noise import quieten
 from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
+from anomalib_flowood.noise import quieten
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
 
 
@@ -102,6 +102,7 @@ def _run(args: list[str]) -> None:
         from anomalib_flowood.benchmark import BenchmarkError, is_of_the_machine, readable
         from anomalib_flowood.cli.commands import FlowoodCLI
 
+    logging.getLogger("lightning").handlers.clear()  # which print a second time what the root's handler shows
     try:
         FlowoodCLI(args)
     # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a

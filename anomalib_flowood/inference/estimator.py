@@ -26,6 +26,7 @@ from anomalib_flowood.inference.images import each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import check_known
+from anomalib_flowood.noise import quiet_training
 
 
 class FlowOutlierDetector(OutlierMixin, BaseEstimator):
@@ -78,7 +79,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
             raise ValueError(msg)
         train, val = train_and_val(np.arange(len(images)), None, None, self.random_state)
-        with isolate_rng(), TemporaryDirectory() as folder:
+        with isolate_rng(), quiet_training(), TemporaryDirectory() as folder:
             if self.random_state is not None:
                 seed_everything(self.random_state, verbose=False)
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}

@@ -2,6 +2,8 @@
 """The detectors as scikit-learn has them."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,6 +52,16 @@ def test_a_fitted_one_is_kept_and_repeated(fitted, tmp_path):
     again = clone(fitted).fit(tmp_path)  # the same images from a folder
     assert np.array_equal(again.score_samples(images), fitted.score_samples(images))
     assert again.offset_ == fitted.offset_
+
+
+def test_a_fit_says_nothing_that_nobody_can_act_on():
+    code = (
+        "import numpy as np\n"
+        "from anomalib_flowood import FlowOutlierDetector\n"
+        f"FlowOutlierDetector(arguments={SMALL}).fit(np.random.default_rng(0).random((90, 32, 32)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_what_cannot_be_fitted_is_refused():

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libraries say, and no user of the command can act on."""
+"""What libraries say, and no user can act on."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TALKATIVE = ("onnxscript", "onnx_ir")
 """Loggers that tell of every node of a graph."""
+
+_PROGRESS = ("lightning.pytorch", "lightning.fabric", "lightning_fabric")
+"""Loggers of a training's progress, whose level is INFO from their import on; what is imported last tells of it all."""
 
 _LINES = (
     "litlogger",  # an advertisement
@@ -41,5 +46,24 @@ def quieten(handler: logging.Handler) -> None:
         logging.getLogger(name).addFilter(_can_be_acted_on)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+    _ignore_warnings()
+
+
+@contextmanager
+def quiet_training() -> Iterator[None]:
+    """Let a training within a call from Python say no more than what can be acted on: no line of Lightning's progress."""
+    levels = {name: logging.getLogger(name).level for name in _PROGRESS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            _ignore_warnings()
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _ignore_warnings() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
