@@ -51,7 +51,7 @@ def quieten(handler: logging.Handler) -> None:
 
 @contextmanager
 def quiet_training() -> Iterator[None]:
-    """Let a training within a call from Python say no more than what can be acted on: no line of Lightning's progress."""
+    """Let a training within a call from Python say only what can be acted on, and nothing of its progress."""
     levels = {name: logging.getLogger(name).level for name in _PROGRESS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.WARNING)

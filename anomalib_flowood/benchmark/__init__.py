@@ -20,7 +20,7 @@ detector's scores are taken before that happens, and all metrics are computed fr
 several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
-from .building import build, find_class, is_of_the_machine, out_of_memory, readable
+from .building import build, built_at_once, find_class, is_of_the_machine, out_of_memory, readable
 from .jobs import BenchmarkJob, BenchmarkJobGenerator, check_seed
 from .recording import ScoreRecorder, measure
 from .results import Results
@@ -35,6 +35,7 @@ __all__ = [
     "Results",
     "ScoreRecorder",
     "build",
+    "built_at_once",
     "check_seed",
     "find_class",
     "is_of_the_machine",

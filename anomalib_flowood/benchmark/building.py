@@ -11,6 +11,7 @@ import re
 import traceback
 from argparse import ArgumentError
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +21,8 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser, Namespace
 
 from anomalib_flowood.checks import no_shared_memory
+from anomalib_flowood.features import fetching_at_once
+from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.names import check_known, subclasses, unknown_name
 
 KINDS: dict[str, type] = {"model": AnomalibModule, "data": AnomalibDataModule}
@@ -95,13 +98,21 @@ def build(kind: str, entry: dict) -> Any:
 
     Raises:
         ValueError: If the class or an argument is unknown or an argument's value is refused.
+        OSError: If weights of a detector are not there.
     """
     parser, config = _parse(kind, entry)
     try:
-        return parser.instantiate_classes(config)[kind]
+        with built_at_once(find_class(kind, entry["class_path"])):
+            return parser.instantiate_classes(config)[kind]
     except ValueError as error:
         msg = readable(error)
         raise ValueError(msg) from error
+
+
+def built_at_once(cls: type) -> AbstractContextManager[None]:
+    """Let a detector of others be built without waiting for a model hub that is away; ours never do."""
+    waits = issubclass(cls, AnomalibModule) and not issubclass(cls, FlowModule)
+    return fetching_at_once(cls.__name__) if waits else nullcontext()
 
 
 def check_entry(kind: str, entry: object) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from rich.console import Console
 import anomalib_flowood.data
 import anomalib_flowood.models  # noqa: F401
 from anomalib_flowood import __version__
-from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, check_seed
+from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, built_at_once, check_seed, find_class
 from anomalib_flowood.checks import check_workers
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.folders import FolderParser
@@ -248,6 +249,12 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         config = self.config[self.subcommand]
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
+
+    def instantiate_classes(self) -> None:
+        """Build detector and data; no detector waits for a model hub that is away."""
+        model = self.config[self.subcommand].get("model")
+        with nullcontext() if model is None else built_at_once(find_class("model", model["class_path"])):
+            super().instantiate_classes()
 
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""

