@@ -150,11 +150,12 @@ fashion-mnist:
 
 # What pages are looked at with: without it `make report` fails, and the tests of pages are skipped.
 chromium:
-	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
+	@for program in chromium chromedriver pdftotext; do command -v $$program || missing=1; done >/dev/null; \
+	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver \
+			apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver poppler-utils \
 				|| echo "Chromium could not be installed." >&2; \
-		else echo "No Chromium here. On Debian, as root: apt-get install chromium chromium-driver" >&2; fi; \
+		else echo "No Chromium here. On Debian, as root: apt-get install chromium chromium-driver poppler-utils" >&2; fi; \
 	fi
 
 $(BACKBONE)/model.safetensors: | .venv/offline

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import base64
 import json
+import re
 import shutil
+import subprocess
+from collections.abc import Iterable
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +25,10 @@ BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver",
+)
+
+needs_pdftotext = pytest.mark.skipif(
+    not shutil.which("pdftotext"), reason="needs pdftotext; on Debian, as root: apt-get install poppler-utils"
 )
 
 DETECTORS = {"good one": 3.0, "poor one": 0.5, "in between": 1.5}
@@ -87,6 +95,24 @@ def job(row: dict, scores: pd.DataFrame) -> tuple[dict, pd.DataFrame]:
         metrics |= {f"{name}/{key}": value for key, value in sets.items()}
     times = {"fit_duration": 10.0 + len(row["detector"]), "images_per_s": 1234.5}
     return {**row, **metrics, **times}, scores.assign(**row)
+
+
+def headings_at_the_foot(browser, page: str, heights: Iterable[float]) -> list[str]:
+    """Headings of a page that stand last on a sheet, what they head on the next one; on paper of several heights."""
+    show(browser, page)
+    texts = "return [...document.querySelectorAll('h1, h2, h3, h4, h5, summary')].map((one) => one.textContent)"
+    headings = {" ".join(text.split()).casefold() for text in browser.execute_script(texts)}
+    found = []
+    for height in heights:
+        printed = browser.execute_cdp_cmd("Page.printToPDF", {"paperHeight": height})
+        done = subprocess.run(
+            ["pdftotext", "-layout", "-", "-"], input=base64.b64decode(printed["data"]), capture_output=True, check=True
+        )
+        for sheet in done.stdout.decode().split("\f"):
+            last = next((line.strip("▾ ") for line in reversed(sheet.splitlines()) if line.strip()), "")
+            if last and all(part.strip().casefold() in headings for part in re.split(r" {3,}", last)):
+                found.append(f"{height} inches: {last}")
+    return found
 
 
 class Page(HTMLParser):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from model_helpers import feature_map_flow
-from report_helpers import contrast, luminance, needs_browser, show
+from report_helpers import contrast, headings_at_the_foot, luminance, needs_browser, needs_pdftotext, show
 
 from anomalib_flowood.explain import explain
 
@@ -60,3 +60,8 @@ def test_the_page_is_dark_where_the_system_is(browser, page: str) -> None:
     broken = "return [...document.images].filter(image => !image.complete || image.naturalWidth === 0).length"
     assert browser.execute_script(broken) == 0
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@needs_pdftotext
+def test_no_heading_is_printed_apart_from_what_it_heads(browser, page: str) -> None:
+    assert headings_at_the_foot(browser, page, (4.0, 4.6, 5.2, 7.3, 9.9)) == []

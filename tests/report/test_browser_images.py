@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from report_helpers import job, needs_browser, report, show
+from report_helpers import headings_at_the_foot, job, needs_browser, needs_pdftotext, report, show
 
 from anomalib_flowood.benchmark import Results
 
@@ -202,6 +202,11 @@ def test_the_printed_page_has_everything(browser, page: str) -> None:
         assert browser.execute_script(hidden) == ["none"] * 3
     finally:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+@needs_pdftotext
+def test_no_heading_is_printed_apart_from_what_it_heads(browser, page: str) -> None:
+    assert headings_at_the_foot(browser, page, (6.0, 7.3, 8.6, 9.9, 11.2)) == []
 
 
 def test_no_text_of_a_chart_touches_another(browser, page: str) -> None:
