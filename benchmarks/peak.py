@@ -18,6 +18,11 @@ def unshared() -> int:
     return sum(map(_unshared, [process, *process.children(recursive=True)]))
 
 
+def of_children() -> int:
+    """Bytes of this process's children that they do not share with others."""
+    return sum(map(_unshared, psutil.Process().children(recursive=True)))
+
+
 def _unshared(process: psutil.Process) -> int:
     try:
         return process.memory_full_info().uss

@@ -22,12 +22,16 @@ from torchvision.tv_tensors import Image, Mask
 from anomalib_flowood.data.decoding import read_mask
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
+from anomalib_flowood.data.resizing import is_antialiased, resize_bytes
 
 _CHUNK = 2**22
 """The most numbers that are resized at once, 16 MiB of them."""
 
+_LARGE = 2**21
+"""Numbers of an image from which on it is resized in strips, since the whole would take memory as floats."""
+
 _THREADS = 4
-"""The most files that are read at a time: each is in memory as floats, full-size, before it is resized."""
+"""The most files that are read at a time: each is in memory, full-size, before it is resized."""
 
 _COLUMNS = ("image_path", "split", "label_index", "source", "store", "row")
 
@@ -245,9 +249,13 @@ class SourcedDataset(AnomalibDataset):
         def ready(start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             read = images.read(rows[start : start + chunk])
             batch = read if isinstance(read, torch.Tensor) else read[0].unsqueeze(0)
-            if not self.keep_bytes or steps or any(tuple(step.size) != batch.shape[-2:] for step in resizes):
-                batch = _scale(batch)
             mask = None if mask_paths is None else _mask(mask_paths[start], batch.shape[-2:], images.paths[rows[start]])
+            if not steps and resizes and batch.numel() > _LARGE and is_antialiased(resizes[0]):
+                height, width = resizes[0].size
+                if (height, width) != batch.shape[-2:] or not self.keep_bytes:
+                    batch = resize_bytes(batch, (height, width))
+            elif not self.keep_bytes or steps or any(tuple(step.size) != batch.shape[-2:] for step in resizes):
+                batch = _scale(batch)
             if steps:
                 one: Any = Image(_rgb(batch[0]))
                 for step in steps:

@@ -3,22 +3,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pandas as pd
+import PIL.Image
+import torch
 from anomalib.data import ImageItem, NumpyImageItem
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image import visualizer
 from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from anomalib_flowood.data.decoding import read_picture
 from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
 from anomalib_flowood.files import whole_file
+
+_MOST_DRAWN = 2048
+"""The longest side that is drawn at full size: of larger images floats and Pillow's copies would take gigabytes, for a
+picture of some hundred pixels."""
 
 _FOLDERS: WeakKeyDictionary[Dataset, Path] = WeakKeyDictionary()
 
@@ -35,20 +45,47 @@ def as_read(item: Any) -> Any:
 
     Returns:
         The item with the image to draw, and without its path; without a mask where it is anomalous and its mask is
-        empty, since where it is so nobody knows.
+        empty, since where it is so nobody knows. What is very large is made smaller: a pixel of a map, or of a mask,
+        is then the highest of some, so that a small defect stays to be seen.
     """
     if not isinstance(item, ImageItem | NumpyImageItem):
         return item
     if item.gt_label is not None and item.gt_label and item.gt_mask is not None and not item.gt_mask.any():
         item = item.update(in_place=False, gt_mask=None)
+    if isinstance(item, ImageItem):
+        for name in ("anomaly_map", "pred_mask", "gt_mask"):
+            if (values := getattr(item, name)) is not None and (step := _step(values)) > 1:
+                item = item.update(in_place=False, **{name: _highest(values, step)})
     if Path(item.image_path or "").is_file():
-        picture = read_picture(str(item.image_path))
+        picture = _smaller(read_picture(str(item.image_path)))
         rgb = picture.expand(3, *picture.shape[1:])
         image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
         return item.update(in_place=False, image_path=None, image=image)
     if isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
         return item.update(in_place=False, image_path=None)
     return item
+
+
+def _step(values: Tensor) -> int:
+    """Of how many rows and columns one is drawn."""
+    return math.ceil(max(values.shape[-2:]) / _MOST_DRAWN)
+
+
+def _smaller(picture: Tensor) -> Tensor:
+    """Average pixels of a large picture, ``(C, H, W)``, ``uint8``."""
+    step = _step(picture)
+    if step == 1:
+        return picture
+    planes = [np.asarray(PIL.Image.fromarray(plane).reduce(step)) for plane in picture.numpy()]
+    return torch.from_numpy(np.stack(planes))
+
+
+def _highest(values: Tensor, step: int) -> Tensor:
+    """Take the highest of so many rows and columns, ``(..., H, W)``."""
+    down, right = (-length % step for length in values.shape[-2:])
+    whole = functional.pad(values, (0, right, 0, down), value=values.min().item()) if down or right else values
+    height, width = whole.shape[-2:]
+    return whole.reshape(*values.shape[:-2], height // step, step, width // step, step).amax((-3, -1))
 
 
 def save_pictures(

@@ -35,7 +35,10 @@ def read_as_trained(
         for part in ("train", "val", "test"):
             if hasattr(datamodule, f"{part}_data"):
                 augmentations = getattr(datamodule, f"{part}_augmentations")
-                datamodule._update_subset_augmentations(getattr(datamodule, f"{part}_data"), augmentations, transform)
+                dataset = getattr(datamodule, f"{part}_data")
+                datamodule._update_subset_augmentations(dataset, augmentations, transform)
+                if isinstance(datamodule, SourcedDataModule):
+                    dataset.keep_bytes = takes_bytes(detector)
     if hasattr(detector, "max_value"):
         max_value: Any = detector.max_value
         if isinstance(datamodule, SourcedDataModule):

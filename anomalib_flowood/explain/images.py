@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,32 @@ from anomalib.models.components import AnomalibModule
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_flowood.data.datamodules import SourcedDataModule
+from anomalib_flowood.data.path_dataset import takes_bytes
 from anomalib_flowood.data.prediction import read_as_trained
 
 _INSIDE = "inside"
 _OUTSIDE = "outside"
+
+
+@dataclass(frozen=True)
+class LargeImages:
+    """Images so large that each is in memory only while it is scored.
+
+    Attributes:
+        read: Reads an image, pre-processed, ``(3, H, W)``, by its place.
+        places: Of the images.
+    """
+
+    read: Callable[[int], Tensor]
+    places: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Read one after the other, ``(1, 3, H, W)``."""
+        return (self.read(place)[None] for place in self.places)
 
 
 @dataclass(frozen=True)
@@ -30,12 +51,14 @@ class ImageSet:
         outside: Whether the images do not belong.
         images: For the eye: in [0, 1] at the detector's size, ``(N, 3, H, W)``.
         inputs: For the detector: pre-processed, ``(N, 3, H, W)``.
+        large: In the place of both, of a detector that takes images in tiles.
     """
 
     name: str
     outside: bool
     images: Tensor
     inputs: Tensor
+    large: LargeImages | None = None
 
 
 def image_sets(
@@ -93,7 +116,10 @@ def normal_images(
 
 
 def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, max_images: int) -> list[ImageSet]:
+    large = takes_bytes(detector)
     if not hasattr(datamodule, "test_data"):
+        if large and isinstance(datamodule, SourcedDataModule):
+            datamodule.memory_limit_mib = 0  # each is read just once
         datamodule.prepare_data()
         datamodule.setup("test")
     read_as_trained(detector, datamodule)
@@ -111,10 +137,20 @@ def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, m
     for other in [_OUTSIDE] if source is None else dict.fromkeys(source[label == 1]):
         chosen = label == 1 if source is None else (label == 1) & (source == other)
         rows[f"{other} (outside)" if other in rows else other] = np.flatnonzero(chosen)
+    transform = getattr(detector.pre_processor, "transform", None)
+
+    def read(row: int) -> Tensor:
+        image = datamodule.test_data[row].image.as_subclass(Tensor)
+        return image if transform is None else transform(image)
+
     sets = []
     for number, (title, places) in enumerate(rows.items()):
-        images: list[Any] = [datamodule.test_data[int(row)].image for row in places[spread(len(places), max_images)]]
-        sets.append(_image_set(detector, title, number > 0, images))
+        some = places[spread(len(places), max_images)].tolist()
+        if large:
+            none = torch.empty(0, 3, 0, 0)
+            sets.append(ImageSet(title, number > 0, none, none, LargeImages(read, some)))
+        else:
+            sets.append(_image_set(detector, title, number > 0, [datamodule.test_data[row].image for row in some]))
     return sets
 
 

@@ -6,18 +6,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anomalib_flowood.data.path_dataset import takes_bytes
 from anomalib_flowood.metrics import auroc
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import couples
 
 from .coadaptation import Coadaptation, CouplingRecord, coadaptation, record_couplings
-from .images import ImageSet
+from .images import ImageSet, LargeImages
 
 CHUNK = 64
 """Images that pass through a detector at once."""
@@ -60,13 +62,17 @@ def score(detector: FlowModule, images: ImageSet, advance: Callable[[], None]) -
     """
     model: Any = detector.model
     log_probs, bits, scores = [], [], []
-    for chunk in images.inputs.split(CHUNK):
+    for chunk in _chunks(images):
         chunk = chunk.to(detector.device)
-        prepared = model.inputs(chunk)
-        log_prob = model.log_prob_of(prepared)
+        if takes_bytes(detector):  # such large images are judged in parts, which are not kept
+            found, losses = detector.judged(SimpleNamespace(image=chunk))
+            log_prob = -losses * model.dims
+        else:
+            prepared = model.inputs(chunk)
+            log_prob, found = model.log_prob_of(prepared), model.predict(prepared)
         log_probs.append(log_prob.cpu())
         bits.append(model.bits_per_dim(chunk, log_prob=log_prob).double().cpu())
-        scores.append(model.predict(prepared).pred_score.cpu())
+        scores.append(found.pred_score.cpu())
         advance()
     adapted, records = None, []
     if couples(model):
@@ -79,7 +85,11 @@ def score(detector: FlowModule, images: ImageSet, advance: Callable[[], None]) -
 
 def batches(images: ImageSet) -> int:
     """Return how many batches a set is scored in."""
-    return math.ceil(len(images.inputs) / CHUNK)
+    return len(_chunks(images))
+
+
+def _chunks(images: ImageSet) -> tuple[Tensor, ...] | LargeImages:
+    return images.inputs.split(CHUNK) if images.large is None else images.large
 
 
 def all_numbers(detector: Any, scored: list[Scored]) -> dict[str, Any]:

@@ -131,8 +131,8 @@ class Detector:
         """
         _, _, height, width = self.runtime.shape
         size = (height or self.size[0], width or self.size[1]) if self.size else None
-        found = each_image(images, self.max_value, keep_bytes=self.runtime.takes_bytes)
-        return ((path, resized(image, size)) for path, image in found)
+        found = each_image(images, self.max_value, keep_bytes=True)  # large ones are resized in strips
+        return ((path, resized(image, size, keep_bytes=self.runtime.takes_bytes)) for path, image in found)
 
     def score_read(self, images: Sequence[ReadImage]) -> Iterator[Scores]:
         """Score images that :meth:`read` gave, :attr:`images_at_once` at most.

@@ -130,7 +130,7 @@ class _Normal(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> ImageItem:
-        ((_, image),) = each_image(self.images[index], self.max_value)
+        ((_, image),) = each_image(self.images[index], self.max_value, keep_bytes=True)
         return ImageItem(image=torch.tensor(resized(image, self.size)), gt_label=torch.tensor(0))
 
 

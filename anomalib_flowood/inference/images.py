@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from anomalib_flowood.data import image_files, read_image
 from anomalib_flowood.data.decoding import as_bytes
+from anomalib_flowood.data.resizing import resize_bytes
 
 _CHANNELS = (1, 3, 4)
 _WHITE = {"uint8": 255, "uint16": 65535}
@@ -151,9 +152,22 @@ def _scaled(image: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Resize an image as training did, which makes floats of bytes; spread one channel over three: ``(3, H, W)``."""
+def resized(image: np.ndarray, size: tuple[int, int] | None, *, keep_bytes: bool = False) -> np.ndarray:
+    """Resize an image as training did, and spread one channel over three.
+
+    Args:
+        image: What :func:`each_image` yields.
+        size: Height and width; ``None`` for those that it has.
+        keep_bytes: Leave one of bytes so that is not resized.
+
+    Returns:
+        The image, ``(3, H, W)``: float32 in [0, 1], or uint8.
+    """
     if size is not None and image.shape[1:] != size:
-        image = functional.resize(torch.from_numpy(_scaled(image)), list(size), antialias=True).numpy()
-    image = np.ascontiguousarray(image)
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        if image.dtype == np.uint8:
+            image = resize_bytes(pixels[None], size)[0].numpy()
+        else:
+            image = functional.resize(pixels, list(size), antialias=True).numpy()
+    image = np.ascontiguousarray(image if keep_bytes else _scaled(image))
     return image if len(image) == 3 else np.broadcast_to(image, (3, *image.shape[1:]))

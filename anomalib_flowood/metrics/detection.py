@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from anomalib import metrics as anomalib_metrics
 from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
 from anomalib.metrics import F1Score as AnomalibF1Score
+from anomalib.metrics.aupro import _AUPRO
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from . import bins
 from .functional import (
     INSIDE,
     OUTSIDE,
@@ -61,8 +63,7 @@ class _Scores(Metric):
                 each score.
         """
         check_scores(preds, target)
-        self.preds.append(preds.detach().flatten())
-        self.target.append(target.detach().flatten().to(torch.uint8))  # of pixels there are many
+        self._keep(preds.detach(), target.detach())
         if preds.ndim != 1:
             return
         names = [OUTSIDE] * len(preds) if source is None else source
@@ -72,6 +73,10 @@ class _Scores(Metric):
         # Names may come from folders, so they are encoded as file names are.
         text = os.fsencode("".join(f"{name}\0" for name in names))
         self.source.append(torch.tensor(list(text), dtype=torch.uint8, device=preds.device))  # of no image, too
+
+    def _keep(self, preds: Tensor, target: Tensor) -> None:
+        self.preds.append(preds.flatten())
+        self.target.append(target.flatten().to(torch.uint8))  # of pixels there are many
 
     @staticmethod
     def measure(scores: Tensor, labels: Tensor) -> float:
@@ -100,6 +105,14 @@ class _Scores(Metric):
 
 def _cat(state: list[Tensor]) -> Tensor:
     return dim_zero_cat(state) if len(state) else torch.zeros(0)
+
+
+def _add(state: list[Tensor], counts: Tensor) -> None:
+    """Add counts to those that a state holds, the only ones until processes bring theirs together."""
+    if state:
+        state[0] += counts.flatten().to(state[0])
+    else:
+        state.append(counts.flatten())
 
 
 class SetMetric(AnomalibMetric, _Scores):
@@ -136,6 +149,8 @@ class SetMetric(AnomalibMetric, _Scores):
 class AUROC(SetMetric):
     """Area under the ROC curve, :func:`~anomalib_flowood.metrics.auroc`.
 
+    The pixels of maps larger than 512 × 512 are counted in bins: see :mod:`anomalib_flowood.metrics.bins`.
+
     Example:
         >>> import torch
         >>> from anomalib.data import ImageBatch
@@ -152,6 +167,30 @@ class AUROC(SetMetric):
 
     higher_is_better = True
     measure = staticmethod(auroc)
+    counts: list[Tensor]
+
+    def __init__(
+        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(fields, prefix, strict, **kwargs)
+        self.add_state("counts", default=[], dist_reduce_fx="cat")
+
+    def _keep(self, preds: Tensor, target: Tensor) -> None:
+        if bins.are_large(preds):
+            _add(self.counts, bins.count(preds, target))
+        else:
+            super()._keep(preds, target)
+
+    def compute(self) -> Tensor:
+        """Return the area over all images, ``()``, float64."""
+        if not len(self.counts):
+            return super().compute()
+        counts = bins.summed(_cat(self.counts)) + bins.count(_cat(self.preds), _cat(self.target)).cpu().numpy()
+        area, error = bins.auroc_of(counts)
+        if math.isnan(area):
+            not_defined(self.name, outside=bool(counts[1].any()), stacklevel=3)
+        bins.tell(self.name, error)
+        return torch.tensor(area, dtype=torch.float64)
 
 
 class AUPROut(SetMetric):
@@ -185,18 +224,52 @@ class DetectionError(SetMetric):
     measure = staticmethod(detection_error)
 
 
-class AUPRO(anomalib_metrics.AUPRO):
-    """anomalib's area under the per-region overlap, up to a false positive rate of 0.3, of maps.
+class _RegionOverlap(_AUPRO):
+    """anomalib's, which keeps all maps and masks, but for large ones: their pixels are counted."""
 
-    NaN, with a warning, where no pixel is anomalous, or all are: anomalib's is 0 then.
-    """
+    name: str
+    counts: list[Tensor]
+    regions: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", default=[], dist_reduce_fx="cat")
+        self.add_state("regions", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Keep or count maps, ``(N, 1, H, W)``, and masks, ``(N, H, W)``."""
+        if bins.are_large(preds):
+            check_scores(preds.reshape(target.shape), target)
+            counts, regions = bins.count_overlap(preds.detach(), target.detach())
+            _add(self.counts, counts)
+            self.regions += regions
+        else:
+            super().update(preds, target)
 
     def compute(self) -> Tensor:
         """Return the area, ``()``."""
+        if len(self.counts):
+            counts, regions = bins.summed(_cat(self.counts)), int(self.regions)
+            if len(self.preds):  # small ones among large ones
+                of_small, some = bins.count_overlap(_cat(self.preds), _cat(self.target))
+                counts, regions = counts + of_small.cpu().numpy(), regions + some
+            area, error = bins.aupro_of(counts, regions, float(self.fpr_limit))
+            if not math.isnan(area):
+                bins.tell(self.name, error)
+                return torch.tensor(area)
+            return torch.tensor(not_defined(self.name, outside=bool(regions), stacklevel=3))
         target = _cat(self.target)
         if bool(target.any()) and not bool(target.all()):
             return super().compute()
         return torch.tensor(not_defined(self.name, outside=bool(target.any()), stacklevel=3))
+
+
+class AUPRO(AnomalibMetric, _RegionOverlap):
+    """anomalib's area under the per-region overlap, up to a false positive rate of 0.3, of maps.
+
+    NaN, with a warning, where no pixel is anomalous, or all are: anomalib's is 0 then. The pixels of maps larger than
+    512 × 512 are counted in bins: see :mod:`anomalib_flowood.metrics.bins`.
+    """
 
 
 class F1Score(AnomalibF1Score):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Literal
 
@@ -105,7 +107,9 @@ def _add_scores(app: FastAPI, service: Service) -> None:
     async def score(request: Request, maps: Annotated[bool, Query(description="With anomaly maps.")] = False) -> Answer:
         """Score images: one that is the body, or files of multipart/form-data."""
         files, scores = await service.answer(request)
-        return Answer(images=[_said(file.name, one, maps=maps) for file, one in zip(files, scores, strict=True)])
+        said = [partial(_said, file.name, one, maps=maps) for file, one in zip(files, scores, strict=True)]
+        # Maps may be large, and take seconds to write.
+        return Answer(images=[await asyncio.to_thread(one) if maps else one() for one in said])
 
     @app.post("/map", response_class=Response, responses={200: {"content": {"image/png": {}}}}, openapi_extra=_BODY)
     async def anomaly_map(request: Request) -> Response:
@@ -113,7 +117,7 @@ def _add_scores(app: FastAPI, service: Service) -> None:
         _, (found,) = await service.answer(request, most=1)
         if found.anomaly_map is None:
             raise Problem(HTTPStatus.NOT_FOUND, "This detector judges whole images and draws no map: ask /score.")
-        return Response(_png(found.anomaly_map[0]), media_type="image/png")
+        return Response(await asyncio.to_thread(_png, found.anomaly_map[0]), media_type="image/png")
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -159,7 +163,9 @@ def _finite(values: np.ndarray) -> float | None:
 
 
 def _png(anomaly_map: np.ndarray) -> bytes:
-    grey = np.rint(np.clip(anomaly_map, 0, 1) * 255).astype(np.uint8)
+    # In parts: floats of a large map would be there three times.
+    parts = np.array_split(anomaly_map, max(1, len(anomaly_map) // 256))
+    grey = np.concatenate([np.rint(np.clip(part, 0, 1) * 255).astype(np.uint8) for part in parts])
     content = io.BytesIO()
     Image.fromarray(grey).save(content, "PNG")
     return content.getvalue()

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from http import HTTPStatus
 
 import anyio
@@ -21,6 +21,9 @@ from anomalib_flowood.serving.limits import Limits
 from anomalib_flowood.serving.metrics import Metrics
 from anomalib_flowood.serving.problems import Problem
 from anomalib_flowood.serving.scorer import Scorer
+
+_LARGE_AT_ONCE = 2
+"""Photographs that a detector with tiles has in memory: one is scored while the next is read."""
 
 
 class Service:
@@ -39,6 +42,7 @@ class Service:
         self.scorer = Scorer(detector, window, self.metrics.together.observe)
         self._readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "reader")
         self._waiting = 0
+        self._room = asyncio.Semaphore(_LARGE_AT_ONCE) if detector.runtime.takes_bytes else None
 
     @asynccontextmanager
     async def running(self, _: object = None) -> AsyncIterator[None]:
@@ -63,16 +67,28 @@ class Service:
         taken = self._take(1)  # before its body is read
         try:
             files = await read_files(request, self.limits)
+            most = 1 if self._room else most
             if most is not None and len(files) > most:
                 detail = f"There are {len(files)} files where {most} is expected: send one in each request."
                 raise Problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
             taken += self._take(len(files) - 1)
-            images = await self._read(files)
-            scores = await self._score(files, images)
+            scores = await self._answer(files)
         finally:
             self._take(-taken)
         self.metrics.count(scores)
         return files, scores
+
+    async def _answer(self, files: Sequence[File]) -> list[Scores]:
+        """Read and score images, when there is room for large ones; the time for it is limited."""
+        try:
+            with anyio.fail_after(self.limits.answer_timeout):
+                async with self._room or nullcontext():
+                    return await self._score(files, await self._read(files))
+        except TimeoutError as error:
+            detail = (
+                f"The images were not scored within {self.limits.answer_timeout:g} s: the server has too much to do."
+            )
+            raise Problem(HTTPStatus.GATEWAY_TIMEOUT, detail) from error
 
     def _take(self, places: int) -> int:
         """Take places in the queue, or give them back; all happens in the thread of the event loop."""
@@ -115,14 +131,7 @@ class Service:
 
     async def _score(self, files: Sequence[File], images: Sequence[ReadImage]) -> list[Scores]:
         answers = [asyncio.wrap_future(self.scorer.submit(image)) for image in images]
-        try:
-            with anyio.fail_after(self.limits.answer_timeout):
-                found = await asyncio.gather(*answers, return_exceptions=True)  # on time-out all are cancelled
-        except TimeoutError as error:
-            detail = (
-                f"The images were not scored within {self.limits.answer_timeout:g} s: the server has too much to do."
-            )
-            raise Problem(HTTPStatus.GATEWAY_TIMEOUT, detail) from error
+        found = await asyncio.gather(*answers, return_exceptions=True)  # on time-out all are cancelled
         problems = [(place, one) for place, one in enumerate(found) if isinstance(one, ValueError)]
         if problems:
             raise _of_files(files, problems, HTTPStatus.UNPROCESSABLE_ENTITY)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageBatch, PredictDataset
+from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from anomalib.models import Padim
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
@@ -22,8 +22,9 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import OneClass, PixelFlow, exported
 from anomalib_flowood.cli import main
-from anomalib_flowood.data import PathDataset, SourcedDataset, read_image
+from anomalib_flowood.data import PathDataset, SourcedDataset, pictures, read_image
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.pictures import as_read
 from anomalib_flowood.data.prediction import ReadAsTrained
 from anomalib_flowood.explain.images import image_sets
 from benchmarks.peak import Peak
@@ -313,6 +314,32 @@ def test_pictures_show_what_was_read(tmp_path: Path) -> None:
     shown = np.asarray(picture)[..., 0]
     expected = np.rint(np.asarray(Image.open(path)) / 4095 * 255)
     assert np.abs(shown[-12:, :12] - expected).max() <= 1
+
+
+def test_large_pictures_are_drawn_from_smaller_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of maps and masks the highest pixels, so that a small defect stays; no side is longer than what is drawn."""
+    rows = np.add.outer(np.arange(30), np.arange(41)).astype(np.uint8)
+    Image.fromarray(np.stack([rows] * 3, -1)).save(tmp_path / "large.png")
+    spot = torch.zeros(30, 41)
+    spot[29, 40] = 1
+    fields = {"anomaly_map": spot - 5, "pred_mask": spot.bool(), "gt_mask": spot.bool()}
+    item = ImageItem(
+        image=torch.zeros(3, 30, 41), image_path=str(tmp_path / "large.png"), gt_label=torch.tensor(True), **fields
+    )
+    whole = as_read(item)
+    assert whole.image.shape == (3, 30, 41)
+    monkeypatch.setattr(pictures, "_MOST_DRAWN", 14)  # every third row and column
+    small = as_read(item)
+    assert small.image.shape == (3, 10, 14)
+    assert torch.allclose(small.image[0, 0, 0], whole.image[0, :3, :3].mean(), atol=0.5 / 255)
+    for name, values in fields.items():
+        shown = getattr(small, name)
+        assert shown.shape == (10, 14)
+        assert shown.dtype == values.dtype
+        assert shown[9, 13] == values.max()
+        assert (shown[:9] == values.min()).all()
+        assert torch.equal(getattr(item, name), values)
+    assert ImageVisualizer()(ImageBatch.collate([item])) is not None
 
 
 def test_anomalibs_detectors_predict_by_path_as_they_were_trained(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What memory large images take, which a detector with tiles gets in 8 bits, and one at a time."""
 
+import json
+import logging
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,12 +14,17 @@ import torch
 from anomalib.models import Padim
 from model_helpers import BACKBONE, engine
 from PIL import Image
+from torchvision.transforms.v2 import Resize
 
 import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.cli import main, results
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, in_unit_range
 from anomalib_flowood.data.path_dataset import PathDataset
+from anomalib_flowood.explain import explain
+from anomalib_flowood.metrics import bins
+from anomalib_flowood.models.components import flow_module
+from anomalib_flowood.models.feature_map_flow import lightning_model
 from benchmarks.peak import Peak, anonymous
 
 SIZE, TILE = (60, 90), (32, 32)
@@ -38,6 +45,11 @@ def photographs(tmp_path_factory):
     write(folder / "train" / "good", 40, 0)
     write(folder / "test" / "good", 4, 1)
     write(folder / "test" / "another", 3, 2, size=(70, 80))
+    (folder / "ground_truth" / "another").mkdir(parents=True)
+    for number in range(3):
+        mask = Image.new("L", (80, 70))
+        mask.paste(255, (10, 10 + number, 30, 25))
+        mask.save(folder / "ground_truth" / "another" / f"{number}.png")
     return folder
 
 
@@ -142,6 +154,72 @@ def test_the_command_keeps_what_is_said_alone(trained, photographs, tmp_path, mo
     assert table["pred_label"].tolist() == want.label.astype(int).tolist()
 
 
+def test_pixels_of_a_test_are_counted_and_not_kept(trained, photographs, monkeypatch, caplog):
+    detector, run = trained
+    pixel_metrics = [metric for metric in detector.evaluator.test_metrics if metric.name.startswith("pixel_")]
+    (exact,) = run.test(detector, datamodule=data(photographs), verbose=False)
+    kept = []
+    monkeypatch.setattr(bins, "MOST_KEPT", 1000)
+    monkeypatch.setattr(
+        detector, "on_test_epoch_end", lambda: kept.extend(len(metric.preds) for metric in pixel_metrics)
+    )
+    with caplog.at_level(logging.INFO):
+        (found,) = run.test(detector, datamodule=data(photographs), verbose=False)
+    assert len(pixel_metrics) == 2
+    assert kept == [0, 0]
+    assert {name: pytest.approx(value, abs=1e-4) for name, value in exact.items()} == found
+    assert {metric.name for metric in pixel_metrics} == {
+        said.partition(":")[0] for said in caplog.messages if " bins;" in said
+    }
+
+
+def test_explaining_reads_one_image_at_a_time(trained, photographs, tmp_path):
+    detector, run = trained
+    seen = []
+    judge = detector.judged
+    detector.judged = lambda batch: (seen.append((batch.image.dtype, len(batch.image))), judge(batch))[1]
+    module = data(photographs)
+    explain(detector, module, tmp_path)
+    del detector.judged
+    assert seen == [(torch.uint8, 1)] * 4 + [(torch.float32, 1)] * 3
+    assert module.test_data._stores[0].pixels is None
+    sets = json.loads((tmp_path / "explain.json").read_text())["sets"]
+    (tested,) = run.test(detector, datamodule=data(photographs), verbose=False)
+    assert sets["another"]["auroc"] == pytest.approx(tested["image_AUROC"])
+
+
+def test_what_returned_predictions_take_is_said(trained, photographs, monkeypatch, caplog):
+    detector, run = trained
+
+    def said(**arguments):
+        caplog.clear()
+        run.predict(detector, data_path=photographs / "test" / "good", **arguments)
+        return [message for message in caplog.messages if "return_predictions" in message]
+
+    assert not said()
+    monkeypatch.setattr(flow_module, "_MUCH", 4 * (3 + 4 + 1) * SIZE[0] * SIZE[1])  # bytes, a map and a mask
+    assert not said(return_predictions=False)
+    (message,) = said()
+    assert "all 4 batches, which will take 0.0 GiB" in message
+
+
+@pytest.mark.parametrize("tile_size", [None, (32, 32)])
+def test_what_is_lost_of_large_images_is_said(photographs, tmp_path, monkeypatch, caplog, tile_size):
+    """Unless tiles show them at their own size; and not of images that are little larger."""
+    monkeypatch.setattr(lightning_model, "_LARGE", 60 / 32 - 0.01)
+    detector = FeatureMapFlow(**SMALL, image_size=(32, 32), tile_size=tile_size)
+    engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(photographs))
+    said = [message for message in caplog.messages if "are resized to" in message]
+    assert len(said) == (tile_size is None)
+    for message in said:
+        assert message.startswith("Images of 90 x 60 pixels are resized to 32 x 32: of details smaller than some 2")
+        assert "image_size [60, 90], tile_size [32, 32]" in message
+    caplog.clear()
+    monkeypatch.setattr(lightning_model, "_LARGE", 60 / 32)
+    engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(photographs))
+    assert not any("are resized to" in message for message in caplog.messages)
+
+
 def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):
     detector, run = trained
     module = data(photographs)
@@ -175,7 +253,7 @@ def test_a_single_image_is_no_copy_and_is_checked():
 
 
 def bytes_a_pixel(folder):
-    """The most memory that predicting a folder's photographs takes."""
+    """The most memory that predicting a folder's photographs takes, and that reading one for a small size does."""
     size = (1500, 2000)
     write(folder / "new", 3, 0, size=size)
     detector = FeatureMapFlow(**SMALL, image_size=size, tile_size=(100, 100)).eval()
@@ -184,7 +262,10 @@ def bytes_a_pixel(folder):
     run.predict(detector, data_path=folder / "new" / "0.png", return_predictions=False)
     with Peak(anonymous, 0.002) as peak:
         run.predict(detector, data_path=folder / "new", return_predictions=False)
-    return None if peak.above_rest is None else peak.above_rest / (size[0] * size[1])
+    with Peak(anonymous, 0.002) as of_reading:
+        PathDataset(folder / "new", resize=Resize((100, 100), antialias=True))[0]
+    found = peak.above_rest, of_reading.above_rest
+    return None if None in found else [most / (size[0] * size[1]) for most in found]
 
 
 def test_memory_is_bounded_whatever_the_number(tmp_path):
@@ -193,7 +274,9 @@ def test_memory_is_bounded_whatever_the_number(tmp_path):
     In a process of its own: in the holes that other tests leave in the heap, megabytes come and go.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        most = process.submit(bytes_a_pixel, tmp_path).result()
-    if most is None:
+        found = process.submit(bytes_a_pixel, tmp_path).result()
+    if found is None:
         pytest.skip("anonymous memory is read from /proc, which this system lacks")
+    most, of_reading = found
     assert most < 24
+    assert of_reading < 12  # Pillow's pixels, ours, and strips of floats

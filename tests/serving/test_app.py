@@ -98,6 +98,29 @@ def test_several_images_are_files_of_a_form(client):
         assert np.array(drawn).min() == np.array(drawn).max() == 250
 
 
+def test_of_large_photographs_two_are_in_memory():
+    """Of a detector with tiles, one in each request: one that is scored, and one that waits for it."""
+    runtime, read = Mean(), []
+    detector = Detector(Runtime(runtime, (1, 3, None, None), takes_bytes=True), (8, 8), CALIBRATION, 1 / 21)
+    plain = detector.read
+    detector.read = lambda content: (read.append(len(runtime.batches)), plain(content))[1]
+    with TestClient(create_app(detector, Limits(), drift_images=20)) as client, ThreadPoolExecutor(6) as pool:
+        runtime.go.clear()
+        answers = [pool.submit(client.post, "/score?maps=true", content=png(grey)) for grey in (10, 20, 30, 40, 60, 70)]
+        until(lambda: runtime.entered and len(read) == 2)
+        time.sleep(0.1)
+        assert read == [0, 0]
+        runtime.go.set()
+        assert sorted(answer.result().json()["images"][0]["raw_score"] for answer in answers) == [
+            pytest.approx(grey / 255) for grey in (10, 20, 30, 40, 60, 70)
+        ]
+        # Before the n-th is read, all but one of those before it have been scored.
+        assert all(scored >= place - 1 for place, scored in enumerate(read))
+        several = client.post("/score", files=files(png(250), png(1)))
+        assert several.status_code == 413
+        assert "2 files where 1 is expected" in several.json()["detail"]
+
+
 def test_a_map_is_a_picture(client):
     answer = client.post("/map", content=png(250))
     assert answer.headers["content-type"] == "image/png"

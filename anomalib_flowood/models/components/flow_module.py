@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _FEW = 200
 """Training images that are no fewer are not called few."""
 
+_MUCH = 2**30
+"""Bytes of returned predictions that a user is told of."""
+
 _MAX_VALUE = "anomalib_flowood_max_value"
 
 
@@ -157,6 +160,22 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         """Set the clock of the bits per dimension to zero."""
         super().on_test_start()
         self.bits_seconds = 0.0
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Say what predictions will take that Lightning keeps until the end, unless ``return_predictions=False``."""
+        super().on_predict_batch_end(outputs, batch, batch_idx, dataloader_idx)
+        if batch_idx or dataloader_idx or not self.trainer.predict_loop.return_predictions:
+            return
+        kept = sum(value.nbytes for value in vars(outputs).values() if isinstance(value, Tensor))
+        batches = sum(self.trainer.num_predict_batches)
+        if kept * batches > _MUCH:
+            logger.warning(
+                "Engine.predict returns images and maps of all %d batches, which will take %.1f GiB. With "
+                "return_predictions=False nothing is kept, callbacks see each batch; anomalib_flowood.load(…)"
+                ".score_batches gives one after the other, and flowood predict writes what is said of them.",
+                batches,
+                kept * batches / 2**30,
+            )
 
     def _clock(self) -> float:
         """Seconds, when all that was begun on the device is done."""

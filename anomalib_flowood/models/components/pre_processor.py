@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
+from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
+from anomalib_flowood.data.resizing import is_antialiased
 from anomalib_flowood.features import backbone_config
 
 
@@ -87,12 +88,6 @@ def _weights(length: int, out: int, like: Tensor) -> Tensor:
 def _exportable(transform: Transform | None) -> nn.Module | None:
     if isinstance(transform, Compose):
         return nn.Sequential(*filter(None, map(_exportable, transform.transforms)))
-    if (
-        isinstance(transform, Resize)
-        and transform.antialias
-        and len(transform.size) == 2
-        # A string or a member, depending on torchvision's version.
-        and InterpolationMode(transform.interpolation) == InterpolationMode.BILINEAR
-    ):
+    if isinstance(transform, Resize) and is_antialiased(transform):
         return AntialiasedResize(tuple(transform.size))
     return transform
