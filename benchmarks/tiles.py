@@ -65,9 +65,7 @@ def fit(folder: Path, arguments: argparse.Namespace) -> None:
 
     data = anomalib_flowood.OneClass(folder / "photographs", val_split_ratio=0.25)
     tile = (arguments.tile, arguments.tile)
-    detector = anomalib_flowood.FeatureMapFlow(
-        arguments.backbone, image_size=arguments.size, tile_size=tile, visualizer=False
-    )
+    detector = anomalib_flowood.FeatureMapFlow(arguments.backbone, image_size=arguments.size, tile_size=tile)
     Engine(accelerator="cpu", devices=1, default_root_dir=folder / "results").fit(detector, datamodule=data)
 
 
@@ -153,7 +151,7 @@ TASKS: dict[str, tuple[Callable[[Path, argparse.Namespace], None], str]] = {
     "test": (test, "Engine.test of {new}, with masks"),
     "train": (train, "flowood train: fit to {images}, test of {new}, pictures"),
     "report": (report, "flowood report of that"),
-    "command": (command, "flowood predict of {new}"),
+    "command": (command, "flowood predict of {new}, pictures"),
     "explain": (explain, "flowood explain of {new}"),
     "serve": (serve, "flowood serve: {new} requests at once"),
     "imports": (imports, "the imports and the detector alone"),

@@ -38,8 +38,11 @@ def resize_bytes(images: Tensor, size: tuple[int, int]) -> Tensor:
         Floats in [0, 1], ``(N, C, *size)``.
     """
     rows = max(1, _STRIP // (images.shape[-1] * images.shape[:-2].numel()))
-    strips = [_resized(in_unit_range(strip), (strip.shape[-2], size[1])) for strip in images.split(rows, dim=-2)]
-    return _resized(torch.cat(strips, dim=-2), size)
+    # Written to what is there already: strips that stayed would break the heap up.
+    narrow = torch.empty(*images.shape[:-1], size[1])
+    for strip, done in zip(images.split(rows, dim=-2), narrow.split(rows, dim=-2), strict=True):
+        done.copy_(_resized(in_unit_range(strip), (strip.shape[-2], size[1])))
+    return _resized(narrow, size)
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

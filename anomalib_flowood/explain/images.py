@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -140,7 +141,8 @@ def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, m
     transform = getattr(detector.pre_processor, "transform", None)
 
     def read(row: int) -> Tensor:
-        image = datamodule.test_data[row].image.as_subclass(Tensor)
+        item: Any = datamodule.test_data[row]  # which has an image
+        image = item.image.as_subclass(Tensor)
         return image if transform is None else transform(image)
 
     sets = []
@@ -150,7 +152,8 @@ def _from_datamodule(detector: AnomalibModule, datamodule: AnomalibDataModule, m
             none = torch.empty(0, 3, 0, 0)
             sets.append(ImageSet(title, number > 0, none, none, LargeImages(read, some)))
         else:
-            sets.append(_image_set(detector, title, number > 0, [datamodule.test_data[row].image for row in some]))
+            images: list[Any] = [datamodule.test_data[row].image for row in some]
+            sets.append(_image_set(detector, title, number > 0, images))
     return sets
 
 

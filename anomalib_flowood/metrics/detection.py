@@ -230,6 +230,7 @@ class _RegionOverlap(_AUPRO):
     name: str
     counts: list[Tensor]
     regions: Tensor
+    fpr_limit: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -264,7 +265,7 @@ class _RegionOverlap(_AUPRO):
         return torch.tensor(not_defined(self.name, outside=bool(target.any()), stacklevel=3))
 
 
-class AUPRO(AnomalibMetric, _RegionOverlap):
+class AUPRO(AnomalibMetric, _RegionOverlap):  # type: ignore[misc]  # as anomalib makes its own
     """anomalib's area under the per-region overlap, up to a false positive rate of 0.3, of maps.
 
     NaN, with a warning, where no pixel is anomalous, or all are: anomalib's is 0 then. The pixels of maps larger than

@@ -13,7 +13,7 @@ class Limits:
 
     Args:
         max_mib: The largest body of a request, in MiB.
-        max_megapixels: The largest image, in millions of pixels. While it is read it takes some 12 bytes a pixel.
+        max_megapixels: The largest image, in millions of pixels. While it is read it takes some 8 bytes a pixel.
         max_files: The most images in one request.
         queue: The most images that are read, wait or are scored; a request for more is answered with status 503.
         upload_timeout: Seconds in which the body of a request has to arrive.
