@@ -12,6 +12,7 @@ import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 from anomalib_flowood import __version__
@@ -43,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The arguments after the command's name; the process's own if not given.
     """
-    given = sys.argv[1:] if args is None else args
+    given = [_at_home(argument) for argument in (sys.argv[1:] if args is None else args)]
     if not given:
         print(overview(), file=sys.stderr)
         sys.exit(2)
@@ -59,6 +60,12 @@ def main(args: list[str] | None = None) -> None:
             _run(given if level is None else without_levels(given))
     finally:
         HELP_LEVEL.reset(token)
+
+
+def _at_home(argument: str) -> str:
+    """Expand ``--option=~/…``, which shells leave as it is; as a path it would make a folder of the name ``~``."""
+    option, given, value = argument.partition("=")
+    return f"{option}={Path(value).expanduser()}" if given and option[:2] == "--" and value[:1] == "~" else argument
 
 
 def _at_once(given: list[str]) -> str | None:

@@ -45,6 +45,7 @@ from anomalib_flowood.parsing import FlowoodParser, with_config
 from anomalib_flowood.report.predictions import PredictionKeeper
 from anomalib_flowood.serving import Limits, check_installed
 
+_PATHS = ("ckpt_path", "default_root_dir", "export_root", "output")
 _UNREADABLE = 3
 """Exit status of a prediction that left out files which it could not read."""
 
@@ -247,6 +248,9 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         """Seed everything: a detector draws its weights when it is built. The seed joins the configuration."""
         super().before_instantiate_classes()
         config = self.config[self.subcommand]
+        for name in _PATHS:  # as a configuration file has them; shells expand others
+            if str(config.get(name)).startswith("~"):
+                config[name] = type(config[name])(Path(str(config[name])).expanduser())
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
 

@@ -44,7 +44,7 @@ class PathDataset(PredictDataset):
         resize: Resize | None = None,
         max_value: int | None = None,
     ) -> None:
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.exists():
             msg = f"There is no file or folder {path} (looked for it from {Path.cwd()})."
             raise FileNotFoundError(msg)

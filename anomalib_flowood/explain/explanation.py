@@ -72,7 +72,7 @@ def explain(
     if max_images < 2:
         msg = f"max_images must be at least 2, got {max_images}."
         raise ValueError(msg)
-    folder = Path(output)
+    folder = Path(output).expanduser()
     (folder / DARK).mkdir(parents=True, exist_ok=True)
     modes = {module: module.training for module in detector.modules()}
     detector.eval()

@@ -60,7 +60,7 @@ def single_images(given: Any) -> Iterator[str | Path | bytes | Image.Image | np.
     Arguments and errors as for :func:`each_image`, but for those of files and values.
     """
     if isinstance(given, str | Path):
-        path = Path(given)
+        path = Path(given).expanduser()
         files = image_files(path) if path.is_dir() else [path]
         if not files:
             msg = f"There are no images in {path}."

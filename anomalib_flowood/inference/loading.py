@@ -38,7 +38,7 @@ def load(path: str | Path) -> Detector:
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         msg = f"There is no {path} (looked for it from {Path.cwd()})."
         raise FileNotFoundError(msg)

@@ -117,7 +117,8 @@ def expectation(level: float, calibration_images: float) -> str:
         return expected
     images = int(calibration_images)
     low, high = conformal.rate_interval(images, round(level * (images + 1)))
-    return f"{expected}, {100 * low:.2g} to {percent(high)} in 90 of 100 calibrations on {images:,} images"
+    counted = "1 image" if images == 1 else f"{images:,} images"
+    return f"{expected}, {100 * low:.2g} to {percent(high)} in 90 of 100 calibrations on {counted}"
 
 
 def percent(share: float) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,22 @@ def test_the_data_module_says_what_makes_more_validation_images(tmp_path: Path, 
     assert held_out(50 + 144, 0.1) < 20
     text, _ = advice(train_limit=15)
     assert text == "raise train_limit to 80, if there are so many normal images"
+
+
+@pytest.mark.parametrize("images", [8, 44, 84])
+def test_advice_counts_the_images_that_are_taken_out_for_a_test(images: int, tmp_path: Path) -> None:
+    def folder(number: int) -> OneClass:
+        write_images(tmp_path / str(number), number)
+        data = OneClass(tmp_path / str(number))
+        data.setup()
+        return data
+
+    said = folder(images).how_to_hold_out(20)
+    more = re.match(rf"give (\d+) more normal images to the {images} that there are", said)
+    assert more, said
+    total = images + int(more[1])
+    assert len(folder(total).val_data) == 20
+    assert len(folder(total - 1).val_data) < 20
 
 
 def test_training_and_validation_share_memory(tmp_path: Path, clothes: Path, digits: Path) -> None:

@@ -21,7 +21,7 @@ from anomalib_flowood import conformal
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.report.curves import roc_chart
-from anomalib_flowood.report.decisions import decide, decision_of, kinds
+from anomalib_flowood.report.decisions import decide, decision_of, expectation, kinds
 from anomalib_flowood.report.predictions import keep_predictions
 
 DETECTORS = {"sharp": 3.0, "<b>dull</b>": 0.7}
@@ -182,6 +182,7 @@ def test_the_decision_in_words_has_the_beta_interval_of_the_docs():
         "At alpha = 0.05: 2 of 40 normal images raise an alarm (5 %; expected: at most 4.95 %, 2 to 8.92 % in 90 of "
         "100 calibrations on 100 images), 40 of 40 anomalous images are found (100 %)."
     )
+    assert expectation(0.5, 1).endswith("in 90 of 100 calibrations on 1 image")
     page = (Path(__file__).parents[2] / "docs/decisions.md").read_text()
     assert "| 100 | 5.0 % | 2.0 % to 8.9 % |" in page
     console = Console(file=io.StringIO(), width=80)

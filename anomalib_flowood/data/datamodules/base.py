@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.path_dataset import takes_bytes
-from anomalib_flowood.data.sources import Source
+from anomalib_flowood.data.sources import FolderSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -156,12 +157,18 @@ class SourcedDataModule(AnomalibDataModule):
     def how_to_hold_out(self, images: int) -> str:
         """Say what makes so many validation images of those that there are, for messages."""
         fitted = len(self.train_data)
-        total = more = fitted + len(self.val_data)
-        while held_out(more, self.val_split_ratio) < images:
-            more += 1
-        advice = f"give {more - total} more normal images to the {total} that there are (fitted to: {fitted})"
+        total = needed = fitted + len(self.val_data)
+        while held_out(needed, self.val_split_ratio) < images:
+            needed += 1
         if self.train_limit == total:
-            advice = f"raise train_limit to {more}, if there are so many normal images"
+            advice = f"raise train_limit to {needed}, if there are so many normal images"
+        else:
+            source, tested = self._sources[0], 0
+            if isinstance(source, FolderSource) and source.divided:  # of more images more become test images
+                tested = int((self.test_data.samples["label_index"] == LabelName.NORMAL).sum())
+                needed = next(number for number in count(needed) if number - source.tested(number) >= needed)
+            there, used = total + tested, f"fitted to: {fitted}" + (f", tested on: {tested}" if tested else "")
+            advice = f"give {needed - there} more normal images to the {there} that there are ({used})"
         if total > images:
             share = math.ceil(100 * images / total) / 100
             advice += f", or set val_split_ratio to {share:g}, which leaves {total - images} to fit to"

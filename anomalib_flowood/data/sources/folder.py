@@ -94,6 +94,10 @@ class FolderSource:
         assert images.classes is not None
         return images.select(np.union1d(self._divide(images)["test"], np.flatnonzero(images.classes != normal)))
 
+    def tested(self, images: int) -> int:
+        """How many of a class's images become test images, in a folder that is divided."""
+        return max(1, round(self.held_out * images))
+
     def _divide(self, images: Images) -> dict[str, np.ndarray]:
         """Rows of both splits."""
         order = np.random.default_rng(self.seed).permutation(len(images))
@@ -101,5 +105,5 @@ class FolderSource:
         test: list[int] = []
         for name in np.unique(classes):
             of_class = order[classes[order] == name]
-            test.extend(of_class[: max(1, round(self.held_out * len(of_class)))])
+            test.extend(of_class[: self.tested(len(of_class))])
         return {"test": np.sort(np.array(test, dtype=np.int64)), "train": np.setdiff1d(order, test)}

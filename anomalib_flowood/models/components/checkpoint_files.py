@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is empty, truncated, damaged, or something other than a checkpoint.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         msg = f"There is no checkpoint {path}. `flowood train` writes one, below its results folder."
         raise FileNotFoundError(msg)

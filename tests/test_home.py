@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`~` is the home folder wherever a path is given that no shell has seen, and never a folder of that name."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_flowood import load
+from anomalib_flowood.cli import main
+
+
+@pytest.fixture
+def home(cases, tmp_path, monkeypatch):
+    """A home with a checkpoint and a folder of images; the command runs beside it."""
+    home = tmp_path / "home"
+    (home / "parts").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.full((12, 12), 60 * number, np.uint8)).save(home / f"parts/{number}.png")
+    shutil.copy(cases("pixel_flow").checkpoint, home / "model.ckpt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(home))
+    return home
+
+
+@pytest.mark.parametrize("given_by", ["options", "file"])
+def test_commands(home, given_by):
+    paths = {"ckpt_path": "~/model.ckpt", "data": "~/parts", "output": "~/found"}
+    Path("predict.yaml").write_text("".join(f"{name}: {path}\n" for name, path in paths.items()))
+    options = [f"--{name}={path}" for name, path in paths.items()]
+    main(["predict", *(options if given_by == "options" else ["--config", "predict.yaml"])])
+    assert (home / "found/predictions.csv").is_file()
+    assert [path.name for path in Path().iterdir()] == ["predict.yaml"]
+
+
+def test_python(home):
+    found = load("~/model.ckpt").score("~/parts")
+    assert found.paths == tuple(str(home / f"parts/{number}.png") for number in range(3))
