@@ -6,6 +6,7 @@ Importing anomalib takes seconds, so nothing here imports it before a subcommand
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -19,9 +20,12 @@ from anomalib_flowood import __version__
 from anomalib_flowood.cli.help import COMPLETION, PARSED, help_level, overview, short_help, unknown, without_levels
 from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.cli.starting import ended_by_signals, loading
-from anomalib_flowood.cli.subcommands import SUBCOMMANDS
+from anomalib_flowood.cli.subcommands import SUBCOMMANDS, WRITTEN
 from anomalib_flowood.noise import quieten
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
+
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""What the system says of files and folders that are not for this user to read, or to write."""
 
 
 def _configure_logging() -> None:
@@ -117,11 +121,11 @@ def _run(args: list[str]) -> None:
     except (
         ValueError, OSError, ArithmeticError, MisconfigurationException, BenchmarkError, ModuleNotFoundError,
     ) as error:  # fmt: skip
-        _fail(error, readable(error), debuggable=not isinstance(error, BenchmarkError))
+        _fail(error, readable(error), args[0], debuggable=not isinstance(error, BenchmarkError))
     except (MemoryError, RuntimeError) as error:
         if not is_of_the_machine(error):
             raise
-        _fail(error, readable(error))
+        _fail(error, readable(error), args[0])
 
 
 def _run_at_once(name: str, args: list[str]) -> None:
@@ -133,11 +137,17 @@ def _run_at_once(name: str, args: list[str]) -> None:
     try:
         module.run(arguments)
     except (ValueError, OSError) as error:
-        _fail(error, str(error))
+        _fail(error, str(error), name)
 
 
-def _fail(error: Exception, message: str, debuggable: bool = True) -> NoReturn:
+def _fail(error: Exception, message: str, name: str, debuggable: bool = True) -> NoReturn:
     """End with an error that a user can mend."""
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
+        known = SUBCOMMANDS[name].names if name in SUBCOMMANDS else ()
+        elsewhere = next((option for option in WRITTEN if option in known), "another folder")
+        message = (
+            f"{error.filename} may not be read or written ({error.strerror}). To write elsewhere, name {elsewhere}."
+        )
     if os.environ.get("FLOWOOD_DEBUG") == "1":
         raise error
     print(f"flowood: {message}", file=sys.stderr)

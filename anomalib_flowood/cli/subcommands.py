@@ -13,6 +13,9 @@ from pathlib import Path
 FILE, FOLDER, NUMBER, TEXT = "FILE", "FOLDER", "N", "TEXT"
 """What an argument is, as help writes it; shells complete files and folders."""
 
+WRITTEN = ("--output", "--export_root", "--default_root_dir")
+"""Options that say where results go; of a subcommand with several the first."""
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -54,6 +57,11 @@ class Subcommand:
     module: str = ""
     on_checkpoint: bool = False
     more: tuple[Argument, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        """The names of its arguments."""
+        return {argument.name for argument in (*self.arguments, *self.more)}
 
     @property
     def runs_detectors(self) -> bool:

@@ -2,7 +2,9 @@
 """Broken files and wrong values are named, with the remedy, before anything is done."""
 
 import codecs
+import errno
 import json
+import os
 import time
 
 import numpy as np
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from anomalib_flowood import EmbeddingFlow, load
 from anomalib_flowood.benchmark import out_of_memory, readable
-from anomalib_flowood.cli import main
+from anomalib_flowood.cli import commands, configs, main
 from anomalib_flowood.configuration import check_arguments, read_configuration
 from anomalib_flowood.data import decoding, read_image
 from anomalib_flowood.features import create_backbone
@@ -121,6 +123,31 @@ def test_a_truncated_export_is_named(cases, tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model\.pt cannot be loaded: is it whole, .* Export the model again"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "elsewhere"),
+    [
+        (["configs", "there"], "another folder"),
+        (["predict", "--data=.", "--ckpt_path=model.ckpt"], "--output"),
+        (["export", "--export_type=onnx", "--ckpt_path=model.ckpt"], "--export_root"),
+        (["train", "--data=."], "--default_root_dir"),
+    ],
+)
+def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(command, elsewhere, monkeypatch, capsys):
+    def forbidden(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/mnt/there")
+
+    monkeypatch.setattr(configs, "run", forbidden)
+    monkeypatch.setattr(commands, "FlowoodCLI", forbidden)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert (
+        f"flowood: /mnt/there may not be read or written (Permission denied). To write elsewhere, name {elsewhere}"
+        in said
+    )
 
 
 def test_memory_that_ran_out_is_said_so_with_the_remedy():
