@@ -188,6 +188,54 @@ def put_between_epochs(loops: dict[str, Any]) -> None:
         epoch.update({"ready": done, "started": done, "completed": max(0, done - 1)})  # as when an epoch ends
 
 
+def put_before_end(loops: dict[str, Any]) -> None:
+    """Likewise for one that stood behind an epoch whose last hooks were not all done: it stands before them again."""
+    progress = loops["fit_loop"]["epoch_progress"]
+    for epoch in (progress["current"], progress["total"]):
+        epoch["processed"] -= 1
+
+
+def no_epoch_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Whether a fit that is about to go on from a checkpoint has done all its epochs."""
+    done, limit = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], trainer.max_epochs
+    return limit is not None and 0 <= limit <= done
+
+
+def no_step_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Whether it has reached a limit in steps or time."""
+    return trainer.should_stop or 0 <= trainer.max_steps <= checkpoint["global_step"]
+
+
+def lift_limits(trainer: Trainer) -> tuple[int, bool]:
+    """Let a fit begin that goes on behind its last step, where Lightning would leave out all that follows it.
+
+    Returns:
+        The limits in steps and in time, for :func:`finish_epoch`.
+    """
+    limits = trainer.max_steps, trainer.should_stop
+    trainer.fit_loop.epoch_loop.max_steps, trainer.should_stop = -1, False
+    return limits
+
+
+def finish_epoch(trainer: Trainer, limits: tuple[int, bool], *, validated: bool) -> None:
+    """End an epoch after its last step, within a limit that is reached; the fit, which has begun, ends then.
+
+    Args:
+        trainer: The trainer of the fit.
+        limits: What :func:`lift_limits` returned.
+        validated: Whether the validation is done that follows the step, if one does.
+    """
+    loop = trainer.fit_loop
+    loop.epoch_loop.max_steps, trainer.should_stop = limits
+    if not validated and validation_is_due(trainer):
+        validation = loop.epoch_loop.val_loop
+        validation.restarting = False
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+    loop.on_advance_end()
+
+
 def skip_batches(trainer: Trainer, batches: int) -> None:
     """Pass over the first batches of an epoch that a resumed fit is about to go on with.
 

@@ -477,12 +477,16 @@ def test_a_resumed_fit_has_its_own_calibration(build, tmp_path):
         """Save in the midst of an epoch, when weights have moved on from the calibrated ones."""
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 5:
+            if trainer.current_epoch == 1 and batch_idx == 1:
                 trainer.save_checkpoint(tmp_path / "midst.ckpt")
 
     engine(tmp_path, callbacks=[Interrupt()]).fit(build(), datamodule=module)
-    assert not open_checkpoint(tmp_path / "midst.ckpt").post_processor.calibrated
-    assert p_values(engine(tmp_path), build(), module, tmp_path / "midst.ckpt") == [None] * 5
+    if build is feature_map_flow:  # whose whitening is fitted to the last weights alone
+        with pytest.raises(CheckpointError, match="before what scores need was fitted"):
+            open_checkpoint(tmp_path / "midst.ckpt")
+    else:
+        assert not open_checkpoint(tmp_path / "midst.ckpt").post_processor.calibrated
+        assert p_values(engine(tmp_path), build(), module, tmp_path / "midst.ckpt") == [None] * 5
     unvalidated = build(max_epochs=3)
     engine(tmp_path, limit_val_batches=0).fit(unvalidated, datamodule=module, ckpt_path=tmp_path / "midst.ckpt")
     assert not unvalidated.post_processor.calibrated

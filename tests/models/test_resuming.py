@@ -2,14 +2,19 @@
 """An interrupted training goes on to the very weights of an uninterrupted one; a finished one goes on to the end."""
 
 import logging
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, Timer
 from model_helpers import data, embedding_flow, engine, feature_map_flow, pixel_flow
+
+import anomalib_flowood
+from anomalib_flowood import open_checkpoint
+from anomalib_flowood.models.components import CheckpointError
 
 KINDS = {
     "pixels": pixel_flow,
@@ -89,10 +94,12 @@ def test_a_training_that_is_limited_in_steps_goes_on_exactly(tmp_path):
 class SaveAlways(Callback):
     """Writes what a kill would leave, at hooks all over a training."""
 
+    hooks = ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end")
+    hooks += ("on_validation_start", "on_validation_batch_end", "on_validation_end")
+
     def __init__(self, folder):
         self.folder, self.paths = folder, []
-        train = ("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end")
-        for name in (*train, "on_validation_start", "on_validation_batch_end", "on_validation_end"):
+        for name in self.hooks:
             setattr(self, name, partial(self.save, name))
 
     def save(self, name, trainer, *args):
@@ -117,6 +124,81 @@ def test_a_training_goes_on_exactly_from_any_moment(limits, tmp_path):
     assert len(whole.post_processor.calibration) == 24
     wrong = {path.stem: fit(tmp_path, "pixels", seed=99, ckpt_path=path, **limits) for path in saved.paths}
     assert [name for name, again in wrong.items() if differing(whole, again)] == []
+
+
+LIMITS = {
+    "an epoch": dict,
+    "an epoch, no validation": lambda: {"limit_val_batches": 0},
+    "steps to its end": lambda: {"max_steps": 3},
+    "steps within it": lambda: {"max_steps": 2},
+    "time": lambda: {"callbacks": [Timer(timedelta(microseconds=1))]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        *(("pixels", limit) for limit in LIMITS),
+        ("maps, nothing trains", "an epoch"),
+        ("maps, nothing trains", "steps to its end"),
+    ],
+)
+def test_a_training_goes_on_exactly_from_behind_its_last_step(kind, limit, tmp_path):
+    def once(*callbacks, **kwargs):
+        limits = {"max_epochs": 1, **LIMITS[limit]()}
+        return fit(tmp_path, kind, *callbacks, *limits.pop("callbacks", ()), **limits, **kwargs)
+
+    saved = SaveAlways(tmp_path)
+    whole = once(saved)
+    assert bool(whole.model.fitted)
+    last = max(place for place, path in enumerate(saved.paths) if "on_train_batch_end" in path.stem)
+    wrong = {path.stem: once(seed=99, ckpt_path=path) for path in saved.paths[last:]}
+    assert [name for name, again in wrong.items() if differing(whole, again)] == []
+    assert f"{last}-on_train_batch_end" in wrong
+    assert len(wrong) == (2 if limit in {"an epoch, no validation", "steps within it"} else 6)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "embeddings, nothing trains", "maps"])
+def test_what_is_not_fitted_yet_scores_nothing_and_goes_on(kind, tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    whole = fit(tmp_path, kind, Save())
+    early, refused = tmp_path / "early.ckpt", partial(pytest.raises, CheckpointError, match="after 2 steps, before")
+    for load in (open_checkpoint, anomalib_flowood.load, type(whole).load_from_checkpoint):
+        with refused():
+            load(early)
+    for run in ("predict", "test", "validate"):
+        with refused():
+            getattr(engine(tmp_path), run)(KINDS[kind](), datamodule=data(tmp_path), ckpt_path=early)
+    assert differing(whole, fit(tmp_path, kind, ckpt_path=early)) == []
+
+
+def test_an_epoch_of_other_batches_is_said_to_be_another(tmp_path, caplog):
+    saved = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(KilledError):
+        fit(tmp_path, "pixels", saved, Kill(2, "on_train_batch_start"))
+    fit(tmp_path, "pixels", ckpt_path=saved.ckpt_path)
+    assert "another one" not in caplog.text
+    other = data(tmp_path, train_batch_size=16)
+    engine(tmp_path).fit(pixel_flow(), datamodule=other, ckpt_path=saved.ckpt_path)
+    assert "within an epoch of 3 batches, which has 6 now" in caplog.text
+
+
+def test_a_training_that_had_not_ended_is_not_ended_by_fewer_epochs(tmp_path):
+    ends = ModelCheckpoint(tmp_path / "epochs", "{epoch}", save_top_k=-1)
+    fit(tmp_path, "maps", ends)
+    with pytest.raises(ValueError, match="no step left to end it with: raise max_epochs"):
+        fit(tmp_path, "maps", ckpt_path=tmp_path / "epochs/epoch=0.ckpt", max_epochs=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_a_validation_is_fitted(kind, tmp_path):
+    saved = ModelCheckpoint(tmp_path, "validated", save_on_train_epoch_end=False)
+    whole = fit(tmp_path, kind, saved, max_epochs=1)
+    assert differing(whole, open_checkpoint(tmp_path / "validated.ckpt")) == []
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "maps"])

@@ -198,6 +198,25 @@ def check_finite(path: object, state_dict: Mapping[str, Any]) -> None:
             raise CheckpointError(path, what) if path else ValueError(f"This detector {what}")
 
 
+def check_fitted(path: object, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse what an interrupted training leaves before anything is fitted.
+
+    Args:
+        path: The checkpoint's file, to be named in the error.
+        checkpoint: What was read from it.
+
+    Raises:
+        CheckpointError: If its detector cannot score anything yet.
+    """
+    if not bool(checkpoint["state_dict"].get("model.fitted", True)):
+        what = (
+            f"is of a training that was interrupted after {checkpoint.get('global_step', 0)} steps, before what scores "
+            "need was fitted: they would be at random. Go on with it first (`flowood train … --ckpt_path`, "
+            "Engine.fit(ckpt_path=…)), or train again."
+        )
+        raise CheckpointError(path, what)
+
+
 def plain(value: Any) -> Any:
     """Bring a setting to what JSON knows, so that a tuple equals a list and a path its text."""
     return json.loads(json.dumps(value, default=str))

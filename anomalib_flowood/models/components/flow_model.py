@@ -38,7 +38,7 @@ class FlowModel(nn.Module):
     reads_pixels: ClassVar[bool] = False
     parts: ClassVar[int] = 2
     fitted: Tensor
-    """Whether training has finished an epoch, or a checkpoint was loaded that had."""
+    """Whether it was trained and its scores mean something: a fit has validated it or finished an epoch."""
 
     def __init__(
         self,

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_flowood import __version__
 from anomalib_flowood.trainers import trainer_of
 
 from .checkpoint_files import CLASS, CheckpointError, read_checkpoint
-from .checkpoints import SCORE, VERSION, check_finite, check_settings, check_version, written_by
+from .checkpoints import SCORE, VERSION, check_finite, check_fitted, check_settings, check_version, written_by
 from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,13 @@ class Restoring(CheckedWeights):
                 score trains.
             SettingsError: If it was trained with other settings than this detector has: neither can be applied to the
                 other, since which were meant nobody knows.
-            CheckpointError: If a weight is NaN or infinite.
+            CheckpointError: If a weight is NaN or infinite, or nothing is fitted yet, unless a fit goes on with it.
         """
         trainer = trainer_of(self)
         path = None if trainer is None else trainer.ckpt_path
         self._check_writer(checkpoint, path)
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            check_fitted(path, checkpoint)
         check_settings(
             path,
             checkpoint.get("hyper_parameters", {}),
@@ -122,13 +125,14 @@ class Restoring(CheckedWeights):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If it is broken, was written by another class or by a version that is too old, or does not
-                fit.
+            CheckpointError: If it is broken, does not fit, was written by another class or by a version that is too
+                old, or is of a training that had fitted nothing yet.
             SettingsError: If another setting is given that differs from the checkpoint's.
         """
         # Before anything is built: the other class's arguments may name a backbone that is not here.
         checkpoint = read_checkpoint(checkpoint_path)
         cls._check_writer(checkpoint, checkpoint_path)
+        check_fitted(checkpoint_path, checkpoint)
         check_finite(checkpoint_path, checkpoint["state_dict"])
         stored = checkpoint["hyper_parameters"]
         allowed = ", ".join(sorted(cls.may_change & inspect.signature(cls.__init__).parameters.keys()))

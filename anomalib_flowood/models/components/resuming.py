@@ -11,7 +11,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from anomalib_flowood.trainers import (
+    finish_epoch,
     forget_iterator,
+    lift_limits,
+    no_epoch_is_left,
+    no_step_is_left,
+    put_before_end,
     put_between_batches,
     put_between_epochs,
     skip_batches,
@@ -55,15 +60,35 @@ class Resuming(_Base):
     """How many batches of the present epoch were done then; gradients of later ones are in no checkpoint."""
     _validated = False
     """Whether a validation has followed these."""
+    _ended = False
+    """Whether all is done that an epoch ends with."""
+    _limits: tuple[int, bool] | None = None
+    """The trainer's, where a resumed fit has reached them, and its epoch has not ended."""
 
     def begin_fit(self) -> None:
         """Prepare what a fit trains on, when all else is set up for it."""
 
     def on_fit_start(self) -> None:
-        """Prepare what the fit trains on, with the random numbers that it was first prepared with."""
+        """Prepare what the fit trains on, with the random numbers that it was first prepared with.
+
+        Raises:
+            ValueError: If a checkpoint is not fitted, and the trainer's limits leave nothing to do.
+        """
         super().on_fit_start()
+        if self.trainer.ckpt_path is None:
+            self._drawn = None
         drawn = self._drawn
+        self._ended, self._limits = False, None
         if drawn is not None:
+            over = no_epoch_is_left(self.trainer, drawn)
+            if drawn["within"] and not over:
+                self._limits = lift_limits(self.trainer) if no_step_is_left(self.trainer, drawn) else None
+            elif (over or no_step_is_left(self.trainer, drawn)) and not bool(self.model.fitted):
+                msg = (
+                    f"The checkpoint {self.trainer.ckpt_path} is of a training that had not ended, and there is no "
+                    "step left to end it with: raise max_epochs, max_steps or max_time of the trainer."
+                )
+                raise ValueError(msg)
             self._set_generators(drawn["fit"])
         self._states = {"fit": self._generators()}
         self.begin_fit()
@@ -81,19 +106,30 @@ class Resuming(_Base):
         if drawn is None:
             return
         if self.trainer.fit_loop.restarted_on_epoch_end:  # which Lightning goes through once more, without a batch
-            self._has_order = False
+            self._has_order, self._ended = False, True
             self._set_generators(drawn["now"])
         elif drawn["within"]:
             self._has_order = False  # the next epoch to start is another one
             self._batches, self._validated = drawn["batches"], drawn["validated"]
+            of_then, of_now = drawn["batches_of_epoch"], self.trainer.num_training_batches
+            if of_then != of_now:
+                logger.warning(
+                    "The checkpoint is from within an epoch of %s batches, which has %s now (train_batch_size, other "
+                    "images): the training that goes on is another one.",
+                    of_then,
+                    of_now,
+                )
             skip_batches(self.trainer, self._batches)
             if self._batches:  # else the order of batches is to be drawn yet
                 self._set_generators(drawn["now"])
             self._states["step"] = self._generators()
+            if self._limits is not None:
+                finish_epoch(self.trainer, self._limits, validated=drawn["judged"])
 
     def on_train_epoch_start(self) -> None:
         """Keep the state that the order of batches is drawn with."""
         super().on_train_epoch_start()
+        self._ended = False
         if not self._has_order:
             self._states["epoch"] = self._generators()
         self._has_order = False
@@ -119,6 +155,11 @@ class Resuming(_Base):
         if fitting and trainer.fit_loop.epoch_loop.batch_progress.current.ready == self._batches:
             self._states["step"] = self._generators()
 
+    def on_train_epoch_end(self) -> None:
+        """Note that the epoch has ended."""
+        super().on_train_epoch_end()
+        self._ended = True
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the states of the generators, and let the training stand after the optimizer's last step."""
         super().on_save_checkpoint(checkpoint)
@@ -134,17 +175,22 @@ class Resuming(_Base):
         # The next epoch draws its order from here, if it has not.
         order = states["epoch"] if self._has_order else now
         kept = {"fit": states["fit"], "epoch": order, "now": now, "within": False, "processes": trainer.world_size}
+        ending = epoch.processed > epoch.completed and not self._ended
         if epoch.ready > epoch.started:
             put_between_epochs(checkpoint["loops"])
-        elif epoch.started > epoch.processed:
+        elif epoch.started > epoch.processed or ending:
             ends = batch.completed < batch.processed and trainer.global_step != self._steps  # as callbacks see it first
             batches = batch.processed if ends else self._batches
             # Where a later batch has begun, a validation that was due is done.
-            validated = batch.ready > batches or (self._validated and not ends) or not validation_is_due(trainer)
+            judged = batch.ready > batches or (self._validated and not ends)
+            validated = judged or not validation_is_due(trainer)
             if not ends and (batch.ready > batches or not validated):
                 now = states["step"]
-            kept |= {"epoch": states["epoch"], "now": now, "within": True, "batches": batches, "validated": validated}
+            kept |= {"epoch": states["epoch"], "now": now, "within": True, "batches": batches}
+            kept |= {"validated": validated, "judged": judged, "batches_of_epoch": trainer.num_training_batches}
             put_between_batches(checkpoint["loops"], batches, validate=not validated)
+            if ending:
+                put_before_end(checkpoint["loops"])
         checkpoint[_KEY] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -152,7 +198,9 @@ class Resuming(_Base):
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
         resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        self._drawn = checkpoint.get(_KEY) if resumed else None
+        self._drawn = None
+        if resumed and _KEY in checkpoint:
+            self._drawn = checkpoint[_KEY] | {name: checkpoint[name] for name in ("loops", "global_step")}
         if trainer is None or self._drawn is None or not self._trainable:
             return
         before, now = self._drawn["processes"], trainer.world_size

@@ -149,8 +149,14 @@ class FlowTraining(_Base):
         # Lightning goes backward even where nothing trains.
         return loss if loss.requires_grad else loss.requires_grad_()
 
+    def on_validation_start(self) -> None:
+        """Mark the torch model as fitted, which is what a fit validates."""
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self.model.fitted.fill_(True)
+
     def on_train_epoch_end(self) -> None:
-        """Mark the torch model as fitted, so that it may be exported."""
+        """Mark the torch model as fitted where no validation did, so that it may be loaded and exported."""
         self.model.fitted.fill_(True)
         super().on_train_epoch_end()
 

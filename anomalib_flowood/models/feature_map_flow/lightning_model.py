@@ -264,38 +264,39 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Forget the whitening, which is of other weights."""
         super().on_train_epoch_start()
         self.model.forget_whitening()
+        self.model.fitted.fill_(False)
         self._whitened = None
 
     def on_validation_start(self) -> None:
         """Fit the whitening with the last weights, before validation images are scored and calibrated."""
         super().on_validation_start()
-        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking and self._training_ends():
-            self._fit_whitening()
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._fit_whitening(ends=self._training_ends())
 
     def on_train_epoch_end(self) -> None:
         """Fit the whitening where no validation did."""
         super().on_train_epoch_end()
-        if self._training_ends():
-            self._fit_whitening()
+        self._fit_whitening(ends=self._training_ends())
 
     def on_train_end(self) -> None:
         """Fit the whitening where training ended before its last epoch did, or a callback has averaged weights."""
         super().on_train_end()
-        self._fit_whitening()
+        self._fit_whitening(ends=True)
         self._reference = ()  # so that the stored features are let go
 
-    def _fit_whitening(self) -> None:
+    def _fit_whitening(self, *, ends: bool) -> None:
+        """Fit the whitening if the weights are the last ones. Without it, no score means anything."""
         # Once for the same weights: what a validation has calibrated stays to the last bit.
-        weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters())
-        if self._whitened == weights or not self._reference:
-            return
-        if self._shows_progress:
-            logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]))
-        self._whitened = weights
-        training = self.model.training
-        self.model.eval()
-        self.model.fit_whitening(self._reference)
-        self.model.train(training)
+        weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters()) if ends else None
+        if ends and self._whitened != weights and self._reference:
+            if self._shows_progress:
+                logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]))
+            self._whitened = weights
+            training = self.model.training
+            self.model.eval()
+            self.model.fit_whitening(self._reference)
+            self.model.train(training)
+        self.model.fitted.fill_(self._whitened is not None)
 
 
 def _lost_details(datamodule: Any, size: tuple[int, int]) -> str:
