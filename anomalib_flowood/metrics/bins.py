@@ -25,7 +25,7 @@ BINS = 2**_BITS
 """Bins of values: as many as float32 has numbers of 22 bits, sign, exponent and 13 bits of mantissa. Values in a bin
 differ by less than 1 / 8,192 of their size."""
 
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 """Pixels that are sorted into bins at a time."""
 
 
@@ -41,35 +41,42 @@ def bins_of(values: Tensor) -> Tensor:
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - _BITS)).long() + BINS // 2
 
 
-def count(values: Tensor, labels: Tensor) -> Tensor:
+def no_counts(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return counts of nothing, ``(2 * BINS,)``: on a CUDA device where that is, else on the CPU.
+
+    Other devices lack some of what counting takes, float64 for one.
+    """
+    return torch.zeros(2 * BINS, dtype=dtype, device=like.device if like.is_cuda else "cpu")
+
+
+def count(counts: Tensor, values: Tensor, labels: Tensor) -> None:
     """Count pixels.
 
     Args:
+        counts: How many of either label there are in each bin, those of label 0 first, ``(2 * BINS,)``, int64; those
+            of the pixels are added.
         values: Of any shape, without NaN.
         labels: 0 or 1 for each of them.
-
-    Returns:
-        How many of either label there are in each bin, ``(2, BINS)``, int64.
     """
-    counts = torch.zeros(2 * BINS, dtype=torch.int64, device=values.device)
-    for some, of_some in _parts(values, labels):
-        counts += torch.bincount(bins_of(some) + BINS * of_some, minlength=2 * BINS)
-    return counts.view(2, BINS)
+    for some, of_some in _parts(counts, values, labels):
+        counts.scatter_add_(0, bins_of(some) + BINS * of_some, torch.ones_like(of_some))
 
 
-def count_overlap(maps: Tensor, masks: Tensor) -> tuple[Tensor, int]:
+def count_overlap(counts: Tensor, maps: Tensor, masks: Tensor) -> int:
     """Count normal pixels, and sum up shares of regions.
 
     Args:
+        counts: In each bin the number of normal pixels, then the sum of the shares that anomalous pixels have in their
+            regions, ``(2 * BINS,)``, float64; those of the pixels are added.
         maps: ``(N, 1, H, W)`` or ``(N, H, W)``, without NaN.
         masks: Ground truth, ``(N, H, W)``; what is not 0 is anomalous. A region is connected, corners included.
 
     Returns:
-        In each bin the number of normal pixels, and the sum of the shares that anomalous pixels have in their regions,
-        ``(2, BINS)``, float64; and the number of regions.
+        The number of regions.
     """
-    counts = count(maps, masks).double()
-    counts[1] = 0
+    normal, shares = counts.view(2, BINS)
+    for some, of_some in _parts(counts, maps, masks):
+        normal.scatter_add_(0, bins_of(some), (1 - of_some).to(normal))
     regions = 0
     for one, mask in zip(maps.reshape(masks.shape), masks.bool(), strict=True):
         rows, columns = (mask.any(side).nonzero().flatten() for side in (1, 0))
@@ -78,23 +85,32 @@ def count_overlap(maps: Tensor, masks: Tensor) -> tuple[Tensor, int]:
         box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         labels, found = ndimage.label(mask[box].cpu().numpy(), np.ones((3, 3)))
         labels = labels[labels > 0] - 1
-        shares = torch.from_numpy(1 / np.bincount(labels))[torch.from_numpy(labels)]
-        counts[1].index_add_(0, bins_of(one[box][mask[box]]), shares.to(counts))
+        of_pixels = torch.from_numpy(1 / np.bincount(labels))[torch.from_numpy(labels)]
+        shares.scatter_add_(0, bins_of(one[box][mask[box]].to(counts.device)), of_pixels.to(shares))
         regions += found
-    return counts, regions
+    return regions
 
 
-def summed(counts: Tensor) -> np.ndarray:
-    """Bring together counts of several processes, one after the other, ``(n * 2 * BINS,)``: ``(2, BINS)``."""
-    return counts.view(-1, 2, BINS).sum(0).cpu().numpy()
+def occupied(counts: Tensor) -> np.ndarray:
+    """Bring together counts of several processes, one after the other, and leave out what is empty.
+
+    Args:
+        counts: ``(n * 2 * BINS,)``.
+
+    Returns:
+        ``(2, m)``, float64.
+    """
+    sides = counts.view(-1, 2, BINS).cpu().numpy()
+    whole = sides[0] if len(sides) == 1 else sides.sum(0)
+    return whole[:, whole.any(0)].astype(float)
 
 
 def auroc_of(counts: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve of counts, ``(2, BINS)``, and by how much it is off at most; NaN with one class only.
+    """Area under the ROC curve of counts, ``(2, m)``, and by how much it is off at most; NaN with one class only.
 
     Pairs in one bin count one half each, as ties do.
     """
-    inner, outer = counts.astype(float)
+    inner, outer = counts
     pairs = inner.sum() * outer.sum()
     if not pairs:
         return math.nan, 0.0
@@ -107,7 +123,7 @@ def aupro_of(counts: np.ndarray, regions: float, limit: float) -> tuple[float, f
     """Area under the per-region overlap up to a false positive rate, and by how much it is off at most.
 
     Args:
-        counts: As from :func:`count_overlap`.
+        counts: Those of :func:`count_overlap`, ``(2, m)``.
         regions: The number of regions.
         limit: The false positive rate; the area is divided by it.
 
@@ -117,9 +133,8 @@ def aupro_of(counts: np.ndarray, regions: float, limit: float) -> tuple[float, f
     normal, shares = (side[::-1] for side in counts)
     if not normal.sum() or not regions:
         return math.nan, 0.0
-    occupied = (normal > 0) | (shares > 0)
-    rates = np.concatenate([[0], np.cumsum(normal[occupied]) / normal.sum()])
-    overlap = np.concatenate([[0], np.cumsum(shares[occupied]) / regions])
+    rates = np.concatenate([[0], np.cumsum(normal) / normal.sum()])
+    overlap = np.concatenate([[0], np.cumsum(shares) / regions])
     last = int(np.searchsorted(rates, limit, side="right"))  # the first beyond it
     if last < len(rates):
         at_limit = np.interp(limit, rates[last - 1 : last + 1], overlap[last - 1 : last + 1])
@@ -145,7 +160,8 @@ def tell(name: str, error: float) -> None:
     )
 
 
-def _parts(values: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(counts: Tensor, values: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values and their labels, int64, some at a time, where counts are."""
     pairs = (part.detach().reshape(-1).split(_AT_ONCE) for part in (values, labels))
     for some, of_some in zip(*pairs, strict=True):
-        yield some, (of_some != 0).long()
+        yield some.to(counts.device), (of_some != 0).long().to(counts.device)

@@ -107,12 +107,11 @@ def _cat(state: list[Tensor]) -> Tensor:
     return dim_zero_cat(state) if len(state) else torch.zeros(0)
 
 
-def _add(state: list[Tensor], counts: Tensor) -> None:
-    """Add counts to those that a state holds, the only ones until processes bring theirs together."""
-    if state:
-        state[0] += counts.flatten().to(state[0])
-    else:
-        state.append(counts.flatten())
+def _counts(state: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The counts that a state holds, the only ones until processes bring theirs together; none in the beginning."""
+    if not state:
+        state.append(bins.no_counts(like, dtype))
+    return state[0]
 
 
 class SetMetric(AnomalibMetric, _Scores):
@@ -177,7 +176,7 @@ class AUROC(SetMetric):
 
     def _keep(self, preds: Tensor, target: Tensor) -> None:
         if bins.are_large(preds):
-            _add(self.counts, bins.count(preds, target))
+            bins.count(_counts(self.counts, preds, torch.int64), preds, target)
         else:
             super()._keep(preds, target)
 
@@ -185,10 +184,13 @@ class AUROC(SetMetric):
         """Return the area over all images, ``()``, float64."""
         if not len(self.counts):
             return super().compute()
-        counts = bins.summed(_cat(self.counts)) + bins.count(_cat(self.preds), _cat(self.target)).cpu().numpy()
-        area, error = bins.auroc_of(counts)
+        counts = _cat(self.counts)  # a copy
+        if len(self.preds):  # small ones among large ones
+            bins.count(counts[: 2 * bins.BINS], _cat(self.preds), _cat(self.target))
+        found = bins.occupied(counts)
+        area, error = bins.auroc_of(found)
         if math.isnan(area):
-            not_defined(self.name, outside=bool(counts[1].any()), stacklevel=3)
+            not_defined(self.name, outside=bool(found[1].any()), stacklevel=3)
         bins.tell(self.name, error)
         return torch.tensor(area, dtype=torch.float64)
 
@@ -241,20 +243,18 @@ class _RegionOverlap(_AUPRO):
         """Keep or count maps, ``(N, 1, H, W)``, and masks, ``(N, H, W)``."""
         if bins.are_large(preds):
             check_scores(preds.reshape(target.shape), target)
-            counts, regions = bins.count_overlap(preds.detach(), target.detach())
-            _add(self.counts, counts)
-            self.regions += regions
+            counts = _counts(self.counts, preds, torch.float64)
+            self.regions += bins.count_overlap(counts, preds.detach(), target.detach())
         else:
             super().update(preds, target)
 
     def compute(self) -> Tensor:
         """Return the area, ``()``."""
         if len(self.counts):
-            counts, regions = bins.summed(_cat(self.counts)), int(self.regions)
+            counts, regions = _cat(self.counts), int(self.regions)
             if len(self.preds):  # small ones among large ones
-                of_small, some = bins.count_overlap(_cat(self.preds), _cat(self.target))
-                counts, regions = counts + of_small.cpu().numpy(), regions + some
-            area, error = bins.aupro_of(counts, regions, float(self.fpr_limit))
+                regions += bins.count_overlap(counts[: 2 * bins.BINS], _cat(self.preds), _cat(self.target))
+            area, error = bins.aupro_of(bins.occupied(counts), regions, float(self.fpr_limit))
             if not math.isnan(area):
                 bins.tell(self.name, error)
                 return torch.tensor(area)

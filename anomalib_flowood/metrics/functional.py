@@ -34,6 +34,10 @@ NOT_DEFINED = "not defined"
 """What tables say of a metric of two classes where there is one."""
 
 
+_CHECKED = 2**22
+"""Scores that are checked at a time: of pixels there may be many."""
+
+
 def check_scores(scores: Tensor, labels: Tensor) -> None:
     """Refuse what would give a number that means nothing.
 
@@ -47,10 +51,11 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
     if scores.shape != labels.shape:
         msg = f"Scores and labels must have the same shape, got {tuple(scores.shape)} and {tuple(labels.shape)}."
         raise ValueError(msg)
-    refuse_nan(scores)
-    if not bool(((labels == 0) | (labels == 1)).all()):
-        msg = "Labels must be 0 (in-distribution) or 1 (out-of-distribution)."
-        raise ValueError(msg)
+    for some, of_some in zip(scores.flatten().split(_CHECKED), labels.flatten().split(_CHECKED), strict=True):
+        refuse_nan(some)
+        if not bool(((of_some == 0) | (of_some == 1)).all()):
+            msg = "Labels must be 0 (in-distribution) or 1 (out-of-distribution)."
+            raise ValueError(msg)
 
 
 def _of_ranks(measure: Callable[[np.ndarray, np.ndarray], float], scores: Tensor, labels: Tensor, name: str) -> float:

@@ -36,6 +36,18 @@ def fill(metric, maps, masks, at_once=2):
     return metric
 
 
+def counted(maps, masks):
+    counts = bins.no_counts(maps, torch.int64)
+    bins.count(counts, maps, masks)
+    return bins.occupied(counts)
+
+
+def counted_overlap(maps, masks):
+    counts = bins.no_counts(maps, torch.float64)
+    regions = bins.count_overlap(counts, maps, masks)
+    return bins.occupied(counts), regions
+
+
 def of_pixels(cls):
     return cls(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)
 
@@ -70,12 +82,8 @@ def test_counts_give_what_all_pixels_give(monkeypatch, caplog, scale, shift):
         (said,) = caplog.messages
         assert said.startswith(f"pixel_{cls.__name__}: ")
         assert "at most" in said
-    (area, most), (overlap, most_overlap) = (
-        bins.auroc_of(bins.count(maps, masks).numpy()),
-        bins.aupro_of(
-            *(part.numpy() if torch.is_tensor(part) else part for part in bins.count_overlap(maps, masks)), 0.3
-        ),
-    )
+    area, most = bins.auroc_of(counted(maps, masks))
+    overlap, most_overlap = bins.aupro_of(*counted_overlap(maps, masks), 0.3)
     assert abs(area - exact[AUROC]) <= most < 1e-3
     assert abs(overlap - exact[AUPRO]) <= most_overlap + 1e-6 < 1e-3  # anomalib's is in single precision
 
@@ -88,11 +96,10 @@ def test_ties_and_limits(seed, levels, limit):
     maps = torch.randint(0, levels, (2, 1, 6, 7), generator=generator).float()
     masks = torch.randint(0, 2, (2, 6, 7), generator=generator).bool()
     masks[0, 0, :2] = torch.tensor([True, False])
-    assert bins.auroc_of(bins.count(maps, masks).numpy())[0] == pytest.approx(auroc(maps[:, 0], masks), abs=1e-12)
+    assert bins.auroc_of(counted(maps, masks))[0] == pytest.approx(auroc(maps[:, 0], masks), abs=1e-12)
     metric = AnomalibAUPRO(fields=["anomaly_map", "gt_mask"], fpr_limit=limit)
-    counts, regions = bins.count_overlap(maps, masks)
     want = fill(metric, maps, masks).compute().item()
-    assert bins.aupro_of(counts.numpy(), regions, limit)[0] == pytest.approx(want, abs=1e-5)
+    assert bins.aupro_of(*counted_overlap(maps, masks), limit)[0] == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("cls", [AUROC, AUPRO])
@@ -117,6 +124,19 @@ def test_processes_bring_counts_together(monkeypatch, cls):
     if cls is AUPRO:
         first.regions = first.regions + second.regions
     assert first.compute().item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("cls", [AUROC, AUPRO])
+def test_small_maps_among_large_ones_count_too(monkeypatch, cls):
+    monkeypatch.setattr(bins, "MOST_KEPT", 1000)
+    maps, masks = maps_and_masks(2, 1, 0)
+    small, of_small = torch.rand(1, 1, 20, 20), torch.zeros(1, 20, 20, dtype=torch.bool)
+    metric = fill(fill(of_pixels(cls), maps, masks), small, of_small)
+    found = metric.compute().item()
+    monkeypatch.setattr(bins, "MOST_KEPT", 10)
+    assert found == fill(fill(of_pixels(cls), maps, masks), small, of_small).compute().item()
+    metric._computed = None
+    assert metric.compute().item() == found
 
 
 @pytest.mark.parametrize("cls", [AUROC, AUPRO])

@@ -25,7 +25,6 @@ from anomalib_flowood.data.path_dataset import PathDataset
 from anomalib_flowood.explain import explain
 from anomalib_flowood.metrics import bins
 from anomalib_flowood.models.components import flow_module
-from anomalib_flowood.models.feature_map_flow import lightning_model
 from benchmarks.peak import Peak, anonymous
 
 SIZE, TILE = (60, 90), (32, 32)
@@ -206,19 +205,25 @@ def test_what_returned_predictions_take_is_said(trained, photographs, monkeypatc
 
 @pytest.mark.parametrize("tile_size", [None, (32, 32)])
 def test_what_is_lost_of_large_images_is_said(photographs, tmp_path, monkeypatch, caplog, tile_size):
-    """Unless tiles show them at their own size; and not of images that are little larger."""
-    monkeypatch.setattr(lightning_model, "_LARGE", 60 / 32 - 0.01)
-    detector = FeatureMapFlow(**SMALL, image_size=(32, 32), tile_size=tile_size)
-    engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(photographs))
-    said = [message for message in caplog.messages if "are resized to" in message]
-    assert len(said) == (tile_size is None)
-    for message in said:
-        assert message.startswith("Images of 90 x 60 pixels are resized to 32 x 32: of details smaller than some 2")
-        assert "image_size [60, 90], tile_size [32, 32]" in message
-    caplog.clear()
-    monkeypatch.setattr(lightning_model, "_LARGE", 60 / 32)
-    engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(photographs))
-    assert not any("are resized to" in message for message in caplog.messages)
+    """By all detectors, unless tiles show them at their own size; and not of images that are little larger."""
+    size = (32, 32) if tile_size is None else SIZE
+    detector = FeatureMapFlow(**SMALL, image_size=size, tile_size=tile_size)
+
+    def said():
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            engine(tmp_path, fast_dev_run=True).fit(detector, datamodule=data(photographs))
+        return [message for message in caplog.messages if "are resized to" in message]
+
+    monkeypatch.setattr(flow_module, "_SHRUNK", 60 / 32 - 0.01)
+    messages = said()
+    assert len(messages) == (tile_size is None)
+    for message in messages:
+        assert message.startswith("Images of 90 x 60 pixels are resized to 32 x 32: of details smaller than some 1 ")
+        assert "In tiles FeatureMapFlow sees them" in message
+        assert "image_size [60, 90], tile_size [224, 224]" in message
+    monkeypatch.setattr(flow_module, "_SHRUNK", 60 / 32)
+    assert not said()
 
 
 def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):

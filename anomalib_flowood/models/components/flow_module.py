@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from anomalib_flowood import processes
 from anomalib_flowood.checks import check_loading, check_workers
+from anomalib_flowood.data.decoding import read_header
+from anomalib_flowood.data.path_dataset import resize_of
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.names import alternatives
@@ -37,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _FEW = 200
 """Training images that are no fewer are not called few."""
+
+_SHRUNK = 8
+"""How many times as long as what they are resized to the sides of images are of which it is said what is lost."""
 
 _MUCH = 2**30
 """Bytes of returned predictions that a user is told of."""
@@ -78,6 +85,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         if stage == TrainerFn.FITTING:
             self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
             self._tell_of_few_images()
+            self._tell_of_lost_details()
         else:
             self._read_alike()
 
@@ -100,6 +108,26 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             images,
             better,
         )
+
+    def _tell_of_lost_details(self) -> None:
+        """Say what is lost of images that are far larger than what they are resized to, by the first of them."""
+        paths = [
+            str(path)
+            for loader in training_loaders(self.trainer)
+            for path in getattr(getattr(loader, "dataset", None), "samples", {"image_path": []})["image_path"][:1]
+        ]
+        size = getattr(resize_of(self), "size", ())
+        if len(size) != 2 or not paths or not Path(paths[0]).is_file():
+            return
+        height, width, _ = read_header(paths[0])
+        times = min(height / size[0], width / size[1])
+        if times > _SHRUNK:
+            logger.info(
+                "Images of %d x %d pixels are resized to %d x %d: of details smaller than some %d pixels nothing is "
+                "left. In tiles %s sees them at their own size: image_size [%d, %d], tile_size [224, 224].",
+                *(width, height, size[1], size[0], times),
+                *(" and ".join(known_flows(_takes_tiles)), height, width),
+            )
 
     def _read_alike(self) -> None:
         """Let images be read as those of the training were."""
@@ -214,6 +242,10 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     @classmethod
     def configure_visualizer(cls) -> Any:
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
+
+
+def _takes_tiles(detector: type) -> bool:
+    return "tile_size" in inspect.signature(detector).parameters
 
 
 def known_flows(suits: Callable[[type], bool] | None = None) -> list[str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood.checks import check_sizes
-from anomalib_flowood.data.decoding import read_header
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUPRO, AUROC
 from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, FrozenFeatures, backbone_pre_processor
@@ -34,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 _FITTED_TILES = 1000
 """Tiles that a fit looks at: as many as images from which the whitening learns (:attr:`reference_images`)."""
-
-_LARGE = 8
-"""How many times as long as what they are resized to the sides of images are of which it is said what is lost."""
 
 
 @lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
@@ -178,14 +173,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Draw the map of every test image, as anomalib's detectors do."""
         return ImageVisualizer()
 
-    def setup(self, stage: str) -> None:
-        """As all detectors do; say what is lost of large training images that are not seen in tiles."""
-        super().setup(stage)
-        if stage == TrainerFn.FITTING and self.model.tiles is None:
-            said = _lost_details(self.trainer.datamodule, self.model.image_size)  # type: ignore[attr-defined]
-            if said:
-                logger.warning("%s", said)
-
     def check_number(self, images: int) -> None:
         """Refuse too few training images, for the directions of each layer, too; see :class:`FrozenFeatures`."""
         super().check_number(images)
@@ -297,23 +284,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             self.model.fit_whitening(self._reference)
             self.model.train(training)
         self.model.fitted.fill_(self._whitened is not None)
-
-
-def _lost_details(datamodule: Any, size: tuple[int, int]) -> str:
-    """Say what is lost of training images that are far larger than what they are resized to; by the first of them."""
-    samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
-    path = "" if samples is None or samples.empty else str(samples["image_path"].iloc[0])
-    if not Path(path).is_file():
-        return ""
-    height, width, _ = read_header(path)
-    times = min(height / size[0], width / size[1])
-    if times <= _LARGE:
-        return ""
-    return (
-        f"Images of {width} x {height} pixels are resized to {size[1]} x {size[0]}: of details smaller than some "
-        f"{times:.0f} pixels nothing is left. To see them, cut images into tiles: image_size [{height}, {width}], "
-        f"tile_size [{size[0]}, {size[1]}] (--model.image_size, --model.tile_size)."
-    )
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
