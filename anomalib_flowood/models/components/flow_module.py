@@ -116,7 +116,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             for loader in training_loaders(self.trainer)
             for path in getattr(getattr(loader, "dataset", None), "samples", {"image_path": []})["image_path"][:1]
         ]
-        size = getattr(resize_of(self), "size", ())
+        size: Any = getattr(resize_of(self), "size", ())
         if len(size) != 2 or not paths or not Path(paths[0]).is_file():
             return
         height, width, _ = read_header(paths[0])
