@@ -12,7 +12,7 @@ from anomalib_flowood.flows import draw, full_precision
 _FIT_POSITIONS = 60_000
 """Positions whose descriptors a fit looks at; more change nothing but the time."""
 
-_CHUNK = 256
+_CHUNK = 64
 """Images whose maps are described at once."""
 
 
@@ -50,15 +50,17 @@ class Descriptors(nn.Module):
             ValueError: If one of the halves does not vary, or a value is NaN or infinite.
         """
         drawn = self._draw(maps)
-        if not bool(torch.isfinite(drawn).all()):
+        half = len(self.scale) // 2
+        squares = torch.stack([torch.linalg.vector_norm(part).square() for part in drawn.split(half, dim=1)])
+        if not bool(torch.isfinite(squares).all()):
             msg = f"The maps of layer {self.layer} hold NaN or infinite values: are the backbone's weights whole?"
             raise ValueError(msg)
-        totals = drawn.var(0, correction=0).reshape(2, -1).sum(1)
+        totals = squares / len(drawn) - drawn.mean(0).square().reshape(2, half).sum(1)
         if totals.min() <= 1e-10:
             what = "features" if totals[0] <= 1e-10 else "directions of the features"
             msg = f"The {what} of layer {self.layer} do not vary: are the training images all the same, or constant?"
             raise ValueError(msg)
-        scale = totals.rsqrt().repeat_interleave(len(self.scale) // 2)
+        scale = totals.rsqrt().repeat_interleave(half)
         self.scale.copy_(scale)
         return drawn.mul_(scale)
 

@@ -42,7 +42,7 @@ from .subnets import (
     subnet_constructor,
 )
 from .subspace import PrincipalSubspace
-from .whitening import PositionWhitening, Whitening
+from .whitening import PositionMoments, PositionWhitening, Whitening
 
 __all__ = [
     "ARCHITECTURES",
@@ -72,6 +72,7 @@ __all__ = [
     "Moments",
     "PositionCoupling",
     "PositionFlow",
+    "PositionMoments",
     "PositionWhitening",
     "PrincipalSubspace",
     "QuadrantContextCoupling",

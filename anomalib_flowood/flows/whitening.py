@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 
 import numpy as np
 import torch
@@ -157,6 +158,45 @@ class Whitening(ShapedByFit, Layer):
         return (apart + blocks.reshape(-1, dims, rows, 1, columns, 1) / self.block).reshape(-1, *self.shape)
 
 
+class PositionMoments:
+    """Number, mean and scatter of the vectors at each position of maps, as those of all maps but some, too.
+
+    Args:
+        maps: ``(n, D, h, w)``.
+        around: What the sums are taken around, ``(h * w, D)``; by default the mean.
+    """
+
+    def __init__(self, maps: Tensor, around: Tensor | None = None) -> None:
+        vectors = maps.flatten(2).permute(2, 0, 1)  # (h * w, n, D)
+        positions, self.count, dims = vectors.shape
+        self.around = vectors.mean(1) if around is None else around
+        exact = {"dtype": torch.float64, "device": maps.device}
+        self._sum = torch.empty(positions, dims, **exact)
+        self._scatter = torch.empty(positions, dims, dims, **exact)
+        parts = (part.split(_POSITIONS) for part in (vectors, self.around, self._sum, self._scatter))
+        for some, centre, total, scatter in zip(*parts, strict=True):
+            centred = some - centre[:, None]
+            total.copy_(centred.sum(1))
+            scatter.copy_(centred.mT @ centred)
+
+    def without(self, others: PositionMoments) -> PositionMoments:
+        """Return those of all maps but some, whose sums were taken around the same."""
+        rest = copy(self)
+        rest.count, rest._sum = self.count - others.count, self._sum - others._sum
+        rest._scatter = self._scatter - others._scatter
+        return rest
+
+    @property
+    def mean(self) -> Tensor:
+        """``(h * w, D)``, float64."""
+        return self.around + self._sum / self.count
+
+    @property
+    def scatter(self) -> Tensor:
+        """``(h * w, D, D)``, float64."""
+        return torch.baddbmm(self._scatter, self._sum[:, :, None], self._sum[:, None], alpha=-1 / self.count)
+
+
 class PositionWhitening(Layer):
     """Whiten each position of a map by a mean and a covariance of its own: what belongs there becomes standard normal.
 
@@ -191,36 +231,32 @@ class PositionWhitening(Layer):
         self.register_buffer("mean", torch.zeros(height * width, dims))
         self.register_buffer("factors", torch.eye(dims).repeat(height * width, 1, 1))
 
-    def fit(self, samples: Tensor) -> None:
+    def fit(self, samples: Tensor | PositionMoments) -> None:
         """Fit means and covariances.
 
         Args:
-            samples: Maps of training images, ``(n, D, h, w)``; in main memory, if they are many.
+            samples: Maps of training images, ``(n, D, h, w)``, in main memory, if they are many; or their moments.
 
         Raises:
             ValueError: If there are fewer than two, they are all the same, or a value is NaN or infinite.
         """
-        n, dims = len(samples), self.shape[0]
+        n, dims = samples.count if isinstance(samples, PositionMoments) else len(samples), self.shape[0]
         if n < 2:
             msg = f"A Gaussian for each position is fitted to at least 2 images, got {n}."
             raise ValueError(msg)
-        vectors = samples.flatten(2).permute(2, 0, 1).to(self.mean.dtype)  # (h * w, n, D)
-        means = vectors.mean(1)
-        scatters = torch.empty(len(vectors), dims, dims, dtype=torch.float64, device=vectors.device)
-        parts = (part.split(_POSITIONS) for part in (vectors, means, scatters))
-        for some, mean, scatter in zip(*parts, strict=True):
-            centred = some - mean[:, None]
-            scatter.copy_(centred.mT @ centred)
-        shared = scatters.mean(0) / (n - 1)
+        known = samples if isinstance(samples, PositionMoments) else PositionMoments(samples.to(self.mean.dtype))
+        covariances = known.scatter
+        shared = covariances.mean(0) / (n - 1)
         if not bool(shared.isfinite().all()) or float(shared.trace()) <= 0:
             msg = f"The {n} maps hold NaN or infinite values, or are all the same."
             raise ValueError(msg)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
-        covariances = (scatters + dims * shared) / (n - 1 + dims) + ridge
+        covariances.add_(dims * shared).div_(n - 1 + dims).add_(ridge)
         # In NumPy, matrix after matrix: PyTorch's batched factorisations have hung on some CPUs.
-        lower = np.linalg.cholesky(covariances.cpu().numpy())
-        self.factors.copy_(torch.from_numpy(np.linalg.inv(lower)).tril())
-        self.mean.copy_(means)
+        lower = torch.from_numpy(np.linalg.cholesky(covariances.cpu().numpy()))
+        one = torch.eye(dims, dtype=torch.float64).expand_as(lower)
+        self.factors.copy_(torch.linalg.solve_triangular(lower, one, upper=False).tril())
+        self.mean.copy_(known.mean)
 
     def forget(self) -> None:
         """Be the identity again."""
@@ -240,8 +276,9 @@ class PositionWhitening(Layer):
     @full_precision
     def whitened(self, x: Tensor) -> Tensor:
         """Whiten maps, ``(N, D, h, w)``, and leave out the log-determinant, which is the same for all."""
-        vectors = (x - self._mean_map).flatten(2).permute(2, 1, 0)  # (h * w, D, N)
-        return (self.factors @ vectors).permute(2, 1, 0).unflatten(2, self.shape[1:])
+        # Vectors that lie in memory one after the other: PyTorch multiplies others by a loop, five times as slow.
+        vectors = x.flatten(2).permute(2, 0, 1).contiguous() - self.mean[:, None]  # (h * w, N, D)
+        return (self.factors @ vectors.mT).permute(2, 1, 0).unflatten(2, self.shape[1:])
 
     @full_precision
     def _restored(self, z: Tensor) -> Tensor:

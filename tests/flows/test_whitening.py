@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from anomalib_flowood.flows import PositionWhitening, StandardNormal
+from anomalib_flowood.flows import PositionMoments, PositionWhitening, StandardNormal
 
 SHAPE = (3, 2, 4)
 
@@ -56,6 +56,33 @@ def test_with_a_standard_normal_each_position_has_a_gaussian_of_its_own():
         gaussian = MultivariateNormal(vectors[:, :, place].mean(0), covariance)
         expected = gaussian.log_prob(new.flatten(2)[:, :, place])
         torch.testing.assert_close(found.flatten(1)[:, place], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_without_some_maps_are_those_of_the_others(dtype):
+    x = maps(30).to(dtype)
+    known, held_out = PositionMoments(x), torch.tensor([3, 4, 17, 29])
+    rest = known.without(PositionMoments(x[held_out], known.around))
+    others = x[[number for number in range(30) if number not in held_out]]
+    layer, reference = (PositionWhitening([SHAPE]).to(dtype) for _ in range(2))
+    layer.fit(rest)
+    reference.fit(others)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value, **close)
+    assert rest.count == 26
+    assert known.count == 30
+    layer.fit(known)
+    torch.testing.assert_close(layer.whitened(x), fitted(x.double()).whitened(x.double()).to(dtype), **close)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_maps_may_lie_in_memory_in_any_way(n):
+    layer, x = fitted(maps(20)), maps(n, seed=1)
+    expected = layer.whitened(x)
+    for other in (x.contiguous(memory_format=torch.channels_last), x.repeat(1, 1, 1, 2)[..., : x.shape[3]]):
+        torch.testing.assert_close(layer.whitened(other), expected)
+    torch.testing.assert_close(call(layer)(expected, rev=True)[0], x)
 
 
 def test_two_images_are_enough():

@@ -25,6 +25,18 @@ def test_stored_features_are_what_was_put_in(cache_gib, caplog):
     assert ("kept in a temporary file" in caplog.text) == (cache_gib == 0)
 
 
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0])
+def test_maps_are_stored_as_the_backbone_lays_them_out(cache_gib):
+    store, maps = FeatureStore(5, cache_gib), torch.randn(5, 3, 2, 4).contiguous(memory_format=torch.channels_last)
+    for part in maps.split(2):
+        store.append((part, part.contiguous()))
+    last, first = store.features
+    assert torch.equal(last, maps)
+    assert torch.equal(first, maps)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert first.is_contiguous()
+
+
 def test_batches_of_stored_features_are_every_image_once_or_so_many_drawn_anew():
     numbers = torch.arange(10)
     dataset = FeatureDataset((numbers[:, None].float(), numbers), numbers % 2)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from model_helpers import compile_model, feature_map_flow, lowered_layers, pixel_flow
 from torch import nn
+from torchvision.transforms.v2 import Normalize
 
-from anomalib_flowood.models.components.pre_processor import AntialiasedResize
+from anomalib_flowood.models.components.pre_processor import AntialiasedResize, ChannelNormalize
 from anomalib_flowood.models.components.single_precision import keep_single_precision
 
 ov = pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
@@ -27,6 +28,14 @@ def linear(x, inputs, outputs, *, transposed=False):
 
 def _rows(x):
     return ops.gather(ops.shape_of(x, output_type="i64"), np.array([0]), np.int64(0))
+
+
+def lengths(x):
+    return ops.clamp(ops.reduce_l2(x, np.array([1]), True), 1e-12, float(np.finfo(np.float32).max))
+
+
+def of_length_1(x):
+    return ops.divide(x, lengths(x))
 
 
 # Each ends in a convolution, before which OpenVINO lowers whatever it may.
@@ -76,6 +85,7 @@ GRAPHS = {
         (-1, 5),
         lambda x: ops.concat([ops.exp(x), ops.broadcast(weights(1, 4), ops.concat([_rows(x), np.array([4])], 0))], 1),
     ),
+    "vectors_of_length_1": ((-1, 6, 7, 5), lambda x: of_length_1(ops.sin(x))),
     "upsampling": (
         (-1, 2, 7, 5),
         lambda x: ops.interpolate(ops.relu(x), np.array([28, 30]), "cubic", "sizes", axes=np.array([2, 3])),
@@ -106,21 +116,51 @@ def test_the_numbers_are_the_same_and_no_layer_is_lowered(name, half_weights, tm
         np.testing.assert_allclose(compiled(x)[0], before[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_antialiased_resize_of_an_export_keeps_its_numbers(tmp_path):
-    resize = nn.Sequential(AntialiasedResize((24, 20)), nn.Conv2d(3, 2, 3)).eval()
-    path, size = tmp_path / "model.xml", torch.export.Dim.DYNAMIC
-    torch.onnx.export(
-        resize,
-        (torch.rand(2, 3, 40, 50),),
-        tmp_path / "model.onnx",
-        dynamo=True,
-        dynamic_shapes=({0: size, 2: size, 3: size},),
-        verbose=False,
-    )
-    ov.save_model(ov.convert_model(tmp_path / "model.onnx"), path, compress_to_fp16=False)
+def test_vectors_are_brought_to_one_length_by_one_operation(tmp_path):
+    """A power of every number would take fifty times as long."""
+    path = tmp_path / "model.xml"
+    ov.save_model(build((-1, 6, 7, 5), of_length_1), path, compress_to_fp16=False)
+    keep_single_precision(path)
+    assert {"NormalizeL2"} == {*layer_types(path)} - {"Parameter", "Constant", "Reshape", "Convolution", "Result"}
+    lengths_of_others = build((-1, 6, 7, 5), lambda x: ops.divide(ops.sin(x), lengths(x)))
+    ov.save_model(lengths_of_others, path, compress_to_fp16=False)
+    keep_single_precision(path)
+    assert "NormalizeL2" not in layer_types(path)
+
+
+def layer_types(path):
+    return [node.get_type_name() for node in ov.Core().read_model(path).get_ordered_ops()]
+
+
+def exported(module, folder, *images):
+    """An OpenVINO model of a module, for images of any number and size."""
+    path, size = folder / "model.xml", torch.export.Dim.DYNAMIC
+    shapes = ({0: size, 2: size, 3: size},)
+    torch.onnx.export(module, images, folder / "model.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    ov.save_model(ov.convert_model(folder / "model.onnx"), path, compress_to_fp16=False)
     keep_single_precision(path)
     compiled = compile_model(path, "bf16")
     assert not lowered_layers(compiled)
+    return compiled
+
+
+def test_pixels_are_normalised_by_a_convolution(tmp_path):
+    """A sum over channels that are innermost in memory would take seven times as long."""
+    normalize = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    images, network = torch.rand(2, 3, 40, 50), nn.Conv2d(3, 2, 3, padding=1).eval()
+    compiled = exported(nn.Sequential(ChannelNormalize(normalize), network), tmp_path, images)
+    with torch.no_grad():
+        expected = network(normalize(images))
+    np.testing.assert_allclose(compiled(images.numpy())[0], expected, rtol=1e-5, atol=1e-5)
+    types = layer_types(tmp_path / "model.xml")
+    assert types.count("Convolution") == 2
+    assert not {"Subtract", "Divide", "Multiply"} & {*types}
+    assert torch.equal(ChannelNormalize(normalize)(images), normalize(images))
+
+
+def test_the_antialiased_resize_of_an_export_keeps_its_numbers(tmp_path):
+    resize = nn.Sequential(AntialiasedResize((24, 20)), nn.Conv2d(3, 2, 3)).eval()
+    compiled = exported(resize, tmp_path, torch.rand(2, 3, 40, 50))
     for height, width in ((24, 20), (100, 31), (13, 640), (1200, 1600)):
         images = torch.rand(2, 3, height, width)
         with torch.no_grad():

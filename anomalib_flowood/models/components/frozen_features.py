@@ -246,7 +246,7 @@ class FrozenFeatures(_Base):
     @torch.no_grad()
     def _prepare_all(self, features: tuple[Tensor, ...], room_gib: float) -> FeatureStore:
         store = FeatureStore(len(features[0]), room_gib)
-        chunk = 1 if self.images_at_once == 1 else 256  # an image may have many tiles
+        chunk = 1 if self.images_at_once == 1 else 64  # an image may have many tiles
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store

@@ -72,9 +72,30 @@ def _divide(node: Any) -> Any:
     from openvino import opset13 as ops
 
     value, divisor = node.input_values()
+    of_length = _by_length(value, divisor.get_node())
+    if of_length is not None:
+        return of_length
     if divisor.get_node().get_type_name() == "Constant":
         return ops.multiply(value, np.float32(1) / divisor.get_node().data)
     return ops.multiply(value, ops.power(divisor, ops.clamp(divisor, -1, -1)))
+
+
+def _by_length(value: Any, divisor: Any) -> Any:
+    """OpenVINO's own normalisation of maps, where they are divided by the lengths of their vectors; else ``None``.
+
+    A power, of which a quotient is made otherwise, would be taken of every channel's number.
+    """
+    from openvino import opset13 as ops
+
+    if divisor.get_type_name() != "Clamp" or value.get_partial_shape().rank.get_length() != 4:
+        return None
+    length, least = divisor.input_value(0).get_node(), divisor.get_attributes()["min"]
+    if length.get_type_name() != "ReduceL2" or length.input_value(0) != value or not least > 0:
+        return None
+    axes, kept = length.input_value(1).get_node(), length.get_attributes()["keep_dims"]
+    if not kept or axes.get_type_name() != "Constant" or axes.data.ravel().tolist() != [1]:
+        return None
+    return ops.normalize_l2(value, np.array([1]), max(least**2, float(np.finfo(np.float32).tiny)), "max")
 
 
 def _max_pool(node: Any) -> Any:

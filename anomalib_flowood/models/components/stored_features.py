@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -138,14 +138,22 @@ class FeatureStore:
         gib = size / 2**30
         if gib <= self.room_gib:
             self.taken_gib = gib
-            return [torch.empty(shape, dtype=feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
+            return [_laid_out(feature, shape, torch.empty) for shape, feature in zip(shapes, features, strict=True)]
         logger.warning(
             "The features of %d images take %.1f GiB, and cache_gib leaves %.1f: they are kept in a temporary file.",
             self.rows,
             gib,
             max(0.0, self.room_gib),
         )
-        return [_mapped(shape, feature.dtype) for shape, feature in zip(shapes, features, strict=True)]
+        return [_laid_out(feature, shape, _mapped) for shape, feature in zip(shapes, features, strict=True)]
+
+
+def _laid_out(feature: Tensor, shape: tuple[int, ...], new: Callable[..., Tensor]) -> Tensor:
+    """A new tensor of some shape, whose maps have their channels last where a feature's have: such are copied fast."""
+    if feature.ndim == 4 and feature.is_contiguous(memory_format=torch.channels_last):
+        images, channels, height, width = shape
+        return new((images, height, width, channels), dtype=feature.dtype).permute(0, 3, 1, 2)
+    return new(shape, dtype=feature.dtype)
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
 
+from .folds import folds
+
 _CHUNK = 64
 """Images that are whitened at once in a fit."""
 
@@ -86,12 +88,28 @@ class MapLayer(nn.Module):
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
-    def fit_whitening(self, latents: Tensor) -> None:
-        """Fit the whitening to the flow's latents of training images, ``(n, D, h, w)``, which are overwritten."""
-        self.positions.fit(latents)
-        for some in latents.split(_CHUNK):
-            some.copy_(self.positions.whitened(some))
-        self.layout.fit(latents)
+    def fit_whitening(self, latents: Tensor, scales: Tensor) -> Tensor:
+        """Fit the whitening to what the flow gives for training images; arguments as for :meth:`anomaly_map`.
+
+        Returns:
+            Anomaly maps of some of the images, ``(m, h, w)``, nats, each by a whitening that was fitted to others.
+        """
+        moments = flows.PositionMoments(latents)
+        unseen = []
+        for rest, part in folds(len(latents)):
+            self.positions.fit(moments.without(flows.PositionMoments(latents[part], moments.around)))
+            self._fit_layout(latents, rest)
+            unseen.append(self.anomaly_map(latents[part], scales[part]))
+        self.positions.fit(moments)
+        self._fit_layout(latents, torch.arange(len(latents)))
+        return torch.cat(unseen)
+
+    def _fit_layout(self, latents: Tensor, index: Tensor) -> None:
+        """Fit the whitening of whole maps to some of the images, behind that of positions."""
+        whitened = torch.empty_like(latents[: len(index)])
+        for some, filled in zip(index.split(_CHUNK), whitened.split(_CHUNK), strict=True):
+            filled.copy_(self.positions.whitened(latents[some]))
+        self.layout.fit(whitened)
 
     def forget_whitening(self) -> None:
         """Whiten nothing: what was fitted is of other weights of the flow."""

@@ -21,7 +21,6 @@ from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
 from .extraction import MapExtraction
-from .folds import folds
 from .map_layer import MapLayer
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
@@ -298,19 +297,15 @@ class FeatureMapFlowModel(MapExtraction):
         statistics: list[Tensor] = []
         for layer, flow, maps, _ in self._sides(reduced):
             like = layer.location
-            latents, scales = like.new_empty(maps.shape), like.new_empty(len(maps), *layer.size)
+            latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
+            scales = like.new_empty(len(maps), *layer.size)
             parts = (part.split(_CHUNK) for part in (maps, latents, scales))
             for some, *filled in zip(*parts, strict=True):
                 for part, values in zip(filled, _coupled(flow, some.to(like)), strict=True):
                     part.copy_(values)
-            found = []
-            for rest, part in folds(len(latents)):
-                layer.fit_whitening(latents[rest])
-                found.append(layer.anomaly_map(latents[part], scales[part]))
-            unseen = torch.cat(found)
+            unseen = layer.fit_whitening(latents, scales)
             layer.fit_scale(unseen)
             statistics += layer.statistics(unseen)
-            layer.fit_whitening(latents)
         self.evidence.fit(torch.stack(statistics, dim=1))
 
     def forget_whitening(self) -> None:
@@ -391,8 +386,8 @@ def _draws(flow: InvertibleModule) -> TypeGuard[flows.PositionFlow]:
 
 
 def _coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``."""
-    latents, scales = flows.couple(flow, maps)
+    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``; a 0 without couplings."""
+    latents, scales = flows.couple(flow, maps) if len(flow) else (maps, maps.new_zeros(1, 1))
     return latents, scales.sum(1)
 
 
