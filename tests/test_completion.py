@@ -66,6 +66,56 @@ def test_bash_completes(typed, offered, tmp_path, monkeypatch, capsys):
     assert typed[-1] == "--mod" or len(found) < len(offered) + 5
 
 
+CHOSEN = [
+    (["--model", "PixelFlow"], {"--model.mask"}, {"--model.backbone", "--model.map_layers"}),
+    (["--model=PixelFlow"], {"--model.mask"}, {"--model.backbone"}),
+    (["--model", "anomalib_flowood.EmbeddingFlow"], {"--model.backbone", "--model.post_processor"}, {"--model.mask"}),
+    (["--data", "CrossDataset", "--model", "FeatureMapFlow"], {"--data.root"}, {"--data.dataset", "--model.modes"}),
+    (["--data", "parts"], {"--data.dataset", "--model.mask"}, {"--data.in_distribution"}),
+    (["--config", "detector.yaml"], {"--data.dataset", "--data.in_distribution", "--model.mask"}, set()),
+]
+"""What has been typed, what is then offered of options, and what is not."""
+
+
+@pytest.mark.parametrize(("typed", "offered", "lacking"), CHOSEN)
+def test_bash_offers_what_the_chosen_detector_and_data_have(typed, offered, lacking, tmp_path, monkeypatch, capsys):
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("There is no bash here.")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    script("bash", tmp_path / "flowood.bash", capsys)
+    words = [part for word in typed for part in re.split("(=)", word)]  # as bash takes them apart
+    asked = [bash, "-c", ASK, "bash", "flowood.bash", "flowood", "train", *words, "--"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = set(done.stdout.split())
+    assert offered | {"--trainer.max_epochs"} <= found
+    assert not lacking & found
+
+
+@pytest.mark.parametrize(("typed", "offered", "lacking"), CHOSEN)
+def test_zsh_offers_what_the_chosen_detector_and_data_have(typed, offered, lacking, tmp_path, monkeypatch, capsys):
+    zsh = shutil.which("zsh")
+    if zsh is None:
+        pytest.skip("There is no zsh here.")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    script("zsh", tmp_path / "_flowood", capsys)
+    # What shtab's function is given to offer; zsh's own completion takes a terminal.
+    ask = """
+        compdef() { function=$1 }; eval "$(< _flowood)"
+        _shtab_flowood() { local name=_shtab_flowood_$words[2]_options; print -l -- ${(P)name} }
+        words=(flowood "$@"); $function
+    """
+    done = subprocess.run([zsh, "-f", "-c", ask, "zsh", "train", *typed], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = {line.partition("[")[0] for line in done.stdout.splitlines()}
+    assert offered | {"--trainer.max_epochs"} <= found
+    assert not lacking & found
+    assert not re.search(r"\{\w+\}", done.stdout)
+
+
 def test_every_option_of_every_command_is_completed():
     trained = ("optimizer", "lr_scheduler", "logging")  # of which each detector has its own
     for name, parser in FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False).subcommand_parsers.items():
