@@ -97,6 +97,7 @@ def train(folder, name):
             "differ": states_differ(detector),
             "steps": processes.gathered_objects((steps.steps, runner.trainer.global_step)),
             "calibration": len(detector.post_processor.calibration),
+            "state": dict(detector.state_dict()),
         }
     return found
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from model_helpers import data, embedding_flow, feature_map_flow, pixel_flow
+from lightning.pytorch import Callback
+from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, pixel_flow
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
@@ -17,6 +18,7 @@ DETECTORS = {
     "embedding_flow": lambda: embedding_flow(coupling_layers=0),
     "feature_map_flow": lambda: feature_map_flow(coupling_layers=0),
 }
+TRAINED = {"pixel_flow": pixel_flow, "feature_map_flow": lambda: feature_map_flow(coupling_layers=2, max_epochs=1)}
 LOADING = {"train_limit": 91, "test_limit": 25, "eval_batch_size": 8, "train_batch_size": 16}
 """So that neither training, nor validation, nor test images can be dealt out evenly."""
 
@@ -49,6 +51,31 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
+class Save(Callback):
+    """Writes a checkpoint from within the first epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def unlike_when_resumed(folder: Path, build) -> list[str]:
+    """Train, and once more from within the first epoch with other random numbers; what differs in any process."""
+    path, states = folder / "within.ckpt", []
+    for seed, ckpt_path in ((10, None), (20, path)):
+        torch.manual_seed(seed + processes.rank())
+        own = {**TRAINER, "devices": 2, "strategy": "ddp", "logger": False, "callbacks": [Save(path)]}
+        detector = build()
+        RunEngine(**own, default_root_dir=folder).fit(detector, datamodule=data(folder.parent), ckpt_path=ckpt_path)
+        states.append({name: value.clone() for name, value in detector.state_dict().items()})
+        path = folder / "other.ckpt"
+    unlike = [name for name in states[0] if not _same(states[0][name], states[1][name])]
+    return [name for names in processes.gathered_objects(unlike) for name in names]
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     for title, build in DETECTORS.items():
@@ -58,3 +85,6 @@ if __name__ == "__main__":
         found["unlike"] = [key for key in others[0] if not _same(others[0][key], others[1][key])]
         if not processes.rank():
             torch.save(found, place / f"{title}.pt")
+    resumed = {title: unlike_when_resumed(place / f"{title}-resumed", build) for title, build in TRAINED.items()}
+    if not processes.rank():
+        torch.save(resumed, place / "resumed.pt")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from model_helpers import data
-from run_in_two_processes import DETECTORS, LOADING, run
+from run_in_two_processes import DETECTORS, LOADING, TRAINED, run
 
 HERE = Path(__file__).parent
 
@@ -60,3 +60,8 @@ def test_two_processes_give_what_one_gives(folder, name):
     tables = [pd.read_csv(folder / f"{name}-{devices}" / "predictions.csv") for devices in (1, 2)]
     pd.testing.assert_frame_equal(*tables, rtol=tolerance)
     assert len(tables[0]) == 50
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_in_two_processes_goes_on_exactly(folder, name):
+    assert torch.load(folder / "resumed.pt", weights_only=False)[name] == []

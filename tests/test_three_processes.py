@@ -63,4 +63,7 @@ def test_processes_train_in_step_and_go_on_so(three, name):
         assert one["differ"] == []
         assert one["steps"] == PROCESSES * [(epochs, 2 * steps)]
         assert one["calibration"] == 24
-    assert "goes on in 3 processes, from 3 before" in said
+    for key, value in trained["state"].items():  # not to the last bit: DDP brings its buckets into order anew
+        if value.is_floating_point():
+            torch.testing.assert_close(resumed["state"][key], value, rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert "goes on in 3 processes" not in said

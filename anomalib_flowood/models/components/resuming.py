@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from anomalib_flowood import processes
 from anomalib_flowood.trainers import (
     finish_epoch,
     forget_iterator,
@@ -34,6 +35,8 @@ else:
 logger = logging.getLogger(__name__)
 
 _KEY = "anomalib_flowood_random"
+_STATES = ("fit", "epoch", "now")
+"""What of it each process has its own of."""
 
 
 class Resuming(_Base):
@@ -44,12 +47,14 @@ class Resuming(_Base):
     passes over the batches of its epoch that were trained on, and goes on with the same noise. Wherever a checkpoint is
     written, it stands behind the last step of the optimizer, or behind the validation that followed it.
 
-    In several processes each has generators of its own, and a checkpoint has those of one. Batches are the same again
-    there, since they are drawn by the epoch's number; the noise is not.
+    In several processes each has generators of its own, and a checkpoint has those of all: as many processes go on as
+    one does. What batches they get is drawn by the epoch's number. More than two differ in the last digits: after the
+    first step of a fit PyTorch brings its buckets of gradients into another order, in which sums round differently (but
+    not with the strategy ``ddp_find_unused_parameters_true``).
     """
 
     _drawn: dict[str, Any] | None = None
-    """What the checkpoint has, from which a fit is resumed."""
+    """What the checkpoint has, from which a fit is resumed; of states those of this process."""
     _states: dict[str, dict[str, Tensor]]
     """States of the generators: when the fit and its present epoch began, and after the optimizer's last step."""
     _has_order = False
@@ -191,26 +196,26 @@ class Resuming(_Base):
             put_between_batches(checkpoint["loops"], batches, validate=not validated)
             if ending:
                 put_before_end(checkpoint["loops"])
-        checkpoint[_KEY] = kept
+        of_all = processes.gathered_objects({name: kept.pop(name) for name in _STATES})
+        checkpoint[_KEY] = kept | {name: [states[name] for states in of_all] for name in _STATES}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the states of the generators, if a training is resumed."""
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
-        resumed = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         self._drawn = None
-        if resumed and _KEY in checkpoint:
-            self._drawn = checkpoint[_KEY] | {name: checkpoint[name] for name in ("loops", "global_step")}
-        if trainer is None or self._drawn is None or not self._trainable:
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or _KEY not in checkpoint:
             return
+        self._drawn = checkpoint[_KEY] | {name: checkpoint[name] for name in ("loops", "global_step")}
         before, now = self._drawn["processes"], trainer.world_size
-        if before != now or now > 1:
+        alike = before == now
+        self._drawn |= {name: self._drawn[name][processes.rank()] if alike else None for name in _STATES}
+        if not alike and self._trainable:
             logger.warning(
                 "The training goes on in %d processes, from %d before: the weights will not be those of an "
-                "uninterrupted one, since noise%s drawn anew. In one process they are.",
+                "uninterrupted one, since batches and noise are drawn anew. In as many as before they are.",
                 now,
                 before,
-                " is" if before == now else " and batches are",
             )
 
     def _generators(self) -> dict[str, Tensor]:
@@ -219,8 +224,8 @@ class Resuming(_Base):
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
-    def _set_generators(self, states: dict[str, Tensor]) -> None:
-        if self.trainer.world_size > 1:
+    def _set_generators(self, states: dict[str, Tensor] | None) -> None:
+        if states is None:
             return
         torch.set_rng_state(states["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in states:
