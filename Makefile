@@ -150,7 +150,7 @@ fashion-mnist:
 
 # What pages are looked at with: without it `make report` fails, and the tests of pages are skipped.
 chromium:
-	@for program in chromium chromedriver pdftotext; do command -v $$program || missing=1; done >/dev/null; \
+	@missing=; for program in chromium chromedriver pdftotext; do command -v $$program || missing=1; done >/dev/null; \
 	if [ -n "$$missing" ]; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver poppler-utils \

@@ -28,7 +28,7 @@ _DISTRIBUTION = "anomalib-flowood"
 _SHOWN = ("anomalib", "torch", "torchvision", "lightning", "timm", "FrEIA", "jsonargparse", "openvino", "onnxruntime")
 """Packages whose versions are asked for in reports of errors."""
 
-_DEVELOPERS = ("dev", "test")
+_DEVELOPERS = ("dev", "docs", "test")
 """Extras that no user of the package needs."""
 
 
