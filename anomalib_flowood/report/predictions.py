@@ -51,10 +51,16 @@ class PredictionKeeper(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take a batch, which the post-processor, whose turn is after ours, has not seen yet."""
+        """Hold a batch, which the post-processor, whose turn is after ours, has not seen yet."""
+        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        self._last = outputs
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take what is wanted of the one before, and let it go: its maps may be large."""
         del trainer, pl_module, batch, batch_idx, dataloader_idx
         self._keep_last()
-        self._last = outputs
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last one."""

@@ -25,6 +25,7 @@ from anomalib_flowood.data.path_dataset import PathDataset
 from anomalib_flowood.explain import explain
 from anomalib_flowood.metrics import bins
 from anomalib_flowood.models.components import flow_module
+from anomalib_flowood.report.predictions import PredictionKeeper
 from benchmarks.peak import Peak, anonymous
 
 SIZE, TILE = (60, 90), (32, 32)
@@ -152,6 +153,17 @@ def test_the_command_keeps_what_is_said_alone(trained, photographs, tmp_path, mo
     assert table["image_path"].tolist() == list(want.paths)
     np.testing.assert_allclose(table["raw_score"], want.raw_score, rtol=1e-4, atol=1e-5)
     assert table["pred_label"].tolist() == want.label.astype(int).tolist()
+
+
+def test_the_command_lets_a_batch_go_before_the_next_is_scored(trained, photographs, tmp_path, monkeypatch):
+    detector, _ = trained
+    keeper, held = PredictionKeeper(), []
+    step = detector.predict_step
+    monkeypatch.setattr(detector, "predict_step", lambda *given: (held.append(keeper._last), step(*given))[1])
+    run = engine(tmp_path, callbacks=[keeper])
+    run.predict(detector, data_path=photographs / "test" / "good", return_predictions=False)
+    assert held == [None] * 4
+    assert [len(batch.p_value) for batch in keeper.batches] == [1] * 4
 
 
 def test_pixels_of_a_test_are_counted_and_not_kept(trained, photographs, monkeypatch, caplog):
