@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -16,9 +18,16 @@ from typing import NoReturn
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Say what is being imported, on a terminal; a signal then ends the process at once."""
+    """Say what is being imported, on a terminal; a signal then ends the process at once.
+
+    Python looks for garbage as objects become more, and when it ends. Of what is imported nothing is, and it is so much
+    that looking takes a quarter of the import and most of the end.
+    """
     from rich.console import Console
 
+    atexit.register(gc.freeze)
+    collecting = gc.isenabled()
+    gc.disable()
     # anomalib and timm warn about their own deprecated imports, which no user can mend.
     with (
         _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
@@ -26,7 +35,11 @@ def loading(what: str) -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)
-        yield
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
 
 
 @contextmanager
