@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -73,6 +73,17 @@ class SourcedImageBatch(ImageBatch):
     def validate_image(image: Tensor) -> Tensor:
         """Check the images as anomalib does; those of bytes stay so, as in an item."""
         return _validated(image, ImageBatch.validate_image)
+
+    @property
+    def items(self) -> list[SourcedImageItem]:
+        """Single items, in the memory of the batch: anomalib's are copies, of whole photographs for one picture."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return [
+            self.item_class(
+                **{name: value[place] if hasattr(value, "__getitem__") else None for name, value in values.items()}
+            )
+            for place in range(self.batch_size)
+        ]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SourcedImageBatch:
         """Move the batch to a device.

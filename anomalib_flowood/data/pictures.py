@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from anomalib_flowood.data.decoding import read_picture
+from anomalib_flowood.data.decoding import plain_max_value, read_picture
 from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
 from anomalib_flowood.files import whole_file
 
@@ -57,13 +57,21 @@ def as_read(item: Any) -> Any:
             if (values := getattr(item, name)) is not None and (step := _step(values)) > 1:
                 item = item.update(in_place=False, **{name: _highest(values, step)})
     if Path(item.image_path or "").is_file():
-        picture = _smaller(read_picture(str(item.image_path)))
+        picture = _smaller(_picture(item))
         rgb = picture.expand(3, *picture.shape[1:])
         image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
         return item.update(in_place=False, image_path=None, image=image)
     if isinstance(item, SourcedImageItem | SourcedNumpyImageItem):
         return item.update(in_place=False, image_path=None)
     return item
+
+
+def _picture(item: Any) -> Tensor:
+    """Read an item's image for the eye, ``(C, H, W)``, ``uint8``, unless it has it, as one of a large photograph."""
+    path, image = str(item.image_path), item.image
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and plain_max_value([path]) is None:
+        return image.as_subclass(Tensor).cpu()
+    return read_picture(path)
 
 
 def _step(values: Tensor) -> int:

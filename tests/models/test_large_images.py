@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import Resize
 import anomalib_flowood
 from anomalib_flowood import FeatureMapFlow, OneClass
 from anomalib_flowood.cli import main, results
-from anomalib_flowood.data import decoding, resizing
+from anomalib_flowood.data import decoding, pictures, read_image, resizing
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, in_unit_range
 from anomalib_flowood.data.path_dataset import PathDataset
 from anomalib_flowood.explain import explain
@@ -268,6 +268,28 @@ def test_a_single_image_is_no_copy_and_is_checked():
     assert torch.equal(again.image, pixels)
     with pytest.raises(ValueError, match="3 channels"):
         SourcedImageItem(image=pixels[:2])
+
+
+def test_items_of_a_batch_share_its_memory(photographs, monkeypatch):
+    """And a picture is drawn of what was read: a photograph is not read again, unless its white may be another."""
+    path = str(photographs / "test" / "good" / "0.png")
+    pixels = read_image(path)
+    batch = SourcedImageBatch(
+        image=pixels[None],
+        anomaly_map=torch.rand(1, *SIZE),
+        pred_mask=torch.zeros(1, *SIZE, dtype=torch.bool),
+        image_path=[path],
+        source=["a"],
+    )
+    (item,) = batch
+    assert (item.source, item.image_path) == ("a", path)
+    for name in ("image", "anomaly_map", "pred_mask"):
+        assert getattr(item, name).data_ptr() == getattr(batch, name).data_ptr()
+    monkeypatch.setattr(pictures, "read_picture", lambda path: torch.zeros(3, *SIZE, dtype=torch.uint8))
+    assert torch.equal(pictures.as_read(item).image, pixels / 255)
+    deep = photographs.parent / "deep.png"
+    Image.fromarray(pixels[0].numpy().astype(np.uint16) * 16).save(deep)
+    assert not pictures.as_read(item.update(in_place=False, image_path=str(deep))).image.any()
 
 
 def bytes_a_pixel(folder):
