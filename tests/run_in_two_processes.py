@@ -3,6 +3,7 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
@@ -11,12 +12,13 @@ from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, pixel
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.engine import RunEngine
+from anomalib_flowood.features import rotations
 from anomalib_flowood.report.predictions import keep_predictions
 
 DETECTORS = {
     "pixel_flow": lambda: pixel_flow(architecture="glow", coupling_layers=1, score="typicality", max_epochs=1),
-    "embedding_flow": lambda: embedding_flow(coupling_layers=0),
-    "feature_map_flow": lambda: feature_map_flow(coupling_layers=0),
+    "embedding_flow": lambda: embedding_flow(coupling_layers=0, rotations=True),
+    "feature_map_flow": lambda: feature_map_flow(coupling_layers=0, rotations=True),
 }
 TRAINED = {"pixel_flow": pixel_flow, "feature_map_flow": lambda: feature_map_flow(coupling_layers=2, max_epochs=1)}
 LOADING = {"train_limit": 91, "test_limit": 25, "eval_batch_size": 8, "train_batch_size": 16}
@@ -37,7 +39,8 @@ def run(folder: Path, name: str, detector, devices: int, *, fit: bool) -> dict:
     )
     module = data(folder, **LOADING)
     if fit:
-        engine.fit(detector, datamodule=module)
+        with patch.object(rotations, "LIMIT", 1.0):  # so that there are copies
+            engine.fit(detector, datamodule=module)
     engine.validate(detector, datamodule=module)
     metrics = engine.test(detector, datamodule=module)[0]
     predicted = engine.predict(detector, datamodule=module)

@@ -149,10 +149,10 @@ def test_a_resumed_fit_fits_no_features_and_extracts_what_it_trains_on(augmented
 def test_features_that_are_prepared_are_let_go(tmp_path, monkeypatch):
     alive, extract_all = [], EmbeddingFlow._extract_all
 
-    def watching(self, loader, limit, what):
+    def watching(self, loader, limit, what, turns=1):
         if what == "validation":
             alive.extend(reference() for reference in references if reference() is not None)
-        store, labels = extract_all(self, loader, limit, what)
+        store, labels = extract_all(self, loader, limit, what, turns)
         references.extend(weakref.ref(column) for column in store._columns)
         return store, labels
 

@@ -70,7 +70,7 @@ def trained(photographs, tmp_path_factory):
     detector.prepare_features = lambda features: (seen.append(("prepared", len(features[0]))), prepare(features))[1]
     kept = []
     keep = detector.keep_reference
-    detector.keep_reference = lambda features: (kept.extend(features), keep(features))
+    detector.keep_reference = lambda features, copies: (kept.extend(features), keep(features, copies))
     run.fit(detector, datamodule=data(photographs))
     del detector.judged, detector.prepare_features, detector.keep_reference
     detector.twice = not all(map(torch.Tensor.is_set_to, kept, run.trainer.train_dataloader.dataset.features))

@@ -23,7 +23,7 @@ def observed(**kwargs):
     """A detector, which lets go what it is fitted to, and what that was."""
     detector = feature_map_flow(**kwargs)
     keep, seen = detector.keep_reference, []
-    detector.keep_reference = lambda features: (seen.append(features), keep(features))
+    detector.keep_reference = lambda features, copies: (seen.append(features), keep(features, copies))
     return detector, seen
 
 

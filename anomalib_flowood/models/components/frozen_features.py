@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
+from anomalib_flowood.features import rotations
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from .flow_module import FlowModule
@@ -76,6 +78,10 @@ class FrozenFeatures(_Base):
     the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
     random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
 
+    Of few training images (:attr:`few_images`) the backbone sees turned copies, too: by half a circle, and by quarters
+    of one if images are square. They count as further training images where they are as near to the others as the
+    images themselves (:func:`~anomalib_flowood.features.rotations.turns_that_fit`), as parts are that lie anyhow.
+
     Stored features lie in main memory, whatever the device of the detector. What is computed of them is computed on
     that device, some rows at a time: torch models bring the features that they get to their own device and precision.
 
@@ -88,6 +94,13 @@ class FrozenFeatures(_Base):
     """Training images of which :meth:`keep_reference` gets the features."""
     least_images: ClassVar[int] = 2
     """Training images without which there is nothing to fit."""
+
+    may_change = FlowModule.may_change | {"rotations"}
+
+    rotations: bool = True
+    """Whether turned copies of few training images are tried."""
+    few_images: ClassVar[int] = 500
+    """As many gain by them; more have seen what is normal, and would take long."""
 
     _kept_gib: float = 0.0
     """Of it, what the features have that are trained on."""
@@ -120,10 +133,14 @@ class FrozenFeatures(_Base):
         """Turn some features, on any device, into what the flow trains on, once and not at every step."""
         raise NotImplementedError
 
-    def keep_reference(self, features: tuple[Tensor, ...]) -> None:
+    def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
         """Take the prepared features of ``reference_images`` training images, in main memory, when a fit begins.
 
         They are for what is fitted when the flow has been trained. A resumed fit brings them, too.
+
+        Args:
+            features: One row for each image, or several, one after the other: itself, and turned copies of it.
+            copies: How many rows that are.
         """
 
     def configure_callbacks(self) -> list[Callback]:
@@ -149,26 +166,54 @@ class FrozenFeatures(_Base):
         if random and not anew and not count:
             return
         self._kept_gib = 0.0
-        extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training")
-        features = extracted.features
+        turns = 1 if random else self._turns_to_try(len(loader.dataset))
+        extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training", turns)
+        features, copies = self._with_turns_that_fit(extracted.features, turns)
         if anew:
             self.fit_features(features)
         if random and not count:
             return
-        reference = _some(len(features[0]), count)
+        reference = _some(len(features[0]), count, copies)
         wanted = tuple(part[reference] for part in features) if random else features
         store = self._prepare_all(wanted, self.cache_gib - extracted.taken_gib)
         prepared = store.features
         if count:
             own = random or len(reference) == len(prepared[0])  # else a copy of some
-            self.keep_reference(prepared if own else tuple(part[reference] for part in prepared))
+            self.keep_reference(prepared if own else tuple(part[reference] for part in prepared), copies)
         if not random:
             self._kept_gib = store.taken_gib
-            dataset = FeatureDataset(prepared, labels)
+            dataset = FeatureDataset(prepared, None if labels is None else labels.repeat_interleave(copies))
             train_on(
                 trainer,
                 feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.epoch_steps(len(dataset))),
             )
+
+    def _turns_to_try(self, images: int) -> int:
+        """How many of the quarter turns the backbone is to see of each training image: 1, 2 or 4."""
+        if not self.rotations or images > self.few_images:
+            return 1
+        height, width = self.input_size or (0, 1)
+        return 4 if height == width else 2
+
+    def _with_turns_that_fit(self, features: tuple[Tensor, ...], turns: int) -> tuple[tuple[Tensor, ...], int]:
+        """Leave copies out that are turned so that normal images are not; return how many each image has, too."""
+        if turns == 1:
+            return features, 1
+        kept, aurocs = rotations.turns_that_fit(features, turns)
+        if not processes.rank():
+            told = ", ".join(
+                f"{auroc:.2f} by {90 * quarters}°"
+                for quarters, auroc in zip(rotations.QUARTERS[1:turns], aurocs[1:], strict=True)
+            )
+            logger.info(
+                "Are training images farther from the others when they are turned? AUROC %s; 0.50 is no difference, "
+                "%.2f the limit. Each is fitted to in %d rotation%s.",
+                told,
+                rotations.LIMIT,
+                kept,
+                "s" if kept > 1 else "",
+            )
+        return rotations.first_turns(features, turns, kept), kept
 
     def check_number(self, images: int) -> None:
         """Refuse too few training images before the backbone has seen any.
@@ -209,14 +254,17 @@ class FrozenFeatures(_Base):
             return self.prepare_features(self.extract(batch.image))
 
     @torch.no_grad()
-    def _extract_all(self, loader: DataLoader, limit: float, what: str) -> tuple[FeatureStore, Tensor | None]:
+    def _extract_all(
+        self, loader: DataLoader, limit: float, what: str, turns: int = 1
+    ) -> tuple[FeatureStore, Tensor | None]:
         trainer: Trainer = self.trainer
         training = self.training
         self.eval()
         # A share is applied to the stored features, by Lightning, at every epoch.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None, self.images_at_once == 1)
         total = len(counts)
-        store = FeatureStore(len(loader.dataset), self.cache_gib - self._kept_gib)  # type: ignore[arg-type]
+        images: int = len(loader.dataset)  # type: ignore[arg-type]
+        store = FeatureStore(turns * images, self.cache_gib - self._kept_gib)
         labels: list[Any] = []
         batches: Iterable[Batch] = own
         watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
@@ -230,10 +278,10 @@ class FrozenFeatures(_Base):
             transform = getattr(self.pre_processor, "transform", None)
             if transform is not None:
                 image = transform(image)
-            training_set = what == "training"
-            features = self.extract_training(image, number, store.rows) if training_set else self.extract(image)
-            _check_finite(features, batch, what)
-            store.append(tuple(processes.gathered(part[:count]) for part in features))
+            extract = partial(self.extract_training, batch=number, total=images) if what == "training" else self.extract
+            features = rotations.together([extract(turned) for turned in rotations.turned(image, turns)])
+            _check_finite(features, turns, batch, what)
+            store.append(tuple(processes.gathered(part[: turns * count]) for part in features))
             label = batch.gt_label
             labels.append(label if label is None else processes.gathered(label[:count].to(torch.uint8)).bool())
         self.train(training)
@@ -252,13 +300,15 @@ class FrozenFeatures(_Base):
         return store
 
 
-def _some(images: int, count: int) -> Tensor:
-    """Which images to take where not more than so many are wanted: always the same, from all over the data set."""
-    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:count].sort().values
+def _some(rows: int, count: int, copies: int) -> Tensor:
+    """The rows of not more than so many images: always the same, from all over the data set, with all their copies."""
+    images = torch.randperm(rows // copies, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return (images[:, None] * copies + torch.arange(copies)).flatten()
 
 
-def _check_finite(features: tuple[Tensor, ...], batch: Any, what: str) -> None:
+def _check_finite(features: tuple[Tensor, ...], turns: int, batch: Any, what: str) -> None:
     finite = torch.stack([torch.isfinite(part).flatten(1).all(1) for part in features]).all(0)
+    finite = finite.unflatten(0, (-1, turns)).all(1)
     if bool(finite.all()):
         return
     broken = (~finite).nonzero().flatten().tolist()

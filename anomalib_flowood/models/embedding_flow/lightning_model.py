@@ -52,6 +52,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             it is no better on any data that the project measured.
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
+        rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
+            quarters, if turned ones are as near to the others as the images are.
         score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows, of couplings. See docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
@@ -84,6 +86,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         coupling_layers: int = 0,
         hidden_channels: int = 128,
         scale: str = "tanh",
+        rotations: bool = True,
         score: str = "nll",
         max_epochs: int = 6,
         learning_rate: float = 2e-3,
@@ -109,6 +112,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         )
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
+        self.rotations = rotations
         self.model = EmbeddingFlowModel(
             backbone,
             layers,

@@ -14,16 +14,24 @@ _SCORED = 100
 """Images from which scales are known well enough: no further part is scored after these."""
 
 
-def folds(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def folds(rows: int, copies: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield some images and the others, as indices, until enough others came; drawn once for all.
 
     Args:
-        count: Number of images.
+        rows: Number of rows.
+        copies: Rows of each image, one after the other: they are never on both sides.
     """
+    count = rows // copies
     parts = torch.randperm(count, generator=torch.Generator().manual_seed(0)).chunk(min(_FOLDS, count))
     scored = 0
     for number, part in enumerate(parts):
         if scored >= _SCORED:
             return
-        yield torch.cat([*parts[:number], *parts[number + 1 :]]), part
+        rest = torch.cat([*parts[:number], *parts[number + 1 :]])
+        yield rows_of(rest, copies), rows_of(part, copies)
         scored += len(part)
+
+
+def rows_of(images: Tensor, copies: int) -> Tensor:
+    """The rows of images that have some copies each, one after the other."""
+    return (images[:, None] * copies + torch.arange(copies)).flatten()

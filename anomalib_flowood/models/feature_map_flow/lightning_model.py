@@ -59,6 +59,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
+        rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
+            quarters, if turned ones are as near to the others as the images are. Not with tiles.
         tile_size: Height and width of tiles that large images are cut into, one after the other: what the backbone gets
             in the place of ``image_size``, which is then that of whole images. ``None`` for no tiles.
         tile_stride: The largest step from a tile to the next; smaller than a tile they overlap, and the map is the
@@ -87,7 +89,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     readable_since = "0.2.0"
 
-    may_change = FlowModule.may_change | {"feature_noise", "cache_gib"}
+    may_change = FrozenFeatures.may_change | {"feature_noise", "cache_gib"}
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        rotations: bool = True,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
         feature_noise: float = 0.3,
@@ -135,6 +138,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.cache_gib = cache_gib
+        self.rotations = rotations and tile_size is None
         self.feature_noise = feature_noise
         height, width = image_size
         self.model = FeatureMapFlowModel(
@@ -158,6 +162,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         )
         self.images_at_once = 1 if tile_size else FlowModule.images_at_once
         self._reference: tuple[Tensor, ...] = ()
+        self._copies = 1
         self._whitened: tuple[int, ...] | None = None
 
     @staticmethod
@@ -221,9 +226,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Fit descriptors and principal subspaces."""
         self.model.fit_features(features)
 
-    def keep_reference(self, features: tuple[Tensor, ...]) -> None:
+    def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
         """Keep reduced maps of some images, in the order of the loader that shuffled them, for the whitening."""
-        self._reference = features
+        self._reference, self._copies = features, copies
         self._whitened = None
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -277,11 +282,11 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters()) if ends else None
         if ends and self._whitened != weights and self._reference:
             if self._shows_progress:
-                logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]))
+                logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]) // self._copies)
             self._whitened = weights
             training = self.model.training
             self.model.eval()
-            self.model.fit_whitening(self._reference)
+            self.model.fit_whitening(self._reference, self._copies)
             self.model.train(training)
         self.model.fitted.fill_(self._whitened is not None)
 

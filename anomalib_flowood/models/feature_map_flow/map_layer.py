@@ -88,18 +88,24 @@ class MapLayer(nn.Module):
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
-    def fit_whitening(self, latents: Tensor, scales: Tensor) -> Tensor:
-        """Fit the whitening to what the flow gives for training images; arguments as for :meth:`anomaly_map`.
+    def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> Tensor:
+        """Fit the whitening to what the flow gives for training images.
+
+        Args:
+            latents: Those of the flow, ``(N, D, h, w)``.
+            scales: Log-scales of the couplings at each position, ``(N, h, w)``.
+            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
 
         Returns:
             Anomaly maps of some of the images, ``(m, h, w)``, nats, each by a whitening that was fitted to others.
         """
         moments = flows.PositionMoments(latents)
         unseen = []
-        for rest, part in folds(len(latents)):
+        for rest, part in folds(len(latents), copies):
             self.positions.fit(moments.without(flows.PositionMoments(latents[part], moments.around)))
             self._fit_layout(latents, rest)
-            unseen.append(self.anomaly_map(latents[part], scales[part]))
+            images = part[::copies]
+            unseen.append(self.anomaly_map(latents[images], scales[images]))
         self.positions.fit(moments)
         self._fit_layout(latents, torch.arange(len(latents)))
         return torch.cat(unseen)

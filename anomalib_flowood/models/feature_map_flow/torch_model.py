@@ -158,8 +158,7 @@ class FeatureMapFlowModel(MapExtraction):
         """Fit what comes before the flow.
 
         Args:
-            maps: The feature maps of all training images, one tensor ``(N, C, h, w)`` for each layer; in main memory,
-                if they are many.
+            maps: Those of all training images, ``(N, C, h, w)`` for each layer; in main memory, if they are many.
 
         Raises:
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
@@ -287,12 +286,13 @@ class FeatureMapFlowModel(MapExtraction):
         ]
 
     @torch.no_grad()
-    def fit_whitening(self, reduced: tuple[Tensor, ...]) -> None:
+    def fit_whitening(self, reduced: tuple[Tensor, ...], copies: int = 1) -> None:
         """Fit the whitening behind the flow, and the scales of maps and evidence, with the flow's present weights.
 
         Args:
             reduced: What :meth:`reduce` returns for training images, reduced maps in any precision; in main memory, if
                 they are many.
+            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
         """
         statistics: list[Tensor] = []
         for layer, flow, maps, _ in self._sides(reduced):
@@ -303,7 +303,7 @@ class FeatureMapFlowModel(MapExtraction):
             for some, *filled in zip(*parts, strict=True):
                 for part, values in zip(filled, _coupled(flow, some.to(like)), strict=True):
                     part.copy_(values)
-            unseen = layer.fit_whitening(latents, scales)
+            unseen = layer.fit_whitening(latents, scales, copies)
             layer.fit_scale(unseen)
             statistics += layer.statistics(unseen)
         self.evidence.fit(torch.stack(statistics, dim=1))

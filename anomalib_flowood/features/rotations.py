@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training images turned by quarters of a circle: which turns leave normal images normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+QUARTERS = (0, 2, 1, 3)
+"""Quarter turns, in an order in which the first, the first two and all of them make a group."""
+
+LIMIT = 0.75
+"""The AUROC from which on a turned image is another kind of image: halfway between chance and certainty."""
+
+_PLACES = 4
+"""Maps are pooled to so many rows and columns: turned or not shows in what lies where."""
+
+
+def turned(images: Tensor, turns: int) -> list[Tensor]:
+    """Turn images.
+
+    Args:
+        images: ``(N, C, H, W)``; square, if there are 4 turns.
+        turns: How many of :data:`QUARTERS` there are to be, 1, 2 or 4.
+
+    Returns:
+        The images in each of these rotations, ``(N, C, H, W)`` each.
+    """
+    return [images.rot90(quarters, (2, 3)) for quarters in QUARTERS[:turns]]
+
+
+def together(features: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Bring what was made of images in each rotation, ``(N, ...)``, together: ``(turns * N, ...)``, image by image."""
+    return tuple(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*features, strict=True))
+
+
+def first_turns(features: tuple[Tensor, ...], turns: int, kept: int) -> tuple[Tensor, ...]:
+    """Of what :func:`together` returns of ``turns`` rotations, the first ``kept`` of each image."""
+    if kept == turns:
+        return features
+    return tuple(part.unflatten(0, (-1, turns))[:, :kept].flatten(0, 1) for part in features)
+
+
+def turns_that_fit(features: tuple[Tensor, ...], turns: int) -> tuple[int, list[float]]:
+    """Find out which turns leave normal images normal, from their features.
+
+    A nearest-neighbour test of two samples (Schilling 1986, Journal of the American Statistical Association 81), with
+    every image left out of what it is compared with: if images lie in any rotation, a turned one is as near to the
+    nearest of the others as it is itself, and if their rotation is given it is farther away. An anomaly that consists
+    of being turned is therefore one that these features do not see, where the test finds a turn to fit.
+
+    Args:
+        features: What a backbone gives for N images in each rotation, as :func:`together` brings it together: pooled,
+            ``(turns * N, C)``, or maps, ``(turns * N, C, h, w)``. At least two images.
+        turns: 1, 2 or 4.
+
+    Returns:
+        How many of :data:`QUARTERS` fit, 1, 2 or 4, and for each of them the AUROC of the turned images' distances
+        against those of the images: 0.5 is no difference.
+    """
+    distances = torch.stack([_squares(part, turns) for part in features]).sum(0).sqrt()  # (turns, N, N)
+    nearest = distances.masked_fill(torch.eye(distances.shape[1], dtype=torch.bool), torch.inf).amin(2)
+    pairs = nearest[:, :, None] - nearest[0]
+    aurocs = ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean((1, 2)).tolist()
+    fitting = [count for count in (1, 2, 4) if count <= turns and max(aurocs[:count]) <= LIMIT]
+    return fitting[-1], aurocs
+
+
+def _squares(part: Tensor, turns: int) -> Tensor:
+    """Squared distances of turned images to the images themselves, of a part of their features, ``(turns, N, N)``."""
+    part = part.float()
+    if part.ndim == 4:
+        part = nn.functional.adaptive_avg_pool2d(part, (min(_PLACES, part.shape[2]), min(_PLACES, part.shape[3])))
+    part = part.flatten(2) if part.ndim == 4 else part.unsqueeze(2)
+    spread = part.std((0, 2), keepdim=True)
+    part = part / spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)
+    points = part.flatten(1).unflatten(0, (-1, turns)).transpose(0, 1)  # (turns, N, D)
+    return torch.cdist(points, points[:1]).square() / points.shape[2]
