@@ -204,21 +204,28 @@ _OURS = {
     "EmbeddingFlow": Detector("EmbeddingFlow", _embedding_flow, ours=True, random=True, maps=False),
 }
 
+UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
+"""Detectors that are fitted to images as they lie, and which of ours they are otherwise."""
+
 _FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
 """Arguments that give our detectors a flow, of which they have none by default."""
 
-TRAINED = {f"{name} (flow)": name for name in _FLOWS}
-"""Detectors that train a flow, and what they are without it."""
+TRAINED = {f"{name} (flow)": f"{name} (no rotations)" for name in _FLOWS}
+"""Detectors that train a flow, on images as they lie, and what they are without it."""
 
 
-def _with_flow(name: str, of: str) -> Detector:
+def _variant(name: str, of: str, **changes: Any) -> Detector:
     usual = _OURS[of]
-    return replace(usual, name=name, build=partial(usual.build, **_FLOWS[of]), ours=False, variant_of=of)
+    return replace(usual, name=name, build=partial(usual.build, **changes), ours=False, variant_of=of)
 
 
 _ALL = [
     *_OURS.values(),
-    *(_with_flow(name, of) for name, of in TRAINED.items()),
+    *(_variant(name, of, rotations=False) for name, of in UNTURNED.items()),
+    *(
+        _variant(name, UNTURNED[untrained], rotations=False, **_FLOWS[UNTURNED[untrained]])
+        for name, untrained in TRAINED.items()
+    ),
     Detector("Fastflow", _fastflow, random=True, held_out_loss=flow_loss),
     Detector("Patchflow", _patchflow, random=True, held_out_loss=flow_loss),
     Detector("Cflow", _cflow, random=True, held_out_loss=cflow_loss),
@@ -240,8 +247,8 @@ VARIANTS = {name: detector.variant_of for name, detector in DETECTORS.items() if
 BASELINES = (*MODELS, *VARIANTS)
 """What is no rival: plain baselines, and variants of our detectors."""
 
-ON_EMBEDDINGS = ("EmbeddingFlow", *(name for name, of in VARIANTS.items() if of == "EmbeddingFlow"), *MODELS)
-"""Detectors on the embeddings of `EmbeddingFlow`."""
+ON_EMBEDDINGS = ("EmbeddingFlow", "EmbeddingFlow (flow)", *MODELS)
+"""Detectors on the embeddings of `EmbeddingFlow`; of thousands of images, which it does not turn."""
 
 _CHANGES: list[dict[str, Any]] = [
     *({"context": context} for context in ("none", "quadrant")),

@@ -84,7 +84,7 @@ def _aupro(rows: pd.DataFrame, folder: str, least: float) -> Bar | None:
 
 def _flow(rows: pd.DataFrame, trained: str) -> list[Bar]:
     some = of_part(rows, "industrial")
-    each = {metric: gains(some, trained, metric).mean(axis=1) for metric in ("auroc", "aupro")}
+    each = {metric: gains(some, trained, TRAINED[trained], metric).mean(axis=1) for metric in ("auroc", "aupro")}
     if each["auroc"].empty:
         return []
     found = [(values.min(), f"{metric.upper()} on {values.idxmin()}") for metric, values in each.items() if len(values)]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of tables: figures and bars, each part by detector and folder, what flows bring, one backbone and another."""
+"""Pages of tables: figures and bars, each part by detector and folder, what rotations and flows bring, backbones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
 import pandas as pd
 
-from benchmarks.contest.detectors import TRAINED
+from benchmarks.contest.detectors import TRAINED, UNTURNED
 from benchmarks.contest.tasks import FEW
 from benchmarks.results import put_between, read_rows
 from benchmarks.tables import markdown, short_number
@@ -149,8 +149,15 @@ def _small_part(rows: pd.DataFrame) -> list[str]:
     return [f"Mean image AUROC over the tasks ({counts}):", *side_by_side(means.index, columns)]
 
 
-def _flows(rows: pd.DataFrame) -> list[str]:
-    """What the flows bring, folder by folder."""
+def _what_brings(title: str, said: str, pairs: Mapping[str, str], rows: pd.DataFrame) -> list[str]:
+    """What a part of detectors brings, folder by folder.
+
+    Args:
+        title: Of the section.
+        said: What the differences are.
+        pairs: Detectors that have it, and the same without it.
+        rows: Those of one stand.
+    """
     kinds = {
         "each: AUROC": ("industrial", "auroc"),
         "each: AUPRO": ("industrial", "aupro"),
@@ -158,19 +165,18 @@ def _flows(rows: pd.DataFrame) -> list[str]:
         "unified: AUROC": ("unified", "auroc"),
     }
     texts = []
-    for trained, without in TRAINED.items():
-        found = {title: gains(of_part(rows, part), trained, metric) for title, (part, metric) in kinds.items()}
-        found = {title: table for title, table in found.items() if not table.empty}
+    for detector, without in pairs.items():
+        found = {name: gains(of_part(rows, part), detector, without, metric) for name, (part, metric) in kinds.items()}
+        found = {name: table for name, table in found.items() if not table.empty}
         if not found:
             continue
         folders = sorted({folder for table in found.values() for folder in table.index})
-        columns = {title: [_gain(table, folder) for folder in folders] for title, table in found.items()}
-        for title, table in found.items():
+        columns = {name: [_gain(table, folder) for folder in folders] for name, table in found.items()}
+        for name, table in found.items():
             means = table.dropna(axis=1).mean()  # of the seeds that have every folder
-            columns[title].append(_gain(pd.DataFrame([means], index=["mean"]), "mean") if len(means) else "–")
-        texts += [f"{trained} against {without}:", *side_by_side(pd.Index([*folders, "mean"]), columns, "folder")]
-    said = "Trained − untrained, mean over seeds ± standard deviation of that difference."
-    return ["### What the flow brings", said, *texts] if texts else []
+            columns[name].append(_gain(pd.DataFrame([means], index=["mean"]), "mean") if len(means) else "–")
+        texts += [f"{detector} against {without}:", *side_by_side(pd.Index([*folders, "mean"]), columns, "folder")]
+    return [f"### What {title}", said, *texts] if texts else []
 
 
 def _gain(table: pd.DataFrame, folder: str) -> str:
@@ -263,7 +269,19 @@ def tables(rows: pd.DataFrame) -> str:
     for part, title in SMALL_PARTS.items():
         shown = _small_part(good[good["part"] == part])
         texts += [f"### {title}", *shown] if shown else []
-    texts += [*_flows(first), *_stands(rows)]
+    texts += _what_brings(
+        "rotations bring",
+        "Images in all rotations that fit − as they lie, mean over seeds ± standard deviation of that difference.",
+        {of: name for name, of in UNTURNED.items()},
+        first,
+    )
+    texts += _what_brings(
+        "the flow brings",
+        "Trained − untrained, mean over seeds ± standard deviation of that difference.",
+        TRAINED,
+        first,
+    )
+    texts += _stands(rows)
     failures = rows[rows["error"].notna()]
     if len(failures):
         which = {f"{row.detector} on {row.task} ({row.part})" for row in failures.itertuples()}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the stored rows: means over folders, distances to the best rival, what a flow brings."""
+"""Figures of the stored rows: means over folders, distances to the best rival, what a part of a detector brings."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from benchmarks.contest.detectors import OURS, TRAINED
+from benchmarks.contest.detectors import OURS
 
 USUAL_IMAGES = 300
 """Training images of a folder for which a fit's seconds are told."""
@@ -56,28 +56,28 @@ def behind_best_rival(table: pd.DataFrame) -> pd.DataFrame:
     return rivals.max() - table
 
 
-def gains(rows: pd.DataFrame, trained: str, metric: str) -> pd.DataFrame:
-    """What a flow brings, seed by seed: a line for each folder, a column for each seed.
+def gains(rows: pd.DataFrame, detector: str, without: str, metric: str) -> pd.DataFrame:
+    """What a part of a detector brings, seed by seed: a line for each folder, a column for each seed.
 
     Args:
-        rows: Those of one part.
-        trained: A detector that trains a flow.
+        rows: Those of one part of the suite.
+        detector: One that has it.
+        without: The same without it.
         metric: A column of the rows.
 
     Returns:
-        Differences to the same detector without it, of the seeds that both have, and of the one seed of a detector
-        that has only one.
+        Differences, of the seeds that both have, or to the one seed of a detector that has only one.
     """
     pair = [
         rows[rows["detector"] == name].pivot_table(index="task", columns="seed", values=metric)
-        for name in (trained, TRAINED[trained])
+        for name in (detector, without)
     ]
     if any(table.empty for table in pair):
         return pd.DataFrame()
-    with_flow, without = pair
-    if len(without.columns) == 1:
-        return with_flow.sub(without.iloc[:, 0], axis=0).dropna(how="all")
-    return (with_flow - without).dropna(how="all").dropna(axis=1, how="all")
+    ours, others = pair
+    if len(others.columns) == 1:
+        return ours.sub(others.iloc[:, 0], axis=0).dropna(how="all")
+    return (ours - others).dropna(how="all").dropna(axis=1, how="all")
 
 
 def usual_fit(rows: pd.DataFrame) -> pd.DataFrame:

@@ -233,7 +233,7 @@ def test_figures_in_short(tmp_path):
 
 
 def test_what_the_flow_brings(tmp_path):
-    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow"
+    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (no rotations)"
     rows = [
         *(row("bolts", trained, value, seed, aupro=0.6) for seed, value in enumerate((0.9, 0.92))),
         *(row("bolts", without, value, seed, aupro=0.61) for seed, value in enumerate((0.89, 0.89))),
@@ -247,6 +247,20 @@ def test_what_the_flow_brings(tmp_path):
     assert lines["mean"] == ["−0.020", "−0.010 ± 0.000"]  # of the seed that has every folder
 
 
+def test_what_rotations_bring(tmp_path):
+    turned, without = "EmbeddingFlow", "EmbeddingFlow (no rotations)"
+    rows = [
+        *(row("bolts", turned, value, seed, part="few") for seed, value in enumerate((0.9, 0.92))),
+        *(row("bolts", without, value, seed, part="few") for seed, value in enumerate((0.89, 0.89))),
+        row("bolts", turned, 0.95),
+        row("bolts", without, 0.96),
+    ]
+    text = stored(tmp_path, rows)
+    lines = by_name(text.partition("What rotations bring")[2])
+    assert lines["bolts"] == ["−0.010", "+0.020 ± 0.014"]
+    assert "What the flow brings" not in text
+
+
 def test_bars(tmp_path):
     folders = {"casting": 0.99, "elpv_mono": 0.95, "magnetic_tile": 0.99, "mtoc": 0.902, "deeppcb": 0.55}
     rows = [row(name, "FeatureMapFlow", value, aupro=0.88) for name, value in folders.items()]
@@ -254,6 +268,7 @@ def test_bars(tmp_path):
     rows += [row("deeppcb", "PPCA", 0.57)]
     trained = "FeatureMapFlow (flow)"
     rows += [row(name, trained, value + 0.03, aupro=0.87) for name, value in folders.items()]
+    rows += [row(name, "FeatureMapFlow (no rotations)", value, aupro=0.88) for name, value in folders.items()]
     rows += [row(name, "FeatureMapFlow", value - 0.02, part="few") for name, value in folders.items()]
     for name in folders:
         together = "+".join(sorted(folders))
@@ -271,7 +286,7 @@ def test_bars(tmp_path):
     assert found["FeatureMapFlow: AUPRO on mtoc"] == ("0.880", True)
     assert found["FeatureMapFlow: AUPRO on magnetic_tile"] == ("0.880", False)
     assert found["FeatureMapFlow: image AUROC lost with 40 training images"] == ("+0.020 (0.876 to 0.856)", True)
-    against = f"{trained} against FeatureMapFlow"
+    against = f"{trained} against FeatureMapFlow (no rotations)"
     assert found[f"{against}: mean gain of image AUROC"] == ("+0.030", True)
     assert found[f"{against}: least gain on any folder"][0].startswith("−0.010 (AUPRO on")
     assert found["FeatureMapFlow, one model for all: above every rival by image AUROC"] == (
