@@ -36,6 +36,11 @@ def together(features: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*features, strict=True))
 
 
+def rows_of(images: Tensor, copies: int) -> Tensor:
+    """The rows of images, ``(n,)``, that have some copies each, one after the other: ``(n * copies,)``."""
+    return (images[:, None] * copies + torch.arange(copies)).flatten()
+
+
 def first_turns(features: tuple[Tensor, ...], turns: int, kept: int) -> tuple[Tensor, ...]:
     """Of what :func:`together` returns of ``turns`` rotations, the first ``kept`` of each image."""
     if kept == turns:

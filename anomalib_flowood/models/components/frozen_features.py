@@ -303,7 +303,7 @@ class FrozenFeatures(_Base):
 def _some(rows: int, count: int, copies: int) -> Tensor:
     """The rows of not more than so many images: always the same, from all over the data set, with all their copies."""
     images = torch.randperm(rows // copies, generator=torch.Generator().manual_seed(0))[:count].sort().values
-    return (images[:, None] * copies + torch.arange(copies)).flatten()
+    return rotations.rows_of(images, copies)
 
 
 def _check_finite(features: tuple[Tensor, ...], turns: int, batch: Any, what: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anomalib_flowood.features.rotations import rows_of
+
 _FOLDS = 5
 """Parts of the images: each is scored by a whitening that was fitted to the others."""
 _SCORED = 100
@@ -30,8 +32,3 @@ def folds(rows: int, copies: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         rest = torch.cat([*parts[:number], *parts[number + 1 :]])
         yield rows_of(rest, copies), rows_of(part, copies)
         scored += len(part)
-
-
-def rows_of(images: Tensor, copies: int) -> Tensor:
-    """The rows of images that have some copies each, one after the other."""
-    return (images[:, None] * copies + torch.arange(copies)).flatten()
