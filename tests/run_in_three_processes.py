@@ -54,15 +54,17 @@ def few(folder, *, mixed=False):
     return module
 
 
-def engine(folder, devices, *callbacks):
-    own = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "logger": False}
+def engine(folder, devices, *callbacks, precision="32-true"):
+    own = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "logger": False, "precision": precision}
     return RunEngine(**{**TRAINER, **own}, default_root_dir=folder, callbacks=[*callbacks])
 
 
 def run(folder, detector, devices, *, mixed=False):
     recorder = ScoreRecorder()
     out = folder / f"{type(detector).__name__}-{devices}-{mixed}"
-    runner = engine(out, devices, recorder)
+    # Of maps, which are stored in 16 bits, single precision rounds some to a neighbour.
+    maps = type(detector).__name__ == "FeatureMapFlow"
+    runner = engine(out, devices, recorder, precision="64-true" if maps else "32-true")
     module = few(folder, mixed=mixed)
     runner.fit(detector, datamodule=module)
     metrics = runner.test(detector, datamodule=module)[0]

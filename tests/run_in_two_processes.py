@@ -20,6 +20,8 @@ DETECTORS = {
     "embedding_flow": lambda: embedding_flow(coupling_layers=0, rotations=True),
     "feature_map_flow": lambda: feature_map_flow(coupling_layers=0, rotations=True),
 }
+EXACT = {"embedding_flow", "feature_map_flow"}
+"""Those that are fitted in closed form, which are compared in float64."""
 TRAINED = {"pixel_flow": pixel_flow, "feature_map_flow": lambda: feature_map_flow(coupling_layers=2, max_epochs=1)}
 LOADING = {"train_limit": 91, "test_limit": 25, "eval_batch_size": 8, "train_batch_size": 16}
 """So that neither training, nor validation, nor test images can be dealt out evenly."""
@@ -32,6 +34,7 @@ def run(folder: Path, name: str, detector, devices: int, *, fit: bool) -> dict:
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
+        precision="64-true" if name in EXACT else "32-true",
         default_root_dir=folder / f"{name}-{devices}",
         callbacks=[recorder],
         logger=False,
