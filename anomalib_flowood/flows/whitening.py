@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -170,9 +171,9 @@ class PositionMoments:
         vectors = maps.flatten(2).permute(2, 0, 1)  # (h * w, n, D)
         positions, self.count, dims = vectors.shape
         self.around = vectors.mean(1) if around is None else around
-        exact = {"dtype": torch.float64, "device": maps.device}
-        self._sum = torch.empty(positions, dims, **exact)
-        self._scatter = torch.empty(positions, dims, dims, **exact)
+        empty = partial(torch.empty, dtype=torch.float64, device=maps.device)
+        self._sum = empty(positions, dims)
+        self._scatter = empty(positions, dims, dims)
         parts = (part.split(_POSITIONS) for part in (vectors, self.around, self._sum, self._scatter))
         for some, centre, total, scatter in zip(*parts, strict=True):
             centred = some - centre[:, None]

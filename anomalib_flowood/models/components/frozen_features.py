@@ -201,14 +201,11 @@ class FrozenFeatures(_Base):
             return features, 1
         kept, aurocs = rotations.turns_that_fit(features, turns)
         if not processes.rank():
-            told = ", ".join(
-                f"{auroc:.2f} by {90 * quarters}°"
-                for quarters, auroc in zip(rotations.QUARTERS[1:turns], aurocs[1:], strict=True)
-            )
             logger.info(
-                "Are training images farther from the others when they are turned? AUROC %s; 0.50 is no difference, "
-                "%.2f the limit. Each is fitted to in %d rotation%s.",
-                told,
+                "Turned by %s, training images are farther from the nearest other one with AUROC %s: 0.50 is no "
+                "difference, %.2f the limit. Each is fitted to in %d rotation%s.",
+                ", ".join(f"{90 * quarters}°" for quarters in rotations.QUARTERS[1:turns]),
+                ", ".join(f"{auroc:.2f}" for auroc in aurocs[1:]),
                 rotations.LIMIT,
                 kept,
                 "s" if kept > 1 else "",
