@@ -75,7 +75,7 @@ class SourcedImageBatch(ImageBatch):
         return _validated(image, ImageBatch.validate_image)
 
     @property
-    def items(self) -> list[SourcedImageItem]:
+    def items(self) -> list[ImageItem]:
         """Single items, in the memory of the batch: anomalib's are copies, of whole photographs for one picture."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return [
