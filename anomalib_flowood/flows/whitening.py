@@ -86,8 +86,12 @@ class Whitening(ShapedByFit, Layer):
         self.register_buffer("rest", torch.ones(()))
 
     @full_precision
-    def fit(self, samples: Tensor) -> None:
+    def fit(self, samples: Tensor, *, overwrite: bool = False) -> None:
         """Fit mean, directions and variances to samples, ``(n, ...)``.
+
+        Args:
+            samples: The samples.
+            overwrite: Whether they may be overwritten, which saves a copy.
 
         Raises:
             ValueError: If there are fewer than two.
@@ -97,7 +101,7 @@ class Whitening(ShapedByFit, Layer):
             msg = f"Whitening is fitted to at least 2 samples, got {n}."
             raise ValueError(msg)
         centre = samples.mean(0)
-        centred = (samples - centre).cpu()
+        centred = (samples.sub_(centre) if overwrite else samples - centre).cpu()
         blocks = self._blocks(centred)
         variances, directions = principal_directions(blocks, min(self.most, n // _POINTS_PER_DIRECTION))
         variances = variances.to(samples) * n / (n - 1)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal
 
-from anomalib_flowood.flows import PositionMoments, PositionWhitening, StandardNormal
+from anomalib_flowood.flows import PositionMoments, PositionWhitening, StandardNormal, Whitening
 
 SHAPE = (3, 2, 4)
 
@@ -125,3 +125,16 @@ def test_state_round_trip():
 def test_what_cannot_be_whitened_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_samples_that_may_be_overwritten_give_the_same(block):
+    samples = torch.randn(20, 3, 4, 6, generator=torch.Generator().manual_seed(0)) + 2
+    taken = samples.clone()
+    whitenings = [Whitening([(3, 4, 6)], 5, block=block) for _ in range(2)]
+    for whitening, overwrite in zip(whitenings, (False, True), strict=True):
+        assert torch.equal(taken, samples)
+        whitening.fit(taken, overwrite=overwrite)
+    assert not torch.equal(taken, samples)
+    for one, other in zip(*(whitening.buffers() for whitening in whitenings), strict=True):
+        assert torch.equal(one, other)

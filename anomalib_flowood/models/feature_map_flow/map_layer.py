@@ -115,7 +115,7 @@ class MapLayer(nn.Module):
         whitened = torch.empty_like(latents[: len(index)])
         for some, filled in zip(index.split(_CHUNK), whitened.split(_CHUNK), strict=True):
             filled.copy_(self.positions.whitened(latents[some]))
-        self.layout.fit(whitened)
+        self.layout.fit(whitened, overwrite=True)
 
     def forget_whitening(self) -> None:
         """Whiten nothing: what was fitted is of other weights of the flow."""
