@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,5 +111,8 @@ class Results:
             for job, rows in pd.concat(self._scores).groupby(jobs, sort=False):
                 result = next(row for row in self._results if tuple(row[name] for name in jobs) == job)
                 console.print(image_table(result, rows, images))
-        for line in (f"In {self.folder}: {', '.join(names)}", f"As a page: flowood report {self.folder}"):
+        for line in (
+            f"In {self.folder}: {', '.join(names)}",
+            f"As a page: flowood report {shlex.quote(str(self.folder))}",
+        ):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

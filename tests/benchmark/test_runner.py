@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A benchmark from its configuration to its folder."""
 
+import io
 import json
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from benchmark_helpers import DFM, PADIM, folder
 from model_helpers import BACKBONE, idx_folder
 from PIL import Image
+from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomalib_flowood.benchmark import BenchmarkError, BenchmarkJob, BenchmarkJobGenerator, BenchmarkRunner
+from anomalib_flowood.benchmark import BenchmarkError, BenchmarkJob, BenchmarkJobGenerator, BenchmarkRunner, Results
 from anomalib_flowood.cli import main
 
 
@@ -317,6 +320,16 @@ def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch:
     assert list(scores["seed"]) == [1, 1, 2, 2, 3, 3]
     main(["benchmark", "--resume", str(path)])
     assert len(seeds) == 5
+
+
+def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
+    (tmp_path / "of mine").mkdir()
+    results = Results(tmp_path / "of mine")
+    results.add({"detector": "d", "data": "parts", "seed": 0, "error": "none"}, pd.DataFrame())
+    console = Console(file=io.StringIO(), width=100)
+    results.finish(console, 0)
+    command = console.file.getvalue().partition("As a page: ")[2]
+    assert shlex.split(command) == ["flowood", "report", str(tmp_path / "of mine")]
 
 
 @pytest.mark.parametrize(
