@@ -131,6 +131,22 @@ def test_every_option_of_every_command_is_completed():
         assert taken <= options, name
 
 
+def test_every_value_that_is_offered_is_taken(capsys):
+    tried = set()
+    for name, parser in FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False).subcommand_parsers.items():
+        given = [f"--model={models.DEFAULT_DETECTOR}"] if SUBCOMMANDS[name].runs_detectors else []
+        for argument in (*SUBCOMMANDS[name].arguments, *SUBCOMMANDS[name].more):
+            if argument.name.startswith(("--model", "--data")):  # classes, of whose arguments the parser asks more
+                continue
+            for choice in argument.choices:
+                tried.add(argument.name)
+                try:
+                    parser.parse_args([*given, f"{argument.name}={choice}"])
+                except SystemExit:
+                    assert " has to be given." in (said := capsys.readouterr().err), said  # another argument
+    assert {"--compression_type", "--export_type", "--trainer.accelerator"} <= tried
+
+
 def test_the_arguments_of_all_detectors_and_data_modules_are_completed():
     named = {argument.name: argument.text for argument in settings()}
     for group, classes in (

@@ -18,10 +18,11 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ActionYesNo, ArgumentParser
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt, register_type
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value
@@ -41,6 +42,7 @@ from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.models.components import FlowModule, root_beside
+from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser, with_config
 from anomalib_flowood.report.predictions import PredictionKeeper
 from anomalib_flowood.serving import Limits, check_installed
@@ -299,6 +301,16 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
                 self.keep_results()
             if self.subcommand in TRAINING:
                 self.say_what_is_next()
+
+
+def _compression(given: str) -> CompressionType:
+    """A kind of compression by its value, or, in capitals, by the name that the enumeration has for it."""
+    check_known("compression type", [given.lower()], [kind.value for kind in CompressionType])
+    return CompressionType(given.lower())
+
+
+# jsonargparse knows an enumeration by the names of its members alone, and anomalib documents the values.
+register_type(CompressionType, lambda kind: kind.value, _compression)
 
 
 def _seed(given: bool | int) -> int:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from anomalib.deploy.export import CompressionType
 from model_helpers import DETECTORS, data, engine
+from PIL import Image
 
-from anomalib_flowood import load
+from anomalib_flowood import OneClass, load
+from anomalib_flowood.models.components import export
 
 pytest.importorskip("nncf", reason="INT8 export is the extra anomalib-flowood[int8]")
 
@@ -55,6 +57,19 @@ def test_quantises_the_backbone_and_nothing_behind_it(case):
     assert np.corrcoef(found, expected)[0, 1] > 0.99
     assert found[normal].max() < found[~normal].min()
     np.testing.assert_allclose(found[normal], expected[normal], rtol=0, atol=5)  # normal ones have a spread of 1
+
+
+def test_images_of_several_sizes_set_the_ranges(case, tmp_path, monkeypatch):
+    import openvino
+
+    detector, _, path = case
+    for number in range(12):
+        pixels = np.full((40 + 8 * (number % 2), 50, 3), 20 * number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    monkeypatch.setattr(export, "quantised", lambda _model, _nodes, images: [image.shape for image in images])
+    parts = OneClass(tmp_path)
+    shapes = detector._compress_ov_model(openvino.Core().read_model(path), CompressionType.INT8_PTQ, parts)
+    assert shapes == [(1, 3, *detector.input_size)] * len(parts.train_data)
 
 
 def test_p_values_and_labels_are_those_of_the_quantised_model(case):

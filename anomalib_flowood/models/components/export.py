@@ -16,6 +16,7 @@ from anomalib.deploy.export import CompressionType, ExportType
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.exported import description_path, read_description
 from anomalib_flowood.files import whole_files
 from anomalib_flowood.scores import SCORES
@@ -220,6 +221,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
             return with_small_weights(model, self._backbone_nodes)
         if compression == CompressionType.INT8_PTQ and (data := _argument("datamodule", 0, args, kwargs)) is not None:
             data.setup("fit")
+            read_as_trained(self, data)  # no trainer has it
             shape = [size.get_length() if size.is_static else None for size in model.input(0).partial_shape]
             return quantised(model, self._backbone_nodes, normal_images(data.train_dataloader(), shape))
         return super()._compress_ov_model(model, compression, *args, **kwargs)
