@@ -43,10 +43,13 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
         ValueError: If a score is NaN, or there is no calibration score.
     """
     _check_scores(calibration, scores)
-    dtype = torch.promote_types(calibration.dtype, scores.dtype)
-    ascending = calibration.flatten().to(dtype).sort().values
-    below = torch.searchsorted(ascending, scores.to(dtype).contiguous())
-    return (1 + len(ascending) - below).double() / (len(ascending) + 1)
+    ascending = np.sort(calibration.cpu().numpy(), axis=None)
+    return torch.from_numpy(np.asarray(p_values_among(ascending, scores.cpu().numpy()))).to(scores.device)
+
+
+def p_values_among(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The same as :func:`p_values`, float64, where the calibration scores are sorted already, and no score is NaN."""
+    return (1 + len(ascending) - np.searchsorted(ascending, scores)) / (len(ascending) + 1)
 
 
 def images_needed(alpha: float) -> int:

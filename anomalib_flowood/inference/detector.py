@@ -72,6 +72,7 @@ class Detector:
         self.runtime = runtime
         self.size = size
         self.calibration = torch.tensor(calibration, dtype=torch.float64)
+        self._ascending = np.sort(self.calibration.numpy())
         self.level = level
         self.max_value = max_value
 
@@ -99,6 +100,8 @@ class Detector:
             return Scores(
                 (), none, none, none.astype(float) if calibrated else None, none > 0 if calibrated else None, None
             )
+        if len(parts) == 1:
+            return parts[0]
         columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "paths"}
         joined: Any = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
         return Scores(paths=sum((part.paths for part in parts), ()), **joined)
@@ -167,7 +170,7 @@ class Detector:
         maps = outputs.get("anomaly_map")
         p_value = label = None
         if len(self.calibration):
-            p_value = conformal.p_values(self.calibration, torch.from_numpy(raw.astype(np.float64))).numpy()
+            p_value = conformal.p_values_among(self._ascending, raw.astype(np.float64))
             label = p_value <= self.level
         maps = None if maps is None else maps.reshape(given, *maps.shape[-2:])
         return Scores(paths, score, raw, p_value, label, maps)

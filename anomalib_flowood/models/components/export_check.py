@@ -194,7 +194,7 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
         if len(images) == 1 and None in shape and not of_one:
             model.reshape({model.input(0): list(images.shape)})
             of_one[images.shape] = core.compile_model(model, "CPU", hint)
-        return of_one.get(images.shape, compiled)(images)
+        return of_one.get(images.shape, compiled)(images, share_inputs=True)
 
     def run(images: np.ndarray) -> Outputs:
         return dict(zip(names, thread.submit(compute, images).result().values(), strict=True))
