@@ -80,6 +80,15 @@ def test_the_best_epoch_comes_back_with_its_score_and_calibration(score, tmp_pat
     )
 
 
+def test_a_validation_looks_at_its_images_once_unless_training_ends(tmp_path, monkeypatch):
+    epochs, again = [], PixelFlow._held_out
+    monkeypatch.setattr(PixelFlow, "_held_out", lambda self: epochs.append(self.current_epoch + 1) or again(self))
+    case = fit(tmp_path, spoil=(3,), max_epochs=3)
+    assert epochs == [3]
+    assert (case.detector.kept_epoch.epoch, case.detector.kept_epoch.images) == (2, 24)
+    assert case.detector.kept_epoch.bits == pytest.approx(float(held_out(case, case.detector).mean()), rel=1e-6)
+
+
 def test_the_last_epoch_stays_where_it_is_the_best(tmp_path):
     case = fit(tmp_path)
     assert case.detector.kept_epoch.epoch == 2

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.data import InferenceBatch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomalib_flowood import flows
+from anomalib_flowood import flows, processes
 from anomalib_flowood.trainers import callbacks_of, trainer_of, validation_loaders
 
 from .flow_model import FlowModel
@@ -50,10 +52,10 @@ class Epoch:
 class KeptEpoch(_Base):
     """Mixin for detectors that learn their images by heart, to the left of :class:`FlowModule`.
 
-    Before each validation of a fit, held-out normal images are rated by −log p. Before the last one, the weights of the
-    best epoch so far come back, so that the score is fitted, the images are validated and the checkpoint is written
-    with them. The mean is compared, since it is what training minimises, and since it sees single images that explode:
-    a median does not.
+    In each validation of a fit, held-out normal images are rated by −log p. Before the last one they are, too, and the
+    weights of the best epoch so far come back, so that the score is fitted, the images are validated and the checkpoint
+    is written with them. The mean is compared, since it is what training minimises, and since it sees single images
+    that explode: a median does not.
 
     The last weights stay where there is nothing to judge by, or where a callback of the trainer monitors a metric or
     averages weights: then that one chooses.
@@ -67,6 +69,8 @@ class KeptEpoch(_Base):
     """The best epoch of the present fit, and its weights."""
     _last: Epoch | None = None
     _judged_step = -1
+    _validation_bits: list[Tensor] | None = None
+    """Bits per dimension of the images of a validation that judges by itself, while it runs."""
 
     def on_fit_start(self) -> None:
         """Begin anew, unless a training is resumed."""
@@ -76,10 +80,28 @@ class KeptEpoch(_Base):
             self._judged_step = -1
 
     def on_validation_start(self) -> None:
-        """Judge the weights, and go back to better ones when training ends; only then is a score fitted to them."""
+        """Judge the weights where training ends, and go back to better ones; only then is a score fitted to them."""
+        self._validation_bits = None
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            self._judge()
+            if self._training_ends() or processes.ranks() > 1:
+                self._judge()
+            else:  # the images are looked at once
+                self._validation_bits = []
         super().on_validation_start()
+
+    def judged(self, batch: Any) -> tuple[InferenceBatch, Tensor]:
+        """As all detectors do, and keep what the validation says of the weights."""
+        found, losses = super().judged(batch)
+        if self._validation_bits is not None:
+            self._validation_bits.append(self._bits(batch, losses))
+        return found, losses
+
+    def on_validation_epoch_end(self) -> None:
+        """Judge the weights by what the validation has seen, before a callback writes a checkpoint."""
+        super().on_validation_epoch_end()
+        if self._validation_bits is not None:
+            self._judge()
+            self._validation_bits = None
 
     def on_train_epoch_end(self) -> None:
         """Judge the last weights where no validation did."""
@@ -165,15 +187,19 @@ class KeptEpoch(_Base):
 
         Every rank sees all images, so that all decide alike.
         """
-        model, training = self.model, self.model.training
-        model.eval()
-        parts = [torch.empty(0, dtype=torch.float64)]
-        for batch in self._held_out():
-            log_prob = model.log_prob_of(self.inputs_of(batch))
-            normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
-            parts.append(flows.bits_per_dim(log_prob[normal].double().cpu(), model.dims, model.levels))
-        model.train(training)
-        return torch.cat(parts)
+        parts = self._validation_bits
+        if parts is None:
+            model, training = self.model, self.model.training
+            model.eval()
+            parts = [self._bits(batch, model.nll(model, self.inputs_of(batch))) for batch in self._held_out()]
+            model.train(training)
+        return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
+
+    def _bits(self, batch: Any, losses: Tensor) -> Tensor:
+        """Bits per dimension of the normal images of a batch, from −log p per dimension of all, nats, ``(N,)``."""
+        normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
+        exact = losses[normal].double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
+        return flows.bits_per_dim(-exact * self.model.dims, self.model.dims, self.model.levels)
 
     def _held_out(self) -> Iterator[Any]:
         """Pre-processed batches of the validation images, by loaders of our own: the trainer's may have begun."""
