@@ -43,8 +43,9 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
         ValueError: If a score is NaN, or there is no calibration score.
     """
     _check_scores(calibration, scores)
-    ascending = np.sort(calibration.cpu().numpy(), axis=None)
-    return torch.from_numpy(np.asarray(p_values_among(ascending, scores.cpu().numpy()))).to(scores.device)
+    ascending = np.sort(calibration.double().cpu().numpy(), axis=None)  # float64 holds numbers of any precision
+    found = p_values_among(ascending, scores.detach().double().cpu().numpy())
+    return torch.from_numpy(np.asarray(found)).to(scores.device)
 
 
 def p_values_among(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:

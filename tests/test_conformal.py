@@ -36,6 +36,17 @@ def test_p_values_keep_the_shape_and_the_finer_type():
     assert conformal.p_values(calibration, just_above).tolist() == [[1.0, 2 / 3]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_p_values_of_scores_of_any_precision(dtype):
+    scores = torch.tensor([[0.5, 2.0], [-1.0, torch.inf]], dtype=dtype)
+    calibration = torch.tensor([2.0, 0.25, 1.0])
+    found = conformal.p_values(calibration, scores)
+    assert found.tolist() == [[3 / 4, 2 / 4], [1.0, 1 / 4]]
+    assert found.dtype == torch.float64
+    ascending = calibration.sort().values.numpy()
+    assert conformal.p_values_among(ascending, scores.double().numpy()).tolist() == found.tolist()
+
+
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=25), levels)
 def test_the_false_alarm_rate_of_exchangeable_images_is_at_most_alpha(values, alpha):
     # Each image is the new one once, the others calibrate: the mean over all orders of exchangeable images.
