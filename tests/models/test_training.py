@@ -4,7 +4,14 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from model_helpers import DETECTORS, TRAINER, data, embedding_flow, engine, feature_map_flow, pixel_flow
 
 
@@ -31,6 +38,14 @@ def test_only_a_trainer_without_any_limit_gets_the_detectors(limits, epochs, tmp
     assert detector.trainer.fit_loop.max_epochs == epochs
 
 
+def test_where_nothing_trains_no_time_is_spent(tmp_path):
+    detector = embedding_flow(coupling_layers=0)
+    run = engine(tmp_path, max_time="00:01:00:00")
+    run.fit(detector, datamodule=data(tmp_path))
+    assert run.trainer.current_epoch == 1
+    assert detector.post_processor.calibrated
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(
     ("limits", "settings", "message"),
@@ -42,6 +57,12 @@ def test_only_a_trainer_without_any_limit_gets_the_detectors(limits, epochs, tmp
         ({}, {"max_epochs": -1}, r"max_epochs of \w+Flow has to be above 0"),
         ({"callbacks": [EMAWeightAveraging()]}, {}, "EMAWeightAveraging averages and exchanges .* calibration"),
         ({"callbacks": [WeightAveraging(use_buffers=False)]}, {}, "Use StochasticWeightAveraging"),
+        ({"callbacks": [LearningRateFinder()]}, {}, "LearningRateFinder trains before .* set learning_rate"),
+        (
+            {"callbacks": [BatchSizeFinder(batch_arg_name="train_batch_size")]},
+            {},
+            "BatchSizeFinder trains before .* set train_batch_size",
+        ),
     ],
 )
 def test_what_would_train_nothing_or_spoil_what_is_fitted_is_refused_at_the_start(
@@ -101,3 +122,12 @@ def test_a_fit_that_calibrates_nothing_says_so(limits, tmp_path, caplog):
     engine(tmp_path, **limits).fit(trained, datamodule=data(tmp_path))
     assert not trained.post_processor.calibrated
     assert "The fit ended without a calibration" in caplog.text
+
+
+@pytest.mark.parametrize("build", [embedding_flow, feature_map_flow])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_where_nothing_trains_clipping_changes_nothing(build, algorithm, tmp_path):
+    detector = build(coupling_layers=0)
+    clipped = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": algorithm}
+    engine(tmp_path, **clipped).fit(detector, datamodule=data(tmp_path))
+    assert detector.post_processor.calibrated

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -53,7 +53,8 @@ class FlowTraining(_Base):
         if trainer is not None:
             check_precision(trainer.precision)
         # Here, and not in `trainer_arguments`, which would override what the user asked for: when a fit begins, a
-        # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit.
+        # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit; where nothing trains,
+        # there is nothing to spend time on.
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is None:
             return
@@ -61,7 +62,7 @@ class FlowTraining(_Base):
         loop = trainer.fit_loop
         timers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
         timed = any(timer.time_remaining() is not None for timer in timers)  # others measure only
-        if loop.max_epochs is None and trainer.max_steps == -1 and not timed:
+        if loop.max_epochs is None and trainer.max_steps == -1 and not (timed and self._trainable):
             self._epochs_by_images = self.max_epochs is None and bool(self._trainable)
             loop.max_epochs = 1 if self.max_epochs is None or not self._trainable else self.max_epochs
 
@@ -77,7 +78,7 @@ class FlowTraining(_Base):
             self.trainer.fit_loop.max_epochs = self.epochs_for(images)
 
     def _check_trainer(self) -> None:
-        """Refuse, before anything is trained, what would train nothing.
+        """Refuse, before anything is trained, what would train nothing, or something else first.
 
         Raises:
             ValueError: If so, with what to set instead.
@@ -89,6 +90,14 @@ class FlowTraining(_Base):
         for name, trains in limits.items():
             if not trains:
                 msg = f"{name} has to be above 0: nothing would be trained, and an untrained flow scores at random."
+                raise ValueError(msg)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+                name = "learning_rate" if isinstance(callback, LearningRateFinder) else "train_batch_size"
+                msg = (
+                    f"{type(callback).__name__} trains before what a detector trains on is prepared, and what it has "
+                    f"trained would count where weights are chosen later. Leave it out, and set {name}."
+                )
                 raise ValueError(msg)
 
     def on_train_start(self) -> None:
@@ -193,6 +202,8 @@ class FlowTraining(_Base):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says; by default to a norm that only an outlier reaches."""
+        if not self._trainable:
+            return
         if gradient_clip_val is None:
             for flow in self.model.trained_flows:
                 parameters = [*flow.parameters()]
