@@ -121,9 +121,10 @@ class SaveWithin(Callback):
 
 
 @pytest.mark.parametrize(("kind", "epochs"), [("pixels", (1, 3)), ("embeddings, batch norms", (1, 4))])
-def test_a_training_with_averages_goes_on_exactly(kind, epochs, tmp_path):
+def test_a_training_with_averages_goes_on_exactly(kind, epochs, tmp_path, caplog):
     whole, *_ = fit(tmp_path, kind, start=2, callbacks=[SaveWithin(tmp_path)])
     for epoch in epochs:  # that in which averaging begins; the last, which is of the average alone with batch norms
         again, *_ = fit(tmp_path, kind, start=2, seed=99, ckpt_path=tmp_path / f"within-{epoch}.ckpt")
         one, other = whole.state_dict(), again.state_dict()
         assert [name for name in one if not torch.equal(one[name].nan_to_num(), other[name].nan_to_num())] == []
+    assert "the training that goes on is another one" not in caplog.text

@@ -70,7 +70,6 @@ class Averaging(_Base):
 
     def on_train_start(self) -> None:
         """Keep what batch norms of a frozen network hold; go on with an average that a checkpoint has brought."""
-        super().on_train_start()
         averages = self._averages()
         trained = {module for flow in self.model.trained_flows for module in flow.modules()}
         self._frozen_norms = tuple(
@@ -82,6 +81,7 @@ class Averaging(_Base):
             for average in averages:
                 average.on_train_epoch_start(self.trainer, self)
             self._restore_norms()
+        super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
         """Give batch norms back what they held, and forget gradients: in its own epoch there is a step without any."""
