@@ -12,7 +12,7 @@ from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, pixel
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.engine import RunEngine
-from anomalib_flowood.features import rotations
+from anomalib_flowood.models.components import rotations
 from anomalib_flowood.report.predictions import keep_predictions
 
 DETECTORS = {

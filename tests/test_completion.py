@@ -51,7 +51,7 @@ def script(shell: str, path, capsys) -> None:
 def test_bash_completes(typed, offered, tmp_path, monkeypatch, capsys):
     bash = shutil.which("bash")
     if bash is None:
-        pytest.skip("There is no bash here.")
+        pytest.skip("What bash completes is asked of bash, which is not on this machine.")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "parts").mkdir()
     (tmp_path / "model.ckpt").touch()
@@ -81,7 +81,7 @@ CHOSEN = [
 def test_bash_offers_what_the_chosen_detector_and_data_have(typed, offered, lacking, tmp_path, monkeypatch, capsys):
     bash = shutil.which("bash")
     if bash is None:
-        pytest.skip("There is no bash here.")
+        pytest.skip("What bash completes is asked of bash, which is not on this machine.")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "parts").mkdir()
     script("bash", tmp_path / "flowood.bash", capsys)
@@ -98,7 +98,7 @@ def test_bash_offers_what_the_chosen_detector_and_data_have(typed, offered, lack
 def test_zsh_offers_what_the_chosen_detector_and_data_have(typed, offered, lacking, tmp_path, monkeypatch, capsys):
     zsh = shutil.which("zsh")
     if zsh is None:
-        pytest.skip("There is no zsh here.")
+        pytest.skip("What zsh completes is asked of zsh, which is not on this machine.")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "parts").mkdir()
     script("zsh", tmp_path / "_flowood", capsys)

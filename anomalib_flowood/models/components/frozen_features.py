@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib.data import Batch
@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
-from anomalib_flowood.features import rotations
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
+from . import rotations
 from .flow_module import FlowModule
 from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
 
@@ -80,7 +80,7 @@ class FrozenFeatures(_Base):
 
     Of few training images (:attr:`few_images`) the backbone sees turned copies, too: by half a circle, and by quarters
     of one if images are square. They count as further training images where they are as near to the others as the
-    images themselves (:func:`~anomalib_flowood.features.rotations.turns_that_fit`), as parts are that lie anyhow.
+    images themselves (:func:`~.rotations.turns_that_fit`), as parts are that lie anyhow.
 
     Stored features lie in main memory, whatever the device of the detector. What is computed of them is computed on
     that device, some rows at a time: torch models bring the features that they get to their own device and precision.
@@ -260,7 +260,7 @@ class FrozenFeatures(_Base):
         # A share is applied to the stored features, by Lightning, at every epoch.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None, self.images_at_once == 1)
         total = len(counts)
-        images: int = len(loader.dataset)  # type: ignore[arg-type]
+        images = len(cast("Sized", loader.dataset))
         store = FeatureStore(turns * images, self.cache_gib - self._kept_gib)
         labels: list[Any] = []
         batches: Iterable[Batch] = own

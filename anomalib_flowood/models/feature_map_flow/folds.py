@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from anomalib_flowood.features.rotations import rows_of
+from anomalib_flowood.models.components.rotations import rows_of
 
 _FOLDS = 5
 """Parts of the images: each is scored by a whitening that was fitted to the others."""

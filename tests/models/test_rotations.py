@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_flowood.features import rotations
+from anomalib_flowood.models.components import rotations
 
 
 def drawn(count: int, seed: int = 0) -> torch.Tensor:
@@ -40,6 +40,19 @@ def test_copies_of_an_image_come_one_after_the_other(count, turns, kept):
         fewer = rotations.first_turns(whole, turns, kept)
         assert torch.equal(fewer[0], rotations.together([(x,) for x in rotations.turned(images, kept)])[0])
         torch.testing.assert_close(fewer[1], fewer[0].mean((2, 3)))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_maps_keep_the_layout_that_the_backbone_gives_them(turns):
+    """Otherwise they are stored with channels first, and fits of maps take longer."""
+    images = torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    maps = [(turned.contiguous(memory_format=torch.channels_last),) for turned in rotations.turned(images, turns)]
+    whole = rotations.together(maps)
+    for kept in (1, 2, 4)[: [1, 2, 4].index(turns) + 1]:
+        (part,) = rotations.first_turns(whole, turns, kept)
+        assert part.is_contiguous(memory_format=torch.channels_last)
+    if turns == 1:
+        assert whole[0].data_ptr() == images.data_ptr()  # what is not turned is not copied
 
 
 @pytest.mark.parametrize("turns", [1, 2, 4])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from anomalib_flowood.metrics import auroc
+
 QUARTERS = (0, 2, 1, 3)
 """Quarter turns, in an order in which the first, the first two and all of them make a group."""
 
@@ -28,12 +30,19 @@ def turned(images: Tensor, turns: int) -> list[Tensor]:
     Returns:
         The images in each of these rotations, ``(N, C, H, W)`` each.
     """
-    return [images.rot90(quarters, (2, 3)) for quarters in QUARTERS[:turns]]
+    return [images.rot90(quarters, (2, 3)) if quarters else images for quarters in QUARTERS[:turns]]
 
 
 def together(features: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Bring what was made of images in each rotation, ``(N, ...)``, together: ``(turns * N, ...)``, image by image."""
-    return tuple(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*features, strict=True))
+    """Bring what was made of images in each rotation, ``(N, ...)``, together: ``(turns * N, ...)``, image by image.
+
+    By rows: maps that have their channels last keep them there.
+    """
+    if len(features) == 1:
+        return features[0]
+    images = len(features[0][0])
+    rows = torch.arange(len(features) * images).view(-1, images).T.flatten()
+    return tuple(torch.cat(parts)[rows] for parts in zip(*features, strict=True))
 
 
 def rows_of(images: Tensor, copies: int) -> Tensor:
@@ -45,7 +54,7 @@ def first_turns(features: tuple[Tensor, ...], turns: int, kept: int) -> tuple[Te
     """Of what :func:`together` returns of ``turns`` rotations, the first ``kept`` of each image."""
     if kept == turns:
         return features
-    return tuple(part.unflatten(0, (-1, turns))[:, :kept].flatten(0, 1) for part in features)
+    return tuple(part[torch.arange(len(part)) % turns < kept] for part in features)
 
 
 def turns_that_fit(features: tuple[Tensor, ...], turns: int) -> tuple[int, list[float]]:
@@ -67,8 +76,8 @@ def turns_that_fit(features: tuple[Tensor, ...], turns: int) -> tuple[int, list[
     """
     distances = torch.stack([_squares(part, turns) for part in features]).sum(0).sqrt()  # (turns, N, N)
     nearest = distances.masked_fill(torch.eye(distances.shape[1], dtype=torch.bool), torch.inf).amin(2)
-    pairs = nearest[:, :, None] - nearest[0]
-    aurocs = ((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean((1, 2)).tolist()
+    labels = torch.tensor([[0], [1]]).expand(2, nearest.shape[1])
+    aurocs = [auroc(torch.stack([nearest[0], of_turn]), labels) for of_turn in nearest]
     fitting = [count for count in (1, 2, 4) if count <= turns and max(aurocs[:count]) <= LIMIT]
     return fitting[-1], aurocs
 
