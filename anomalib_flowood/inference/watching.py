@@ -12,8 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from anomalib_flowood.data import image_files
-from anomalib_flowood.files import escaped, unescaped
+from anomalib_flowood.files import escaped, unescaped, whole_file
 from anomalib_flowood.inference.detector import Detector
+from anomalib_flowood.look import shorten
 
 COLUMNS = ("path", "size", "modified_ns", "time", "score", "raw_score", "p_value", "label", "error")
 
@@ -107,7 +108,7 @@ class Watcher:
         except ValueError as error:  # of a broken file, or an image that has no score
             if self._key(path) != key or time.time() - key[2] / 1e9 < self.patience:
                 return False
-            self._append((*key, stamp, "", "", "", "", str(error)))
+            self._append((*key, stamp, "", "", "", "", " ".join(str(error).split())))
             self._anomalous[key] = False
             return True
         if self._key(path) != key:  # written to while it was read
@@ -134,8 +135,13 @@ class Watcher:
             number += 1
         if self.link:
             target.symlink_to(path.resolve())
-        else:
-            shutil.move(path, target)
+            return
+        try:
+            shutil.move(path, target, copy_function=_copy_whole)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            # Somebody else has taken it: it has its row.
 
     def _append(self, row: tuple) -> None:
         """Write a row so that it is on the disk when this returns."""
@@ -149,6 +155,7 @@ class Watcher:
     def _restore(self) -> dict[Key, bool]:
         """Read which images have a row, and whether it calls them anomalous; cut off a row that is not whole."""
         content = self.table.read_bytes() if self.table.exists() else b""
+        self._check_header(content)  # before anything is cut off
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             os.truncate(self.table, len(whole))
@@ -157,10 +164,22 @@ class Watcher:
             self._append(COLUMNS)
             return {}
         text = io.StringIO(whole.decode("utf-8", "surrogateescape"), newline="")
-        header, *rows = csv.reader(text)
-        if tuple(header) != COLUMNS:
-            msg = (
-                f"{self.table} is no table of `flowood watch`: its columns are {', '.join(header)}. Name another file."
-            )
-            raise ValueError(msg)
+        _, *rows = csv.reader(text)
         return {(unescaped(row[0]), int(row[1]), int(row[2])): row[7] == "1" for row in rows}
+
+    def _check_header(self, content: bytes) -> None:
+        """Refuse a file that is no table of ours, nor the beginning of one that was killed in its first line."""
+        line, ended, _ = content.partition(b"\n")
+        given = line.decode("utf-8", "backslashreplace").rstrip("\r").replace('"', "")
+        known = ",".join(COLUMNS)
+        if given == known or (not ended and known.startswith(given)):
+            return
+        columns = shorten(given.replace(",", ", "), 200)
+        msg = f"{self.table} is no table of `flowood watch`: its columns are {columns}. Name another file."
+        raise ValueError(msg)
+
+
+def _copy_whole(source: str | Path, target: str | Path) -> None:
+    """Copy a file to another disk so that it appears there whole, whenever the process is killed."""
+    with whole_file(target) as file:
+        shutil.copy2(source, file)

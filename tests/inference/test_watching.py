@@ -2,6 +2,7 @@
 """A folder that is watched: each image has one row, whenever the process was killed."""
 
 import csv
+import errno
 import os
 import shutil
 import time
@@ -101,7 +102,7 @@ def test_whenever_it_is_killed_each_image_has_one_row(moment, detector, folder, 
             raise KilledError
         append(row)
 
-    def no_move(*_: object) -> None:
+    def no_move(*_: object, **__: object) -> None:
         raise KilledError
 
     with monkeypatch.context() as patch:
@@ -155,6 +156,58 @@ def test_another_table_is_refused(detector, folder, tmp_path):
     with pytest.raises(NotADirectoryError, match="no folder"):
         Watcher(detector, tmp_path / "nowhere", table)
     assert len(COLUMNS) == len(set(COLUMNS))
+
+
+@pytest.mark.parametrize("content", [b"a line\nanother, without an end", b"no line has an end", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_a_file_that_is_no_table_loses_nothing(content, detector, folder, tmp_path):
+    table = tmp_path / "notes.txt"
+    table.write_bytes(content)
+    with pytest.raises(ValueError, match="notes.txt is no table of `flowood watch`"):
+        Watcher(detector, folder, table)
+    assert table.read_bytes() == content
+
+
+def test_a_table_that_was_killed_in_its_first_line_begins_anew(detector, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_bytes(b"path,size,modi")
+    looks(Watcher(detector, folder, table))
+    assert len(rows(table)) == 4
+
+
+def test_an_image_that_somebody_else_has_taken_ends_nothing(detector, folder, tmp_path, monkeypatch):
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", tmp_path / "aside")
+    append = watcher._append
+
+    def taken(row: tuple) -> None:
+        append(row)
+        (folder / row[0]).unlink()
+
+    monkeypatch.setattr(watcher, "_append", taken)
+    looks(watcher)
+    assert len(rows(tmp_path / "table.csv")) == 4
+
+
+def test_on_another_disk_an_image_set_aside_appears_whole(detector, folder, tmp_path, monkeypatch):
+    aside = tmp_path / "aside"
+
+    def other_disk(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def killed(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:40])
+        raise KilledError
+
+    monkeypatch.setattr(os, "rename", other_disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", killed)
+        watcher = Watcher(detector, folder, tmp_path / "table.csv", aside)
+        watcher.look()
+        with pytest.raises(KilledError):
+            watcher.look()
+    assert list(aside.iterdir()) == []
+    looks(Watcher(detector, folder, tmp_path / "table.csv", aside))
+    assert [path.name for path in sorted(aside.iterdir())] == ["1.png", "3.png"]
+    assert not (folder / "1.png").exists()
 
 
 def test_names_are_no_formulas_in_the_table(detector, folder, tmp_path):
