@@ -53,8 +53,7 @@ def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
     known = set(known)
     for name in names:
         if name not in known:
-            unknown = unknown_name(kind, name, known)
-            raise unknown
+            raise unknown_name(kind, name, known)
 
 
 def alternatives(names: Iterable[str], quote: str = "'") -> str:

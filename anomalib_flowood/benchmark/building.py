@@ -178,8 +178,9 @@ def readable(error: BaseException) -> str:
     """
     error = _unmasked(error)
     if out_of_memory(error):
+        said = str(error).strip() or type(error).__name__  # Python's own has no message
         return (
-            f"Memory ran out: {str(error).strip().splitlines()[0]}. Smaller batches (train_batch_size and "
+            f"Memory ran out: {said.splitlines()[0]}. Smaller batches (train_batch_size and "
             "eval_batch_size of the data), a smaller image_size, and less memory_limit_mib (data) and cache_gib "
             "(detector) take less."
         )

@@ -284,8 +284,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             arguments, errors = skipping_arguments(batch_size=batch_size, **arguments)
             wanted = arguments.pop("return_predictions", None) is not False
             self.engine.predict(**arguments, return_predictions=False)
-            self.keep_predictions(self.predicted.batches if wanted else None, errors)
-            if errors:
+            if self.keep_predictions(self.predicted.batches if wanted else None, errors):
                 sys.exit(_UNREADABLE)
         elif self.subcommand == "benchmark":
             Benchmark().run(self.config["benchmark"])

@@ -48,16 +48,22 @@ class ResultsCLI(AnomalibCLI):
         else:
             yield output
 
-    def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> None:
-        """Keep what was predicted, and with which settings, by which checkpoint, of which data."""
+    def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> bool:
+        """Keep what was predicted, and with which settings, by which checkpoint, of which data.
+
+        Returns:
+            Whether files could not be read, by any process. That of rank 0 alone says so: Lightning kills it, whatever
+            it is writing, when another one ends with an exit status above 0.
+        """
         folder = Path(self.engine.trainer.default_root_dir)
         kept = keep_predictions(predictions, folder, self.model.post_processor, errors)
         if kept is None:
-            return
+            return False
         data = self._data_label()
         record = self._write_record(folder, data, **kept.findings)
         has = "all settings, and the decision" if "decision" in kept.findings else "all settings"
         print(f"Data: {data}. Checkpoint: {self._checkpoint()}. {record.name} beside them has {has}.")
+        return "unreadable" in kept.findings
 
     def keep_results(self) -> None:
         """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from anomalib_flowood.files import write_text
 from anomalib_flowood.models.components import FlowModule, known_flows
+from anomalib_flowood.report.markup import finite
 
 from .images import image_sets, normal_images
-from .numbers import all_numbers, batches, finite, score, table
+from .numbers import all_numbers, batches, score, table
 from .page import write_page
 from .pictures import DARK, SHOWN_SETS
 from .sections import sections_of

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -143,12 +142,3 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row.append(f"{entry['coadaptation']['mean_from_layer_2']:.2f}")
         rows.append(row)
     return [*header, *(["co-adaptation (mean from layer 2)"] if adapted else [])], rows
-
-
-def finite(value: Any) -> Any:
-    """Replace what JSON has no word for, NaN and infinities, by null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

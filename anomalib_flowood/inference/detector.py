@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ class Detector:
             return parts[0]
         columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0]) if name != "paths"}
         joined: Any = {name: None if column[0] is None else np.concatenate(column) for name, column in columns.items()}
-        return Scores(paths=sum((part.paths for part in parts), ()), **joined)
+        return Scores(paths=tuple(chain.from_iterable(part.paths for part in parts)), **joined)
 
     def score_batches(self, images: Any) -> Iterator[Scores]:
         """Score images batch by batch: no more than 32 are in memory, whatever their number.

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from anomalib_flowood.data import image_files, read_image
 from anomalib_flowood.data.decoding import as_bytes
+from anomalib_flowood.data.masks import without_masks
 from anomalib_flowood.data.resizing import resize_bytes
 
 _CHANNELS = (1, 3, 4)
@@ -27,8 +28,9 @@ def each_image(
     """Go through images one by one, each as the detectors' own data sets read it.
 
     Args:
-        given: A file or a folder; the content of a file, bytes; an image of Pillow's; an array or a tensor, one image
-            or several: ``(H, W)``, ``(H, W, C)``, ``(C, H, W)``, ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``,
+        given: A file or a folder, whose masks, in ``ground_truth``, are left out; the content of a file, bytes; an
+            image of Pillow's; an array or a tensor, one image or several: ``(H, W)``, ``(H, W, C)``, ``(C, H, W)``,
+            ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``,
             where C is 1, 3 or 4, and the fourth is dropped; or an iterable of these. Arrays are ``uint8``, ``uint16``,
             or floats in [0, 1]. ``(3, H, W)`` is one image in colour, not three grey ones.
         max_value: What white is in 16 bits: see :func:`~anomalib_flowood.data.read_image`.
@@ -61,7 +63,7 @@ def single_images(given: Any) -> Iterator[str | Path | bytes | Image.Image | np.
     """
     if isinstance(given, str | Path):
         path = Path(given).expanduser()
-        files = image_files(path) if path.is_dir() else [path]
+        files = without_masks(image_files(path), path) if path.is_dir() else [path]
         if not files:
             msg = f"There are no images in {path}."
             raise FileNotFoundError(msg)

@@ -79,7 +79,8 @@ class Kept(NamedTuple):
     Attributes:
         path: The table.
         findings: What was said of all images together, for the record beside the table: ``decision``, in words, and
-            ``drift_p_value``. Nothing where no calibrated detector of ours has labelled them.
+            ``drift_p_value``. Not where no calibrated detector of ours has labelled them. And
+            ``unreadable``, how many files could not be read, if any.
     """
 
     path: Path
@@ -137,6 +138,7 @@ def keep_predictions(
     if errors:
         lines = [f"{len(errors)} of {len(frame)} files could not be read:", *errors.values()]
         console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+        findings["unreadable"] = len(errors)
     return Kept(path, findings)
 
 

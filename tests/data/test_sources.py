@@ -70,6 +70,17 @@ def test_class_folders_are_divided_class_by_class(tmp_path: Path) -> None:
     assert test.classes.tolist() == ["cat", "cat", "dog"]
 
 
+def test_a_folder_that_is_divided_is_looked_through_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("good", "bad"):
+        write_images(tmp_path / "parts" / kind, 10)
+    (tmp_path / "parts" / "good" / "odd.png").symlink_to("nowhere.png")
+    parts = source(tmp_path / "parts", tmp_path)
+    assert len(parts.read("train")) == 16
+    assert len(parts.read("test")) == 4
+    assert len(parts.read_one_class("good")) == 12
+    assert caplog.text.count("Left out") == 1
+
+
 def test_train_and_test_folders(tmp_path: Path) -> None:
     write_images(tmp_path / "parts" / "train", 4)
     write_images(tmp_path / "parts" / "test", 3)
@@ -122,6 +133,14 @@ def test_a_name_is_the_data_set_and_a_path_is_the_folder(
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     found = find_sources([tmp_path / "cats" / "images", tmp_path / "dogs" / "images"], tmp_path, [0.2, 1], 0)
     assert [item.name for item in found] == ["cats-images", "dogs-images"]
+    alike = [
+        tmp_path / "north" / "cats" / "images",
+        tmp_path / "south" / "cats" / "images",
+        tmp_path / "dogs" / "images",
+    ]
+    found = find_sources(alike, tmp_path, [0.2, 1, 1], 0)
+    assert [item.name for item in found] == ["north-cats-images", "south-cats-images", "dogs-images"]
+    assert len(find_sources([tmp_path, tmp_path], tmp_path, [0.2, 1], 0)) == 2  # the same one, which others refuse
 
 
 @pytest.mark.parametrize("entry", TORCHVISION_SETS, ids=lambda entry: entry.name)

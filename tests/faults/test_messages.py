@@ -157,6 +157,7 @@ def test_memory_that_ran_out_is_said_so_with_the_remedy():
         assert out_of_memory(found.value)
         assert readable(found.value).startswith("Memory ran out: ")
         assert "Smaller batches (train_batch_size and eval_batch_size" in readable(found.value)
+    assert readable(MemoryError()).startswith("Memory ran out: MemoryError. Smaller batches")  # Python's has no words
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 

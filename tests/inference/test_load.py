@@ -98,6 +98,14 @@ def test_grey_images_and_16_bits_are_read_as_files_are(tmp_path):
         assert all(np.array_equal(way, ways[0]) for way in ways)
 
 
+def test_the_masks_of_a_folder_are_no_images(tmp_path):
+    for name in ("test/bad/0.png", "ground_truth/bad/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / name)
+    assert [name for name, _ in each_image(tmp_path)] == [str(tmp_path / "test/bad/0.png")]
+    assert len(list(each_image(tmp_path / "ground_truth"))) == 1
+
+
 def test_no_more_than_a_batch_is_read_ahead(loaded):
     taken = []
 

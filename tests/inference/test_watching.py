@@ -158,7 +158,7 @@ def test_another_table_is_refused(detector, folder, tmp_path):
     assert len(COLUMNS) == len(set(COLUMNS))
 
 
-@pytest.mark.parametrize("content", [b"a line\nanother, without an end", b"no line has an end", b"\x89PNG\r\n\x1a\n\0\0"])
+@pytest.mark.parametrize("content", [b"a line\nanother, without an end", b"no line has an end", b"\x89PNG\r\n\0"])
 def test_a_file_that_is_no_table_loses_nothing(content, detector, folder, tmp_path):
     table = tmp_path / "notes.txt"
     table.write_bytes(content)

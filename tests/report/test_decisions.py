@@ -6,6 +6,7 @@ import io
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,13 @@ from report_helpers import Page, job, report
 from rich.console import Console
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
-from anomalib_flowood import conformal
+from anomalib_flowood import conformal, processes
 from anomalib_flowood.benchmark import Results
+from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.report.curves import roc_chart
 from anomalib_flowood.report.decisions import decide, decision_of, expectation, kinds
+from anomalib_flowood.report.markup import script_json
 from anomalib_flowood.report.predictions import keep_predictions
 
 DETECTORS = {"sharp": 3.0, "<b>dull</b>": 0.7}
@@ -229,6 +232,30 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
     else:
         assert "label" not in table
         assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out
+
+
+def test_a_threshold_that_nothing_exceeds_is_none_to_the_page():
+    assert script_json({"threshold": math.inf, "scores": [1.5, math.nan]}) == '{"threshold":null,"scores":[1.5,null]}'
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_another_process_could_not_read_is_told_by_the_first_alone(rank, tmp_path, monkeypatch):
+    batch = ImageBatch(image=torch.rand(1, 3, 4, 4), pred_score=torch.tensor([1.0]), image_path=["a.png"])
+    monkeypatch.setattr(
+        processes, "gathered_objects", lambda own: [own, {"b.png": "broken"}] if isinstance(own, dict) else [own]
+    )
+    monkeypatch.setattr(processes, "rank", lambda: rank)
+    kept = keep_predictions([batch], tmp_path, errors={})
+    assert (kept is None) == bool(rank)
+    assert kept is None or kept.findings["unreadable"] == 1
+    cli = SimpleNamespace(
+        engine=SimpleNamespace(trainer=SimpleNamespace(default_root_dir=tmp_path)),
+        model=SimpleNamespace(post_processor=None),
+        _data_label=lambda: "parts",
+        _write_record=lambda folder, _, **findings: folder / "run.json",
+        _checkpoint=lambda: None,
+    )
+    assert ResultsCLI.keep_predictions(cli, [batch], {}) == (rank == 0)  # by which the command's status is 3
 
 
 def test_a_prediction_by_a_trimmed_calibration_names_no_level(tmp_path):

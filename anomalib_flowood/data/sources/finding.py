@@ -8,6 +8,7 @@ such a name is written with a separator (``./mnist``). Any other bare word is a 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -65,7 +66,7 @@ def find_sources(
         seed: Seed of that split.
 
     Returns:
-        A source for each; no two have the same name.
+        A source for each; no two of different folders have the same name.
 
     Raises:
         ValueError: If a bare word is neither a known name nor a folder.
@@ -76,10 +77,11 @@ def find_sources(
         if isinstance(item, Path) or item not in DATA_SETS
     }
     names = [folders[i].resolve().name if i in folders else str(item) for i, item in enumerate(data_sets)]
-    repeated = {name for name in names if names.count(name) > 1}
-    for i, folder in folders.items():
-        if names[i] in repeated:  # cats/images and dogs/images
-            names[i] = "-".join(folder.resolve().parts[-2:])
+    for parts in range(2, 1 + max((len(folder.resolve().parts) for folder in folders.values()), default=0)):
+        repeated = {name for name, times in Counter(names).items() if times > 1}
+        for i, folder in folders.items():
+            if names[i] in repeated:  # cats/images and dogs/images
+                names[i] = "-".join(folder.resolve().parts[-parts:])
     return [
         FolderSource(folders[i], name, held_out[i], seed) if i in folders else NamedSource(name, Path(root))
         for i, name in enumerate(names)

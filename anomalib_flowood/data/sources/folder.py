@@ -29,6 +29,7 @@ class FolderSource:
         self.name = name
         self.held_out = held_out
         self.seed = seed
+        self._listed: Images | None = None
 
     @property
     def key(self) -> str:
@@ -75,7 +76,7 @@ class FolderSource:
         if there == ["test"]:
             msg = f"{self.folder} has test images but no training images: it needs train beside test."
             raise FileNotFoundError(msg)
-        images = layout.read(self.folder, self.name, "train" if there else None)
+        images = self._undivided()
         return images.select(self._divide(images)[split])
 
     def read_one_class(self, normal: str) -> Images:
@@ -89,10 +90,19 @@ class FolderSource:
         """
         if not self.divided:
             return self.read("test")
-        layout, there = layout_of(self.folder)
-        images = layout.read(self.folder, self.name, "train" if there else None)
+        images = self._undivided()
         assert images.classes is not None
         return images.select(np.union1d(self._divide(images)["test"], np.flatnonzero(images.classes != normal)))
+
+    def _undivided(self) -> Images:
+        """All images of a folder that is divided: files are looked for once, what is in memory is not held here."""
+        if self._listed is None:
+            layout, there = layout_of(self.folder)
+            images = layout.read(self.folder, self.name, "train" if there else None)
+            if images.pixels is not None:
+                return images
+            self._listed = images
+        return self._listed
 
     def tested(self, images: int) -> int:
         """How many of a class's images become test images, in a folder that is divided."""
