@@ -30,10 +30,12 @@ class Results:
 
     Args:
         folder: Where to write; it exists.
+        writes: Whether to; only the process of rank 0 does, and the others know what has been done.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
         self.log = self.folder / "benchmark.log"
         self._results: list[dict[str, Any]] = []
         self._scores: list[pd.DataFrame] = []
@@ -48,7 +50,7 @@ class Results:
         run = read_run(self.folder)
         done = run.results[run.results["error"] == ""].drop(columns="error")
         self._results = [{str(name): value for name, value in row.items()} for row in done.to_dict("records")]
-        if not run.scores.empty:
+        if self.writes and not run.scores.empty:
             self._scores = [run.scores]
             with whole_file(self.folder / SCORES) as file:
                 write_table(run.scores[SCORE_COLUMNS], file)
@@ -75,8 +77,10 @@ class Results:
                 ``score``; empty if the job failed.
             maps: Anomaly maps and masks of images that a report shows, see :class:`ScoreRecorder`.
         """
-        write_maps(self.folder, result, maps or {})
         self._results.append(result)
+        if not self.writes:
+            return
+        write_maps(self.folder, result, maps or {})
         if not scores.empty:  # first, so that no row ever lacks its scores
             first = not self._scores
             with whole_file(self.folder / SCORES) as file:
@@ -94,7 +98,7 @@ class Results:
             console: Where to print.
             images: How many images of either side to list of each job, those on which it is most wrong.
         """
-        if not self._results:
+        if not self._results or not self.writes:
             return
         text = benchmark_markdown(self.table) + set_markdown(self.table)
         write_text(self.folder / "table.md", text)

@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
+from anomalib_flowood import processes
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.engine import new_folder
 from anomalib_flowood.files import write_text
@@ -123,7 +124,10 @@ class Benchmark(AnomalibBenchmark):
 
 
 class BenchmarkRunner(SerialRunner):
-    """Runs the jobs one after the other, and says all along which one and how far."""
+    """Runs the jobs one after the other, and says all along which one and how far.
+
+    Of several processes, which Lightning starts (``strategy: ddp``), each runs them; that of rank 0 writes and speaks.
+    """
 
     resumed: Path | None = None
     """Folder of an earlier run that is to go on."""
@@ -144,7 +148,7 @@ class BenchmarkRunner(SerialRunner):
             ValueError: If any entry is wrong; nothing has been trained then.
             BenchmarkError: If jobs failed; the results of all others have been written.
         """
-        console = Console()
+        console = Console(quiet=processes.was_started())
         console.width = min(console.width, 100) if console.is_terminal else 100
         with JobProgress(console) as progress:
             with _logs_to(None):
@@ -153,7 +157,7 @@ class BenchmarkRunner(SerialRunner):
             record = self._record(args, jobs)
             failed: list[str] = []
             try:
-                with _logs_to(record.log):
+                with _logs_to(record.log if record.writes else None):
                     for number, job in enumerate(jobs, start=1):
                         if record.has(job.row()):
                             continue
@@ -166,7 +170,7 @@ class BenchmarkRunner(SerialRunner):
                 progress.stage("writing")
                 progress.__exit__()
                 record.finish(console, self.images)
-        if failed:
+        if failed and record.writes:  # by whose status Lightning would kill the one that still writes
             listed = "\n".join(f"  {line}" for line in failed)
             msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"
             raise BenchmarkError(msg)
@@ -174,10 +178,13 @@ class BenchmarkRunner(SerialRunner):
 
     def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Results:
         """Write down what is to run, in a new folder, or take in what has finished in that of an earlier run."""
+        writes = not processes.was_started()
         if self.resumed is not None:
-            record = Results(self.resumed)
+            record = Results(self.resumed, writes=writes)
             record.restore()
             return record
+        if not writes:
+            return Results(Path(), writes=False)
         record = Results(new_folder(Path("runs") / BenchmarkJob.name))
         accelerators = list(dict.fromkeys(job.accelerator for job in jobs))
         write_record(

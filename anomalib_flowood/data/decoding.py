@@ -29,7 +29,7 @@ PLAIN_MAX_VALUES = (255, 1023, 4095, 16383, 65535)
 """What white is in files of 8, 10, 12, 14 and 16 bits: :func:`plain_max_value` chooses among them."""
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What the content of a file may be, as Pillow names it: of its other formats one, EPS, starts a program."""
+"""What content that was sent may be, as Pillow names it. Files may be of its other formats, too, but for EPS."""
 
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
@@ -326,6 +326,9 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
             msg = "it is no regular file"
             raise OSError(msg)
         with Image.open(path) as image:
+            if image.format == "EPS":
+                msg = f"it is none of {', '.join(FORMATS)}, but EPS, for which Pillow would start a program"
+                raise OSError(msg)
             _warn_of_size(image, path)
             yield image
     except UnreadableImageError:

@@ -122,7 +122,7 @@ def expectation(level: float, calibration_images: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with two digits."""
+    """A share in percent, with three digits."""
     return "-" if math.isnan(share) else f"{100 * share:.3g}\u00a0%"
 
 

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood.files import whole_file
+from anomalib_flowood.look import shorten
 from anomalib_flowood.metrics import MOST_SETS
 
 MAPS = "maps"
@@ -31,7 +33,7 @@ MAPS = "maps"
 _WORST, _TYPICAL = 5, 3
 _MAP_SIDE, _MASK_SIDE = 64, 128
 _MOST = 10_000
-"""Images whose maps are kept, at 8 KiB each, until it is known which are shown; later ones have none."""
+"""Images whose maps, of 8 KiB, and masks, of 16, are kept until it is known which are shown; later ones have none."""
 _JOB = ("detector", "data", "seed")
 
 
@@ -172,8 +174,9 @@ def read_maps(folder: Path) -> dict[tuple[str, str, str], JobMaps]:
                 maps = {name: file[f"map_{number}"] for number, name in enumerate(names)}
                 masks = {name: file[f"mask_{n}"] for n, name in enumerate(names) if f"mask_{n}" in file}
                 detector, data, seed = json.loads(str(file["job"]))
-        except (OSError, KeyError, ValueError) as error:
-            msg = f"{path} holds no anomaly maps of a test: {error}. Without it the page has none of this job."
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            reason = shorten(error, 80)
+            msg = f"{path} holds no anomaly maps of a test: {reason}. Without it the page has none of this job."
             raise ValueError(msg) from error
         found[str(detector), str(data), str(seed)] = JobMaps(maps, masks)
     return found

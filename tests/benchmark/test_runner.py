@@ -322,6 +322,39 @@ def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch:
     assert len(seeds) == 5
 
 
+def test_of_several_processes_the_first_alone_writes_and_speaks(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning starts the command once more for each; all go through the same jobs."""
+    seeds = []
+
+    def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
+        seeds.append(self.seed)
+        if self.seed == 2:
+            raise ValueError("broken")
+        self.scores = pd.DataFrame({"image_path": ["a.png"], "source": ["a"], "label": [0], "score": [1.0]})
+        self.scores = self.scores.assign(detector=self.detector, data=self.data, seed=self.seed)
+        return {**self.row(), "AUROC": 0.5, "FPR95": 0.5, "fit_duration": 1.0, "images_per_s": 5.0}
+
+    monkeypatch.setattr(BenchmarkJob, "run", run)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self, counts: None)
+    section = {"seed": {"grid": [1, 2]}, "model": DFM, "data": folder(images)}
+    with pytest.raises(BenchmarkError):
+        BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run(section)
+    (written,) = here.glob("runs/benchmark/*")
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    capsys.readouterr()
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for resumed in (None, written):
+        runner = BenchmarkRunner(BenchmarkJobGenerator(["cpu"]))
+        runner.resumed = resumed
+        runner.run(section)  # Lightning would kill the first one for an error's exit status of another
+    assert seeds == [1, 2, 1, 2, 2]
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+    assert capsys.readouterr().out == ""
+
+
 def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
     (tmp_path / "of mine").mkdir()
     results = Results(tmp_path / "of mine")

@@ -11,7 +11,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.data import utils as anomalib_utils
 from data_helpers import write_images
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, read_image
 from anomalib_flowood.data.decoding import plain_max_value, read_header, read_picture
@@ -198,6 +198,17 @@ def test_float_images(tmp_path: Path) -> None:
     path = save(np.array([[0, 700]], np.float32), tmp_path / "b.tif")
     with pytest.raises(ValueError, match=rf"{path}: its values run from 0.0 to 700.0, where 0 to 1 is expected"):
         read_image(path)
+
+
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.eps")
+    path = (tmp_path / "0.eps").rename(tmp_path / "0.png")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
+    for read in (read_image, read_header):
+        with pytest.raises(UnreadableImageError, match=r"0.png: it is none of .*EPS, for which Pillow would start"):
+            read(path)
+    assert not started
 
 
 def test_damaged_image_is_named(tmp_path: Path) -> None:

@@ -64,9 +64,12 @@ def test_maps_are_kept_small_and_written_whole(tmp_path: Path):
     assert read[1].maps["b.png"] == pytest.approx(kept["b.png"][0])
     assert list(read[1].masks) == ["b.png"]
 
-    next((tmp_path / "maps").glob("*.npz")).write_bytes(b"broken")
-    with pytest.raises(ValueError, match="holds no anomaly maps of a test"):
-        read_maps(tmp_path)
+    (path,) = (tmp_path / "maps").glob("*.npz")
+    whole = path.read_bytes()
+    for broken in (b"broken", b"", whole[:200], whole[:300] + bytes(len(whole) - 600) + whole[-300:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="holds no anomaly maps of a test"):
+            read_maps(tmp_path)
 
 
 def test_maps_are_clear_where_they_are_low():
