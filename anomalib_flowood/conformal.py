@@ -175,7 +175,9 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
     if scores.numel() == 0:
         msg = "There are no scores to test for drift."
         raise ValueError(msg)
-    return float(stats.ks_2samp(calibration.flatten().numpy(), scores.flatten().numpy()).pvalue)
+    # Float64 holds numbers of any precision.
+    samples = (values.detach().flatten().double().cpu().numpy() for values in (calibration, scores))
+    return float(stats.ks_2samp(*samples).pvalue)
 
 
 CONTAMINATION_LEVEL = 0.01

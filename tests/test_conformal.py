@@ -254,6 +254,11 @@ def test_drift_is_found_in_either_direction_and_in_width(mean, std):
 
 def test_ties_and_infinities_raise_no_drift_alarm():
     assert conformal.drift_p_value(torch.ones(500), torch.ones(200)) == 1
+    few = torch.arange(5.0)
+    assert (
+        len({conformal.drift_p_value(torch.arange(20.0), scores) for scores in (few, few.bfloat16(), few.double())})
+        == 1
+    )
     rng = np.random.default_rng(0)
     counts = torch.from_numpy(rng.poisson(1.0, (300, 290)))
     found = [conformal.drift_p_value(row[:200], row[200:]) for row in counts]

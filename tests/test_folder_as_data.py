@@ -188,6 +188,8 @@ def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(h
     [
         (["--data", "./prats"], "There is no folder ./prats (looked for it from "),
         (["--data", "prats"], "Unknown folder or data module 'prats'. Did you mean 'parts'"),
+        (["--data", ""], "The data have no name: give a folder."),
+        (["--data="], "The data have no name: give a folder."),
         (["--data=OneClas"], "Did you mean 'OneClass'"),
         ([], "There are no images to train on: name their folder (--data FOLDER)"),
     ],

@@ -97,6 +97,9 @@ def _data_module(value: str) -> list[str] | None:
 
 def _folder(value: str, here: Path) -> Path | None:
     """The folder that is meant, seen from another one, as it was given; nothing where the value is something else."""
+    if not value:  # as of a variable of a shell that is not set: not this very folder
+        msg = f"The data have no name: give a folder. {LAYOUTS_OF_PARTS}"
+        raise FileNotFoundError(msg)
     given = Path(value).expanduser()
     path = here / given
     modules = {cls.__name__ for cls in subclasses(AnomalibDataModule)}

@@ -266,9 +266,9 @@ class SourcedDataset(AnomalibDataset):
                 batch, mask = resize(batch), None if mask is None else resize(mask)
             return batch, None if mask is None else mask.as_subclass(torch.Tensor)
 
-        # What draws at random does so in the order of the images, and workers share the processors already.
-        threads = 1 if steps or images.pixels is not None or get_worker_info() else min(_THREADS, os.cpu_count() or 1)
-        pairs = _mapped(ready, range(0, len(rows), chunk), threads)
+        # What draws at random does so in the order of the images.
+        threads = 1 if steps or images.pixels is not None else threads_to_read()
+        pairs = mapped(ready, range(0, len(rows), chunk), threads)
         done, masks = of_one_type([batch for batch, _ in pairs]), [mask for _, mask in pairs if mask is not None]
         if len({batch.shape[1:] for batch in done}) > 1:
             return [_rgb(batch[0]) for batch in done], masks
@@ -282,7 +282,12 @@ class SourcedDataset(AnomalibDataset):
         return collate
 
 
-def _mapped(function: Callable[[int], Any], values: Sequence[int], threads: int) -> list[Any]:
+def threads_to_read() -> int:
+    """How many files are read at a time; worker processes share the processors already."""
+    return 1 if get_worker_info() else min(_THREADS, os.cpu_count() or 1)
+
+
+def mapped(function: Callable[[int], Any], values: Sequence[int], threads: int) -> list[Any]:
     """What a function returns for each of some values, in their order."""
     if threads == 1 or len(values) == 1:
         return [function(value) for value in values]

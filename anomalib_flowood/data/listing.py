@@ -75,12 +75,19 @@ def _walk(top: Path) -> Iterator[tuple[int, Path]]:
                 continue
             for entry in visible:
                 path = folder / entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     (linked if entry.is_symlink() else folders).append(path)
                 elif entry.name.lower().endswith(IMG_EXTENSIONS):
                     yield links + entry.is_symlink(), path
         # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
         links, folders = links + 1, sorted(linked, reverse=True)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _some(paths: list[Path], one: str, many: str) -> str:

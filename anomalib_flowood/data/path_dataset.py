@@ -12,7 +12,7 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from torch import nn
 from torchvision.transforms.v2 import Resize, Transform
 
-from anomalib_flowood.data.datasets import SourcedDataset
+from anomalib_flowood.data.datasets import SourcedDataset, mapped, threads_to_read
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 from anomalib_flowood.data.listing import image_files
@@ -74,8 +74,9 @@ class PathDataset(PredictDataset):
         return SourcedImageItem(image=image, image_path=item.image_path)
 
     def __getitems__(self, indices: Sequence[int]) -> list[SourcedImageItem]:
-        """Get items; errors as for one of them."""
-        return [self[index] for index in indices]
+        """Get items, read in up to four threads; errors as for one of them."""
+        threads = 1 if self.transform is not None else threads_to_read()  # it may draw at random, image after image
+        return mapped(self.__getitem__, indices, threads)
 
     @property
     def collate_fn(self) -> Callable:

@@ -90,8 +90,9 @@ class Watcher:
         files = image_files(self.folder, tell=False)  # not every second
         if self.aside is None:
             return files
-        aside = self.aside.resolve()  # may lie below the folder
-        return [file for file in files if not file.absolute().is_relative_to(aside)]
+        aside = self.aside.resolve()  # may lie below the folder, which may be a link
+        own = {folder for folder in {file.parent for file in files} if folder.resolve().is_relative_to(aside)}
+        return [file for file in files if file.parent not in own]
 
     def _key(self, path: Path) -> Key | None:
         try:

@@ -29,8 +29,10 @@ def test_hidden_and_irregular_files_are_left_out(tmp_path: Path, caplog: pytest.
     assert not caplog.records
     os.mkfifo(tmp_path / "b" / "pipe.png")
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "b" / "round.png").symlink_to("round.png")
+    (tmp_path / "b" / "round").symlink_to("round")
     assert names(tmp_path) == ["b/000.png", "b/deep/er/000.JPG"]
-    assert "2 entries that are no regular files" in caplog.text
+    assert "3 entries that are no regular files" in caplog.text
     assert "pipe.png" in caplog.text
     # Not opened where it is named, either.
     with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):

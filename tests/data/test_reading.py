@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def test_data_sets_to_predict_on_read_at_the_detectors_size_and_white(tmp_path: 
         engine(tmp_path).predict(pixel_flow(), dataset=data, ckpt_path=trained["12.png"])
         assert data[0].image.shape == data[1].image.shape == (3, 12, 12)
         assert data[0].image.max() > 0.5
+
+
+def test_files_to_predict_on_are_read_several_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "b", "8.png", 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    together, alone = threading.Barrier(2), PathDataset(folder, resize=Resize((12, 12), antialias=True))
+    expected = [alone[place] for place in range(8)]
+    read = Images.read
+
+    def met(self: Images, rows: np.ndarray) -> object:
+        together.wait(timeout=20)  # breaks where one thread reads all
+        return read(self, rows)
+
+    monkeypatch.setattr(Images, "read", met)
+    for item, one in zip(alone.__getitems__(range(8)), expected, strict=True):
+        assert item.image_path == one.image_path
+        assert torch.equal(item.image, one.image)
 
 
 def test_predict_goes_on_where_a_file_cannot_be_read(

@@ -85,6 +85,14 @@ def test_links_stay_links_and_nobody_hears_of_them(detector, folder, tmp_path, c
     assert "Left out" not in caplog.text
 
 
+def test_a_folder_may_be_a_link(detector, folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    looks(Watcher(detector, link, tmp_path / "table.csv", link / "aside"), times=6)
+    assert [path.name for path in sorted((folder / "aside").iterdir())] == ["1.png", "3.png"]
+    assert len(rows(tmp_path / "table.csv")) == 4
+
+
 @pytest.mark.parametrize("moment", ["before the row", "within the row", "after the row", "before the move"])
 def test_whenever_it_is_killed_each_image_has_one_row(moment, detector, folder, tmp_path, monkeypatch):
     table, aside = tmp_path / "table.csv", tmp_path / "aside"
