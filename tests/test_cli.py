@@ -229,16 +229,21 @@ def test_explain_says_what_is_wrong(
 
 
 def test_score_gives_a_checkpoint_another_score(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pixel_flow_run: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config, trained = pixel_flow_run
     checkpoint = Path(shutil.copy(trained, tmp_path))
     before = PixelFlow.load_from_checkpoint(checkpoint)
+    caplog.clear()
     given = ["score", "--config", str(config)]
     main([*given, "--score", "typicality", "--ckpt_path", str(checkpoint)])
     written = tmp_path / "model-typicality.ckpt"
     assert f"Checkpoint: {written}\n" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == [written, checkpoint]
+    assert "left behind" not in caplog.text  # the score is fitted, and calibrated, by the same command
     torch.load(written, weights_only=True)
     detector = PixelFlow.load_from_checkpoint(written)
     assert detector.model.scorer.name == "typicality"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from anomalib_flowood.models.components import CheckpointError, FlowModule, know
 from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoint_files import CLASS
 from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
+from anomalib_flowood.models.components.restoring import scored_anew
 
 TRAINING = ("fit", "train")
 """Subcommands that train."""
@@ -92,7 +94,8 @@ class DetectorCLI(AnomalibCLI):
         if path is None:
             return detector(*args, **kwargs)
         if issubclass(detector, FlowModule):
-            return detector.load_from_checkpoint(path, map_location="cpu", **kwargs)
+            with scored_anew() if self.subcommand == "score" else nullcontext():
+                return detector.load_from_checkpoint(path, map_location="cpu", **kwargs)
         writer = read_checkpoint(path).get(CLASS)
         if writer is not None:
             raise CheckpointError(path, f"was written by {writer}, so {detector.__name__} cannot load it.")

@@ -121,7 +121,10 @@ class PrincipalSubspace(nn.Module):
             centred = points - self.mean[:, None, None]
             coordinates = functional.conv2d(centred, self.components[:, :, None, None])
             scale = self.variances.rsqrt()[:, None, None]
-        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        if k == dims:  # what is outside would be rounding alone
+            outside = torch.zeros_like(centred[:, 0])
+        else:
+            outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
         constant = (dims - k) * torch.log(2 * math.pi * self.tail_variance) + self.variances.log().sum()
         # One product and one sum with constants, which an OpenVINO model keeps in single precision.
         return coordinates * scale, outside * (-0.5 / self.tail_variance) - 0.5 * constant

@@ -35,6 +35,16 @@ def test_with_a_standard_normal_it_is_probabilistic_pca(k):
     torch.testing.assert_close(w.var(0), torch.ones(k).double())
 
 
+def test_with_all_directions_nothing_is_left_over_not_even_rounding():
+    x = (torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, 8)) + 1
+    subspace = PrincipalSubspace(8, 8)
+    subspace.fit(x)
+    _, rest = subspace(x)
+    assert len(rest.unique()) == 1
+    _, rest = subspace(x.T.reshape(1, 8, 20, 25))
+    assert len(rest.unique()) == 1
+
+
 def test_maps_are_their_positions():
     subspace, _ = fitted()
     maps = points(2 * 4 * 5, seed=3).reshape(2, 4, 5, 7)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     EMAWeightAveraging,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -63,6 +65,8 @@ def test_where_nothing_trains_no_time_is_spent(tmp_path):
             {},
             "BatchSizeFinder trains before .* set train_batch_size",
         ),
+        ({"callbacks": [BackboneFinetuning(1)]}, {}, "BackboneFinetuning trains a backbone, .* Leave it out"),
+        ({"callbacks": [ModelPruning("l1_unstructured")]}, {}, "ModelPruning takes weights off .* hidden_channels"),
     ],
 )
 def test_what_would_train_nothing_or_spoil_what_is_fitted_is_refused_at_the_start(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +32,8 @@ class Restoring(CheckedWeights):
     """Version of this package whose checkpoints are the oldest that can be read; ``None`` if all can."""
     _left = ""
     """Score of a checkpoint that was left behind, as has been said."""
+    _scored_anew: ClassVar[bool] = False
+    """Whether whoever loads fits the score and calibrates it, so that nothing is missing."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the names of class, score and version."""
@@ -81,7 +85,8 @@ class Restoring(CheckedWeights):
                 f"with score {trained!r}. Train with score {scorer.name!r}."
             )
             raise ValueError(msg)
-        if trained != self._left:  # the engine loads what a command has opened before
+        # The engine loads what a command has opened before.
+        if trained != self._left and not self._scored_anew:
             logger.warning(
                 "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former "
                 "is left behind, the calibration of labels and p-values too.",
@@ -166,3 +171,13 @@ class Restoring(CheckedWeights):
             detector.hparams["pre_trained"] = stored["pre_trained"]
         detector._checkpoint_path = Path(checkpoint_path)
         return detector
+
+
+@contextmanager
+def scored_anew() -> Iterator[None]:
+    """Load checkpoints whose score is fitted and calibrated next: that another one is left behind is no loss then."""
+    Restoring._scored_anew = True
+    try:
+        yield
+    finally:
+        Restoring._scored_anew = False

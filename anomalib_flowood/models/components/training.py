@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Timer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelPruning,
+    Timer,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -24,6 +31,26 @@ if TYPE_CHECKING:
     _Base = AnomalibModule
 else:
     _Base = object
+
+
+_FINDER = (
+    "trains before what a detector trains on is prepared, and what it has trained would count where weights are chosen "
+    "later. Leave it out, and set {}."
+)
+_REFUSED: dict[type[Callback], str] = {
+    LearningRateFinder: _FINDER.format("learning_rate"),
+    BatchSizeFinder: _FINDER.format("train_batch_size"),
+    BackboneFinetuning: (
+        "trains a backbone, and a detector has none, or one that is frozen: the density is fitted to its features, "
+        "which are extracted once. Leave it out; other features are those of another backbone."
+    ),
+    ModelPruning: (
+        "takes weights off a trained network under other names, a frozen backbone's too, in the midst of a fit: the "
+        "density, the weights that are kept and checkpoints would be of others. Leave it out; hidden_channels and "
+        "coupling_layers make a flow smaller."
+    ),
+}
+"""Callbacks with which no detector can be trained, and why."""
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -52,6 +79,8 @@ class FlowTraining(_Base):
     def trainer(self, trainer: Trainer | None) -> None:
         if trainer is not None:
             check_precision(trainer.precision)
+            # As early, since what a callback does first comes before :meth:`setup`.
+            _check_callbacks(trainer)
         # Here, and not in `trainer_arguments`, which would override what the user asked for: when a fit begins, a
         # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit; where nothing trains,
         # there is nothing to spend time on.
@@ -90,14 +119,6 @@ class FlowTraining(_Base):
         for name, trains in limits.items():
             if not trains:
                 msg = f"{name} has to be above 0: nothing would be trained, and an untrained flow scores at random."
-                raise ValueError(msg)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-                name = "learning_rate" if isinstance(callback, LearningRateFinder) else "train_batch_size"
-                msg = (
-                    f"{type(callback).__name__} trains before what a detector trains on is prepared, and what it has "
-                    f"trained would count where weights are chosen later. Leave it out, and set {name}."
-                )
                 raise ValueError(msg)
 
     def on_train_start(self) -> None:
@@ -222,3 +243,18 @@ class FlowTraining(_Base):
             f"Try a learning_rate below {self.learning_rate}, and look for broken training images."
         )
         raise TrainingDivergedError(msg)
+
+
+def _check_callbacks(trainer: Trainer) -> None:
+    """Refuse, before a fit begins, callbacks with which it would end in an error, or in other weights.
+
+    Raises:
+        ValueError: If there is one, with the reason and what to do instead.
+    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    for callback in callbacks_of(trainer):
+        for kind, reason in _REFUSED.items():
+            if isinstance(callback, kind):
+                msg = f"{type(callback).__name__} {reason}"
+                raise ValueError(msg)
