@@ -287,7 +287,7 @@ def threads_to_read() -> int:
     return 1 if get_worker_info() else min(_THREADS, os.cpu_count() or 1)
 
 
-def mapped(function: Callable[[int], Any], values: Sequence[int], threads: int) -> list[Any]:
+def mapped(function: Callable[[Any], Any], values: Sequence[Any], threads: int) -> list[Any]:
     """What a function returns for each of some values, in their order."""
     if threads == 1 or len(values) == 1:
         return [function(value) for value in values]

@@ -104,7 +104,7 @@ def all_numbers(detector: Any, scored: list[Scored]) -> dict[str, Any]:
                 "mean": float(log_prob.mean()),
                 "std": float(log_prob.std()) if len(log_prob) > 1 else float("nan"),
                 "min": float(log_prob.min()),
-                "median": float(log_prob.median()),
+                "median": float(np.median(log_prob.numpy())),  # of an even number the mean of the two in the middle
                 "max": float(log_prob.max()),
             },
             "bits_per_dim": float(part.bits.mean()),

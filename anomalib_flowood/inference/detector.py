@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from anomalib_flowood import conformal
 from anomalib_flowood.checks import refuse_nan
-from anomalib_flowood.inference.images import each_image, resized
+from anomalib_flowood.data.datasets import mapped, threads_to_read
+from anomalib_flowood.inference.images import SingleImage, of_single, resized, single_images
 from anomalib_flowood.models.components.export_check import Runtime
 
 BATCH_SIZE = 32
@@ -124,7 +126,9 @@ class Detector:
         return self.runtime.shape[0] or BATCH_SIZE
 
     def read(self, images: Any) -> Iterator[ReadImage]:
-        """Read images one by one, and resize them as training did, without scoring them.
+        """Read images, and resize them as training did, without scoring them.
+
+        Files are read in up to four threads, no more than :attr:`images_at_once` ahead.
 
         Arguments and errors as for :meth:`score`.
 
@@ -134,8 +138,15 @@ class Detector:
         """
         _, _, height, width = self.runtime.shape
         size = (height or self.size[0], width or self.size[1]) if self.size else None
-        found = each_image(images, self.max_value, keep_bytes=True)  # large ones are resized in strips
-        return ((path, resized(image, size, keep_bytes=self.runtime.takes_bytes)) for path, image in found)
+
+        def read(image: SingleImage) -> ReadImage:
+            path, pixels = of_single(image, self.max_value)
+            return path, resized(pixels, size, keep_bytes=self.runtime.takes_bytes)  # large ones in strips
+
+        single = single_images(images)
+        while some := list(islice(single, self.images_at_once)):
+            of_files = all(isinstance(image, str | Path | bytes) for image in some)
+            yield from mapped(read, some, threads_to_read() if of_files else 1)
 
     def score_read(self, images: Sequence[ReadImage]) -> Iterator[Scores]:
         """Score images that :meth:`read` gave, :attr:`images_at_once` at most.

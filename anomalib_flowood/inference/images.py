@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from anomalib_flowood.data.resizing import resize_bytes
 
 _CHANNELS = (1, 3, 4)
 _WHITE = {"uint8": 255, "uint16": 65535}
+
+SingleImage: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
+"""A file, the content of one, an image of Pillow's, or an array ``(C, H, W)``."""
 
 
 def each_image(
@@ -46,17 +49,20 @@ def each_image(
         TypeError: If something is no image.
     """
     for image in single_images(given):
-        if isinstance(image, np.ndarray):
-            name, pixels = "", _of_array(image, max_value)
-        elif isinstance(image, Image.Image):
-            name, pixels = str(getattr(image, "filename", "")), _of_pillow(image, max_value)
-        else:
-            name = "" if isinstance(image, bytes) else str(image)
-            pixels = read_image(image, max_value).numpy()
+        name, pixels = of_single(image, max_value)
         yield name, pixels if keep_bytes else _scaled(pixels)
 
 
-def single_images(given: Any) -> Iterator[str | Path | bytes | Image.Image | np.ndarray]:
+def of_single(image: SingleImage, max_value: int | None) -> tuple[str, np.ndarray]:
+    """Read one of :func:`single_images`: its path, and its pixels as :func:`each_image` yields them, bytes kept."""
+    if isinstance(image, np.ndarray):
+        return "", _of_array(image, max_value)
+    if isinstance(image, Image.Image):
+        return str(getattr(image, "filename", "")), _of_pillow(image, max_value)
+    return "" if isinstance(image, bytes) else str(image), read_image(image, max_value).numpy()
+
+
+def single_images(given: Any) -> Iterator[SingleImage]:
     """Take images apart without reading a file: paths, bytes, Pillow's images, and arrays of ``(C, H, W)``.
 
     Arguments and errors as for :func:`each_image`, but for those of files and values.

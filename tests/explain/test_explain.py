@@ -84,6 +84,7 @@ def test_a_pixel_flow_gets_all_pictures_and_the_right_numbers(mask, tmp_path):
             assert entry["log_likelihood"]["mean"] == pytest.approx(float(log_prob.mean()), rel=1e-5)
             assert entry["log_likelihood"]["std"] == pytest.approx(float(log_prob.std()), rel=1e-4)
             assert entry["log_likelihood"]["max"] == pytest.approx(float(log_prob.max()), rel=1e-5)
+            assert entry["log_likelihood"]["median"] == pytest.approx(np.median(log_prob), rel=1e-5)
             bits = detector.model.bits_per_dim(part)
             assert entry["bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-5)
             assert entry["bits_per_dim_median"] == pytest.approx(np.median(bits), rel=1e-5)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaded detectors: any kind of image, any runtime, the same decisions as the engine's predictions."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,10 @@ from PIL import Image
 
 import anomalib_flowood
 from anomalib_flowood import exported
+from anomalib_flowood.data import read_image
+from anomalib_flowood.inference import Detector, images
 from anomalib_flowood.inference.images import each_image
+from anomalib_flowood.models.components.export_check import Runtime
 
 SIZE = (60, 41)
 
@@ -104,6 +109,23 @@ def test_the_masks_of_a_folder_are_no_images(tmp_path):
         Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / name)
     assert [name for name, _ in each_image(tmp_path)] == [str(tmp_path / "test/bad/0.png")]
     assert len(list(each_image(tmp_path / "ground_truth"))) == 1
+
+
+def test_files_are_read_several_at_a_time(tmp_path, monkeypatch):
+    for number in range(6):
+        Image.fromarray(np.full(SIZE, 40 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    together = threading.Barrier(2)
+
+    def met(path, max_value):
+        together.wait(timeout=20)  # breaks where one thread reads all
+        return read_image(path, max_value)
+
+    monkeypatch.setattr(images, "read_image", met)
+    detector = Detector(Runtime(lambda batch: {"pred_score": batch.mean((1, 2, 3)) * 255}), SIZE)
+    found = detector.score(tmp_path)
+    assert found.paths == tuple(str(tmp_path / f"{number}.png") for number in range(6))
+    assert found.raw_score == pytest.approx(40 * np.arange(6))
 
 
 def test_no_more_than_a_batch_is_read_ahead(loaded):
