@@ -21,7 +21,7 @@ import vl_convert
 
 from anomalib_flowood.look import BLUE, PALETTE, shorten
 
-from .plots import IN_DISTRIBUTION, OTHERS, whiskers
+from .plots import shown_names, whiskers
 
 VEGA_LITE = "6.1"
 """Version of Vega-Lite, of those that vl-convert bundles."""
@@ -115,8 +115,7 @@ def histogram_chart(
         margin = 0.02 * (high - low)
         low, high = min(low, threshold - margin), max(high, threshold + margin)
     edges = np.linspace(low, high, _BINS + 1)
-    names = scores["source"].astype(str).where(scores["source"].astype(str).isin(list(colours)), OTHERS)
-    names = names.where(scores["label"] == 1, IN_DISTRIBUTION)
+    names = shown_names(scores, colours)
     shown = {name: colour for name, colour in colours.items() if (names == name).any()}
     bins: list[dict[str, Any]] = []
     for name in shown:

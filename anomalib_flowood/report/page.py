@@ -24,7 +24,7 @@ from .decisions import Decision, decide, kinds, percent
 from .gallery import make_gallery
 from .maps import JobMaps, read_maps
 from .markup import render
-from .plots import source_colours
+from .plots import first_seed, source_colours
 from .rows import image_rows
 from .run import Run, read_run
 from .table import METRICS, TITLES, cells_of, first_seen, several_seeds, summarise, summarise_sets
@@ -214,7 +214,7 @@ def _data_section(
     summary = summary[summary["data"] == name]
     found = [speed_chart(summary, column, label, detectors) for column, label in _COSTS.items()]
     speed = [chart for chart in found if chart is not None]
-    jobs = {str(detector): _first_seed(group) for detector, group in scores.groupby("detector", sort=False)}
+    jobs = {str(detector): first_seed(group) for detector, group in scores.groupby("detector", sort=False)}
     decisions = {detector: _decision(run.results, group) for detector, group in jobs.items()}
     known = {detector: decision for detector, decision in decisions.items() if decision is not None}
     thresholds = {detector: decision.threshold for detector, decision in known.items()}
@@ -238,11 +238,6 @@ def _data_section(
         "one_class": "" if scores.empty or scores["label"].nunique() == 2 else _only(scores),
         "charts": [*(chart for view in views for chart in view.charts), *speed],
     }
-
-
-def _first_seed(scores: pd.DataFrame) -> pd.DataFrame:
-    """The images of the first seed: raw scores of two trainings have no common scale."""
-    return scores[scores["seed"] == scores["seed"].iloc[0]]
 
 
 def _decision(results: pd.DataFrame, scores: pd.DataFrame) -> Decision | None:
@@ -301,7 +296,7 @@ def _views(scores: pd.DataFrame, detectors: list[str], decisions: dict[str, Deci
         for detector, group in part.groupby("detector", sort=False):
             decision = decisions.get(str(detector))
             line = () if decision is None else (decision.threshold, decision.alpha)
-            charts.append(histogram_chart(_first_seed(group), f"{detector}: {title}", colours, *line))
+            charts.append(histogram_chart(first_seed(group), f"{detector}: {title}", colours, *line))
         yield _View(title, charts)
 
 

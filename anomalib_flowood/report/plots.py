@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -48,7 +48,7 @@ def score_histograms(scores: pd.DataFrame, path: str | Path) -> Path:
         msg = "There are no scores to draw."
         raise ValueError(msg)
     panels = [
-        (str(detector), str(data), group[group["seed"] == group["seed"].iloc[0]])
+        (str(detector), str(data), first_seed(group))
         for (detector, data), group in scores.groupby(["detector", "data"], sort=False)
     ]
     colours = source_colours(scores)
@@ -96,6 +96,17 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
     if len(names) > len(_OUTSIDE_COLOURS):
         names = [*names[: len(_OUTSIDE_COLOURS) - 1], OTHERS]
     return colours | dict(zip(names, _OUTSIDE_COLOURS, strict=False))
+
+
+def shown_names(scores: pd.DataFrame, colours: Mapping[str, str]) -> pd.Series:
+    """What each image is called in a legend: one of the names that :func:`source_colours` has given a colour."""
+    sources = scores["source"].astype(str)
+    return sources.where(sources.isin(list(colours)), OTHERS).where(scores["label"] == 1, IN_DISTRIBUTION)
+
+
+def first_seed(scores: pd.DataFrame) -> pd.DataFrame:
+    """The images of the first seed: raw scores of two trainings have no common scale."""
+    return scores[scores["seed"] == scores["seed"].iloc[0]]
 
 
 def _title(detector: str, data: str, group: pd.DataFrame) -> str:
@@ -159,8 +170,7 @@ def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, 
     values = group["score"].to_numpy(float)
     low, high = whiskers(part.to_numpy(float) for _, part in group.groupby(["label", "source"])["score"])
     edges = np.linspace(low, high, _BINS + 1)
-    names = group["source"].astype(str).where(group["source"].astype(str).isin(list(colours)), OTHERS)
-    names = names.where(group["label"] == 1, IN_DISTRIBUTION)
+    names = shown_names(group, colours)
     handles: dict[str, Artist] = {}
     for name, colour in colours.items():
         chosen = values[(names == name).to_numpy()]
