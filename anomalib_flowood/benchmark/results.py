@@ -92,7 +92,7 @@ class Results:
             write_table(self.table, file)
 
     def finish(self, console: Console, images: int = 0) -> None:
-        """Draw, and print the table and where everything is.
+        """Print the table, draw, and say where everything is.
 
         Args:
             console: Where to print.
@@ -102,10 +102,6 @@ class Results:
             return
         text = benchmark_markdown(self.table) + set_markdown(self.table)
         write_text(self.folder / "table.md", text)
-        names = [RECORD, RESULTS, "table.md"]
-        if self._scores:
-            score_histograms(pd.concat(self._scores), self.folder / "scores.png")
-            names += [SCORES, "scores.png"]
         console.print(benchmark_table(self.table))
         sets = set_table(self.table)
         if sets is not None:
@@ -115,6 +111,10 @@ class Results:
             for job, rows in pd.concat(self._scores).groupby(jobs, sort=False):
                 result = next(row for row in self._results if tuple(row[name] for name in jobs) == job)
                 console.print(image_table(result, rows, images))
+        names = [RECORD, RESULTS, "table.md"]
+        if self._scores:  # of hundreds of jobs it takes minutes
+            score_histograms(pd.concat(self._scores), self.folder / "scores.png")
+            names += [SCORES, "scores.png"]
         for line in (
             f"In {self.folder}: {', '.join(names)}",
             f"As a page: flowood report {shlex.quote(str(self.folder))}",

@@ -18,7 +18,14 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomalib_flowood.benchmark import BenchmarkError, BenchmarkJob, BenchmarkJobGenerator, BenchmarkRunner, Results
+from anomalib_flowood.benchmark import (
+    BenchmarkError,
+    BenchmarkJob,
+    BenchmarkJobGenerator,
+    BenchmarkRunner,
+    Results,
+    results,
+)
 from anomalib_flowood.cli import main
 
 
@@ -353,6 +360,21 @@ def test_of_several_processes_the_first_alone_writes_and_speaks(
     assert seeds == [1, 2, 1, 2, 2]
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
     assert capsys.readouterr().out == ""
+
+
+def test_the_table_does_not_wait_for_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "score_histograms", interrupted)
+    row = {"detector": "flow", "data": "parts", "seed": 0, "AUROC": 0.875, "FPR95": 0.5}
+    scores = pd.DataFrame({"image_path": ["a.png"], "source": ["a"], "label": [0], "score": [1.0]})
+    record = Results(tmp_path)
+    record.add(row, scores.assign(detector="flow", data="parts", seed=0))
+    console = Console(file=io.StringIO(), width=100)
+    with pytest.raises(KeyboardInterrupt):
+        record.finish(console)
+    assert "0.875" in console.file.getvalue()
 
 
 def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
