@@ -188,7 +188,8 @@ def _plain(message: str) -> str:
     if lines and value and "NestedArg" not in value[1] and "Got value" not in lines[-1]:
         lines[-1] = f"{lines[-1].rstrip('.')}. Got value: {value[1]}"
     text = (" Or: " if several else " ").join(dict.fromkeys(lines))
-    text = re.sub(f"Expected an? {_CLASS}", r"Expected: \1", text)
+    text = re.sub(f"Expected (?:an? )?{_CLASS}", r"Expected: \1", text).replace("Expected: NoneType Or: ", "")
+    text = re.sub(r"Expected: (tuple|list|Sequence)\b", r"Expected: \1, written [A,B]", text)
     return f"--{path}: {text}" if path else text
 
 

@@ -24,7 +24,14 @@ def folder(tmp_path_factory):
     command = [sys.executable, str(HERE / "run_in_two_processes.py"), str(place)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    (place / "said.txt").write_text(done.stderr + done.stdout, encoding="utf-8")
     return place
+
+
+def test_two_processes_hear_nothing_that_is_not_so_or_that_nobody_can_act_on(folder):
+    said = (folder / "said.txt").read_text(encoding="utf-8")
+    assert "replicates some samples" not in said  # as here none counts twice
+    assert "setting compute_on_cpu" not in said
 
 
 @pytest.mark.parametrize("name", DETECTORS)

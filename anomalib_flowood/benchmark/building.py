@@ -167,6 +167,15 @@ def _unmasked(error: BaseException) -> BaseException:
     return masked or error
 
 
+_UNEQUAL = "Must have equal len keys and value"
+_UNPAIRED = (
+    "anomalib's data module finds another number of masks than of anomalous images. MVTecAD and its like take PNG "
+    "images alone, and a mask below ground_truth for each of the anomalous ones. OneClass (--data FOLDER) reads "
+    "folders of that layout with images of any kind, with or without masks."
+)
+"""What pandas says where anomalib lays masks beside images, and what is so then."""
+
+
 def readable(error: BaseException) -> str:
     """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
 
@@ -192,4 +201,4 @@ def readable(error: BaseException) -> str:
     if "Does not validate" in message:
         lines = [line.strip() for line in message.splitlines()]
         message = "\n".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
-    return message or type(error).__name__
+    return _UNPAIRED if message.startswith(_UNEQUAL) else message or type(error).__name__

@@ -334,12 +334,25 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
     except UnreadableImageError:
         raise
     except UnidentifiedImageError as error:
-        what = f"it is none of {', '.join(FORMATS)}" if isinstance(path, bytes) else error
-        msg = f"Cannot read the image {_named(path)}: {what}"
+        msg = f"Cannot read the image {_named(path)}: {_unidentified(path)}"
         raise UnreadableImageError(msg, _named(path)) from error
     except Exception as error:  # Pillow's decoders raise nearly everything: OSError, SyntaxError, zlib.error, ...
         msg = f"Cannot read the image {_named(path)}: {error}"
         raise UnreadableImageError(msg, _named(path)) from error
+
+
+def _unidentified(path: str | Path | bytes) -> str:
+    """Why Pillow does not know a file: it is no image, or a TIFF, damaged or of a kind that Pillow has no mode for."""
+    try:
+        with tifffile.TiffFile(BytesIO(path) if isinstance(path, bytes) else path) as file:
+            page: Any = file.pages[0]
+            held = f"{page.samplesperpixel} channel{'s' if page.samplesperpixel > 1 else ''} of {page.dtype}"
+    except Exception:  # tifffile's errors are as many as Pillow's
+        return f"it is none of {', '.join(FORMATS)}"
+    return (
+        f"it is a TIFF with {held}, and damaged or of a kind that is not read. Read are grey and colours of 8 or 16 "
+        "bits, and grey of float32."
+    )
 
 
 def _named(path: str | Path | bytes) -> str:

@@ -51,6 +51,8 @@ class PerSetEvaluator(Evaluator):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move metrics as anomalib does; let the table at the end of a test name what is not defined."""
+        if trainer.num_devices > 1:  # where anomalib moves nothing, and warns of its own default
+            self.compute_on_cpu = False
         super().setup(trainer, pl_module, stage)
         if stage == "test":
             _name_what_is_not_defined(trainer)

@@ -211,6 +211,29 @@ def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("pixels", "held"),
+    [
+        (np.ones((4, 6)), "1 channel of float64"),
+        (np.ones((4, 6, 3), np.float32), "3 channels of float32"),
+        (np.ones((4, 6, 5), np.uint8), "5 channels of uint8"),
+    ],
+)
+def test_a_tiff_of_another_kind_is_said_to_be_one(tmp_path: Path, pixels: np.ndarray, held: str) -> None:
+    path = tmp_path / "a.tif"
+    options = {"photometric": "rgb"} if pixels.shape[2:] == (3,) else {"photometric": "minisblack"}
+    tifffile.imwrite(path, pixels, planarconfig="contig" if pixels.ndim == 3 else None, **options)
+    for given in (path, path.read_bytes()):
+        with pytest.raises(UnreadableImageError, match=f"it is a TIFF with {held}, and damaged or of"):
+            read_image(given)
+
+
+def test_what_is_no_image_is_none_of_the_kinds_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("a letter", encoding="utf-8")
+    with pytest.raises(UnreadableImageError, match=r"a\.jpg: it is none of BMP, JPEG, PNG, PPM, TIFF, WEBP"):
+        read_image(tmp_path / "a.jpg")
+
+
 def test_damaged_image_is_named(tmp_path: Path) -> None:
     path = write_images(tmp_path, 1, (64, 64), suffix=".jpg") / "000.jpg"
     path.write_bytes(path.read_bytes()[:1000])

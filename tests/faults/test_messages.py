@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder
+from anomalib.data import Folder, MVTecAD
 from model_helpers import data, engine, pixel_flow
 from PIL import Image
 from safetensors.torch import save_file
@@ -148,6 +148,22 @@ def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(co
         f"flowood: /mnt/there may not be read or written (Permission denied). To write elsewhere, name {elsewhere}"
         in said
     )
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_masks_that_anomalib_cannot_lay_beside_images_are_said_so(kind, tmp_path):
+    for name in (f"train/good/0.{kind}", f"test/good/0.{kind}", f"test/hole/0.{kind}", f"test/hole/1.{kind}"):
+        (tmp_path / "nut" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "nut" / name)
+    (tmp_path / "nut/ground_truth/hole").mkdir(parents=True)
+    for mask in ("0_mask.png", "1_mask.png")[: 2 if kind == "jpg" else 1]:
+        Image.new("L", (8, 8)).save(tmp_path / "nut/ground_truth/hole" / mask)
+    with pytest.raises(ValueError, match="equal len keys") as found:
+        MVTecAD(tmp_path, category="nut").setup()
+    said = readable(found.value)
+    assert said.startswith("anomalib's data module finds another number of masks than of anomalous images.")
+    assert "PNG images alone" in said
+    assert "OneClass (--data FOLDER)" in said
 
 
 def test_memory_that_ran_out_is_said_so_with_the_remedy():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         check_loading(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_workers(self.trainer.datamodule)  # type: ignore[attr-defined]
         super().setup(stage)
+        if processes.ranks() > 1:  # Lightning asks for one device, lest images count twice; here the second is left out
+            warnings.filterwarnings("ignore", message=".*`DistributedSampler` that replicates some samples")
         save_whole(self.trainer)
         if stage == TrainerFn.FITTING:
             self.max_value = getattr(self.trainer.datamodule, "max_value", None)  # type: ignore[attr-defined]
