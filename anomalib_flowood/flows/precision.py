@@ -20,14 +20,16 @@ def full_precision(method: _Method) -> _Method:
 
     A score is a small difference of large numbers, for which neither 16 bits (``torch.autocast``, the trainer's
     ``16-mixed`` and ``bf16-mixed``) nor TF32 (what GPUs multiply float32 in: PyTorch's default for convolutions, and
-    for matrix products what ``torch.set_float32_matmul_precision`` asks for) have enough digits.
+    for matrix products what ``torch.set_float32_matmul_precision`` asks for, which with ``medium`` are bfloat16 on CPUs
+    that have it) have enough digits.
 
     Args:
         method: A method of a module, or a function whose first argument is one. Its parameters, or its buffers where it
             has none, say on what device.
 
     Returns:
-        The method, which autocast and TF32 leave alone. Nothing changes where it is traced for an export.
+        The method, which autocast and products of reduced precision leave alone. Nothing changes where it is traced for
+        an export.
     """
 
     @wraps(method)
@@ -43,7 +45,10 @@ def full_precision(method: _Method) -> _Method:
 @contextmanager
 def _exactly(kind: str) -> Iterator[None]:
     backends: Any = torch.backends
-    multipliers = [backends.cudnn.conv, backends.cuda.matmul] if kind == "cuda" else []
+    multipliers = {
+        "cuda": [backends.cudnn.conv, backends.cuda.matmul],
+        "cpu": [backends.mkldnn.conv, backends.mkldnn.matmul],
+    }.get(kind, [])
     before = [multiplier.fp32_precision for multiplier in multipliers]
     for multiplier in multipliers:
         multiplier.fp32_precision = "ieee"

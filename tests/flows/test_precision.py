@@ -16,8 +16,13 @@ class Product(nn.Linear):
         return self.exact(x), self(x)
 
 
-def multiplies_in():
-    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+def multiplies_in(kind="cuda"):
+    backends = torch.backends
+    of_device = {
+        "cuda": (backends.cudnn.conv, backends.cuda.matmul),
+        "cpu": (backends.mkldnn.conv, backends.mkldnn.matmul),
+    }
+    return tuple(backend.fp32_precision for backend in of_device[kind])
 
 
 def test_autocast_leaves_a_decorated_method_alone_and_goes_on_behind_it():
@@ -46,6 +51,23 @@ def test_tf32_is_off_within_and_as_it_was_behind_it():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert multiplies_in()[0] == before[0]
+
+
+def test_bfloat16_is_off_on_the_cpu_within_and_as_it_was_behind_it():
+    product, x = Product(5, 3), torch.rand(2, 5)
+    before = multiplies_in("cpu")
+    seen = []
+    product.register_forward_pre_hook(lambda *_: seen.append(multiplies_in("cpu")))
+    expected = product.exact(x)
+    try:
+        torch.set_float32_matmul_precision("medium")  # what Lightning advises on GPUs
+        assert multiplies_in("cpu")[1] == "bf16"
+        assert torch.equal(product.exact(x), expected)
+        assert seen == [("ieee", "ieee")] * 2
+        assert multiplies_in("cpu")[1] == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert multiplies_in("cpu")[0] == before[0]
 
 
 def test_an_exported_graph_knows_nothing_of_it():
