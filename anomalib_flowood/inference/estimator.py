@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from anomalib_flowood import models
 from anomalib_flowood.conformal import DEFAULT_ALPHA
+from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.inference.images import each_image, resized, single_images
@@ -70,10 +71,13 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             The estimator.
 
         Raises:
-            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``.
+            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``; or if
+                the folder holds normal images beside others, of defects or masks: all of it would be fitted to.
         """
         del y
         check_known("detector", [self.detector], models.__all__)
+        if isinstance(X, str | Path):
+            _check_normal_alone(Path(X))
         images = list(single_images(X))
         if len(images) < 2:
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
@@ -118,6 +122,18 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         return tags
+
+
+def _check_normal_alone(folder: Path) -> None:
+    """Refuse a folder whose sub-folders say that not all of its images are normal."""
+    for place in (folder, folder / "train"):
+        kinds = {path.name: path for path in place.iterdir() if path.is_dir()} if place.is_dir() else {}
+        normal = next((kinds[name] for name in kinds if name.lower() in NORMAL_NAMES), None)
+        others = {*kinds, *({"test", "ground_truth"} & {path.name for path in folder.iterdir()} if normal else ())}
+        others = {name for name in others if name.lower() not in NORMAL_NAMES and not name.startswith(".")}
+        if normal is not None and others:
+            msg = f"Of {folder} not all images are normal: it holds {', '.join(sorted(others))}, too. Fit to {normal}."
+            raise ValueError(msg)
 
 
 class _Normal(Dataset):

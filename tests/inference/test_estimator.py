@@ -74,6 +74,31 @@ def test_what_cannot_be_fitted_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("folders", "others", "normal"),
+    [
+        (("good", "hole", "ground_truth/hole"), "ground_truth, hole", "good"),
+        (("train/good", "test/good", "test/hole"), "test", "train/good"),
+        (("train/OK", "train/Kratzer"), "Kratzer", "train/OK"),
+    ],
+)
+def test_a_folder_that_holds_defects_too_is_refused_with_the_one_of_normal_images(folders, others, normal, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(grey(1, 0)[0]).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match=rf"not all images are normal: it holds {others}, too\. Fit to .*{normal}\.$"):
+        FlowOutlierDetector(arguments=SMALL).fit(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("good",), ("left", "right"), ("train/good",)])
+def test_a_folder_of_normal_images_is_fitted_to(folders, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+        for number, image in enumerate(grey(30, 0)):
+            Image.fromarray(image).save(tmp_path / name / f"{number}.png")
+    assert FlowOutlierDetector(arguments=SMALL).fit(str(tmp_path)).module_ is not None
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "check_estimator_cloneable",
