@@ -51,9 +51,10 @@ class PerSetEvaluator(Evaluator):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move metrics as anomalib does; let the table at the end of a test name what is not defined."""
-        if trainer.num_devices > 1:  # where anomalib moves nothing, and warns of its own default
-            self.compute_on_cpu = False
+        asked = self.compute_on_cpu
+        self.compute_on_cpu = asked and trainer.num_devices == 1  # of several anomalib moves nothing, and warns of it
         super().setup(trainer, pl_module, stage)
+        self.compute_on_cpu = asked
         if stage == "test":
             _name_what_is_not_defined(trainer)
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -297,3 +298,13 @@ def test_the_table_says_what_is_not_defined(
         (line,) = (line for line in lines if f" {name} " in line)
         assert "not defined" in line
     assert not any("nan" in line for line in lines)
+
+
+def test_of_several_devices_nothing_is_said_and_one_later_has_its_metrics_in_main_memory(caplog) -> None:
+    evaluator = PerSetEvaluator()
+    with patch.object(evaluator, "metrics_to_cpu") as moved:
+        evaluator.setup(SimpleNamespace(num_devices=2), None, "validate")
+        assert not moved.called
+        evaluator.setup(SimpleNamespace(num_devices=1), None, "validate")
+        assert moved.called
+    assert not caplog.records
