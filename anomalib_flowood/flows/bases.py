@@ -76,7 +76,8 @@ class StudentT(nn.Module):
 
     def elementwise(self, z: Tensor) -> Tensor:
         """Log-density of each latent, nats; of the shape of ``z``."""
-        return distributions.StudentT(self.degrees).log_prob(z)
+        # Unchecked, since PyTorch refuses NaN, which an overflow of the flow leaves: others say what that means.
+        return distributions.StudentT(self.degrees, validate_args=False).log_prob(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of latents, ``(N, ...)``; nats, ``(N,)``."""

@@ -572,6 +572,16 @@ def test_an_overflow_of_a_copy_is_a_copy_that_is_unlikely_and_an_image_of_its_ow
     assert torch.isnan(torch.stack([bits[2], orientation[2]])).all()
 
 
+def test_an_overflow_to_nan_is_the_most_anomalous_and_ends_no_test():
+    density = Gaussian(12)
+    density.flow = OverflowAt()
+    x = torch.full((2, 1, 4, 3), 0.5, dtype=torch.float64)
+    x[1, 0, 0, 0] = torch.nan
+    bits = robust_bits_per_dim(density, x, StudentT(10.0))
+    assert torch.isfinite(bits[0])
+    assert bits[1] == torch.inf
+
+
 # -- local intrinsic dimension -----------------------------------------------------------------------------------
 
 
