@@ -69,7 +69,6 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
         are quantised for the next layer, and looked at besides, for zeros.
     """
     import nncf
-    from nncf.quantization.advanced_parameters import OverflowFix
 
     kept = nncf.IgnoredScope(names=_outside(model, nodes), validate=False)
     # The graph that gives the calibration is to be quantised by the same images: loaders draw their order.
@@ -79,7 +78,7 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
     # On a thread of its own, as every inference by OpenVINO: see openvino_runtime().
     with ThreadPoolExecutor(1) as thread:
         # Weights of 7 bits: CPUs without VNNI add products of 8 bits up in 16, which overflow.
-        safe = nncf.AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
+        safe = nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
         arguments = {"ignored_scope": kept, "subset_size": len(samples), "advanced_parameters": safe}
         found = thread.submit(nncf.quantize, model, nncf.Dataset(samples), **arguments).result()
     shape = found.input(0).partial_shape
