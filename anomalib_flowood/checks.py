@@ -38,6 +38,7 @@ _MOST = {
     "feature_noise": 1e6,
     "hidden_channels": 65_536,
     "bottleneck_dim": 65_536,
+    "kind_images": 65_536,
     "layout_dims": 65_536,
     "map_dims": 65_536,
     "modes": 65_536,

@@ -13,6 +13,7 @@ from .couplings import (
     quadrant_size,
 )
 from .density import Density, SideBySide, couple, density, independent
+from .kinds import ForEachKind
 from .layers import ActNorm, FactorOut, InvertibleConv1x1, Squeeze, Unsqueeze
 from .masks import MASKS, CouplingMask, coupling_mask, halves, quadrants, register_mask
 from .pixels import (
@@ -63,6 +64,7 @@ __all__ = [
     "CouplingMask",
     "Density",
     "FactorOut",
+    "ForEachKind",
     "GaussianMixture",
     "Highway",
     "InvertibleConv1x1",

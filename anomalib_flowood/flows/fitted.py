@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ _LEAST = 1e-10
 class ShapedByFit(nn.Module):
     """Mixin for modules that keep as many directions as their fit finds, and take as many as a checkpoint has."""
 
-    shaped_by_fit: ClassVar[tuple[str, ...]]
-    """Names of the buffers whose length is known after a fit."""
+    shaped_by_fit: dict[str, int]
+    """Buffers whose shape is known after a fit, and how many of their last dimensions are known before."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self.shaped_by_fit:
+        for name, known in self.shaped_by_fit.items():
             saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is not None and saved.shape[1:] == own.shape[1:]:  # else PyTorch refuses it
+            if saved is None or saved.ndim < known:
+                continue
+            if saved.shape[saved.ndim - known :] == own.shape[own.ndim - known :]:  # else PyTorch refuses it
                 setattr(self, name, own.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

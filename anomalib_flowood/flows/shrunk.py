@@ -34,8 +34,6 @@ class ShrunkGaussian(ShapedByFit):
         ValueError: If there are more directions than dimensions, or the noise is negative.
     """
 
-    shaped_by_fit = ("components", "variances")
-
     mean: Tensor
     """m, ``(D,)``; a buffer, as the others."""
     components: Tensor
@@ -55,6 +53,7 @@ class ShrunkGaussian(ShapedByFit):
             raise ValueError(msg)
         self.directions = directions
         self.noise = noise
+        self.shaped_by_fit = {"components": 1, "variances": 0}
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("components", torch.eye(directions, dims))
         self.register_buffer("variances", torch.ones(directions))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .fitted import ShapedByFit, principal_directions
+from .fitted import principal_directions
+from .kinds import ForEachKind
 from .layers import Layer
 from .precision import full_precision
 
@@ -27,7 +28,7 @@ _RIDGE = 1e-6
 """Of the mean variance, added to every variance: a number that is constant stays invertible."""
 
 
-class Whitening(ShapedByFit, Layer):
+class Whitening(ForEachKind, Layer):
     """Remove what varies from sample to sample as a whole, and keep the shape: a vector stays a vector, a map a map.
 
     With the leading principal directions W over the training samples (k of them, variances u), the mean variance r of
@@ -52,7 +53,7 @@ class Whitening(ShapedByFit, Layer):
         ValueError: If there is more than one input, a condition, k is negative, or the input is not made of blocks.
     """
 
-    shaped_by_fit = ("directions", "variances")
+    of_kind = ("mean", "directions", "variances", "rest")
 
     mean: Tensor
     """m, of the shape of a sample; a buffer, as the others."""
@@ -80,6 +81,7 @@ class Whitening(ShapedByFit, Layer):
             raise ValueError(msg)
         self.most = directions
         self.block = block
+        self.shaped_by_fit = {"mean": len(self.shape), "directions": 1, "variances": 0, "rest": 0}
         self.register_buffer("mean", torch.zeros(self.shape))
         self.register_buffer("directions", self._none())
         self.register_buffer("variances", torch.ones(0))
@@ -107,40 +109,68 @@ class Whitening(ShapedByFit, Layer):
         variances = variances.to(samples) * n / (n - 1)
         left = torch.linalg.vector_norm(centred).square().to(samples) / (n - 1) - variances.sum()
         rest = (left / max(1, centre.numel() - len(variances))).clamp(min=1e-6)
-        self.mean.copy_(centre)
-        self.rest.copy_(rest)
+        self.mean = centre.to(self.mean)
+        self.rest = rest.to(self.mean)
         self.directions = directions.to(self.mean)
         self.variances = torch.maximum(variances, rest).to(self.mean)
 
+    def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
+        """Hold several fits; those with fewer directions get further ones, of length 0, which change nothing."""
+        most = max(len(directions) for _, directions, _, _ in fits)
+        super().join(
+            [
+                (
+                    mean,
+                    torch.cat([directions, directions.new_zeros(most - len(directions), directions.shape[1])]),
+                    torch.cat([variances, rest.expand(most - len(variances))]),
+                    rest,
+                )
+                for mean, directions, variances, rest in fits
+            ]
+        )
+
     def forget(self) -> None:
         """Be the identity again."""
-        self.mean.zero_()
-        self.rest.fill_(1)
+        self.mean = self.mean.new_zeros(self.shape)
+        self.rest = self.rest.new_ones(())
         self.directions = self._none().to(self.directions)
         self.variances = self.variances.new_ones(0)
 
     @property
     def log_det(self) -> Tensor:
-        """Log-determinant of the forward direction, the same for every sample; ``()``."""
-        return -0.5 * ((self.variances / self.rest).log().sum() + self.mean.numel() * self.rest.log())
+        """Log-determinant of the forward direction, the same for every sample, ``()``; or of each kind, ``(K,)``."""
+        along = (self.variances / self.rest[..., None]).log().sum(-1)
+        return -0.5 * (along + math.prod(self.shape) * self.rest.log())
 
-    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
-        """Whiten ``x``, or undo it."""
-        log_det = self.log_det.expand(x.shape[0])  # of any size in an exported graph, where len(x) is a number
-        return (self._scaled(x, 0.5) + self.mean, -log_det) if rev else (self.whitened(x), log_det)
+    def transform(self, x: Tensor, rev: bool, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Whiten ``x``, or undo it; where there are kinds, that of each sample is given, ``(N,)``."""
+        log_det = self.log_det.expand(x.shape[0]) if kind is None else self.log_det[kind]
+        return (self.by_kind(self._restored, x, kind), -log_det) if rev else (self.whitened(x, kind), log_det)
 
-    def whitened(self, x: Tensor) -> Tensor:
-        """Whiten ``x``, ``(N, ...)``, and leave out the log-determinant, which is the same for all."""
-        return self._scaled(x - self.mean, -0.5)
+    def whitened(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Whiten ``x``, ``(N, ...)``, and leave out the log-determinant, which is the same for all of a kind."""
+        return self.by_kind(self._whitened, x, kind)
+
+    def _whitened(self, x: Tensor, mean: Tensor, *covariance: Tensor) -> Tensor:
+        return self._scaled(x - mean, -0.5, *covariance)
+
+    def _restored(self, x: Tensor, mean: Tensor, *covariance: Tensor) -> Tensor:
+        return self._scaled(x, 0.5, *covariance) + mean
 
     @full_precision
-    def _scaled(self, x: Tensor, power: float) -> Tensor:
-        """Multiply with the covariance to some power."""
-        scale = self.rest**power
-        if len(self.directions):  # OpenVINO multiplies with no empty matrix
-            coordinates = (self._blocks(x) @ self.directions.T) * (self.variances**power / scale - 1)
-            x = self._added(x, coordinates @ self.directions)
-        return x * scale
+    def _scaled(self, x: Tensor, power: float, directions: Tensor, variances: Tensor, rest: Tensor) -> Tensor:
+        """Multiply with the covariance, one for all or one for each, to some power."""
+        scale = rest**power
+        if directions.shape[-2]:  # OpenVINO multiplies with no empty matrix
+            stretch = variances**power / scale[..., None] - 1
+            blocks = self._blocks(x)
+            if directions.ndim == 2:
+                added = ((blocks @ directions.T) * stretch) @ directions
+            else:
+                coordinates = (directions @ blocks[..., None])[..., 0] * stretch
+                added = (coordinates[:, None] @ directions)[:, 0]
+            x = self._added(x, added)
+        return x * scale.reshape(-1, *[1] * len(self.shape))
 
     def _none(self) -> Tensor:
         """No direction: the product with it is that of nothing."""
@@ -202,7 +232,7 @@ class PositionMoments:
         return torch.baddbmm(self._scatter, self._sum[:, :, None], self._sum[:, None], alpha=-1 / self.count)
 
 
-class PositionWhitening(Layer):
+class PositionWhitening(ForEachKind, Layer):
     """Whiten each position of a map by a mean and a covariance of its own: what belongs there becomes standard normal.
 
     With a standard normal for what comes out, it is the Gaussian for each position of Defard et al. (2021, "PaDiM",
@@ -222,6 +252,8 @@ class PositionWhitening(Layer):
         ValueError: If the input is no map, or there is a condition.
     """
 
+    of_kind = ("mean", "factors")
+
     mean: Tensor
     """m, ``(h * w, D)``; a buffer, as the other."""
     factors: Tensor
@@ -233,6 +265,7 @@ class PositionWhitening(Layer):
             msg = f"PositionWhitening takes one map (D, h, w), got the shape {self.shape}."
             raise ValueError(msg)
         dims, height, width = self.shape
+        self.shaped_by_fit = {"mean": 2, "factors": 3}
         self.register_buffer("mean", torch.zeros(height * width, dims))
         self.register_buffer("factors", torch.eye(dims).repeat(height * width, 1, 1))
 
@@ -260,37 +293,44 @@ class PositionWhitening(Layer):
         # In NumPy, matrix after matrix: PyTorch's batched factorisations have hung on some CPUs.
         lower = torch.from_numpy(np.linalg.cholesky(covariances.cpu().numpy()))
         one = torch.eye(dims, dtype=torch.float64).expand_as(lower)
-        self.factors.copy_(torch.linalg.solve_triangular(lower, one, upper=False).tril())
-        self.mean.copy_(known.mean)
+        self.factors = torch.linalg.solve_triangular(lower, one, upper=False).tril().to(self.factors)
+        self.mean = known.mean.to(self.mean)
 
     def forget(self) -> None:
         """Be the identity again."""
-        self.mean.zero_()
-        self.factors.copy_(torch.eye(self.shape[0]))
+        dims, height, width = self.shape
+        self.mean = self.mean.new_zeros(height * width, dims)
+        self.factors = torch.eye(dims).repeat(height * width, 1, 1).to(self.factors)
 
     @property
     def log_dets(self) -> Tensor:
-        """Log-determinant of the forward direction at each position, ``(h, w)``."""
-        return self.factors.diagonal(dim1=1, dim2=2).log().sum(1).unflatten(0, self.shape[1:])
+        """Log-determinant of the forward direction at each position, ``(h, w)``, or of each kind, ``(K, h, w)``."""
+        return self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1).unflatten(-1, self.shape[1:])
 
-    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
-        """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``."""
-        log_det = self.log_dets.sum().expand(x.shape[0])
-        return (self._restored(x), -log_det) if rev else (self.whitened(x), log_det)
+    def transform(self, x: Tensor, rev: bool, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``.
+
+        Where there are kinds, that of each map is given, ``(N,)``.
+        """
+        log_det = self.log_dets.sum((-2, -1))
+        log_det = log_det.expand(x.shape[0]) if kind is None else log_det[kind]
+        return (self.by_kind(self._restored, x, kind), -log_det) if rev else (self.whitened(x, kind), log_det)
+
+    def whitened(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Whiten maps, ``(N, D, h, w)``, and leave out the log-determinant, which is the same for all of a kind."""
+        return self.by_kind(self._whitened, x, kind)
 
     @full_precision
-    def whitened(self, x: Tensor) -> Tensor:
-        """Whiten maps, ``(N, D, h, w)``, and leave out the log-determinant, which is the same for all."""
+    def _whitened(self, x: Tensor, mean: Tensor, factors: Tensor) -> Tensor:
+        if factors.ndim > 3:  # those of each map
+            vectors = x.flatten(2).mT - mean  # (N, h * w, D)
+            return (factors @ vectors[..., None])[..., 0].mT.unflatten(2, self.shape[1:])
         # Vectors that lie in memory one after the other: PyTorch multiplies others by a loop, five times as slow.
-        vectors = x.flatten(2).permute(2, 0, 1).contiguous() - self.mean[:, None]  # (h * w, N, D)
-        return (self.factors @ vectors.mT).permute(2, 1, 0).unflatten(2, self.shape[1:])
+        vectors = x.flatten(2).permute(2, 0, 1).contiguous() - mean[:, None]  # (h * w, N, D)
+        return (factors @ vectors.mT).permute(2, 1, 0).unflatten(2, self.shape[1:])
 
     @full_precision
-    def _restored(self, z: Tensor) -> Tensor:
+    def _restored(self, z: Tensor, mean: Tensor, factors: Tensor) -> Tensor:
         vectors = z.flatten(2).permute(2, 1, 0)
-        x = torch.linalg.solve_triangular(self.factors, vectors, upper=False)
-        return x.permute(2, 1, 0).unflatten(2, self.shape[1:]) + self._mean_map
-
-    @property
-    def _mean_map(self) -> Tensor:
-        return self.mean.T.reshape(self.shape)
+        x = torch.linalg.solve_triangular(factors, vectors, upper=False)
+        return x.permute(2, 1, 0).unflatten(2, self.shape[1:]) + mean.T.reshape(self.shape)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from anomalib_flowood.flows import ForEachKind
 
 _PRIOR_IMAGES = 4
 """Images that the common spread counts as much as: from few images each kind's own is a guess."""
 
 
-class Evidence(nn.Module):
+class Evidence(ForEachKind):
     """The mean of several statistics of an image, each in units of its standard deviation over normal images.
 
     Each statistic is higher for what is more anomalous, and sees other things: what one image shows in all of them adds
@@ -25,6 +27,8 @@ class Evidence(nn.Module):
         kinds: E, the number of statistics.
     """
 
+    of_kind = ("location", "spread")
+
     location: Tensor
     """Mean of each statistic over normal images, ``(E,)``; a buffer, as the other."""
     spread: Tensor
@@ -32,6 +36,7 @@ class Evidence(nn.Module):
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
+        self.shaped_by_fit = {"location": 1, "spread": 1}
         self.register_buffer("location", torch.zeros(kinds))
         self.register_buffer("spread", torch.ones(kinds))
 
@@ -55,13 +60,17 @@ class Evidence(nn.Module):
         sized = own < 1
         common = torch.where(sized, own[sized].mean(), own)
         shrunk = ((n - 1) * own + _PRIOR_IMAGES * common) / (n - 1 + _PRIOR_IMAGES)
-        self.location.copy_(location)
-        self.spread.copy_((size * shrunk.sqrt()).clamp(min=1e-6))
+        self.location = location.to(self.location)
+        self.spread = (size * shrunk.sqrt()).clamp(min=1e-6).to(self.spread)
 
-    def forward(self, statistics: Tensor) -> Tensor:
-        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images."""
-        return ((statistics - self.location) / self.spread).mean(1)
+    def forward(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images, of their kind."""
+        return self._standardised(statistics, kind).mean(1)
 
-    def parts(self, statistics: Tensor) -> Tensor:
+    def parts(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """What each statistic, ``(N, E)``, adds to the combination: ``(N, E)``, which sum to it."""
-        return (statistics - self.location) / self.spread / len(self.location)
+        return self._standardised(statistics, kind) / statistics.shape[1]
+
+    def _standardised(self, statistics: Tensor, kind: Tensor | None) -> Tensor:
+        location, spread = ((part if kind is None else part[kind]) for part in (self.location, self.spread))
+        return (statistics - location) / spread

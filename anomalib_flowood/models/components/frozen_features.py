@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
+from anomalib_flowood.flows import draw
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from . import rotations
@@ -91,7 +92,7 @@ class FrozenFeatures(_Base):
     cache_gib: float = 2.0
     """Memory for all features that are stored at a time, in GiB; what is more lies in a temporary file."""
     reference_images: ClassVar[int] = 0
-    """Training images of which :meth:`keep_reference` gets the features."""
+    """Training images of which :meth:`keep_reference` gets the features where they are not stored anyhow."""
     least_images: ClassVar[int] = 2
     """Training images without which there is nothing to fit."""
 
@@ -134,7 +135,9 @@ class FrozenFeatures(_Base):
         raise NotImplementedError
 
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
-        """Take the prepared features of ``reference_images`` training images, in main memory, when a fit begins.
+        """Take the prepared features of training images, in main memory or a file, when a fit begins.
+
+        Of all of them; where augmentations change them from epoch to epoch, of ``reference_images`` at most.
 
         They are for what is fitted when the flow has been trained. A resumed fit brings them, too.
 
@@ -173,13 +176,13 @@ class FrozenFeatures(_Base):
             self.fit_features(features)
         if random and not count:
             return
-        reference = _some(len(features[0]), count, copies)
-        wanted = tuple(part[reference] for part in features) if random else features
-        store = self._prepare_all(wanted, self.cache_gib - extracted.taken_gib)
+        if random:
+            reference = draw(len(features[0]), count)
+            features = tuple(part[reference] for part in features)
+        store = self._prepare_all(features, self.cache_gib - extracted.taken_gib)
         prepared = store.features
         if count:
-            own = random or len(reference) == len(prepared[0])  # else a copy of some
-            self.keep_reference(prepared if own else tuple(part[reference] for part in prepared), copies)
+            self.keep_reference(prepared, copies)
         if not random:
             self._kept_gib = store.taken_gib
             dataset = FeatureDataset(prepared, None if labels is None else labels.repeat_interleave(copies))
@@ -295,12 +298,6 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(self.prepare_features(rows))
         return store
-
-
-def _some(rows: int, count: int, copies: int) -> Tensor:
-    """The rows of not more than so many images: always the same, from all over the data set, with all their copies."""
-    images = torch.randperm(rows // copies, generator=torch.Generator().manual_seed(0))[:count].sort().values
-    return rotations.rows_of(images, copies)
 
 
 def _check_finite(features: tuple[Tensor, ...], turns: int, batch: Any, what: str) -> None:

@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 
 from anomalib_flowood.data.items import in_unit_range
-from anomalib_flowood.features import run_backbone
+from anomalib_flowood.features import default_layers, layer_indices, run_backbone
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.models.components.flow_model import check_images, check_precision
 
 from .tiles import Tiles
+
+MAP_STRIDES = (8, 16)
+"""Where small defects show; finer maps see edges alone."""
+SCORE_STRIDES = (16, 32)
+"""Where an image shows whether it belongs as a whole."""
+
+
+def indices_of(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
+    """Places of layers among those of a backbone; where none are given, of the last ones of some strides."""
+    return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
 
 
 class MapExtraction(FlowModel):

@@ -26,12 +26,13 @@ from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, Fr
 from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
 
-from .torch_model import POSITION, FeatureMapFlowModel
+from .layer_flows import POSITION
+from .torch_model import FeatureMapFlowModel
 
 logger = logging.getLogger(__name__)
 
 _FITTED_TILES = 1000
-"""Tiles that a fit looks at: as many as images from which the whitening learns (:attr:`reference_images`)."""
+"""Tiles that a fit looks at: as many as images from which the whitening learns."""
 
 
 @lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
@@ -59,6 +60,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
+        kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
+            of images that have nothing to do with each other by what the backbone sees, and each is whitened on its
+            own. They are found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.
         rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
             quarters, if turned ones are as near to the others as the images are. Not with tiles.
         tile_size: Height and width of tiles that large images are cut into, one after the other: what the backbone gets
@@ -83,8 +87,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """
 
     model: FeatureMapFlowModel
-    reference_images = 1000
-    """More do not change what is fitted to them, but for the time."""
+    reference_images = 10_000
+    """Among which kinds are looked for; the whitening is fitted to fewer."""
     least_images = 3
 
     readable_since = "0.2.0"
@@ -108,6 +112,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        kind_images: int = 20,
         rotations: bool = True,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
@@ -126,6 +131,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             bottleneck_dim=bottleneck_dim,
             subspace_dim=subspace_dim,
             layout_dims=layout_dims,
+            kind_images=kind_images,
             feature_noise=feature_noise,
             cache_gib=cache_gib,
         )
@@ -157,6 +163,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             hidden_channels=hidden_channels,
             scale=scale,
             score_fraction=score_fraction,
+            kind_images=kind_images,
             tile_size=tile_size,
             tile_stride=tile_stride,
         )
@@ -227,21 +234,25 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.model.fit_features(features)
 
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
-        """Keep reduced maps of some images, in the order of the loader that shuffled them, for the whitening."""
+        """Keep the reduced maps, and that by which kinds are known, for the whitening."""
         self._reference, self._copies = features, copies
         self._whitened = None
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density."""
-        reduced = self.model.reduce(features)
-        return tuple(part.half() if place % 2 == 0 else part for place, part in enumerate(reduced))
+        """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density.
+
+        Last comes that by which an image's kind is known.
+        """
+        maps = 2 * len(self.model.layers)
+        prepared = self.model.prepare(features)
+        return tuple(part.half() if place in range(0, maps, 2) else part for place, part in enumerate(prepared))
 
     def epoch_steps(self, images: int) -> int | None:
         """As many as take each position of the coarsest shown map once, up to a limit; as usual, if nothing trains."""
         return self.model.epoch_steps(images) if self._trainable else None
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
-        """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``."""
+        """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``; see above."""
         return tuple(part.to(self.dtype) for part in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
@@ -281,14 +292,26 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         # Once for the same weights: what a validation has calibrated stays to the last bit.
         weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters()) if ends else None
         if ends and self._whitened != weights and self._reference:
-            if self._shows_progress:
-                logger.info("Fitting the whitening to the maps of %d images.", len(self._reference[0]) // self._copies)
             self._whitened = weights
             training = self.model.training
             self.model.eval()
-            self.model.fit_whitening(self._reference, self._copies)
+            images = self.model.fit_whitening(self._reference, self._copies)
             self.model.train(training)
+            if self._shows_progress:
+                self._say_kinds(images)
         self.model.fitted.fill_(self._whitened is not None)
+
+    @staticmethod
+    def _say_kinds(images: list[int]) -> None:
+        if len(images) == 1:
+            logger.info("The whitening was fitted to the maps of %d images.", images[0])
+            return
+        logger.info(
+            "The training images are of %d kinds that have nothing to do with each other; the whitening of each was "
+            "fitted to the maps of its own: %s images. kind_images=0 takes all for one kind.",
+            len(images),
+            ", ".join(map(str, images)),
+        )
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

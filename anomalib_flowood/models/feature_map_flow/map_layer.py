@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
@@ -20,7 +20,7 @@ _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of a layer is constant whose whole map is no evidence."""
 
 
-class MapLayer(nn.Module):
+class MapLayer(flows.ForEachKind):
     """Descriptors of one layer's maps and their principal subspace; and the whitening of what the flow leaves.
 
     Args:
@@ -33,6 +33,8 @@ class MapLayer(nn.Module):
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
     """
+
+    of_kind = ("location", "spread")
 
     location: Tensor
     """Mean of the anomaly map over normal images, ``()``, nats."""
@@ -59,6 +61,7 @@ class MapLayer(nn.Module):
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])
         self.layout = flows.Whitening([shape], layout_dims, block=1 if whole else _block(self.size))
+        self.shaped_by_fit = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
@@ -121,14 +124,20 @@ class MapLayer(nn.Module):
         """Whiten nothing: what was fitted is of other weights of the flow."""
         self.positions.forget()
         self.layout.forget()
+        self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
-    def whiten(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def fitted_to_kinds(self) -> tuple[flows.ForEachKind, ...]:
+        """The modules of which each kind of image has a fit of its own."""
+        return self.positions, self.layout, self
+
+    def whiten(self, latents: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whiten the flow's latents, ``(N, D, h, w)``; also return the log-determinant, ``(N,)``."""
-        latents, of_positions = self.positions.transform(latents, rev=False)
-        latents, of_layout = self.layout.transform(latents, rev=False)
+        latents, of_positions = self.positions.transform(latents, rev=False, kind=kind)
+        latents, of_layout = self.layout.transform(latents, rev=False, kind=kind)
         return latents, of_positions + of_layout
 
-    def anomaly_map(self, latents: Tensor, scales: Tensor) -> Tensor:
+    def anomaly_map(self, latents: Tensor, scales: Tensor, kind: Tensor | None = None) -> Tensor:
         """Return anomaly maps, ``(N, h, w)``, nats.
 
         The constants of the whitening are left out: where images differ more, all of them would look anomalous.
@@ -136,21 +145,25 @@ class MapLayer(nn.Module):
         Args:
             latents: Those of the flow, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
+            kind: The number of each image's kind, ``(N,)``, where there are several.
         """
-        return 0.5 * self.whitened(latents).square().sum(1) - scales
+        return 0.5 * self.whitened(latents, kind).square().sum(1) - scales
 
-    def whitened(self, latents: Tensor) -> Tensor:
-        """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for all."""
-        return self.layout.whitened(self.positions.whitened(latents))
+    def whitened(self, latents: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for a kind."""
+        return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
-        self.location.copy_(maps.mean())
-        self.spread.copy_(maps.std().clamp(min=1e-6))
+        self.location = maps.mean()
+        self.spread = maps.std().clamp(min=1e-6)
 
-    def standardise(self, maps: Tensor) -> Tensor:
-        """Bring anomaly maps, ``(N, h, w)``, to the scale of normal images."""
-        return (maps - self.location) / self.spread
+    def standardise(self, maps: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Bring anomaly maps, ``(N, h, w)``, to the scale of normal images, of their kind."""
+        location, spread = (
+            part if kind is None else part[kind][:, None, None] for part in (self.location, self.spread)
+        )
+        return (maps - location) / spread
 
     def statistics(self, maps: Tensor) -> list[Tensor]:
         """What anomaly maps, ``(N, h, w)``, say of their images: one or two statistics, ``(N,)`` each."""

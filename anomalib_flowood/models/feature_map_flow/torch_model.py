@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import cast
 
 import torch
 from anomalib.data import InferenceBatch
@@ -15,23 +15,18 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
-from anomalib_flowood.features import create_feature_maps, default_layers, layer_indices, run_backbone
+from anomalib_flowood.features import create_feature_maps, run_backbone
 from anomalib_flowood.models.components.capabilities import LayerView
+from anomalib_flowood.models.components.rotations import rows_of
 from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
-from .extraction import MapExtraction
+from .extraction import MAP_STRIDES, SCORE_STRIDES, MapExtraction, indices_of
+from .kinds import Kinds, fit_to_each, pooled
+from .layer_flows import POSITION, blurred, coupled, draws_positions, new_flow
 from .map_layer import MapLayer
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
-
-POSITION = "position"
-"""The mask that is none: every position is transformed on its own, by weights that all of them share."""
-
-_MAP_STRIDES = (8, 16)
-"""Where small defects show; finer maps see edges alone."""
-_SCORE_STRIDES = (16, 32)
-"""Where an image shows whether it belongs as a whole."""
 
 _CHUNK = 64
 """Images whose latents are computed at once."""
@@ -39,13 +34,6 @@ _DRAWN = 512
 """Positions of each layer in a training step."""
 _MOST_STEPS = 500
 """Of an epoch: with thousands of images it need not see every position."""
-
-
-def _new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: Any) -> flows.SideBySide:
-    """Build one flow for each layer, side by side."""
-    if mask == POSITION:
-        return flows.SideBySide(flows.position_flow(shape, context=context, **arguments) for shape in shapes)
-    return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)
 
 
 class FeatureMapFlowModel(MapExtraction):
@@ -105,6 +93,7 @@ class FeatureMapFlowModel(MapExtraction):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        kind_images: int = 20,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
     ) -> None:
@@ -115,15 +104,14 @@ class FeatureMapFlowModel(MapExtraction):
             if value < least:
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
-        tops = _indices(backbone, map_layers, _MAP_STRIDES)
-        wholes = _indices(backbone, score_layers, _SCORE_STRIDES)
+        tops = indices_of(backbone, map_layers, MAP_STRIDES)
+        wholes = indices_of(backbone, score_layers, SCORE_STRIDES)
         if not tops:
             msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
             raise ValueError(msg)
         indices = sorted({*tops, *wholes})
-        height, width = image_size
-        tiles = new_tiles((height, width), tile_size, tile_stride)
-        size = tiles.size if tiles else (height, width)
+        tiles = new_tiles(image_size, tile_size, tile_stride)
+        size = tiles.size if tiles else image_size
         network = create_feature_maps(backbone, indices, pre_trained=pre_trained, image_size=size)
         with torch.no_grad():
             maps = run_backbone(network, torch.zeros(1, 3, *size))
@@ -136,15 +124,16 @@ class FeatureMapFlowModel(MapExtraction):
         ]
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
-        new_flow = partial(_new_flow, shapes, mask, context, **arguments)
+        new_flows = partial(new_flow, shapes, mask, context, **arguments)
         dims = sum(2 * layer.numel() for layer in maps) * (len(tiles) if tiles else 1)
-        super().__init__(new_flow, flows.StandardNormal(), dims, levels=1)
+        super().__init__(new_flows, flows.StandardNormal(), dims, levels=1)
         self.backbone = network
-        self.image_size = (height, width)
+        self.image_size = image_size
         self.tiles = tiles
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
         self.evidence = Evidence(len(tops) + len(wholes))
+        self.kinds = Kinds(0 if tiles else kind_images)
         shown = [layer.size for layer in layers if layer.top]
         self.shown_map = ShownMap(shown, size)
         self._coarsest = min(math.prod(size) for size in shown)
@@ -185,18 +174,31 @@ class FeatureMapFlowModel(MapExtraction):
         parts = tuple(part for layer, layer_maps in pairs for part in layer(self.alone(layer_maps)))
         return parts if self.tiles is None else tuple(part.unflatten(0, maps[0].shape[:2]) for part in parts)
 
+    def prepare(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Reduce maps as :meth:`reduce` does; last comes that by which an image's kind is known, ``(N, P)``.
+
+        Of a model with tiles, which has no kinds, it is left out.
+        """
+        reduced = self.reduce(maps)
+        return reduced if self.tiles else (*reduced, pooled(maps, like=self.evidence.location))
+
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Extract and reduce the maps of pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`."""
-        return self.reduce(self.extract(images))
+        """Extract and prepare the maps of pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`."""
+        return self.prepare(self.extract(images))
+
+    def _kind(self, inputs: Inputs) -> Tensor | None:
+        """Number of each image's kind, ``(N,)``; ``None`` where there is one."""
+        return self.kinds(inputs[-1]) if len(inputs) > 2 * len(self.layers) else None
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
-        """Evaluate the density of the descriptors of all positions, from what :meth:`reduce` returns.
+        """Evaluate the density of the descriptors of all positions, from what :meth:`prepare` returns.
 
-        An image's tiles count as independent.
+        An image's tiles count as independent. Where there are kinds, it is that of images of the kind.
         """
+        kind = self._kind(inputs)
         alone = flows.independent(
             [
-                flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=layer.whiten)
+                flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=partial(layer.whiten, kind=kind))
                 for layer, side, reduced, rest in self._sides(inputs, flow)
             ]
         )
@@ -211,7 +213,8 @@ class FeatureMapFlowModel(MapExtraction):
     ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
         """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
         sides = (self.flow if flow is None else flow).flows
-        reduced, rest = ([self.alone(part) for part in inputs[start::2]] for start in (0, 1))
+        parts = inputs[: 2 * len(self.layers)]
+        reduced, rest = ([self.alone(part) for part in parts[start::2]] for start in (0, 1))
         # A list of modules has modules of any kind to mypy.
         return zip(self.layers, sides, reduced, rest, strict=True)  # type: ignore[arg-type]
 
@@ -220,7 +223,7 @@ class FeatureMapFlowModel(MapExtraction):
 
         ``None`` if the flow trains on whole maps.
         """
-        if not _draws(self.flow.flows[0]):
+        if not draws_positions(self.flow.flows[0]):
             return None
         return max(1, min(_MOST_STEPS, round(images * self._coarsest / _DRAWN)))
 
@@ -235,23 +238,24 @@ class FeatureMapFlowModel(MapExtraction):
         """
         losses = []
         for _, flow, reduced, _ in self._sides(inputs):
-            if _draws(flow):
+            if draws_positions(flow):
                 points, places, images = flows.draw_positions(reduced, _DRAWN)
-                points = _blurred(points.to(self.dtype), noise)
+                points = blurred(points.to(self.dtype), noise)
                 condition = flow.condition(reduced.to(self.dtype))
                 if condition is not None:
                     # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
                     condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
                 z, log_det = flow.at(points, places, condition)
             else:
-                z, log_det = flow(_blurred(reduced.to(self.dtype), noise))
+                z, log_det = flow(blurred(reduced.to(self.dtype), noise))
             losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
         return torch.stack(losses).mean()
 
-    def layer_maps(self, reduced: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        """Yield the anomaly map of each layer, ``(N, h, w)``, nats."""
-        for layer, flow, maps, _ in self._sides(reduced):
-            yield layer.anomaly_map(*_coupled(flow, maps))
+    def layer_maps(self, inputs: Inputs) -> Iterator[Tensor]:
+        """Yield the anomaly map of each layer, ``(N, h, w)``, nats, from what :meth:`prepare` returns."""
+        kind = self._kind(inputs)
+        for layer, flow, maps, _ in self._sides(inputs):
+            yield layer.anomaly_map(*coupled(flow, maps), kind)
 
     @property
     def views_layers(self) -> bool:
@@ -268,40 +272,59 @@ class FeatureMapFlowModel(MapExtraction):
             msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
             raise ValueError(msg)
         found = []
-        for layer, flow, reduced, _ in self._sides(self.inputs(images)):
-            latents, scales = _coupled(flow, reduced)
-            maps = layer.anomaly_map(latents, scales)
-            found.append((layer, reduced, layer.whitened(latents), maps))
+        inputs = self.inputs(images)
+        kind = self._kind(inputs)
+        for layer, flow, reduced, _ in self._sides(inputs):
+            latents, scales = coupled(flow, reduced)
+            maps = layer.anomaly_map(latents, scales, kind)
+            found.append((layer, reduced, layer.whitened(latents, kind), maps))
         statistics = [statistic for layer, _, _, maps in found for statistic in layer.statistics(maps)]
-        parts = iter(self.evidence.parts(torch.stack(statistics, dim=1)).unbind(1))
+        parts = iter(self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1))
         return [
             LayerView(
                 layer.name,
                 reduced,
                 whitened,
-                layer.standardise(maps),
+                layer.standardise(maps, kind),
                 {name: next(parts) for name in layer.statistic_names},
             )
             for layer, reduced, whitened, maps in found
         ]
 
     @torch.no_grad()
-    def fit_whitening(self, reduced: tuple[Tensor, ...], copies: int = 1) -> None:
+    def fit_whitening(self, inputs: Inputs, copies: int = 1) -> list[int]:
         """Fit the whitening behind the flow, and the scales of maps and evidence, with the flow's present weights.
 
+        Each kind of image has its own (:class:`Kinds`).
+
         Args:
-            reduced: What :meth:`reduce` returns for training images, reduced maps in any precision; in main memory, if
-                they are many.
+            inputs: What :meth:`prepare` returns for training images, or :meth:`reduce`, which leaves them of one kind;
+                reduced maps in any precision; in main memory, if they are many.
             copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+
+        Returns:
+            The number of images that were fitted to, of each kind.
         """
+        known = len(inputs) > 2 * len(self.layers)
+        images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies] if known else None)
+        modules = [module for layer in self.layers for module in layer.fitted_to_kinds]  # type: ignore[union-attr]
+        fit_to_each(
+            [rows_of(some, copies) for some in images],
+            lambda rows: self._fit_whitening(tuple(part[rows] for part in inputs), copies),
+            [*modules, self.evidence],
+        )
+        return [len(some) for some in images]
+
+    def _fit_whitening(self, inputs: Inputs, copies: int) -> None:
+        """Fit it to images of one kind."""
         statistics: list[Tensor] = []
-        for layer, flow, maps, _ in self._sides(reduced):
+        for layer, flow, maps, _ in self._sides(inputs):
             like = layer.location
             latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
             scales = like.new_empty(len(maps), *layer.size)
             parts = (part.split(_CHUNK) for part in (maps, latents, scales))
             for some, *filled in zip(*parts, strict=True):
-                for part, values in zip(filled, _coupled(flow, some.to(like)), strict=True):
+                for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
                     part.copy_(values)
             unseen = layer.fit_whitening(latents, scales, copies)
             layer.fit_scale(unseen)
@@ -310,6 +333,7 @@ class FeatureMapFlowModel(MapExtraction):
 
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
+        self.kinds.forget()
         for layer in self.layers:
             layer.forget_whitening()  # type: ignore[operator]
 
@@ -317,13 +341,13 @@ class FeatureMapFlowModel(MapExtraction):
         """Score reduced maps, as :meth:`forward` scores images.
 
         Args:
-            inputs: What :meth:`reduce` returned.
+            inputs: What :meth:`prepare` returned, or :meth:`reduce`, where there is one kind.
             scorer: Not used: the score goes with the map.
         """
         del scorer
-        reduced = inputs[::2]
+        reduced = inputs[: 2 * len(self.layers) : 2]
         if self.tiles is None:
-            return self._judge(reduced)
+            return self._judge(reduced, self._kind(inputs))
         of_images = zip(*reduced, strict=True)
         return self.tiles.joined(
             map(self._judge, zip(*(part.split(AT_ONCE) for part in image), strict=True)) for image in of_images
@@ -338,7 +362,8 @@ class FeatureMapFlowModel(MapExtraction):
             combined evidence. Of a model with tiles the map is stitched, and the score the highest of a tile.
         """
         if self.tiles is None:
-            return self._judge(self._reduced(self.extract(images)))
+            maps = self.extract(images)
+            return self._judge(self._reduced(maps), self.kinds(pooled(maps, like=self.evidence.location)))
         self.check(images)
         return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
 
@@ -362,34 +387,14 @@ class FeatureMapFlowModel(MapExtraction):
         layers: list[MapLayer] = list(self.layers)  # type: ignore[arg-type]
         return [layer.reduced(layer_maps) for layer, layer_maps in zip(layers, maps, strict=True)]
 
-    def _judge(self, reduced: Sequence[Tensor]) -> InferenceBatch:
+    def _judge(self, reduced: Sequence[Tensor], kind: Tensor | None = None) -> InferenceBatch:
         shown, statistics = [], []
         flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
         for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
-            maps = layer.anomaly_map(*_coupled(flow, latents))
+            maps = layer.anomaly_map(*coupled(flow, latents), kind)
             statistics += layer.statistics(maps)
             if layer.top:
-                shown.append(layer.standardise(maps))
-        score = self.evidence(torch.stack(statistics, dim=1))
+                shown.append(layer.standardise(maps, kind))
+        score = self.evidence(torch.stack(statistics, dim=1), kind)
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=self.shown_map(shown))
-
-
-def _indices(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
-    """Places of layers among those of a backbone; where none are given, of the last ones of some strides."""
-    return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
-
-
-def _draws(flow: InvertibleModule) -> TypeGuard[flows.PositionFlow]:
-    """Whether a flow trains on single positions."""
-    return isinstance(flow, flows.PositionFlow) and flow.context != "quadrant"
-
-
-def _coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``; a 0 without couplings."""
-    latents, scales = flows.couple(flow, maps) if len(flow) else (maps, maps.new_zeros(1, 1))
-    return latents, scales.sum(1)
-
-
-def _blurred(values: Tensor, noise: float) -> Tensor:
-    return values + noise * torch.randn_like(values) if noise else values

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of normal images, say the products of a line, found without labels: each is whitened on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.csgraph import connected_components
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+
+from anomalib_flowood import flows
+
+_LOOKED_AT = 10_000
+"""Images among which kinds are looked for: every one is compared with every other."""
+
+_FITTED = 1000
+"""Images of a kind that its whitening is fitted to; more change nothing but the time."""
+
+
+def pooled(maps: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Describe images by what is in them, wherever it is: each layer's mean feature vector, of length 1.
+
+    Args:
+        maps: Feature maps of some layers, ``(N, C, h, w)`` each.
+        like: Of the device and precision that the result has.
+
+    Returns:
+        ``(N, P)``, with the sum P of the layers' channels.
+    """
+    means = [layer.to(like).mean((2, 3)) for layer in maps]
+    return torch.cat([mean / torch.linalg.vector_norm(mean, dim=1, keepdim=True).clamp_min(1e-12) for mean in means], 1)
+
+
+def kinds_of(points: Tensor, least: int) -> np.ndarray:
+    """Find groups of points that have nothing to do with each other.
+
+    They are the connected components of the graph that joins each point with its ``least - 1`` nearest ones, the
+    symmetric k-nearest-neighbour graph (Maier et al. 2009, "Optimal construction of k-nearest-neighbor graphs for
+    identifying noisy clusters", section 2): two groups are one as soon as a single point has a neighbour in the other.
+    Each has ``least`` points at least, therefore, and there is no distance to choose.
+
+    Args:
+        points: ``(n, P)``.
+        least: The fewest points of a group; from 2.
+
+    Returns:
+        The number of each point's group, ``(n,)``.
+    """
+    values = points.cpu().numpy()
+    if len(values) < 2 * least:
+        return np.zeros(len(values), dtype=np.int64)
+    # With 1 for itself, which is at no distance.
+    graph = NearestNeighbors(n_neighbors=least).fit(values).kneighbors_graph()
+    return connected_components(graph, directed=False)[1]
+
+
+class Kinds(nn.Module):
+    """Tells of which kind an image is: of that of the training image that is most like it.
+
+    Args:
+        least: The fewest training images of a kind; 0 if all images are to be one kind.
+
+    Raises:
+        ValueError: If it is negative, or 1.
+    """
+
+    points: Tensor | None
+    """Training images as :func:`pooled` describes them, ``(R, P)``; a buffer, as the other; ``None`` with one kind."""
+    of_points: Tensor | None
+    """The number of their kind, ``(R,)``."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        if least < 0 or least == 1:
+            msg = f"kind_images must be at least 2, or 0 for one kind, got {least}."
+            raise ValueError(msg)
+        self.least = least
+        self.register_buffer("points", None)
+        self.register_buffer("of_points", None)
+
+    def fit(self, images: int, points: Tensor | None) -> list[Tensor]:
+        """Find the kinds of training images.
+
+        Args:
+            images: Their number.
+            points: What :func:`pooled` says of them, ``(images, P)``; ``None`` if they are of one kind.
+
+        Returns:
+            Of each kind the indices of the images that it is to be fitted to.
+        """
+        self.forget()
+        if points is None or not self.least:
+            return [flows.draw(images, _FITTED)]
+        looked_at = flows.draw(images, _LOOKED_AT)
+        found = torch.from_numpy(kinds_of(points[looked_at], self.least))
+        fitted = []
+        for kind in range(int(found.max()) + 1):
+            own = looked_at[found == kind]
+            fitted.append(own[flows.draw(len(own), _FITTED)])
+        if len(fitted) > 1:
+            self.points = points[torch.cat(fitted)]
+            self.of_points = torch.arange(len(fitted)).repeat_interleave(torch.tensor([len(own) for own in fitted]))
+            self.of_points = self.of_points.to(self.points.device)
+        return fitted
+
+    def forget(self) -> None:
+        """Know one kind."""
+        self.points = self.of_points = None
+
+    def forward(self, points: Tensor) -> Tensor | None:
+        """Return the number of each image's kind, ``(N,)``, from what :func:`pooled` says; ``None`` if there is one."""
+        if self.points is None or self.of_points is None:
+            return None
+        return self.of_points[self._similarity(points, self.points).argmax(1)]
+
+    @flows.full_precision
+    def _similarity(self, points: Tensor, to: Tensor) -> Tensor:
+        """Higher for what is nearer, since all points are of the same length; ``(N, R)``."""
+        return points.to(to) @ to.T
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("points", "of_points"):
+            saved = state_dict.get(prefix + name)
+            setattr(self, name, None if saved is None else torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fit_to_each(rows: Sequence[Tensor], fit: Callable[[Tensor], None], modules: Sequence[flows.ForEachKind]) -> None:
+    """Fit modules to each kind, and let them hold what was fitted: of several kinds side by side.
+
+    Args:
+        rows: The rows of each kind.
+        fit: Fits the modules to some rows.
+        modules: The modules.
+    """
+    fits = []
+    for some in rows:
+        fit(some)
+        fits.append([module.fit_state() for module in modules])
+    if len(rows) > 1:
+        for module, of_kinds in zip(modules, zip(*fits, strict=True), strict=True):
+            module.join(of_kinds)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flows of FeatureMapFlow's layers, side by side: of single positions, or of whole maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
+from torch import Tensor
+
+from anomalib_flowood import flows
+
+POSITION = "position"
+"""The mask that is none: every position is transformed on its own, by weights that all of them share."""
+
+
+def new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: Any) -> flows.SideBySide:
+    """Build one flow for each layer, side by side."""
+    if mask == POSITION:
+        return flows.SideBySide(flows.position_flow(shape, context=context, **arguments) for shape in shapes)
+    return flows.SideBySide(flows.map_flow(shape, mask=mask, **arguments) for shape in shapes)
+
+
+def draws_positions(flow: InvertibleModule) -> TypeGuard[flows.PositionFlow]:
+    """Whether a flow trains on single positions."""
+    return isinstance(flow, flows.PositionFlow) and flow.context != "quadrant"
+
+
+def coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``; a 0 without couplings."""
+    latents, scales = flows.couple(flow, maps) if len(flow) else (maps, maps.new_zeros(1, 1))
+    return latents, scales.sum(1)
+
+
+def blurred(values: Tensor, noise: float) -> Tensor:
+    """Add noise of some standard deviation."""
+    return values + noise * torch.randn_like(values) if noise else values
