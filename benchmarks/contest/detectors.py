@@ -207,6 +207,9 @@ _OURS = {
 UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
 """Detectors that are fitted to images as they lie, and which of ours they are otherwise."""
 
+ONE_KIND = {"FeatureMapFlow (one kind)": "FeatureMapFlow"}
+"""Detectors that take all normal images for one kind, and which of ours they are otherwise."""
+
 _FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
 """Arguments that give our detectors a flow, of which they have none by default."""
 
@@ -222,6 +225,7 @@ def _variant(name: str, of: str, **changes: Any) -> Detector:
 _ALL = [
     *_OURS.values(),
     *(_variant(name, of, rotations=False) for name, of in UNTURNED.items()),
+    *(_variant(name, of, kind_images=0) for name, of in ONE_KIND.items()),
     *(
         _variant(name, UNTURNED[untrained], rotations=False, **_FLOWS[UNTURNED[untrained]])
         for name, untrained in TRAINED.items()

@@ -9,7 +9,7 @@ from textwrap import fill
 
 import pandas as pd
 
-from benchmarks.contest.detectors import TRAINED, UNTURNED
+from benchmarks.contest.detectors import ONE_KIND, TRAINED, UNTURNED
 from benchmarks.contest.tasks import FEW
 from benchmarks.results import put_between, read_rows
 from benchmarks.tables import markdown, short_number
@@ -273,6 +273,13 @@ def tables(rows: pd.DataFrame) -> str:
         "rotations bring",
         "Images in all rotations that fit − as they lie, mean over seeds ± standard deviation of that difference.",
         {of: name for name, of in UNTURNED.items()},
+        first,
+    )
+    texts += _what_brings(
+        "kinds bring",
+        "A whitening for each kind of normal image that is found − one for all, mean over seeds ± standard deviation of "
+        "that difference.",
+        {of: name for name, of in ONE_KIND.items()},
         first,
     )
     texts += _what_brings(

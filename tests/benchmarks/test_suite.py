@@ -261,6 +261,13 @@ def test_what_rotations_bring(tmp_path):
     assert "What the flow brings" not in text
 
 
+def test_what_kinds_bring(tmp_path):
+    rows = [row("bolts+cups: bolts", "FeatureMapFlow", 0.9, part="unified")]
+    rows += [row("bolts+cups: bolts", "FeatureMapFlow (one kind)", 0.85, part="unified")]
+    lines = by_name(stored(tmp_path, rows).partition("What kinds bring")[2])
+    assert lines["bolts"] == ["+0.050"]
+
+
 def test_bars(tmp_path):
     folders = {"casting": 0.99, "elpv_mono": 0.95, "magnetic_tile": 0.99, "mtoc": 0.902, "deeppcb": 0.55}
     rows = [row(name, "FeatureMapFlow", value, aupro=0.88) for name, value in folders.items()]

@@ -53,8 +53,7 @@ def kinds_of(points: Tensor, least: int) -> np.ndarray:
     values = points.cpu().numpy()
     if len(values) < 2 * least:
         return np.zeros(len(values), dtype=np.int64)
-    # With 1 for itself, which is at no distance.
-    graph = NearestNeighbors(n_neighbors=least).fit(values).kneighbors_graph()
+    graph = NearestNeighbors(n_neighbors=least - 1).fit(values).kneighbors_graph()
     return connected_components(graph, directed=False)[1]
 
 

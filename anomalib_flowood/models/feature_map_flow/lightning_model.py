@@ -292,26 +292,21 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         # Once for the same weights: what a validation has calibrated stays to the last bit.
         weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters()) if ends else None
         if ends and self._whitened != weights and self._reference:
+            if self._shows_progress:
+                logger.info("Fitting the whitening.")
             self._whitened = weights
             training = self.model.training
             self.model.eval()
             images = self.model.fit_whitening(self._reference, self._copies)
             self.model.train(training)
-            if self._shows_progress:
-                self._say_kinds(images)
+            if len(images) > 1 and self.trainer.is_global_zero:
+                logger.info(
+                    "The training images are of %d kinds that have nothing to do with each other, and the whitening of "
+                    "each was fitted to its own: %s images. kind_images=0 takes all for one kind.",
+                    len(images),
+                    ", ".join(map(str, images)),
+                )
         self.model.fitted.fill_(self._whitened is not None)
-
-    @staticmethod
-    def _say_kinds(images: list[int]) -> None:
-        if len(images) == 1:
-            logger.info("The whitening was fitted to the maps of %d images.", images[0])
-            return
-        logger.info(
-            "The training images are of %d kinds that have nothing to do with each other; the whitening of each was "
-            "fitted to the maps of its own: %s images. kind_images=0 takes all for one kind.",
-            len(images),
-            ", ".join(map(str, images)),
-        )
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of normal images: found without labels, whitened each on its own, and kept in checkpoints and exports."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import BACKBONE, engine, feature_map_flow
+from PIL import Image
+
+from anomalib_flowood import FeatureMapFlow, OneClass, load
+from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel, kinds
+from anomalib_flowood.models.feature_map_flow.kinds import Kinds, kinds_of, pooled
+
+LEAST = 6
+
+
+def groups(*sizes, seed=0):
+    """Points around some that are far apart, and in different directions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat(
+        [torch.randn(size, 4, generator=generator) + 100 * torch.eye(4)[i] for i, size in enumerate(sizes)]
+    )
+
+
+@settings(max_examples=25)
+@given(
+    sizes=st.lists(st.integers(LEAST, 20), min_size=1, max_size=4), least=st.integers(2, LEAST), seed=st.integers(0, 9)
+)
+def test_groups_far_apart_are_never_one_kind_and_each_kind_is_large_enough(sizes, least, seed):
+    found = kinds_of(groups(*sizes, seed=seed), least)
+    assert np.bincount(found).min() >= least
+    start = 0
+    for size in sizes:
+        own = found[start : start + size]
+        assert not np.isin(np.delete(found, np.s_[start : start + size]), own).any()
+        start += size
+
+
+def test_a_group_that_is_too_small_is_no_kind():
+    assert np.bincount(kinds_of(groups(20, LEAST - 1), LEAST)).tolist() == [20 + LEAST - 1]
+    assert np.bincount(kinds_of(groups(20, LEAST), LEAST)).tolist() == [20, LEAST]
+
+
+def test_one_cloud_is_one_kind():
+    assert kinds_of(groups(200), 20).max() == 0
+
+
+def test_images_are_of_the_kind_of_the_most_similar_training_image():
+    points = torch.nn.functional.normalize(groups(20, 20), dim=1)
+    found = Kinds(LEAST)
+    of_kinds = found.fit(40, points)
+    assert [of_kind.tolist() for of_kind in of_kinds] == [list(range(20)), list(range(20, 40))]
+    new = torch.nn.functional.normalize(groups(5, 5, seed=3), dim=1)
+    assert found(new).tolist() == [0] * 5 + [1] * 5
+    other = Kinds(LEAST)
+    other.load_state_dict(found.state_dict())
+    assert other(new).tolist() == found(new).tolist()
+    assert other.fit(20, points[:20])[0].tolist() == list(range(20))
+    assert other(new) is None
+    found.load_state_dict(other.state_dict())
+    assert found(new) is None
+
+
+def test_of_many_images_some_are_looked_at_and_fewer_fitted_to(monkeypatch):
+    monkeypatch.setattr(kinds, "_LOOKED_AT", 60)
+    monkeypatch.setattr(kinds, "_FITTED", 20)
+    found = Kinds(LEAST)
+    of_kinds = found.fit(200, groups(100, 100))
+    assert [len(of_kind) for of_kind in of_kinds] == [20, 20]
+    assert of_kinds[0].max() < 100 <= of_kinds[1].min()
+    assert len(found.points) == 40
+
+
+@pytest.mark.parametrize("least", [-1, 1])
+def test_a_kind_of_one_image_is_refused(least):
+    with pytest.raises(ValueError, match="kind_images must be at least 2, or 0 for one kind"):
+        Kinds(least)
+
+
+def products(count, seed=0):
+    """Images of two products: bright on the left, and dark with a bar; the second varies more."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.05 * torch.randn(2 * count, 3, 48, 48, generator=generator, dtype=torch.float64) + 0.5
+    images[:count, :, :, :24] += 0.4
+    images[count:, 0] -= 0.4
+    images[count:, :, 20:28] += 0.3 * torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)
+    return images.clamp(0, 1)
+
+
+def model(**kwargs):
+    torch.manual_seed(0)
+    small = {"map_layers": (1, 2), "score_layers": (2,), "image_size": (48, 48), "pre_trained": False}
+    small |= {"subspace_dim": 4, "layout_dims": 6, "kind_images": 10}
+    return FeatureMapFlowModel(BACKBONE, **{**small, **kwargs}).double().eval()
+
+
+@torch.no_grad()
+def test_each_kind_is_judged_as_by_a_fit_to_it_alone():
+    detector, images, new = model(), products(20), products(4, seed=1)
+    maps = detector.extract(images)
+    detector.fit_features(maps)
+    inputs, judged = detector.prepare(maps), detector.inputs(new)
+    assert detector.fit_whitening(inputs) == [20, 20]
+    mixed = torch.arange(8).view(2, 4).T.flatten()
+    found = detector.predict(tuple(part[mixed] for part in judged))
+    fast = detector(new[mixed])
+    views = detector.layer_views(new[mixed])
+    log_prob = detector.log_prob(new[mixed])
+    torch.testing.assert_close(found.pred_score, fast.pred_score, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.anomaly_map, fast.anomaly_map, rtol=1e-8, atol=1e-8)
+    shares = torch.stack([share for view in views for share in view.shares.values()])
+    torch.testing.assert_close(shares.sum(0), found.pred_score, rtol=1e-8, atol=1e-8)
+    for number in range(2):
+        assert detector.fit_whitening(tuple(part[20 * number : 20 * number + 20] for part in inputs)) == [20]
+        rows = torch.arange(4 * number, 4 * number + 4)
+        alone = detector.predict(tuple(part[rows] for part in judged))
+        here = torch.arange(number, 8, 2)
+        torch.testing.assert_close(found.pred_score[here], alone.pred_score, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found.anomaly_map[here], alone.anomaly_map, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(log_prob[here], detector.log_prob(new[rows]), rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_copies_of_an_image_are_of_its_kind():
+    """Otherwise the nearest of each would be its own copies, and every image a kind."""
+    detector, images = model(), products(12)
+    maps = detector.extract(images.repeat_interleave(4, 0) + 0.01 * torch.rand(96, 3, 48, 48, dtype=torch.float64))
+    detector.fit_features(maps)
+    assert detector.fit_whitening(detector.prepare(maps), copies=4) == [12, 12]
+    assert len(detector.kinds.points) == 24
+    assert detector.layers[0].positions.mean.shape[0] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{"kind_images": 0}, {"tile_size": (24, 24)}], ids=str)
+def test_there_is_one_kind_where_none_are_wanted(settings):
+    detector, images = model(**settings), products(20)
+    if "tile_size" in settings:
+        images = images.float().double()
+    maps = detector.extract(images)
+    detector.fit_features(maps)
+    assert detector.fit_whitening(detector.prepare(maps)) == [40]
+    assert detector.kinds.points is None
+    assert detector.layers[0].positions.mean.ndim == 2
+    assert torch.isfinite(detector(images[:2]).pred_score).all()
+
+
+def test_points_do_not_depend_on_where_things_are():
+    maps = torch.rand(3, 4, 5, 6)
+    moved = maps.roll((2, 3), (2, 3))
+    points = pooled([maps, 10 * maps[:, :2]], like=torch.zeros(1, dtype=torch.float64))
+    assert points.dtype == torch.float64
+    torch.testing.assert_close(points, pooled([moved, 10 * moved[:, :2]], like=points))
+    torch.testing.assert_close(points.square().sum(1), torch.full((3,), 2.0, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("products")
+    for split, count, seed in (("train", 40, 0), ("test", 12, 1)):
+        (folder / split / "good").mkdir(parents=True)
+        for number, image in enumerate(products(count, seed)):
+            pixels = (255 * image.permute(1, 2, 0)).byte().numpy()
+            Image.fromarray(pixels).save(folder / split / "good" / f"{number:03}.png")
+    return folder
+
+
+def detector(**kwargs) -> FeatureMapFlow:
+    return feature_map_flow(**{"kind_images": 10, "coupling_layers": 0, **kwargs})
+
+
+def parts(folder):
+    return OneClass(folder, "good", val_split_ratio=0.3)
+
+
+@pytest.fixture(scope="module")
+def fit(folder, tmp_path_factory):
+    """A detector of both products, and its checkpoint."""
+    place = tmp_path_factory.mktemp("fit")
+    torch.manual_seed(0)
+    run, fitted = engine(place), detector()
+    run.fit(fitted, datamodule=parts(folder))
+    return fitted.eval(), run.trainer.checkpoint_callback.best_model_path, place
+
+
+def test_a_fit_says_how_many_kinds_it_found(folder, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    engine(tmp_path).fit(detector(), datamodule=parts(folder))
+    assert "The training images are of 2 kinds that have nothing to do with each other" in caplog.text
+    caplog.clear()
+    engine(tmp_path).fit(detector(kind_images=0), datamodule=parts(folder))
+    assert "kinds" not in caplog.text
+
+
+def test_a_checkpoint_keeps_them(fit, folder):
+    fitted, path, _ = fit
+    assert len(fitted.model.evidence.location) == 2
+    images = products(3, seed=4).float()
+    with torch.no_grad():
+        expected = fitted.model(images)
+        found = FeatureMapFlow.load_from_checkpoint(path).eval().model(images)
+    torch.testing.assert_close(found.pred_score, expected.pred_score, rtol=0, atol=0)
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_an_export_judges_a_batch_of_several_kinds(fit, kind):
+    fitted, checkpoint, place = fit
+    engine(place).export(fitted, kind, place)
+    images = products(3, seed=4).float()[[0, 3, 1, 4, 5]].numpy()
+    expected = load(checkpoint).score(images)
+    found = load(place / "weights" / kind / f"model.{'onnx' if kind == 'onnx' else 'xml'}").score(images)
+    np.testing.assert_allclose(found.raw_score, expected.raw_score, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_resumed_fit_finds_the_same(folder, tmp_path, layers):
+    def trained(epochs, **kwargs):
+        torch.manual_seed(0)
+        run, fitted = engine(tmp_path, max_epochs=epochs), detector(coupling_layers=layers)
+        run.fit(fitted, datamodule=parts(folder), **kwargs)
+        return run, fitted
+
+    run, whole = trained(2)
+    _, again = trained(3, ckpt_path=run.trainer.checkpoint_callback.best_model_path)
+    assert torch.equal(whole.model.kinds.points, again.model.kinds.points)
+    assert len(again.model.evidence.location) == 2
