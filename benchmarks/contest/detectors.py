@@ -207,14 +207,20 @@ _OURS = {
 UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
 """Detectors that are fitted to images as they lie, and which of ours they are otherwise."""
 
-ONE_KIND = {"FeatureMapFlow (one kind)": "FeatureMapFlow"}
-"""Detectors that take all normal images for one kind, and which of ours they are otherwise."""
+ONE_KIND = {"FeatureMapFlow (one kind)": "FeatureMapFlow (no rotations)"}
+"""Detectors that take all normal images, as they lie, for one kind, and what they are otherwise."""
 
-_FLOWS: dict[str, dict[str, Any]] = {"FeatureMapFlow": {"coupling_layers": 10}, "EmbeddingFlow": {"coupling_layers": 6}}
+_FLOWS: dict[str, dict[str, Any]] = {
+    "FeatureMapFlow": {"coupling_layers": 10, "kind_images": 0},
+    "EmbeddingFlow": {"coupling_layers": 6},
+}
 """Arguments that give our detectors a flow, of which they have none by default."""
 
-TRAINED = {f"{name} (flow)": f"{name} (no rotations)" for name in _FLOWS}
-"""Detectors that train a flow, on images as they lie, and what they are without it."""
+TRAINED = {
+    "FeatureMapFlow (flow)": "FeatureMapFlow (one kind)",
+    "EmbeddingFlow (flow)": "EmbeddingFlow (no rotations)",
+}
+"""Detectors that train a flow, on images as they lie and of one kind, and what they are without it."""
 
 
 def _variant(name: str, of: str, **changes: Any) -> Detector:
@@ -225,11 +231,8 @@ def _variant(name: str, of: str, **changes: Any) -> Detector:
 _ALL = [
     *_OURS.values(),
     *(_variant(name, of, rotations=False) for name, of in UNTURNED.items()),
-    *(_variant(name, of, kind_images=0) for name, of in ONE_KIND.items()),
-    *(
-        _variant(name, UNTURNED[untrained], rotations=False, **_FLOWS[UNTURNED[untrained]])
-        for name, untrained in TRAINED.items()
-    ),
+    *(_variant(name, UNTURNED[of], rotations=False, kind_images=0) for name, of in ONE_KIND.items()),
+    *(_variant(f"{of} (flow)", of, rotations=False, **changes) for of, changes in _FLOWS.items()),
     Detector("Fastflow", _fastflow, random=True, held_out_loss=flow_loss),
     Detector("Patchflow", _patchflow, random=True, held_out_loss=flow_loss),
     Detector("Cflow", _cflow, random=True, held_out_loss=cflow_loss),

@@ -233,7 +233,7 @@ def test_figures_in_short(tmp_path):
 
 
 def test_what_the_flow_brings(tmp_path):
-    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (no rotations)"
+    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (one kind)"
     rows = [
         *(row("bolts", trained, value, seed, aupro=0.6) for seed, value in enumerate((0.9, 0.92))),
         *(row("bolts", without, value, seed, aupro=0.61) for seed, value in enumerate((0.89, 0.89))),
@@ -262,7 +262,7 @@ def test_what_rotations_bring(tmp_path):
 
 
 def test_what_kinds_bring(tmp_path):
-    rows = [row("bolts+cups: bolts", "FeatureMapFlow", 0.9, part="unified")]
+    rows = [row("bolts+cups: bolts", "FeatureMapFlow (no rotations)", 0.9, part="unified")]
     rows += [row("bolts+cups: bolts", "FeatureMapFlow (one kind)", 0.85, part="unified")]
     lines = by_name(stored(tmp_path, rows).partition("What kinds bring")[2])
     assert lines["bolts"] == ["+0.050"]
@@ -275,7 +275,7 @@ def test_bars(tmp_path):
     rows += [row("deeppcb", "PPCA", 0.57)]
     trained = "FeatureMapFlow (flow)"
     rows += [row(name, trained, value + 0.03, aupro=0.87) for name, value in folders.items()]
-    rows += [row(name, "FeatureMapFlow (no rotations)", value, aupro=0.88) for name, value in folders.items()]
+    rows += [row(name, "FeatureMapFlow (one kind)", value, aupro=0.88) for name, value in folders.items()]
     rows += [row(name, "FeatureMapFlow", value - 0.02, part="few") for name, value in folders.items()]
     for name in folders:
         together = "+".join(sorted(folders))
@@ -293,7 +293,7 @@ def test_bars(tmp_path):
     assert found["FeatureMapFlow: AUPRO on mtoc"] == ("0.880", True)
     assert found["FeatureMapFlow: AUPRO on magnetic_tile"] == ("0.880", False)
     assert found["FeatureMapFlow: image AUROC lost with 40 training images"] == ("+0.020 (0.876 to 0.856)", True)
-    against = f"{trained} against FeatureMapFlow (no rotations)"
+    against = f"{trained} against FeatureMapFlow (one kind)"
     assert found[f"{against}: mean gain of image AUROC"] == ("+0.030", True)
     assert found[f"{against}: least gain on any folder"][0].startswith("−0.010 (AUPRO on")
     assert found["FeatureMapFlow, one model for all: above every rival by image AUROC"] == (
