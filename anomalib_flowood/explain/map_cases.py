@@ -36,6 +36,14 @@ class _Place(NamedTuple):
     row: int
     column: int
 
+    def of_its_kind(self, views: LayerView) -> Tensor:
+        """Numbers of the images that are of this one's kind; of all, where there is one kind, or none is of it."""
+        everyone = torch.arange(len(views.map))
+        if views.kind is None or self.view.kind is None:
+            return everyone
+        same = everyone[views.kind == self.view.kind]
+        return same if len(same) else everyone
+
     def patch(self, image: Tensor, row: int, column: int) -> tuple[Tensor, list[float]]:
         """What a position and its neighbours see of an image, ``(3, H, W)``, and its frame in the image."""
         height, width = self.view.map.shape[1:]
@@ -79,6 +87,7 @@ def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, fold
         "Directions: those of the layer's descriptors in which the position is most unlike normal images, with their "
         "share of its anomaly, where it is along them and where nine tenths of the inside images are, and patches of "
         f"{normal.name} images at this position that are lowest and highest along them."
+        + (" Patches and directions are those of its kind of image." if views[0].kind is not None else "")
     )
     return Picture("", "Single images: layers, directions, the nearest normal patch", caption, cases)
 
@@ -102,6 +111,7 @@ def _views(detector: FlowModule, inputs: Tensor) -> list[LayerView]:
             whitened=joined([view.whitened for view in views]),
             map=joined([view.map for view in views]),
             shares={name: joined([view.shares[name] for view in views]) for name in views[0].shares},
+            kind=None if views[0].kind is None else joined([view.kind for view in views]),
         )
         for views in zip(*chunks, strict=True)
     ]
@@ -135,11 +145,15 @@ def _distances(one: Tensor, to: Tensor) -> Tensor:
 
 def _nearest_patch(place: _Place, chosen: Chosen, normal: ImageSet) -> tuple[list[Tile], dict[str, float]]:
     """The patch of normal images that is most like the most anomalous one, and how far both are apart."""
-    vectors = place.normal.descriptors.flatten(2).movedim(1, 2).contiguous()  # (R, h * w, D)
+    which = place.of_its_kind(place.normal)
+    vectors = place.normal.descriptors[which].flatten(2).movedim(1, 2).contiguous()  # (R, h * w, D)
     width = place.normal.descriptors.shape[3]
     found = _distances(place.view.descriptors[0, :, place.row, place.column], vectors)
-    found = torch.where(others(chosen, normal).repeat_interleave(vectors.shape[1]), found, torch.inf)
+    unlike = others(chosen, normal)[which]
+    if bool(unlike.any()):
+        found = torch.where(unlike.repeat_interleave(vectors.shape[1]), found, torch.inf)
     other, position = divmod(int(found.argmin()), vectors.shape[1])
+    like_image = normal.images[which[other]]
     row, column = divmod(position, width)
     # Normal patches at the same position have nearest ones, too, in other images.
     own = []
@@ -148,13 +162,13 @@ def _nearest_patch(place: _Place, chosen: Chosen, normal: ImageSet) -> tuple[lis
         own.append(float(_distances(vectors[number, place.row * width + place.column], rest).min()))
     distance, usual = float(found.min()), float(np.median(own)) if own else float("nan")
     seen, box = place.patch(chosen.image, place.row, place.column)
-    like, like_box = place.patch(normal.images[other], row, column)
+    like, like_box = place.patch(like_image, row, column)
     far = f", {distance / usual:.2g} times as far as normal ones are from theirs" if usual > 0 else ""
     tiles = [
         tile(chosen.image, "most anomalous position", box=box),
         tile(seen, f"it ({place.view.name})", small=True),
         tile(like, f"the nearest normal patch{far}", small=True),
-        tile(normal.images[other], "where that is", box=like_box),
+        tile(like_image, "where that is", box=like_box),
     ]
     return tiles, {"nearest_patch_distance": distance, "usual_patch_distance": usual}
 
@@ -162,17 +176,18 @@ def _nearest_patch(place: _Place, chosen: Chosen, normal: ImageSet) -> tuple[lis
 def _directions(place: _Place, normal: ImageSet) -> tuple[list[Bar], list[dict[str, float]]]:
     """The directions in which the position is unlike normal images, and patches at their ends."""
     values = place.view.whitened[0, :, place.row, place.column]
+    which, unseen = place.of_its_kind(place.normal), place.of_its_kind(place.unseen)
     shares = values.square() / values.square().sum().clamp(min=1e-12)
     found: list[Bar] = []
     numbers = []
     for number in shares.argsort(descending=True)[:_DIRECTIONS].tolist():
-        normal_values = place.normal.whitened[:, number, place.row, place.column]
+        normal_values = place.normal.whitened[which, number, place.row, place.column]
         order = normal_values.argsort().tolist()
         count = min(_ENDS, len(order) // 2)
         ends = [("low", order[:count]), ("high", order[len(order) - count :])]
         tiles = [
             tile(
-                place.patch(normal.images[image], place.row, place.column)[0],
+                place.patch(normal.images[which[image]], place.row, place.column)[0],
                 f"{name} {signed(f'{float(normal_values[image]):+.1f}')}",
                 small=True,
             )
@@ -180,7 +195,7 @@ def _directions(place: _Place, normal: ImageSet) -> tuple[list[Bar], list[dict[s
             for image in images
         ]
         share, value = float(shares[number]), float(values[number])
-        text = f"{share:.0%}, at {within(value, place.unseen.whitened[:, number, place.row, place.column])}"
+        text = f"{share:.0%}, at {within(value, place.unseen.whitened[unseen, number, place.row, place.column])}"
         found.append(Bar(f"{place.view.name}, direction {number + 1}", text, share / float(shares.max()), tiles))
         numbers.append({"direction": number + 1, "share": share, "value": value})
     return found, numbers

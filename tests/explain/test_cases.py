@@ -129,6 +129,35 @@ def test_the_page_takes_scores_of_maps_apart(maps, tmp_path):
     assert text.count("the nearest normal patch") >= 6
 
 
+def test_an_image_is_compared_with_normal_ones_of_its_kind(tmp_path):
+    torch.manual_seed(0)
+    detector = feature_map_flow(coupling_layers=0, kind_images=8)
+    dark, light = photographs(24, 0) * torch.tensor([0.1, 0.1, 1.0])[:, None, None], 0.5 + 0.5 * photographs(24, 1)
+    images = detector.pre_processor.transform(torch.cat([dark, light]))
+    with torch.no_grad():
+        features = detector.model.extract(images)
+        detector.model.fit_features(features)
+        assert detector.model.fit_whitening(detector.model.prepare(features)) == [24, 24]
+    detector.model.fitted.fill_(True)
+    sets = {"parts": torch.cat([dark[:6], light[:6]]), "defects": torch.cat([dark[6:9].flip(2), light[6:9].flip(2)])}
+    page = explain(detector.eval(), sets, tmp_path)
+    assert "are those of its kind of image" in page.read_text(encoding="utf-8")
+    with torch.no_grad():
+        normal, views = (detector.model.layer_views(detector.pre_processor.transform(part)) for part in sets.values())
+    assert views[0].kind.tolist() == [0] * 3 + [1] * 3
+    scores = torch.stack([share for view in views for share in view.shares.values()]).sum(0)
+    for case in json.loads((tmp_path / "explain.json").read_text())["cases"]:
+        if case["set"] == "parts":
+            continue
+        image = int((scores - case["score"]).abs().argmin())
+        number = next(place for place, view in enumerate(views) if view.name == case["layer"])
+        own = normal[number].kind == views[number].kind[image]
+        row, column = case["position"]
+        patches = normal[number].descriptors[own].flatten(2).movedim(1, 2).flatten(0, 1)
+        distances = (patches - views[number].descriptors[image, :, row, column]).norm(dim=1)
+        assert case["nearest_patch_distance"] == pytest.approx(float(distances.min()), rel=1e-3)
+
+
 def test_a_detector_of_tiles_is_explained_without_its_layers(tmp_path):
     detector = feature_map_flow(coupling_layers=0, image_size=(96, 96), tile_size=(48, 48))
     images = torch.nn.functional.interpolate(photographs(8, 0), (96, 96))

@@ -69,6 +69,8 @@ class LayerView(NamedTuple):
             for these, ``(N, D, h, w)``.
         map: The layer's anomaly map in standard deviations of normal positions, ``(N, h, w)``.
         shares: Parts of the image score, ``(N,)`` each, by what they are of; those of all layers sum to the score.
+        kind: The number of each image's kind, ``(N,)``, where normal images are of several: then whitened numbers are
+            to be compared within a kind.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LayerView(NamedTuple):
     whitened: Tensor
     map: Tensor
     shares: dict[str, Tensor]
+    kind: Tensor | None = None
 
 
 class ViewsLayers(Protocol):

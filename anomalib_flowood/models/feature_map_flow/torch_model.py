@@ -271,8 +271,7 @@ class FeatureMapFlowModel(MapExtraction):
         if self.tiles is not None:
             msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
             raise ValueError(msg)
-        found = []
-        inputs = self.inputs(images)
+        found, inputs = [], self.inputs(images)
         kind = self._kind(inputs)
         for layer, flow, reduced, _ in self._sides(inputs):
             latents, scales = coupled(flow, reduced)
@@ -287,6 +286,7 @@ class FeatureMapFlowModel(MapExtraction):
                 whitened,
                 layer.standardise(maps, kind),
                 {name: next(parts) for name in layer.statistic_names},
+                kind,
             )
             for layer, reduced, whitened, maps in found
         ]
