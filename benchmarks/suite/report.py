@@ -187,7 +187,7 @@ def _gain(table: pd.DataFrame, folder: str) -> str:
 
 
 def _stands(rows: pd.DataFrame) -> list[str]:
-    """The same figures on every backbone and size."""
+    """The same figures on every backbone and size, of detectors that have them on several."""
     texts = ["### Another backbone, another size"]
     figures = {
         "Mean image AUROC, a model for each folder": ("industrial", "auroc"),
@@ -198,19 +198,22 @@ def _stands(rows: pd.DataFrame) -> list[str]:
     for title, (part, metric) in figures.items():
         stands = rows.groupby("stand", sort=False)
         means = pd.DataFrame({stand: by_folder(of_part(some, part), metric).mean(axis=1) for stand, some in stands})
-        means = means.dropna(how="all").dropna(axis=1, how="all")
-        if len(means.columns) < 2:
+        means = means.dropna(thresh=2).dropna(axis=1, how="all")
+        if means.empty:
             continue
         means = means.sort_values(means.columns[0], ascending=False)
-        texts += [f"{title}:", *side_by_side(means.index, {name: column(means[name]) for name in means.columns})]
+        columns = {name: column(means[name]) for name in means.columns}
+        texts += [f"{title}:", *side_by_side(means.index, columns, room=None)]
         if (part, metric) == ("industrial", "auroc"):
-            worst = {
-                stand: (-behind_best_rival(by_folder(of_part(some, part))).max(axis=1)).reindex(means.index)
-                for stand, some in stands
-            }
-            shown = {stand: column(worst[stand], signed) for stand in means.columns}
+            worst = pd.DataFrame(
+                {stand: -behind_best_rival(by_folder(of_part(some, part))).max(axis=1) for stand, some in stands}
+            )
+            worst = worst.reindex(means.index)[means.columns].dropna(thresh=2)
+            if worst.empty:
+                continue
+            shown = {stand: column(worst[stand], signed) for stand in worst.columns}
             texts += ["The same, distance to the best rival on the folder where it is least:"]
-            texts += side_by_side(means.index, shown)
+            texts += side_by_side(worst.index, shown, room=None)
     return texts if len(texts) > 1 else []
 
 
