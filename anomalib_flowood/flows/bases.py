@@ -163,6 +163,7 @@ class GaussianMixture(nn.Module):
         """Distance of latents, ``(N, k)``, from the nearest mean; ``(N,)``."""
         return (z.square().sum(1) - 2 * self._kernels(z).amax(1)).clamp(min=0).sqrt()
 
+    @full_precision
     def nearest(self, z: Tensor) -> Tensor:
         """The mean that is nearest to each of some latents, ``(N, k)``: ``(N, k)``."""
         return self.centres[self._kernels(z).argmax(1)]

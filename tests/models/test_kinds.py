@@ -65,6 +65,23 @@ def test_images_are_of_the_kind_of_the_most_similar_training_image():
     assert found(new) is None
 
 
+def test_what_is_kept_is_of_the_devices_and_precision_of_the_module():
+    """Not of the features, which lie in main memory."""
+    found = Kinds(LEAST).to("meta")
+    found.fit(40, groups(20, 20))
+    assert found.points.is_meta
+    assert found.of_points.is_meta
+    double = Kinds(LEAST).double()
+    double.fit(40, groups(20, 20))
+    assert double.points.dtype == torch.float64
+    single = Kinds(LEAST)
+    single.load_state_dict(double.state_dict())
+    assert (single.points.dtype, single.of_points.dtype) == (torch.float32, torch.int64)
+    meta = Kinds(LEAST).to("meta")
+    meta.load_state_dict(double.state_dict())
+    assert meta.points.is_meta
+
+
 def test_of_many_images_some_are_looked_at_and_fewer_fitted_to(monkeypatch):
     monkeypatch.setattr(kinds, "_LOOKED_AT", 60)
     monkeypatch.setattr(kinds, "_FITTED", 20)

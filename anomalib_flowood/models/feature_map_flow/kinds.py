@@ -71,6 +71,7 @@ class Kinds(nn.Module):
     """Training images as :func:`pooled` describes them, ``(R, P)``; a buffer, as the other; ``None`` with one kind."""
     of_points: Tensor | None
     """The number of their kind, ``(R,)``."""
+    _like: Tensor
 
     def __init__(self, least: int) -> None:
         super().__init__()
@@ -80,6 +81,7 @@ class Kinds(nn.Module):
         self.least = least
         self.register_buffer("points", None)
         self.register_buffer("of_points", None)
+        self.register_buffer("_like", torch.zeros(0), persistent=False)  # knows device and precision
 
     def fit(self, images: int, points: Tensor | None) -> list[Tensor]:
         """Find the kinds of training images.
@@ -101,30 +103,31 @@ class Kinds(nn.Module):
             own = looked_at[found == kind]
             fitted.append(own[flows.draw(len(own), _FITTED)])
         if len(fitted) > 1:
-            self.points = points[torch.cat(fitted)]
-            self.of_points = torch.arange(len(fitted)).repeat_interleave(torch.tensor([len(own) for own in fitted]))
-            self.of_points = self.of_points.to(self.points.device)
+            self.points = points[torch.cat(fitted)].to(self._like)
+            sizes = torch.tensor([len(own) for own in fitted])
+            self.of_points = torch.arange(len(fitted)).repeat_interleave(sizes).to(self._like.device)
         return fitted
 
     def forget(self) -> None:
         """Know one kind."""
         self.points = self.of_points = None
 
+    @flows.full_precision
     def forward(self, points: Tensor) -> Tensor | None:
         """Return the number of each image's kind, ``(N,)``, from what :func:`pooled` says; ``None`` if there is one."""
         if self.points is None or self.of_points is None:
             return None
-        return self.of_points[self._similarity(points, self.points).argmax(1)]
+        # All are of the same length: the nearest is the most alike.
+        return self.of_points[(points.to(self.points) @ self.points.T).argmax(1)]
 
-    @flows.full_precision
-    def _similarity(self, points: Tensor, to: Tensor) -> Tensor:
-        """Higher for what is nearer, since all points are of the same length; ``(N, R)``."""
-        return points.to(to) @ to.T
+    def of_maps(self, maps: Sequence[Tensor]) -> Tensor | None:
+        """Return the same from feature maps, which are pooled only where there are several kinds."""
+        return None if self.points is None else self(pooled(maps, like=self.points))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("points", "of_points"):
+        for name, dtype in (("points", self._like.dtype), ("of_points", torch.int64)):
             saved = state_dict.get(prefix + name)
-            setattr(self, name, None if saved is None else torch.empty_like(saved))
+            setattr(self, name, None if saved is None else self._like.new_empty(saved.shape, dtype=dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -363,7 +363,7 @@ class FeatureMapFlowModel(MapExtraction):
         """
         if self.tiles is None:
             maps = self.extract(images)
-            return self._judge(self._reduced(maps), self.kinds(pooled(maps, like=self.evidence.location)))
+            return self._judge(self._reduced(maps), self.kinds.of_maps(maps))
         self.check(images)
         return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
 
