@@ -63,6 +63,11 @@ class Evidence(ForEachKind):
         self.location = location.to(self.location)
         self.spread = (size * shrunk.sqrt()).clamp(min=1e-6).to(self.spread)
 
+    def forget(self) -> None:
+        """Leave statistics as they are."""
+        kinds = self.location.shape[-1]
+        self.location, self.spread = self.location.new_zeros(kinds), self.spread.new_ones(kinds)
+
     def forward(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images, of their kind."""
         return self._standardised(statistics, kind).mean(1)

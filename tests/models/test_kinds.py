@@ -235,8 +235,10 @@ def test_an_export_judges_a_batch_of_several_kinds(fit, kind):
     np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=1e-3)
 
 
-@pytest.mark.parametrize("layers", [0, 2])
-def test_a_resumed_fit_finds_the_same(folder, tmp_path, layers):
+@pytest.mark.parametrize(("layers", "epochs"), [(0, 3), (2, 3), (2, 4)])
+def test_a_resumed_fit_finds_the_same(folder, tmp_path, layers, epochs):
+    """Also where epochs come in between whose whitening is none, and which are validated."""
+
     def trained(epochs, **kwargs):
         torch.manual_seed(0)
         run, fitted = engine(tmp_path, max_epochs=epochs), detector(coupling_layers=layers)
@@ -244,6 +246,6 @@ def test_a_resumed_fit_finds_the_same(folder, tmp_path, layers):
         return run, fitted
 
     run, whole = trained(2)
-    _, again = trained(3, ckpt_path=run.trainer.checkpoint_callback.best_model_path)
+    _, again = trained(epochs, ckpt_path=run.trainer.checkpoint_callback.best_model_path)
     assert torch.equal(whole.model.kinds.points, again.model.kinds.points)
     assert len(again.model.evidence.location) == 2

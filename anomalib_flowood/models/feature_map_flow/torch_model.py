@@ -110,8 +110,9 @@ class FeatureMapFlowModel(MapExtraction):
             msg = "map_layers must name at least one layer: the anomaly map is made of theirs."
             raise ValueError(msg)
         indices = sorted({*tops, *wholes})
-        tiles = new_tiles(image_size, tile_size, tile_stride)
-        size = tiles.size if tiles else image_size
+        height, width = image_size
+        tiles = new_tiles((height, width), tile_size, tile_stride)
+        size = tiles.size if tiles else (height, width)
         network = create_feature_maps(backbone, indices, pre_trained=pre_trained, image_size=size)
         with torch.no_grad():
             maps = run_backbone(network, torch.zeros(1, 3, *size))
@@ -128,7 +129,7 @@ class FeatureMapFlowModel(MapExtraction):
         dims = sum(2 * layer.numel() for layer in maps) * (len(tiles) if tiles else 1)
         super().__init__(new_flows, flows.StandardNormal(), dims, levels=1)
         self.backbone = network
-        self.image_size = image_size
+        self.image_size = (height, width)
         self.tiles = tiles
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
@@ -213,8 +214,7 @@ class FeatureMapFlowModel(MapExtraction):
     ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
         """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
         sides = (self.flow if flow is None else flow).flows
-        parts = inputs[: 2 * len(self.layers)]
-        reduced, rest = ([self.alone(part) for part in parts[start::2]] for start in (0, 1))
+        reduced, rest = ([self.alone(part) for part in inputs[start : 2 * len(self.layers) : 2]] for start in (0, 1))
         # A list of modules has modules of any kind to mypy.
         return zip(self.layers, sides, reduced, rest, strict=True)  # type: ignore[arg-type]
 
@@ -275,8 +275,7 @@ class FeatureMapFlowModel(MapExtraction):
         kind = self._kind(inputs)
         for layer, flow, reduced, _ in self._sides(inputs):
             latents, scales = coupled(flow, reduced)
-            maps = layer.anomaly_map(latents, scales, kind)
-            found.append((layer, reduced, layer.whitened(latents, kind), maps))
+            found.append((layer, reduced, layer.whitened(latents, kind), layer.anomaly_map(latents, scales, kind)))
         statistics = [statistic for layer, _, _, maps in found for statistic in layer.statistics(maps)]
         parts = iter(self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1))
         return [
@@ -334,6 +333,7 @@ class FeatureMapFlowModel(MapExtraction):
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
         self.kinds.forget()
+        self.evidence.forget()
         for layer in self.layers:
             layer.forget_whitening()  # type: ignore[operator]
 
