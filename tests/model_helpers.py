@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from torch import nn
 
@@ -76,10 +77,10 @@ def engine(tmp_path: Path, **kwargs) -> Engine:
 class Case:
     """A fitted detector, its checkpoint, and its exports, each made once."""
 
-    def __init__(self, folder: Path, detector: nn.Module) -> None:
+    def __init__(self, folder: Path, detector: nn.Module, module: AnomalibDataModule | None = None) -> None:
         self.folder, self.detector, self.said = folder, detector, {}
         run = engine(folder)
-        run.fit(detector, datamodule=data(folder))
+        run.fit(detector, datamodule=module or data(folder))
         self.checkpoint = Path(run.trainer.checkpoint_callback.best_model_path)
         detector.eval()
 

@@ -146,12 +146,11 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.cache_gib = cache_gib
         self.rotations = rotations and tile_size is None
         self.feature_noise = feature_noise
-        height, width = image_size
         self.model = FeatureMapFlowModel(
             backbone,
             map_layers,
             score_layers,
-            (height, width),
+            image_size,
             pre_trained=pre_trained,
             subspace_dim=subspace_dim,
             layout_dims=layout_dims,
