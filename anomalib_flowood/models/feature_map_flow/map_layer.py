@@ -126,11 +126,6 @@ class MapLayer(flows.ForEachKind):
         self.layout.forget()
         self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
-    @property
-    def fitted_to_kinds(self) -> tuple[flows.ForEachKind, ...]:
-        """The modules of which each kind of image has a fit of its own."""
-        return self.positions, self.layout, self
-
     def whiten(self, latents: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whiten the flow's latents, ``(N, D, h, w)``; also return the log-determinant, ``(N,)``."""
         latents, of_positions = self.positions.transform(latents, rev=False, kind=kind)

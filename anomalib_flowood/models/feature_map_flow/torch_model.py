@@ -306,11 +306,10 @@ class FeatureMapFlowModel(MapExtraction):
         """
         known = len(inputs) > 2 * len(self.layers)
         images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies] if known else None)
-        modules = [module for layer in self.layers for module in layer.fitted_to_kinds]  # type: ignore[union-attr]
         fit_to_each(
             [rows_of(some, copies) for some in images],
             lambda rows: self._fit_whitening(tuple(part[rows] for part in inputs), copies),
-            [*modules, self.evidence],
+            [module for module in self.modules() if isinstance(module, flows.ForEachKind)],
         )
         return [len(some) for some in images]
 
