@@ -13,7 +13,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 
-from anomalib_flowood.processes import was_started
+from anomalib_flowood.started import was_started
 
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from anomalib_flowood.started import is_said_once
+
 _TALKATIVE = ("onnxscript", "onnx_ir")
 """Loggers that tell of every node of a graph."""
 
@@ -40,8 +42,12 @@ def _can_be_acted_on(record: logging.LogRecord) -> bool:
 
 
 def quieten(handler: logging.Handler) -> None:
-    """Leave out of a handler, and of what Python warns of, what no user can act on; every other line stays."""
+    """Leave out of a handler, and of what Python warns of, what no user can act on; every other line stays.
+
+    Of several processes, one says what all of them would.
+    """
     handler.addFilter(_can_be_acted_on)
+    handler.addFilter(is_said_once)
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_can_be_acted_on)
     for name in _TALKATIVE:

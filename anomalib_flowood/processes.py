@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from anomalib_flowood.started import was_started
 from anomalib_flowood.trainers import is_dealt_once, loader_of
 
 
@@ -30,11 +31,6 @@ def ranks() -> int:
 def rank() -> int:
     """Which one this is, from 0 on."""
     return distributed.get_rank() if ranks() > 1 else 0
-
-
-def was_started() -> bool:
-    """Whether this process was started beside one of rank 0; known before they are connected."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def gathered(rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ LONGEST_BODY = 45
 # From the ground up. What is in a line imports what is in the lines before it, and nothing else of the package.
 FLOORS = (
     ("",),
-    ("configuration", "files"),
+    ("configuration", "files", "started"),
     ("checks", "look", "names", "noise", "trainers"),
     ("parsing", "processes"),
     ("engine",),

@@ -23,7 +23,6 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
-from anomalib_flowood import processes
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.engine import new_folder
 from anomalib_flowood.files import write_text
@@ -32,6 +31,7 @@ from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.report import JobProgress
 from anomalib_flowood.report.run import write_record
+from anomalib_flowood.started import was_started
 
 from .building import config_key, readable
 from .checking import Counts, Problems, count_images
@@ -148,7 +148,7 @@ class BenchmarkRunner(SerialRunner):
             ValueError: If any entry is wrong; nothing has been trained then.
             BenchmarkError: If jobs failed; the results of all others have been written.
         """
-        console = Console(quiet=processes.was_started())
+        console = Console(quiet=was_started())
         console.width = min(console.width, 100) if console.is_terminal else 100
         with JobProgress(console) as progress:
             with _logs_to(None):
@@ -178,7 +178,7 @@ class BenchmarkRunner(SerialRunner):
 
     def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Results:
         """Write down what is to run, in a new folder, or take in what has finished in that of an earlier run."""
-        writes = not processes.was_started()
+        writes = not was_started()
         if self.resumed is not None:
             record = Results(self.resumed, writes=writes)
             record.restore()

@@ -11,6 +11,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,7 @@ from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, WRITTEN
 from anomalib_flowood.noise import quieten
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
+from anomalib_flowood.started import rank_zero_ends
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of files and folders that are not for this user to read, or to write."""
@@ -115,7 +118,8 @@ def _run(args: list[str]) -> None:
 
     logging.getLogger("lightning").handlers.clear()  # which print a second time what the root's handler shows
     try:
-        FlowoodCLI(args)
+        with _told_by_rank_zero():
+            FlowoodCLI(args)
     # What a user can mend: a wrong value, a missing file, a training that diverged, a trainer that cannot be set up, a
     # job that failed, an extra that is not installed.
     except (
@@ -126,6 +130,17 @@ def _run(args: list[str]) -> None:
         if not is_of_the_machine(error):
             raise
         _fail(error, readable(error), args[0])
+
+
+@contextmanager
+def _told_by_rank_zero() -> Iterator[None]:
+    """End a process that was started beside one of rank 0 in silence where that one ends, too."""
+    try:
+        yield
+    except Exception:
+        if os.environ.get("FLOWOOD_DEBUG") != "1" and rank_zero_ends():
+            sys.exit(1)
+        raise
 
 
 def _run_at_once(name: str, args: list[str]) -> None:

@@ -24,6 +24,7 @@ from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
+from anomalib_flowood.started import was_started
 
 
 class ResultsCLI(AnomalibCLI):
@@ -40,7 +41,7 @@ class ResultsCLI(AnomalibCLI):
             run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
             made = processes.agreed_folder(self.subcommand, lambda: new_folder(run / self.subcommand))
             # Another process than that of rank 0 leaves nothing in it.
-            with contextlib.nullcontext(made) if processes.was_started() else used_folder(made) as folder:
+            with contextlib.nullcontext(made) if was_started() else used_folder(made) as folder:
                 yield folder
         elif output.is_file() or output.suffix in {".csv", ".html"}:
             msg = f"--output {output} has to be a folder: several files are written into it."
