@@ -36,7 +36,8 @@ _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
 _MOST_LOOKED_AT = 1000
 _AT_ONCE = 2**20
 """Values that are scaled, and pixels that are fetched, at once."""
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MIN_IS_WHITE = 258, 262, 0  # TIFF tags and a value
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_MIN_IS_WHITE, _UNSIGNED, _SIGNED = 0, 1, 2  # values of the second and of the third
 
 
 class UnreadableImageError(ValueError):
@@ -100,14 +101,14 @@ def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.
             or lie outside of 0 to white, with its path.
     """
     values, white, inverted = _read_values(path)
-    if white == 255:
+    if values.dtype == np.uint8:
         return torch.from_numpy(values)
+    low, high, remedy = values.min(), values.max(), ""
     if white is None:
         white = max_value or 65535
         remedy = f" Set max_value of the data module to what white is in such files, now {white}, and train again."
-    else:
-        remedy = ""
-    low, high = values.min(), values.max()
+    if low < 0 and values.dtype.kind == "i":
+        remedy = " Save such files without a sign, with the same number added to all values of all of them."
     if low < 0 or high > white or np.isnan(high):
         msg = (
             f"Cannot read the image {_named(path)}: its values run from {low} to {high}, where 0 to {white:.0f} is "
@@ -140,7 +141,7 @@ def read_mask(path: str | Path) -> torch.Tensor:
     Raises:
         UnreadableImageError: If the file is missing, no regular file, damaged or no image, with its path.
     """
-    return torch.from_numpy((_read_values(path)[0] > 0).any(axis=0).astype(np.uint8))
+    return torch.from_numpy((_read_values(path)[0] != 0).any(axis=0).astype(np.uint8))
 
 
 def read_picture(path: str | Path) -> torch.Tensor:
@@ -199,7 +200,7 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
             _warn_of_pages(_named(path))
         # Before the pixels are decoded, when Pillow forgets both.
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _MIN_IS_WHITE
-        orientation = _orientation(image)
+        orientation, sample = _orientation(image), _sample_type(image)
         if kind.white is None and image.mode in _COLOUR_MODES:
             return _upright(_deep_values(path, image.format), orientation), None, False
         image.load()
@@ -208,8 +209,18 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
         if kind.white == 255:
             mode = "L" if kind.channels == 1 else "RGB"
             values = _pixels(image if image.mode == mode else image.convert(mode), kind.channels)
-            return _upright(values, orientation), 255, False  # Pillow has inverted them
-        return _upright(np.asarray(image)[None], orientation), kind.white, inverted
+            return _upright(values.view(sample or values.dtype), orientation), 255, False  # Pillow has inverted them
+        values = np.asarray(image)[None]
+        return _upright(values.view(sample or values.dtype), orientation), kind.white, inverted
+
+
+def _sample_type(image: Any) -> type | None:
+    """What the values of a TIFF are where Pillow takes them for others: signed ones of 8 bits, unsigned ones of 32."""
+    if image.format != "TIFF":
+        return None
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
+    formats = image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,))
+    return {((8,), (_SIGNED,)): np.int8, ((32,), (_UNSIGNED,)): np.uint32}.get((bits, formats))
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
@@ -342,17 +353,36 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
 
 
 def _unidentified(path: str | Path | bytes) -> str:
-    """Why Pillow does not know a file: it is no image, or a TIFF, damaged or of a kind that Pillow has no mode for."""
+    """Why Pillow does not know a file: it is no image, or one that is damaged, or of a kind that Pillow cannot read."""
     try:
         with tifffile.TiffFile(BytesIO(path) if isinstance(path, bytes) else path) as file:
             page: Any = file.pages[0]
             held = f"{page.samplesperpixel} channel{'s' if page.samplesperpixel > 1 else ''} of {page.dtype}"
+            if page.compression != tifffile.COMPRESSION.NONE:
+                held += f", compressed by {page.compression.name}"
     except Exception:  # tifffile's errors are as many as Pillow's
-        return f"it is none of {', '.join(FORMATS)}"
+        return _unidentified_by_content(path)
     return (
         f"it is a TIFF with {held}, and damaged or of a kind that is not read. Read are grey and colours of 8 or 16 "
         "bits, and grey of float32."
     )
+
+
+_BEGINNINGS = {
+    b"\xff\xd8\xff": "a JPEG, and damaged or of a kind that is not read. Read are those of 8 bits, with losses",
+    b"\x89PNG\r\n": "a PNG, and damaged",
+    b"PF": "a PPM of floats in colour. Of floats grey is read",
+    b"P7": "a PAM, which is not read. PGM and PPM are",
+}
+
+
+def _unidentified_by_content(path: str | Path | bytes) -> str:
+    with BytesIO(path) if isinstance(path, bytes) else Path(path).open("rb") as file:
+        content = file.read(8)
+    for beginning, kind in _BEGINNINGS.items():
+        if content.startswith(beginning):
+            return f"it is {kind}."
+    return f"it is none of {', '.join(FORMATS)}"
 
 
 def _named(path: str | Path | bytes) -> str:

@@ -14,7 +14,7 @@ from data_helpers import write_images
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from anomalib_flowood.data import PathDataset, UnreadableImageError, decoding, read_image
-from anomalib_flowood.data.decoding import plain_max_value, read_header, read_picture
+from anomalib_flowood.data.decoding import plain_max_value, read_header, read_mask, read_picture
 from anomalib_flowood.data.images import Images
 
 RAMP = np.arange(0, 4096, 30, dtype=np.uint16)[None].repeat(5, 0)  # 137 grey levels of 12 bits, 5 × 137
@@ -100,6 +100,27 @@ def test_more_than_white(tmp_path: Path) -> None:
         plain_max_value([path])
     path = save(np.array([[-1, 7]], np.int32), tmp_path / "c.tif")
     with pytest.raises(UnreadableImageError, match=f"{path}: its values run from -1 to 7"):
+        read_image(path)
+
+
+def test_signed_values_are_taken_for_what_they_are(tmp_path: Path) -> None:
+    for kind in (np.int8, np.int16):
+        path = tmp_path / f"{np.dtype(kind).name}.tif"
+        tifffile.imwrite(path, np.array([[-128, -1, 0, 127]], kind), photometric="minisblack")
+        for given in (path, path.read_bytes()):
+            with pytest.raises(UnreadableImageError, match=r"run from -128 to 127, .* Save such files without a sign"):
+                read_image(given)
+        assert read_mask(path).tolist() == [[1, 1, 0, 1]]
+    tifffile.imwrite(path, np.array([[0, 1, 127]], np.int8), photometric="minisblack")
+    assert read_image(path).tolist() == [[[0, 1, 127]]]
+
+
+def test_thirty_two_bits_without_a_sign_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.array([[0, 3_000_000_000]], np.uint32), photometric="minisblack")
+    with pytest.raises(UnreadableImageError, match="its values run to 3000000000; up to 65535"):
+        plain_max_value([path])
+    with pytest.raises(UnreadableImageError, match="its values run from 0 to 3000000000"):
         read_image(path)
 
 
@@ -226,6 +247,24 @@ def test_a_tiff_of_another_kind_is_said_to_be_one(tmp_path: Path, pixels: np.nda
     for given in (path, path.read_bytes()):
         with pytest.raises(UnreadableImageError, match=f"it is a TIFF with {held}, and damaged or of"):
             read_image(given)
+
+
+def test_an_image_of_a_kind_that_is_not_read_is_not_said_to_be_none(tmp_path: Path) -> None:
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    contents = {
+        "a JPEG, and damaged or of a kind that is not read": imagecodecs.ljpeg_encode(deep, bitspersample=16),
+        "a PNG, and damaged": imagecodecs.png_encode(deep)[:12],
+        "a PPM of floats in colour": b"PF\n1 1\n-1.0\n" + np.ones(3, "<f4").tobytes(),
+        "a PAM": b"P7\nWIDTH 1\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\n\0",
+    }
+    for kind, content in contents.items():
+        (tmp_path / "a.jpg").write_bytes(content)
+        for given in (tmp_path / "a.jpg", content):
+            with pytest.raises(UnreadableImageError, match=f"it is {kind}"):
+                read_image(given)
+    tifffile.imwrite(tmp_path / "a.tif", deep.astype(np.uint8), compression="jpegxl", photometric="minisblack")
+    with pytest.raises(UnreadableImageError, match="1 channel of uint8, compressed by JPEGXL, and damaged or"):
+        read_image(tmp_path / "a.tif")
 
 
 def test_what_is_no_image_is_none_of_the_kinds_that_are_read(tmp_path: Path) -> None:
