@@ -74,7 +74,6 @@ def explain(
         msg = f"max_images must be at least 2, got {max_images}."
         raise ValueError(msg)
     folder = Path(output).expanduser()
-    (folder / DARK).mkdir(parents=True, exist_ok=True)
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     try:
@@ -119,6 +118,7 @@ def _explain(
         progress.update(task, description=f"scoring images of {escape(part.name)}")
         scored.append(score(detector, part, lambda: progress.advance(task)))
     numbers = all_numbers(detector, scored)
+    (folder / DARK).mkdir(parents=True, exist_ok=True)  # not before it is known that there is something to write
     pictures = []
     compared = any(section.compares for section in sections)
     normal = [normal_images(detector, data, sets, _COMPARED * max_images)] if compared else []

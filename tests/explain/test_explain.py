@@ -311,7 +311,8 @@ def test_errors_say_what_is_wrong(tmp_path):
     datamodule.setup("test")
     datamodule.test_data.samples = datamodule.test_data.samples.query("label_index == 0")
     with pytest.raises(ValueError, match=r"no outside \(anomalous\) images"):
-        explain(detector, datamodule, tmp_path)
+        explain(detector, datamodule, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
 
     image_folders(tmp_path, good=90, bad=200)
     datamodule = Folder(
