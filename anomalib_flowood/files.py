@@ -9,12 +9,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import finalize
 
 if sys.platform != "win32":
     import fcntl
@@ -48,74 +46,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             _sync(temporary)
             temporary.replace(target)
     except OSError as error:
-        _name_target(error, target)
+        if _WORKPLACE in str(error.filename):  # of which nobody has heard
+            error.filename = str(target)
         raise
-
-
-def _name_target(error: OSError, target: Path) -> None:
-    if _WORKPLACE in str(error.filename):  # of which nobody has heard
-        error.filename = str(target)
-
-
-class GrowingFile:
-    """A file that grows by one part after the other, whole at any time, in time proportional to what is added.
-
-    Two copies take turns at being shown: a part is added to the hidden one, which lacks the part before, too, and then
-    takes the place of the other. Where the disk knows no hard links, or somebody else has written to the file, it is
-    copied.
-
-    Args:
-        path: The file; it is there before the first part is added.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.realpath(path))
-        self._folder: Path | None = None
-        self._hidden: tuple[Path, bytes] | None = None
-        self._shown: os.stat_result | None = None
-        self._number = 0
-        self._places = ExitStack()
-        finalize(self, self._places.close)
-
-    def add(self, part: bytes) -> None:
-        """Let the file appear with one part more, or stay as it is."""
-        try:
-            if self._folder is None:
-                self._folder = self._places.enter_context(_workplace(self.path.parent))
-            self._add(part, self._folder)
-        except OSError as error:
-            _name_target(error, self.path)
-            raise
-
-    def _add(self, part: bytes, folder: Path) -> None:
-        status = self.path.stat()
-        changed = (
-            self._shown is None or not os.path.samestat(status, self._shown) or status.st_size != self._shown.st_size
-        )
-        hidden, self._hidden = self._hidden, None
-        if hidden is None or changed:
-            new, missing = self._named(folder), b""
-            shutil.copyfile(self.path, new)
-        else:
-            new, missing = hidden
-        with new.open("ab") as file:
-            file.write(missing + part)
-        _sync(new)
-        with suppress(OSError):
-            before = self._named(folder)
-            os.link(self.path, before)
-            self._hidden = before, part
-        new.replace(self.path)
-        self._shown = self.path.stat()
-
-    def _named(self, folder: Path) -> Path:
-        self._number += 1
-        return folder / f"{self._number}{self.path.suffix}"
-
-    def close(self) -> None:
-        """Take the hidden copy away. More can be added afterwards."""
-        self._places.close()
-        self._folder = self._hidden = None
 
 
 @contextmanager
@@ -221,12 +154,12 @@ def unescaped(value: Any) -> Any:
     return value[1:] if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value) else value
 
 
-def write_table(frame: pd.DataFrame, path: str | Path | StringIO, **kwargs: Any) -> None:
+def write_table(frame: pd.DataFrame, path: str | Path, **kwargs: Any) -> None:
     """Write a table as CSV without its index, texts :func:`escaped`.
 
     Args:
         frame: The table.
-        path: The file, of :func:`whole_file` for one that appears whole; or text to write to.
+        path: The file, of :func:`whole_file` for one that appears whole.
         **kwargs: Those of :meth:`pandas.DataFrame.to_csv`.
     """
     texts: dict[str, Any] = {

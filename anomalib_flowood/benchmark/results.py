@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import io
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from anomalib_flowood.files import GrowingFile, whole_file, write_table, write_text
+from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.report import (
     benchmark_markdown,
     benchmark_table,
@@ -39,7 +39,6 @@ class Results:
         self.log = self.folder / "benchmark.log"
         self._results: list[dict[str, Any]] = []
         self._scores: list[pd.DataFrame] = []
-        self._file = GrowingFile(folder / SCORES)
 
     def restore(self) -> None:
         """Take in the jobs that an earlier benchmark has finished in the folder; errors as for :func:`read_run`.
@@ -83,13 +82,11 @@ class Results:
             return
         write_maps(self.folder, result, maps or {})
         if not scores.empty:  # first, so that no row ever lacks its scores
-            if self._scores:
-                rows = io.StringIO()
-                write_table(scores[SCORE_COLUMNS], rows, header=False)
-                self._file.add(rows.getvalue().encode())
-            else:
-                with whole_file(self.folder / SCORES) as file:
-                    write_table(scores[SCORE_COLUMNS], file)
+            first = not self._scores
+            with whole_file(self.folder / SCORES) as file:
+                if not first:
+                    shutil.copyfile(self.folder / SCORES, file)
+                write_table(scores[SCORE_COLUMNS], file, mode="w" if first else "a", header=first)
             self._scores.append(scores)
         with whole_file(self.folder / RESULTS) as file:
             write_table(self.table, file)
@@ -101,7 +98,6 @@ class Results:
             console: Where to print.
             images: How many images of either side to list of each job, those on which it is most wrong.
         """
-        self._file.close()
         if not self._results or not self.writes:
             return
         text = benchmark_markdown(self.table) + set_markdown(self.table)

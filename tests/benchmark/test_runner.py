@@ -5,10 +5,8 @@ import io
 import json
 import re
 import shlex
-import shutil
 from importlib.metadata import version
 from pathlib import Path
-from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -29,7 +27,6 @@ from anomalib_flowood.benchmark import (
     results,
 )
 from anomalib_flowood.cli import main
-from anomalib_flowood.report.run import read_run
 
 
 def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,22 +375,6 @@ def test_the_table_does_not_wait_for_the_picture(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         record.finish(console)
     assert "0.875" in console.file.getvalue()
-
-
-def test_scores_are_written_in_proportion_to_the_jobs(tmp_path: Path) -> None:
-    row = {"detector": "flow", "data": "=parts", "AUROC": 0.875, "FPR95": 0.5}
-    scores = pd.DataFrame({"image_path": ['a "b", c.png'], "source": ["ä"], "label": [0], "score": [1 / 3]})
-    record = Results(tmp_path)
-    with patch.object(shutil, "copyfile", side_effect=shutil.copyfile) as copied:
-        for seed in range(10):
-            record.add({**row, "seed": seed}, scores.assign(detector="flow", data="=parts", seed=seed))
-            read = read_run(tmp_path).scores
-            assert read["seed"].tolist() == [*range(seed + 1)]
-    assert copied.call_count == 1
-    assert set(read["image_path"]) == {'a "b", c.png'}
-    assert set(read["data"]) == {"=parts"}
-    record.finish(Console(quiet=True))
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
 import errno
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from jsonargparse import ArgumentParser
 from model_helpers import data, engine, pixel_flow
 
 from anomalib_flowood.cli import main
-from anomalib_flowood.files import GrowingFile, escaped, unescaped, whole_file, whole_files, write_table, write_text
+from anomalib_flowood.files import escaped, unescaped, whole_file, whole_files, write_table, write_text
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
 from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.trainers import save_checkpoint
@@ -189,62 +188,6 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_what_a_living_on
     os.waitpid(living, 0)
     assert path.read_text() == "of the living"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def parts(count: int) -> list[bytes]:
-    return [f"{number},{'x' * 2_000}\n".encode() for number in range(count)]
-
-
-def test_a_growing_file_is_whole_after_every_part_and_takes_time_in_proportion(tmp_path):
-    path = tmp_path / "scores.csv"
-    path.write_bytes(b"head\n")
-    growing, copy = GrowingFile(path), shutil.copyfile
-    with patch.object(shutil, "copyfile", side_effect=copy) as copied:
-        for number, part in enumerate(parts(20), start=1):
-            with path.open("rb") as reader:  # what is being read stays as it is
-                growing.add(part)
-                assert reader.read() == b"".join([b"head\n", *parts(number - 1)])
-            assert path.read_bytes() == b"".join([b"head\n", *parts(number)])
-        assert copied.call_count == 1
-        path.write_bytes(b"edited\n")
-        growing.add(b"a\n")
-        with patch.object(os, "link", side_effect=OSError("no hard links")):
-            growing.add(b"b\n")
-            growing.add(b"c\n")
-        with (
-            patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, "no space")),
-            pytest.raises(OSError, match="space"),
-        ):
-            growing.add(b"d\n")
-        growing.add(b"e\n")
-    assert path.read_bytes() == b"edited\na\nb\nc\ne\n"
-    growing.close()
-    growing.add(b"f\n")
-    assert path.read_bytes().endswith(b"e\nf\n")
-    growing.close()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@forks
-@pytest.mark.parametrize("seed", range(8))
-def test_a_growing_file_of_a_killed_process_ends_with_a_whole_part(seed, tmp_path):
-    path = tmp_path / "scores.csv"
-    path.write_bytes(b"")
-
-    def grow():
-        growing = GrowingFile(path)
-        for part in parts(100_000):
-            growing.add(part * 100)
-
-    child = forked(grow)
-    wait_for(lambda: path.stat().st_size)
-    time.sleep(0.02 + 0.017 * seed)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    content = path.read_bytes()
-    numbers = [int(line.partition(b",")[0]) for line in content.splitlines()]
-    assert numbers == [place for place in range(max(numbers) + 1) for _ in range(100)]
-    assert content.endswith(b"x\n")
 
 
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
