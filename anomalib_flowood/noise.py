@@ -18,6 +18,9 @@ _PROGRESS = ("lightning.pytorch", "lightning.fabric", "lightning_fabric")
 
 _LINES = (
     "litlogger",  # an advertisement
+    "openvino_telemetry file",  # where the home folder may not be written
+    "directory for storing client ID",  # the same
+    "generated new fontManager",  # of Matplotlib, on its first use
     "Unexpected keys",  # the head of a classifier, of which a feature extractor has none
     "will override existing callbacks",  # those that the detector brings; anomalib adds its own first
     "has None output",  # what an exported detector does not have, a map for one

@@ -84,7 +84,7 @@ def mended(message: str, parser: ArgumentParser) -> str:
     Returns:
         What is wrong, with the nearest names where one is unknown.
     """
-    for say in (_unknown_option, _missing, _unknown_argument, _unknown_class):
+    for say in (_unknown_option, _missing, _unknown_argument, _unknown_class, _unknown_key):
         said = say(message, parser)
         if said:
             return said
@@ -175,6 +175,15 @@ def _unknown_class(message: str, parser: ArgumentParser) -> str | None:
     bases = [_imported(path) for path in re.findall(r"[\w.]+\.\w+", types)]
     known = {cls.__name__ for base in bases if base for cls in subclasses(base) if cls.__name__[0] != "_"}
     return str(unknown_name(key, found[1], known, "Name classes of other packages with their module: package.Class."))
+
+
+def _unknown_key(message: str, parser: ArgumentParser) -> str | None:
+    """A key in the place of ``class_path``, without which nobody knows whose arguments the others are."""
+    del parser
+    if "Not a valid subclass of" not in message or "'class_path':" in message:
+        return None
+    near = [key for key in re.findall(r"'(\w+)':", message) if nearest(key, ("class_path",), cutoff=0.65)]
+    return f"There is no {near[0]!r} in {_keys_before(message)!r}. Did you mean 'class_path'?" if near else None
 
 
 def _plain(message: str) -> str:

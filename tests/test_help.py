@@ -182,6 +182,10 @@ def test_what_was_meant(arguments, message, tmp_path, monkeypatch, capsys):
             "There is no 'init_arg' in 'model'. Did you mean 'init_args'?",
         ),
         ("model: {clas_path: x}", "There is no 'clas_path' in 'model'. Did you mean 'class_path'?"),
+        (
+            f"model: {{init_args: {{backbone: x}}, clas_path: {DETECTOR}}}",
+            "There is no 'clas_path' in 'model'. Did you mean 'class_path'?",
+        ),
         ("data: {class_path: OneClass, init_args: {dataset: x, normal_clas: 1}}", "Did you mean 'normal_class'?"),
         ("data: {class_path: OneClass}", "flowood: --data.dataset has to be given.\n"),
         ("model: 3", "flowood: --model: Not a valid subclass of AnomalibModule. Got value: 3\n"),

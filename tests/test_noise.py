@@ -35,6 +35,8 @@ def test_log_lines(kept: _Kept) -> None:
     log.addHandler(kept)
     log.info("try installing [litlogger](https://pypi.org/project/litlogger/)")
     log.warning("Unexpected keys (%s) found", "conv_head.weight")
+    log.warning("Failed to create openvino_telemetry file. Please allow write access to the following directory: /")
+    log.warning("Could not create directory for storing client ID. No data will be sent.")
     log.warning("With 15 held-out normal images ...")
     log.removeHandler(kept)
     assert kept.lines == ["With 15 held-out normal images ..."]

@@ -125,6 +125,8 @@ def check_entry(kind: str, entry: object) -> None:
     Raises:
         ValueError: If it is no entry, or its class, an argument or an argument's value is refused.
     """
+    if isinstance(entry, dict) and "class_path" not in entry:
+        check_known(f"key in a {kind} entry", entry, ("class_path", "grid", "init_args", "name"))
     if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
         msg = f"A benchmark's {kind} entry needs a class_path, got {entry!r}."
         raise ValueError(msg)

@@ -102,10 +102,10 @@ class Benchmark(AnomalibBenchmark):
                 msg += " --resume takes the folder, runs/benchmark/…, that `flowood benchmark` has made."
             raise FileNotFoundError(msg)
         config = read_configuration(path)
+        check_known(f"key in {path}", config if isinstance(config, dict) else {}, ("accelerator", "benchmark"))
         if not isinstance(config, dict) or not isinstance(config.get("benchmark"), dict):
             msg = f"{path} has no benchmark section."
             raise ValueError(msg)
-        check_known(f"key in {path}", config, ("accelerator", "benchmark"))
         return config
 
     @staticmethod

@@ -159,10 +159,9 @@ def _fail(error: Exception, message: str, name: str, debuggable: bool = True) ->
     """End with an error that a user can mend."""
     if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
         known = SUBCOMMANDS[name].names if name in SUBCOMMANDS else ()
-        elsewhere = next((option for option in WRITTEN if option in known), "another folder")
-        message = (
-            f"{error.filename} may not be read or written ({error.strerror}). To write elsewhere, name {elsewhere}."
-        )
+        named = next((f"name {option}" for option in WRITTEN if option in known), "name another folder")
+        elsewhere = "run it in another folder" if name == "benchmark" else named
+        message = f"{error.filename} may not be read or written ({error.strerror}). To write elsewhere, {elsewhere}."
     if os.environ.get("FLOWOOD_DEBUG") == "1":
         raise error
     print(f"flowood: {message}", file=sys.stderr)

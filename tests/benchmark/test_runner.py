@@ -184,6 +184,8 @@ def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatc
         ({"model": {**DFM, "init_args": {"lyer": "layer1"}}}, "argument of Dfm 'lyer'. Did you mean 'layer'"),
         ({"model": {**DFM, "init_args": {"pca_level": "high"}}}, r"(?s)Dfm: .*pca_level.*float.*Got value: high"),
         ({"model": {**DFM, "init_arg": {"layer": "layer1"}}}, "'init_arg'. Did you mean 'init_args'"),
+        ({"model": {"clas_path": "Padim"}}, "key in a model entry 'clas_path'. Did you mean 'class_path'"),
+        ({"model": {"gird": [DFM]}}, "key in a model entry 'gird'. Did you mean 'grid'"),
         ({"model": {"grid": ["Padim"]}}, "needs a class_path, got 'Padim'"),
         ({"data": {"class_path": "Foldr"}}, "Unknown data module 'Foldr'. Did you mean"),
         ({"trainer": {"max_epoch": 1}}, "trainer argument 'max_epoch'. Did you mean 'max_epochs'"),

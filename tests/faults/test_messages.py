@@ -128,10 +128,11 @@ def test_a_truncated_export_is_named(cases, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "elsewhere"),
     [
-        (["configs", "there"], "another folder"),
-        (["predict", "--data=.", "--ckpt_path=model.ckpt"], "--output"),
-        (["export", "--export_type=onnx", "--ckpt_path=model.ckpt"], "--export_root"),
-        (["train", "--data=."], "--default_root_dir"),
+        (["configs", "there"], "name another folder."),
+        (["predict", "--data=.", "--ckpt_path=model.ckpt"], "name --output."),
+        (["export", "--export_type=onnx", "--ckpt_path=model.ckpt"], "name --export_root."),
+        (["train", "--data=."], "name --default_root_dir."),
+        (["benchmark", "--config=bench.yaml"], "run it in another folder."),  # it has no such option
     ],
 )
 def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(command, elsewhere, monkeypatch, capsys):
@@ -145,8 +146,7 @@ def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(co
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert (
-        f"flowood: /mnt/there may not be read or written (Permission denied). To write elsewhere, name {elsewhere}"
-        in said
+        f"flowood: /mnt/there may not be read or written (Permission denied). To write elsewhere, {elsewhere}" in said
     )
 
 
