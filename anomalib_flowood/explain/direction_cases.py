@@ -29,11 +29,11 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
     usual = _contributions(detector, normal.inputs)
     embeddings = embedded(detector, normal.inputs)
     unseen = _contributions(detector, scored[0].images.inputs)
-    mean = unseen.nats.mean(0)
     cases = []
     for chosen in choose(scored):
         own = _contributions(detector, chosen.inputs)
-        excess = own.nats[0] - mean
+        compared = _of_its_kind(unseen, own)
+        excess = own.nats[0] - unseen.nats[compared].mean(0)
         parts: dict[str, float] = {}
         for part, along, nats in zip(own.parts, own.coordinates[0].isfinite().tolist(), excess.tolist(), strict=True):
             name = f"{part}: {'along' if along else 'beyond'} the directions in which training images differ"
@@ -46,7 +46,7 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
             tile(normal.images[place], f"nearest normal, cosine {value:.3f}")
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        directions, numbers = _directions(own, (usual, unseen), excess, normal)
+        directions, numbers = _directions(own, usual, unseen.coordinates[compared], excess, normal)
         record = {"set": chosen.set, "score": chosen.score, "parts_nats": parts, "directions": numbers}
         record["nearest_cosine"] = best.values.tolist()
         cases.append(Case(chosen.title, tiles, _HEADING, bars(parts, " nats"), directions, record))
@@ -55,7 +55,8 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
         f"average; the {normal.name} images whose embeddings are nearest to its own; and the directions that add the "
         "most, with where the image is along them, where nine tenths of the inside images are, and the "
         f"{normal.name} images that are lowest and highest: what changes from one end to the other is what the "
-        "direction stands for. Numbers along directions are standard deviations of training images."
+        "direction stands for. Numbers along directions are standard deviations of training images. Where the detector "
+        "found several kinds of training images, directions and images are those of the image's own kind."
     )
     return Picture("", "Single images: why they are outliers", caption, cases)
 
@@ -70,20 +71,38 @@ def embedded(detector: FlowModule, inputs: Tensor) -> Tensor:
 def _contributions(detector: FlowModule, inputs: Tensor) -> Contributions:
     model: Any = detector.model
     parts = [model.contributions(chunk.to(detector.device)) for chunk in inputs.split(CHUNK)]
-    joined = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("coordinates", "nats"))
-    return Contributions(parts[0].names, parts[0].parts, *joined)
+    coordinates, nats = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("coordinates", "nats"))
+    kinds = [part.kind.cpu() for part in parts if part.kind is not None]
+    return Contributions(parts[0].names, parts[0].parts, coordinates, nats, torch.cat(kinds) if kinds else None)
+
+
+def _of_its_kind(some: Contributions, own: Contributions) -> Tensor:
+    """Indices of the images whose directions are those of one image; of all, if none has them."""
+    everything = torch.arange(len(some.nats))
+    if some.kind is None or own.kind is None:
+        return everything
+    same = everything[some.kind == own.kind]
+    return same if len(same) else everything
 
 
 def _directions(
-    own: Contributions, others_of: tuple[Contributions, Contributions], excess: Tensor, normal: ImageSet
+    own: Contributions, usual: Contributions, unseen: Tensor, excess: Tensor, normal: ImageSet
 ) -> tuple[list[Bar], list[dict[str, Any]]]:
-    """The directions that add the most; the others are of the normal images that are shown, and of the inside ones."""
-    usual, unseen = others_of
+    """The directions that add the most.
+
+    Args:
+        own: Of the image.
+        usual: Of the normal images that are shown.
+        unseen: Coordinates of the inside images that it is compared with, ``(M, K)``.
+        excess: What each direction adds, ``(K,)``.
+        normal: The images that are shown.
+    """
     found, numbers = [], []
+    shown = _of_its_kind(usual, own)
     along = torch.where(own.coordinates[0].isfinite(), excess, -torch.inf)  # what is no direction has no ends
     places = along.argsort(descending=True)[:_DIRECTIONS].tolist()
     for place in places:
-        order = usual.coordinates[:, place].argsort().tolist()
+        order = shown[usual.coordinates[shown, place].argsort()].tolist()
         count = min(_ENDS, len(order) // 2)
         normal_values = usual.coordinates[:, place]
         tiles = [
@@ -93,7 +112,7 @@ def _directions(
         ]
         value, nats = float(own.coordinates[0, place]), float(excess[place])
         name = f"{own.parts[place]}, {own.names[place]}"
-        text = f"{size(nats)} nats, at {within(value, unseen.coordinates[:, place])}"
+        text = f"{size(nats)} nats, at {within(value, unseen[:, place])}"
         found.append(Bar(name, text, nats / max(abs(float(excess[places[0]])), 1e-12), tiles))
         numbers.append({"part": own.parts[place], "direction": own.names[place], "nats": nats, "value": value})
     return found, numbers

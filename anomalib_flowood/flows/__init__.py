@@ -28,7 +28,7 @@ from .pixels import (
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
 from .precision import full_precision
-from .rows import Computed, Moments, Rows, draw, in_turn
+from .rows import Computed, Moments, Rows, draw, in_turn, take
 from .shrunk import ShrunkGaussian
 from .subnets import (
     SUBNETS,
@@ -112,5 +112,6 @@ __all__ = [
     "register_subnet",
     "start_at_zero",
     "subnet_constructor",
+    "take",
     "vector_flow",
 ]

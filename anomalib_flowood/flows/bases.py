@@ -9,6 +9,7 @@ the log-density of each.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor, distributions, nn
 
+from .kinds import ForEachKind
 from .precision import full_precision
 from .rows import Moments, Rows, draw, in_turn, take
 
@@ -88,7 +90,7 @@ class StudentT(nn.Module):
         return z.flatten(1).norm(dim=1)
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(ForEachKind):
     """A mixture of Gaussians of unit covariance over latents that are vectors, ``(N, k)``.
 
     A tied covariance is a linear transform before it: :meth:`fit` returns what the covariance is where the points are,
@@ -106,10 +108,12 @@ class GaussianMixture(nn.Module):
         ValueError: If one of them is below 1.
     """
 
+    of_kind = ("centres", "log_weights")
+
     centres: Tensor
-    """Means, ``(clusterings * modes, k)``; a buffer."""
+    """Means, ``(clusterings * modes, k)``; a buffer, as the other. Of several fits both have those in front."""
     log_weights: Tensor
-    """Logarithms of their shares, which sum to 1; a buffer."""
+    """Logarithms of their shares, which sum to 1, ``(clusterings * modes,)``."""
 
     def __init__(self, dims: int, modes: int = 1, clusterings: int = 8) -> None:
         super().__init__()
@@ -118,6 +122,7 @@ class GaussianMixture(nn.Module):
                 msg = f"{argument} must be at least 1, got {value}."
                 raise ValueError(msg)
         self.clusterings = clusterings
+        self.shaped_by_fit = {"centres": 2, "log_weights": 1}
         slots = clusterings * modes
         self.register_buffer("centres", torch.zeros(slots, dims))
         self.register_buffer("log_weights", torch.full((slots,), -math.log(slots)))
@@ -139,38 +144,66 @@ class GaussianMixture(nn.Module):
         if not len(points):
             msg = "A mixture of Gaussians is fitted to points, and there are none."
             raise ValueError(msg)
-        modes = max(1, min(len(self.centres) // self.clusterings, len(points) // _POINTS_PER_MODE))
+        most = self.centres.shape[-2]
+        modes = max(1, min(most // self.clusterings, len(points) // _POINTS_PER_MODE))
         centres, share, covariance = _cluster(points, modes, self.clusterings)
         # More slots than Gaussians: some share one, which is the same density.
-        slots = torch.arange(len(self.centres)) % len(centres)
-        self.centres.copy_(centres[slots])
-        self.log_weights.copy_((share[slots] / torch.bincount(slots)[slots]).log())
+        slots = torch.arange(most) % len(centres)
+        self.centres = centres[slots].to(self.centres)
+        self.log_weights = (share[slots] / torch.bincount(slots)[slots]).log().to(self.log_weights)
         return covariance
 
     def transform(self, matrix: Tensor) -> None:
         """Move the means to where points ``x`` become ``x @ matrix``, ``(k, k)``, and have a covariance of I."""
-        self.centres.copy_(self.centres.to(matrix) @ matrix)
+        self.centres = (self.centres.to(matrix) @ matrix).to(self.centres)
+
+    def log_prob(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Log-density of latents, ``(N, k)``, each by the fit to its kind, ``(N,)``, if there are several; nats."""
+        return self.by_kind(self._log_prob, z, kind)
+
+    def radius(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Distance of latents, ``(N, k)``, from the nearest mean, of their kind, ``(N,)``; ``(N,)``."""
+        return self.by_kind(self._radius, z, kind)
+
+    def nearest(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
+        """The mean that is nearest to each of some latents, ``(N, k)``, of their kind, ``(N,)``: ``(N, k)``."""
+        return self.by_kind(self._nearest, z, kind)
+
+    def of(self, kind: Tensor | None) -> Base:
+        """The distribution of latents of known kinds, ``(N,)``."""
+        return self if kind is None else _OfKinds(self, kind)
 
     @full_precision
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of latents, ``(N, k)``; nats, ``(N,)``."""
+    def _log_prob(self, z: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
         square = z.square().sum(1)
-        weighted = torch.logsumexp(self._kernels(z) + self.log_weights, dim=1)
+        weighted = torch.logsumexp(_kernels(z, centres) + log_weights, dim=1)
         return weighted - 0.5 * (square + z.shape[1] * math.log(2 * math.pi))
 
     @full_precision
-    def radius(self, z: Tensor) -> Tensor:
-        """Distance of latents, ``(N, k)``, from the nearest mean; ``(N,)``."""
-        return (z.square().sum(1) - 2 * self._kernels(z).amax(1)).clamp(min=0).sqrt()
+    def _radius(self, z: Tensor, centres: Tensor, _: Tensor) -> Tensor:
+        return (z.square().sum(1) - 2 * _kernels(z, centres).amax(1)).clamp(min=0).sqrt()
 
     @full_precision
-    def nearest(self, z: Tensor) -> Tensor:
-        """The mean that is nearest to each of some latents, ``(N, k)``: ``(N, k)``."""
-        return self.centres[self._kernels(z).argmax(1)]
+    def _nearest(self, z: Tensor, centres: Tensor, _: Tensor) -> Tensor:
+        place = _kernels(z, centres).argmax(1)
+        return centres[place] if centres.ndim == 2 else centres[torch.arange(len(z), device=z.device), place]
 
-    def _kernels(self, z: Tensor) -> Tensor:
-        # By a matrix product: no tensor of N x modes x k numbers.
-        return torch.addmm(-0.5 * self.centres.square().sum(1), z, self.centres.T)
+
+class _OfKinds:
+    """A base of latents whose kinds are known."""
+
+    def __init__(self, mixture: GaussianMixture, kind: Tensor) -> None:
+        self.log_prob = partial(mixture.log_prob, kind=kind)
+        self.radius = partial(mixture.radius, kind=kind)
+
+
+def _kernels(z: Tensor, centres: Tensor) -> Tensor:
+    """Z c - |c|^2 / 2 of latents, ``(N, k)``, and means, ``(M, k)``, or those of each: ``(N, M)``."""
+    # By a matrix product: no tensor of N x modes x k numbers.
+    constant = -0.5 * centres.square().sum(-1)
+    if centres.ndim == 2:
+        return torch.addmm(constant, z, centres.T)
+    return constant + (centres @ z[..., None])[..., 0]
 
 
 def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .fitted import ShapedByFit
+from .kinds import ForEachKind
 from .precision import full_precision
 from .rows import Moments
 
 
-class ShrunkGaussian(ShapedByFit):
+class ShrunkGaussian(ForEachKind):
     """N(m, (1 - s) S + (s + a) v I): sample covariance S, its mean variance v, the shrinkage s of OAS, noise a.
 
     S of n points has at most n - 1 directions, so that the covariance, D by D, is kept as these directions, the shrunk
@@ -34,8 +35,10 @@ class ShrunkGaussian(ShapedByFit):
         ValueError: If there are more directions than dimensions, or the noise is negative.
     """
 
+    of_kind = ("mean", "components", "variances", "tail_variance")
+
     mean: Tensor
-    """m, ``(D,)``; a buffer, as the others."""
+    """m, ``(D,)``; a buffer, as the others. Of several kinds all have the kinds in front."""
     components: Tensor
     """Directions in rows, ``(r, D)``, those of the largest variance first; r is known after a fit."""
     variances: Tensor
@@ -53,7 +56,7 @@ class ShrunkGaussian(ShapedByFit):
             raise ValueError(msg)
         self.directions = directions
         self.noise = noise
-        self.shaped_by_fit = {"components": 1, "variances": 0}
+        self.shaped_by_fit = {"mean": 1, "components": 1, "variances": 0, "tail_variance": 0}
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("components", torch.eye(directions, dims))
         self.register_buffer("variances", torch.ones(directions))
@@ -88,10 +91,20 @@ class ShrunkGaussian(ShapedByFit):
             components = _completed(components, missing)
             variances = torch.cat([variances, variances.new_full((missing,), tail)])
         like = self.mean
-        self.mean.copy_(mean)
+        self.mean = mean.to(like)
         self.components = components.to(like)
         self.variances = variances.to(like)
-        self.tail_variance.fill_(tail)
+        self.tail_variance = like.new_tensor(tail)
+
+    def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
+        """Hold several fits, one for each kind; those of fewer directions get some along which the variance is v."""
+        most = max(len(variances) for _, _, variances, _ in fits)
+        padded = []
+        for mean, components, variances, tail in fits:
+            missing = most - len(variances)
+            components = _completed(components, missing) if missing else components
+            padded.append((mean, components, torch.cat([variances, tail.expand(missing)]), tail))
+        super().join(padded)
 
     @full_precision
     def coordinates(self, points: Tensor) -> Tensor:
@@ -119,51 +132,57 @@ class ShrunkGaussian(ShapedByFit):
         return turn / variances.sqrt()
 
     @full_precision
-    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, points: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Split the log-density of points as :class:`~anomalib_flowood.flows.PrincipalSubspace` does.
 
         Args:
             points: ``(N, D)``.
+            kind: Where there are several kinds, that of each point, ``(N,)``.
 
         Returns:
             Standardised coordinates along the leading directions, ``(N, directions)``, and all of the log-density but
             theirs, nats, ``(N,)``.
         """
-        k, dims = self.directions, len(self.mean)
-        standard, outside = self._standardised(points)
+        k, dims, kept = self.directions, self.mean.shape[-1], self.variances.shape[-1]
+        standard, outside = self._standardised(points, kind)
         constant = (
-            (dims - k) * math.log(2 * math.pi)
-            + self.variances.log().sum()
-            + (dims - len(self.variances)) * self.tail_variance.log()
+            (dims - k) * math.log(2 * math.pi) + self.variances.log().sum(-1) + (dims - kept) * self.tail_variance.log()
         )
         square = standard[:, k:].square().sum(1)
         if outside is not None:
             square = square + outside
-        return standard[:, :k], -0.5 * square - 0.5 * constant
+        return standard[:, :k], -0.5 * square - 0.5 * (constant if kind is None else constant[kind])
 
     @full_precision
-    def standardised(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Take points apart, ``(N, D)``.
+    def standardised(self, points: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take points apart, ``(N, D)``, each as of its kind, ``(N,)``, where there are several.
 
         Returns:
             Standardised coordinates along all directions that are kept, ``(N, r)``, and the square of the standardised
             distance from what these span, ``(N,)``; half the squares of both sum to −log p, up to a constant.
         """
-        standard, outside = self._standardised(points)
+        standard, outside = self._standardised(points, kind)
         return standard, standard.new_zeros(len(standard)) if outside is None else outside
 
-    def _standardised(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
-        centred = points - self.mean
-        coordinates = centred @ self.components.T
-        standard = coordinates * self.variances.rsqrt()
-        if len(self.variances) == len(self.mean):  # what is outside would be rounding alone
-            return standard, None
-        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
-        return standard, outside / self.tail_variance
+    def _standardised(self, points: Tensor, kind: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kept = self.variances.shape[-1]
+        found = self.by_kind(self._apart, points, kind)
+        return found[:, :kept], found[:, kept] if found.shape[1] > kept else None
 
-    def log_prob(self, points: Tensor) -> Tensor:
-        """Log-density of points, ``(N, D)``; nats, ``(N,)``."""
-        leading, rest = self(points)
+    def _apart(self, points: Tensor, mean: Tensor, components: Tensor, variances: Tensor, tail: Tensor) -> Tensor:
+        """Standardised coordinates, and the square of the distance from what they span, ``(N, r + 1)``."""
+        centred = points - mean
+        # Of one kind, or those of each point.
+        coordinates = centred @ components.T if components.ndim == 2 else (components @ centred[..., None])[..., 0]
+        standard = coordinates * variances.rsqrt()
+        if variances.shape[-1] == mean.shape[-1]:  # what is outside would be rounding alone
+            return standard
+        outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
+        return torch.cat([standard, (outside / tail)[:, None]], dim=1)
+
+    def log_prob(self, points: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Log-density of points, ``(N, D)``, each as of its kind, where there are several; nats, ``(N,)``."""
+        leading, rest = self(points, kind)
         return rest - 0.5 * (leading.square().sum(1) + self.directions * math.log(2 * math.pi))
 
     def _kept(self) -> Tensor:

@@ -140,7 +140,7 @@ def test_a_resumed_fit_fits_no_features_and_extracts_what_it_trains_on(augmented
     path = run.trainer.checkpoint_callback.best_model_path
     count_backbone_images.clear()
     resumed = embedding_flow(max_epochs=3)
-    resumed.fit_features = lambda features: pytest.fail("what comes before the flow is in the checkpoint")
+    resumed.fit_features = lambda features, copies: pytest.fail("what comes before the flow is in the checkpoint")
     engine(tmp_path).fit(resumed, datamodule=module, ckpt_path=path)
     train, val = len(module.train_data), len(module.val_data)
     assert sum(count_backbone_images) == val + (2 * train if augmented else train)

@@ -12,8 +12,9 @@ from model_helpers import BACKBONE, Case, engine, feature_map_flow
 from PIL import Image
 
 from anomalib_flowood import FeatureMapFlow, OneClass, load
-from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel, kinds
-from anomalib_flowood.models.feature_map_flow.kinds import Kinds, kinds_of, pooled
+from anomalib_flowood.models.components import kinds
+from anomalib_flowood.models.components.kinds import Kinds, kinds_of, pooled
+from anomalib_flowood.models.feature_map_flow import FeatureMapFlowModel
 
 LEAST = 6
 

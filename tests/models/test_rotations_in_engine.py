@@ -38,7 +38,7 @@ def seen(monkeypatch):
 
     def watch(detector):
         fit, extract, keep = detector.fit_features, detector.extract_training, detector.keep_reference
-        detector.fit_features = lambda features: (found.update(rows=len(features[0])), fit(features))
+        detector.fit_features = lambda features, copies: (found.update(rows=len(features[0])), fit(features, copies))
         detector.keep_reference = lambda features, copies: (
             found.update(reference=len(features[0]), copies=copies), keep(features, copies)
         )  # fmt: skip

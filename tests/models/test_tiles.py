@@ -185,7 +185,9 @@ def test_a_fit_looks_at_so_many_tiles_and_repeats_itself(trained, parts, tmp_pat
     seen = []
     keep = FeatureMapFlow.fit_features
     monkeypatch.setattr(
-        FeatureMapFlow, "fit_features", lambda self, maps: (seen.append(maps[0].shape[:2]), keep(self, maps))
+        FeatureMapFlow,
+        "fit_features",
+        lambda self, maps, copies: (seen.append(maps[0].shape[:2]), keep(self, maps, copies)),
     )
     first, _ = fitted(parts, tmp_path / "first", coupling_layers=2, hidden_channels=8)
     second, _ = fitted(parts, tmp_path / "second", coupling_layers=2, hidden_channels=8)

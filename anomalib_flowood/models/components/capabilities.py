@@ -98,12 +98,14 @@ class Contributions(NamedTuple):
         coordinates: Along the directions, in standard deviations of normal images, ``(N, K)``; NaN for what is no
             direction, but all that is beyond them.
         nats: What each adds to −log p, up to a constant, ``(N, K)``.
+        kind: Where each kind of image has directions of its own, that of each, ``(N,)``.
     """
 
     names: list[str]
     parts: list[str]
     coordinates: Tensor
     nats: Tensor
+    kind: Tensor | None = None
 
 
 class Contributes(Protocol):

@@ -126,8 +126,14 @@ class FrozenFeatures(_Base):
         del batch, total
         return self.extract(images)
 
-    def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit what comes before the flow on the features of all training images, which lie in main memory."""
+    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+        """Fit what comes before the flow.
+
+        Args:
+            features: Those of all training images, in main memory or a file: one row for each, or several, one after
+                the other: itself, and turned copies of it.
+            copies: How many rows that are.
+        """
         raise NotImplementedError
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -142,8 +148,8 @@ class FrozenFeatures(_Base):
         They are for what is fitted when the flow has been trained. A resumed fit brings them, too.
 
         Args:
-            features: One row for each image, or several, one after the other: itself, and turned copies of it.
-            copies: How many rows that are.
+            features: As :meth:`fit_features` gets them.
+            copies: How many rows each image has.
         """
 
     def configure_callbacks(self) -> list[Callback]:
@@ -173,7 +179,7 @@ class FrozenFeatures(_Base):
         extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training", turns)
         features, copies = self._with_turns_that_fit(extracted.features, turns)
         if anew:
-            self.fit_features(features)
+            self.fit_features(features, copies)
         if random and not count:
             return
         if random:

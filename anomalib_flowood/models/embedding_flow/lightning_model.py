@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import SCALES, SUBNETS
-from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.models.components import FlowModule, FrozenFeatures, backbone_pre_processor, kinds
 from anomalib_flowood.names import lists_names
 from anomalib_flowood.scores import SCORES
 
@@ -45,6 +45,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         subspace_dim: Leading directions along which kinds of images have means of their own and couplings work; pooled
             features and layouts have an even share each.
         modes: Kinds that a run of k-means finds; at most one for ten training images.
+        kind_images: The fewest training images of a kind that has nothing to do with the others, and a density of its
+            own, say a product: see the README. 0 if all images are to share one.
         feature_noise: Variance of the noise on embeddings in every direction, in units of their mean variance.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
@@ -80,6 +82,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
+        kind_images: int = 20,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,
@@ -102,6 +105,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             subspace_dim=subspace_dim,
             map_dims=map_dims,
             modes=modes,
+            kind_images=kind_images,
             feature_noise=feature_noise,
         )
         super().__init__(
@@ -121,6 +125,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             map_dims=map_dims,
             subspace_dim=subspace_dim,
             modes=modes,
+            kind_images=kind_images,
             feature_noise=feature_noise,
             subnet=subnet,
             coupling_layers=coupling_layers,
@@ -134,15 +139,18 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return the pooled features, ``(N, P)``, and the layers' maps, ``(N, C, h, w)``."""
         return self.model.extract(images)
 
-    def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit embedding, Gaussians and kinds."""
-        self.model.fit_features(features)
+    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+        """Fit embedding, kinds and their densities."""
+        kinds.report(self.model.fit_features(features, copies), "the density")
 
-    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return standardised coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
+    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return standardised coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``.
+
+        Where there are several kinds, that of each image comes last, ``(N,)``.
+        """
         return self.model.prepare(features)
 
-    def training_inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Standardised coordinates with noise, ``(N, k)``, and the rest of the log-density, ``(N,)``."""
-        coordinates, rest = self.inputs_of(batch)
-        return self.model.blur(coordinates), rest
+    def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """The same, with noise on the coordinates."""
+        coordinates, rest, *kind = self.inputs_of(batch)
+        return self.model.blur(coordinates, *kind), rest, *kind

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.models.components.capabilities import Contributions
+from anomalib_flowood.models.components.kinds import Kinds, fit_to_each, pooled
+from anomalib_flowood.models.components.rotations import rows_of
+from anomalib_flowood.scores.score import Inputs
 
 
 class EmbeddingFlowModel(FlowModel):
@@ -25,6 +29,10 @@ class EmbeddingFlowModel(FlowModel):
     (:class:`~anomalib_flowood.flows.GaussianMixture`), which share the covariance within kinds. The density is that of
     embeddings with some noise (``feature_noise``), which keeps few images from being learned by heart, and distances
     from becoming blind to the directions in which kinds differ.
+
+    Kinds that have nothing to do with each other, say the products of a line, share no covariance: to each a density of
+    its own is fitted (:class:`~anomalib_flowood.models.components.kinds.Kinds`), and an image is judged by that of its
+    kind.
 
     With couplings, a RealNVP between the leading directions and the mixture refines that; it trains on embeddings with
     the variance that noise and shrinking add.
@@ -50,6 +58,7 @@ class EmbeddingFlowModel(FlowModel):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
+        kind_images: int = 20,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         coupling_layers: int = 0,
@@ -83,6 +92,7 @@ class EmbeddingFlowModel(FlowModel):
             raise ValueError(msg)
         self.embedding = embedding
         self.gaussians = nn.ModuleList(gaussians)
+        self.kinds = Kinds(kind_images)
 
     @property
     def backbone(self) -> nn.Module:
@@ -107,20 +117,43 @@ class EmbeddingFlowModel(FlowModel):
         """Embed pre-processed images, ``(N, 3, H, W)``: ``(N, D)``, length 1; errors as for :meth:`extract`."""
         return self.embedding(self.extract(images))
 
-    def fit_features(self, features: tuple[Tensor, ...]) -> None:
+    def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> list[int]:
         """Fit everything but the flow.
 
         Args:
             features: What :meth:`extract` returns for all training images; in main memory, if they are many.
+            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+
+        Returns:
+            The number of images of each kind.
 
         Raises:
             ValueError: If there are too few of them, or they are all alike.
         """
         self.embedding.fit(features)
-        self.fit_embeddings(self.embedding.of_stored(features))
+        embeddings = self.embedding.of_stored(features)
+        images = self._fit_kinds(tuple(part[::copies] for part in features))
+        if len(images) == 1:
+            self.fit_embeddings(embeddings)
+        else:
+            fit_to_each(
+                [rows_of(own, copies) for own in images],
+                lambda rows: self.fit_embeddings(flows.Computed(lambda some: embeddings[some[0]], [rows])),
+                [*self.gaussians, self.base],
+            )
+        return [len(own) for own in images]
+
+    def _fit_kinds(self, features: tuple[Tensor, ...]) -> list[Tensor]:
+        """Find the kinds of images, from a row for each: the indices of all images of each kind."""
+        images = len(features[0])
+        points = flows.Computed(partial(pooled, like=self.base.centres), features)
+        if len(self.kinds.fit(images, points)) == 1:
+            return [torch.arange(images)]
+        kind = torch.cat([self.kinds(some).cpu() for some in flows.in_turn(points)])
+        return [(kind == number).nonzero().flatten() for number in range(int(kind.max()) + 1)]
 
     def fit_embeddings(self, embeddings: flows.Rows) -> None:
-        """Fit the Gaussians of the parts, and the kinds.
+        """Fit the Gaussians of the parts, and their mixture, to embeddings of one kind.
 
         Args:
             embeddings: Training embeddings, ``(N, D)``, of which only some are looked at at a time.
@@ -144,19 +177,26 @@ class EmbeddingFlowModel(FlowModel):
             start = own.stop
         self.base.transform(torch.block_diag(*blocks))
 
-    def split(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, embeddings: Tensor, kind: Tensor | None = None) -> tuple[Tensor, ...]:
         """Split the density of embeddings, ``(N, D)``, into leading directions and the rest.
 
         Returns:
             Standardised coordinates along the leading directions of all parts, ``(N, k)``, and all of the log-density
-            but theirs, ``(N,)``, nats.
+            but theirs, ``(N,)``, nats. Where there are several kinds, that of each comes last, ``(N,)``, as given.
         """
-        leading, rests = zip(*(gaussian(part) for gaussian, part in self._pairs(embeddings)), strict=True)
-        return torch.cat(leading, dim=1), sum(rests[1:], rests[0])
+        leading, rests = zip(*(gaussian(part, kind) for gaussian, part in self._pairs(embeddings)), strict=True)
+        found = torch.cat(leading, dim=1), sum(rests[1:], rests[0])
+        return found if kind is None else (*found, kind)
 
-    def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Embed features, as :meth:`extract` returns them, and split their density as :meth:`split` does."""
-        return self.split(self.embedding(features))
+        return self.split(self.embedding(features), self.kinds.of_features(features))
+
+    def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
+        """Evaluate the density of prepared images; where there are several kinds, of images of the kind."""
+        coordinates, rest, *kind = inputs
+        base = self.base.of(kind[0]) if kind else self.base
+        return flows.density(self.flow if flow is None else flow, base, coordinates, rest)
 
     def contributions(self, images: Tensor) -> Contributions:
         """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.
@@ -164,27 +204,28 @@ class EmbeddingFlowModel(FlowModel):
         Of each part of an embedding the leading directions are those of the flow's latents, which without couplings are
         the coordinates along them, and count from the nearest kind of normal images.
         """
-        embeddings = self.embed(images)
-        leading, _ = self.split(embeddings)
-        latents, _ = self.flow(leading)
-        from_kind = latents - self.base.nearest(latents)
+        features = self.extract(images)
+        embeddings, kind = self.embedding(features), self.kinds.of_features(features)
+        latents, _ = self.flow(self.split(embeddings, kind)[0])
+        from_mean = latents - self.base.nearest(latents, kind)
         names, parts, coordinates, squares, start = [], [], [], [], 0
         for name, (gaussian, part) in zip(self.embedding.part_names, self._pairs(embeddings), strict=True):
-            standard, outside = gaussian.standardised(part)
+            standard, outside = gaussian.standardised(part, kind)
             own = slice(start, start + gaussian.directions)
             start = own.stop
             beyond = outside[:, None]
             coordinates += [latents[:, own], standard[:, gaussian.directions :], torch.full_like(beyond, torch.nan)]
-            squares += [from_kind[:, own].square(), standard[:, gaussian.directions :].square(), beyond]
+            squares += [from_mean[:, own].square(), standard[:, gaussian.directions :].square(), beyond]
             names += [*(f"direction {number + 1}" for number in range(standard.shape[1])), "beyond all directions"]
             parts += [name] * (standard.shape[1] + 1)
-        return Contributions(names, parts, torch.cat(coordinates, dim=1), 0.5 * torch.cat(squares, dim=1))
+        return Contributions(names, parts, torch.cat(coordinates, dim=1), 0.5 * torch.cat(squares, dim=1), kind)
 
-    def blur(self, coordinates: Tensor) -> Tensor:
+    def blur(self, coordinates: Tensor, kind: Tensor | None = None) -> Tensor:
         """Add the noise to standardised coordinates, ``(N, k)``, on which the flow trains."""
         gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
-        shares = [(part.tail_variance / part.variances[: part.directions]).sqrt() for part in gaussians]
-        return coordinates + torch.cat(shares) * torch.randn_like(coordinates)
+        ratios = [part.tail_variance[..., None] / part.variances[..., : part.directions] for part in gaussians]
+        shares = torch.cat(ratios, dim=-1).sqrt()
+        return coordinates + (shares if kind is None else shares[kind]) * torch.randn_like(coordinates)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
         """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
@@ -194,6 +235,6 @@ class EmbeddingFlowModel(FlowModel):
         """Along the leading directions of all parts of embeddings, ``(N, D)``, before they are standardised."""
         return torch.cat([gaussian.coordinates(part) for gaussian, part in self._pairs(embeddings)], dim=1)
 
-    def inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Embed pre-processed images, ``(N, 3, H, W)``, as :meth:`prepare` does; errors as for :meth:`extract`."""
         return self.prepare(self.extract(images))

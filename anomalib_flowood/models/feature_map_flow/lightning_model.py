@@ -22,7 +22,13 @@ from torchvision.transforms.v2 import Resize
 from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
 from anomalib_flowood.metrics import AUPRO, AUROC
-from anomalib_flowood.models.components import ExactPreProcessor, FlowModule, FrozenFeatures, backbone_pre_processor
+from anomalib_flowood.models.components import (
+    ExactPreProcessor,
+    FlowModule,
+    FrozenFeatures,
+    backbone_pre_processor,
+    kinds,
+)
 from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
 
@@ -228,8 +234,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             )
             raise ValueError(msg)
 
-    def fit_features(self, features: tuple[Tensor, ...]) -> None:
-        """Fit descriptors and principal subspaces."""
+    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+        """Fit descriptors and principal subspaces, to which copies of an image are as good as any."""
+        del copies
         self.model.fit_features(features)
 
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
@@ -298,13 +305,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             self.model.eval()
             images = self.model.fit_whitening(self._reference, self._copies)
             self.model.train(training)
-            if len(images) > 1 and self.trainer.is_global_zero:
-                logger.info(
-                    "The training images are of %d kinds that have nothing to do with each other, and the whitening of "
-                    "each was fitted to its own: %s images. kind_images=0 takes all for one kind.",
-                    len(images),
-                    ", ".join(map(str, images)),
-                )
+            kinds.report(images, "the whitening")
         self.model.fitted.fill_(self._whitened is not None)
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from anomalib_flowood import flows
 from anomalib_flowood.features import create_feature_maps, run_backbone
 from anomalib_flowood.models.components.capabilities import LayerView
+from anomalib_flowood.models.components.kinds import Kinds, fit_to_each, pooled
 from anomalib_flowood.models.components.rotations import rows_of
 from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
 from .extraction import MAP_STRIDES, SCORE_STRIDES, MapExtraction, indices_of
-from .kinds import Kinds, fit_to_each, pooled
 from .layer_flows import POSITION, blurred, coupled, draws_positions, new_flow
 from .map_layer import MapLayer
 from .shown_map import ShownMap
@@ -362,7 +362,7 @@ class FeatureMapFlowModel(MapExtraction):
         """
         if self.tiles is None:
             maps = self.extract(images)
-            return self._judge(self._reduced(maps), self.kinds.of_maps(maps))
+            return self._judge(self._reduced(maps), self.kinds.of_features(maps))
         self.check(images)
         return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
 

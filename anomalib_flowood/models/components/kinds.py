@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of normal images, say the products of a line, found without labels: each is whitened on its own."""
+"""Kinds of normal images, say the products of a line, found without labels: to each a fit of its own."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,26 +13,28 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 
-from anomalib_flowood import flows
+from anomalib_flowood import flows, processes
+
+logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 10_000
 """Images among which kinds are looked for: every one is compared with every other."""
 
 _FITTED = 1000
-"""Images of a kind that its whitening is fitted to; more change nothing but the time."""
+"""Images of a kind that are kept to compare others with; more change nothing but the time."""
 
 
-def pooled(maps: Sequence[Tensor], like: Tensor) -> Tensor:
+def pooled(features: Sequence[Tensor], like: Tensor) -> Tensor:
     """Describe images by what is in them, wherever it is: each layer's mean feature vector, of length 1.
 
     Args:
-        maps: Feature maps of some layers, ``(N, C, h, w)`` each.
+        features: Feature maps of some layers, ``(N, C, h, w)`` each, or their means, ``(N, C)``.
         like: Of the device and precision that the result has.
 
     Returns:
         ``(N, P)``, with the sum P of the layers' channels.
     """
-    means = [layer.to(like).mean((2, 3)) for layer in maps]
+    means = [layer.to(like) if layer.ndim == 2 else layer.to(like).mean((2, 3)) for layer in features]
     return torch.cat([mean / torch.linalg.vector_norm(mean, dim=1, keepdim=True).clamp_min(1e-12) for mean in means], 1)
 
 
@@ -83,7 +86,7 @@ class Kinds(nn.Module):
         self.register_buffer("of_points", None)
         self.register_buffer("_like", torch.zeros(0), persistent=False)  # knows device and precision
 
-    def fit(self, images: int, points: Tensor | None) -> list[Tensor]:
+    def fit(self, images: int, points: flows.Rows | None) -> list[Tensor]:
         """Find the kinds of training images.
 
         Args:
@@ -91,19 +94,19 @@ class Kinds(nn.Module):
             points: What :func:`pooled` says of them, ``(images, P)``; ``None`` if they are of one kind.
 
         Returns:
-            Of each kind the indices of the images that it is to be fitted to.
+            Of each kind the indices of some images, as many as a whitening is fitted to.
         """
         self.forget()
         if points is None or not self.least:
             return [flows.draw(images, _FITTED)]
         looked_at = flows.draw(images, _LOOKED_AT)
-        found = torch.from_numpy(kinds_of(points[looked_at], self.least))
+        found = torch.from_numpy(kinds_of(flows.take(points, looked_at), self.least))
         fitted = []
         for kind in range(int(found.max()) + 1):
             own = looked_at[found == kind]
             fitted.append(own[flows.draw(len(own), _FITTED)])
         if len(fitted) > 1:
-            self.points = points[torch.cat(fitted)].to(self._like)
+            self.points = flows.take(points, torch.cat(fitted)).to(self._like)
             sizes = torch.tensor([len(own) for own in fitted])
             self.of_points = torch.arange(len(fitted)).repeat_interleave(sizes).to(self._like.device)
         return fitted
@@ -120,9 +123,9 @@ class Kinds(nn.Module):
         # All are of the same length: the nearest is the most alike.
         return self.of_points[(points.to(self.points) @ self.points.T).argmax(1)]
 
-    def of_maps(self, maps: Sequence[Tensor]) -> Tensor | None:
-        """Return the same from feature maps, which are pooled only where there are several kinds."""
-        return None if self.points is None else self(pooled(maps, like=self.points))
+    def of_features(self, features: Sequence[Tensor]) -> Tensor | None:
+        """Return the same from features, which are pooled only where there are several kinds."""
+        return None if self.points is None else self(pooled(features, like=self.points))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, dtype in (("points", self._like.dtype), ("of_points", torch.int64)):
@@ -146,3 +149,20 @@ def fit_to_each(rows: Sequence[Tensor], fit: Callable[[Tensor], None], modules: 
     if len(rows) > 1:
         for module, of_kinds in zip(modules, zip(*fits, strict=True), strict=True):
             module.join(of_kinds)
+
+
+def report(images: Sequence[int], what: str) -> None:
+    """Say how many kinds there are, if there are several.
+
+    Args:
+        images: Number of images of each.
+        what: What was fitted to each kind.
+    """
+    if len(images) > 1 and not processes.rank():
+        logger.info(
+            "The training images are of %d kinds that have nothing to do with each other, and %s of each was fitted to "
+            "its own: %s images. kind_images=0 takes all for one kind.",
+            len(images),
+            what,
+            ", ".join(map(str, images)),
+        )
