@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
+from PIL import Image
 from torch import nn
 
 from anomalib_flowood import CrossDataset, EmbeddingFlow, FeatureMapFlow, PixelFlow
@@ -72,6 +73,26 @@ TRAINER = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "en
 
 def engine(tmp_path: Path, **kwargs) -> Engine:
     return Engine(default_root_dir=tmp_path / "results", **{**TRAINER, **kwargs})
+
+
+def products(count: int, seed: int = 0) -> torch.Tensor:
+    """Images of two products: bright on the left, and dark with a bar; the second varies more."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.05 * torch.randn(2 * count, 3, 48, 48, generator=generator, dtype=torch.float64) + 0.5
+    images[:count, :, :, :24] += 0.4
+    images[count:, 0] -= 0.4
+    images[count:, :, 20:28] += 0.3 * torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)
+    return images.clamp(0, 1)
+
+
+def products_folder(folder: Path) -> Path:
+    """A folder with 40 training images of each of two products, and 12 to test, all normal."""
+    for split, count, seed in (("train", 40, 0), ("test", 12, 1)):
+        (folder / split / "good").mkdir(parents=True)
+        for number, image in enumerate(products(count, seed)):
+            pixels = (255 * image.permute(1, 2, 0)).byte().numpy()
+            Image.fromarray(pixels).save(folder / split / "good" / f"{number:03}.png")
+    return folder
 
 
 class Case:

@@ -9,7 +9,7 @@ from flow_helpers import check_inverse, check_log_det
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_flowood.flows import PositionWhitening, Whitening
+from anomalib_flowood.flows import GaussianMixture, PositionWhitening, ShrunkGaussian, Whitening
 from anomalib_flowood.scores import Evidence
 
 SHAPE = (2, 4, 4)
@@ -108,3 +108,73 @@ def test_evidence_is_in_units_of_the_spread_of_its_kind():
         kinds = torch.full((30,), number)
         torch.testing.assert_close(evidence(factor * values, kinds), expected)
         torch.testing.assert_close(evidence.parts(factor * values, kinds).sum(1), expected)
+
+
+DIMS = 30
+SIZES = (50, 8, 20)
+"""Points of each kind: the first ones vary in all directions, the others in 7 and in 19."""
+
+
+def densities():
+    """A Gaussian and a mixture of several kinds, and those of each kind alone."""
+    gaussian, mixture = ShrunkGaussian(DIMS, 10, noise=0.5).double(), GaussianMixture(10, 3, 2).double()
+    alone, fits = [], []
+    for seed, count in enumerate(SIZES):
+        points = samples(count, seed).flatten(1)[:, :DIMS]
+        gaussian.fit(points)
+        mixture.fit(gaussian(points)[0])
+        alone.append((deepcopy(gaussian), deepcopy(mixture)))
+        fits.append((gaussian.fit_state(), mixture.fit_state()))
+    for module, of_kinds in zip((gaussian, mixture), zip(*fits, strict=True), strict=True):
+        module.join(of_kinds)
+    return gaussian, mixture, alone
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_density_of_each_point_is_that_of_its_kind(exported, monkeypatch):
+    """To the directions that other kinds have more of, some of the same variance as all the rest are added."""
+    gaussian, mixture, alone = densities()
+    assert gaussian.components.shape == (3, DIMS, DIMS)
+    turns = gaussian.components @ gaussian.components.mT
+    torch.testing.assert_close(turns, torch.eye(DIMS).double().expand(3, -1, -1))
+    kinds = torch.tensor([1, 0, 2, 2, 1])
+    points = samples(5, seed=8).flatten(1)[:, :DIMS]
+    if exported:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    leading, rest = gaussian(points, kinds)
+    log_prob, radius = mixture.log_prob(leading, kinds), mixture.of(kinds).radius(leading)
+    nearest, whole = mixture.nearest(leading, kinds), gaussian.log_prob(points, kinds)
+    standard, outside = gaussian.standardised(points, kinds)
+    monkeypatch.undo()
+    torch.testing.assert_close(mixture.of(kinds).log_prob(leading), log_prob)
+    for place, number in enumerate(kinds.tolist()):
+        own, own_mixture = alone[number]
+        one = points[place : place + 1]
+        expected, expected_rest = own(one)
+        torch.testing.assert_close(leading[place], expected[0])
+        torch.testing.assert_close(rest[place], expected_rest[0])
+        torch.testing.assert_close(whole[place], own.log_prob(one)[0])
+        torch.testing.assert_close(log_prob[place], own_mixture.log_prob(expected)[0])
+        torch.testing.assert_close(radius[place], own_mixture.radius(expected)[0])
+        torch.testing.assert_close(nearest[place], own_mixture.nearest(expected)[0])
+        known, beyond = own.standardised(one)
+        distance = known.square().sum() + beyond[0]
+        torch.testing.assert_close(standard[place].square().sum() + outside[place], distance)
+
+
+def test_densities_of_several_kinds_are_saved_and_fitted_anew():
+    gaussian, mixture, alone = densities()
+    kinds, points = torch.tensor([2, 0]), samples(2, seed=8).flatten(1)[:, :DIMS]
+    other, other_mixture = ShrunkGaussian(DIMS, 10, noise=0.5).double(), GaussianMixture(10, 3, 2).double()
+    other.load_state_dict(gaussian.state_dict())
+    other_mixture.load_state_dict(mixture.state_dict())
+    leading = other(points, kinds)[0]
+    assert torch.equal(leading, gaussian(points, kinds)[0])
+    assert torch.equal(other_mixture.log_prob(leading, kinds), mixture.log_prob(leading, kinds))
+    points = samples(SIZES[1], 1).flatten(1)[:, :DIMS]
+    other.fit(points)
+    other_mixture.fit(other(points)[0])
+    assert torch.equal(other.log_prob(points), alone[1][0].log_prob(points))
+    assert torch.equal(other_mixture.centres, alone[1][1].centres)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        GaussianMixture(9, 3, 2).load_state_dict(mixture.state_dict())

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import BACKBONE, Case, engine, feature_map_flow
-from PIL import Image
+from model_helpers import BACKBONE, Case, engine, feature_map_flow, products, products_folder
 
 from anomalib_flowood import FeatureMapFlow, OneClass, load
 from anomalib_flowood.models.components import kinds
@@ -99,16 +98,6 @@ def test_a_kind_of_one_image_is_refused(least):
         Kinds(least)
 
 
-def products(count, seed=0):
-    """Images of two products: bright on the left, and dark with a bar; the second varies more."""
-    generator = torch.Generator().manual_seed(seed)
-    images = 0.05 * torch.randn(2 * count, 3, 48, 48, generator=generator, dtype=torch.float64) + 0.5
-    images[:count, :, :, :24] += 0.4
-    images[count:, 0] -= 0.4
-    images[count:, :, 20:28] += 0.3 * torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float64)
-    return images.clamp(0, 1)
-
-
 def model(**kwargs):
     torch.manual_seed(0)
     small = {"map_layers": (1, 2), "score_layers": (2,), "image_size": (48, 48), "pre_trained": False}
@@ -178,13 +167,7 @@ def test_points_do_not_depend_on_where_things_are():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("products")
-    for split, count, seed in (("train", 40, 0), ("test", 12, 1)):
-        (folder / split / "good").mkdir(parents=True)
-        for number, image in enumerate(products(count, seed)):
-            pixels = (255 * image.permute(1, 2, 0)).byte().numpy()
-            Image.fromarray(pixels).save(folder / split / "good" / f"{number:03}.png")
-    return folder
+    return products_folder(tmp_path_factory.mktemp("products"))
 
 
 def detector(**kwargs) -> FeatureMapFlow:
