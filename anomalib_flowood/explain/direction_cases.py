@@ -55,9 +55,10 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
         f"average; the {normal.name} images whose embeddings are nearest to its own; and the directions that add the "
         "most, with where the image is along them, where nine tenths of the inside images are, and the "
         f"{normal.name} images that are lowest and highest: what changes from one end to the other is what the "
-        "direction stands for. Numbers along directions are standard deviations of training images. Where the detector "
-        "found several kinds of training images, directions and images are those of the image's own kind."
+        "direction stands for. Numbers along directions are standard deviations of training images."
     )
+    if unseen.kind is not None:
+        caption += " Directions, and the images that an image is compared with, are those of its kind of image."
     return Picture("", "Single images: why they are outliers", caption, cases)
 
 

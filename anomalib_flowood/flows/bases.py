@@ -96,7 +96,7 @@ class GaussianMixture(ForEachKind):
     A tied covariance is a linear transform before it: :meth:`fit` returns what the covariance is where the points are,
     and :meth:`transform` brings the means along to where it is the identity.
 
-    What is inside comes in several kinds, which k-means finds. The mixture is the mean of those that several runs find,
+    What is inside comes in clusters, which k-means finds. The mixture is the mean of those that several runs find,
     so that where one of them starts matters less.
 
     Args:

@@ -207,7 +207,7 @@ _OURS = {
 UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
 """Detectors that are fitted to images as they lie, and which of ours they are otherwise."""
 
-ONE_KIND = {"FeatureMapFlow (one kind)": "FeatureMapFlow (no rotations)"}
+ONE_KIND = {f"{name} (one kind)": f"{name} (no rotations)" for name in _OURS}
 """Detectors that take all normal images, as they lie, for one kind, and what they are otherwise."""
 
 _FLOWS: dict[str, dict[str, Any]] = {

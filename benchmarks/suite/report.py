@@ -280,7 +280,7 @@ def tables(rows: pd.DataFrame) -> str:
     )
     texts += _what_brings(
         "kinds bring",
-        "A whitening for each kind of normal image that is found − one for all, images as they lie, mean over seeds ± "
+        "A fit to each kind of normal image that is found − one to all, images as they lie, mean over seeds ± "
         "standard deviation of that difference.",
         {of: name for name, of in ONE_KIND.items()},
         first,

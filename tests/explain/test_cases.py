@@ -158,6 +158,30 @@ def test_an_image_is_compared_with_normal_ones_of_its_kind(tmp_path):
         assert case["nearest_patch_distance"] == pytest.approx(float(distances.min()), rel=1e-3)
 
 
+def test_an_outlier_is_compared_with_inside_images_of_its_kind(tmp_path):
+    torch.manual_seed(0)
+    detector = embedding_flow(coupling_layers=0, kind_images=8, image_size=(SIDE, SIDE))
+    dark, light = photographs(24, 0) * torch.tensor([0.1, 0.1, 1.0])[:, None, None], 0.5 + 0.5 * photographs(24, 1)
+    transform, model = detector.pre_processor.transform, detector.model
+    with torch.no_grad():
+        assert model.fit_features(model.extract(transform(torch.cat([dark, light])))) == [24, 24]
+    model.fitted.fill_(True)
+    sets = {"parts": torch.cat([dark[:6], light[:6]]), "defects": torch.cat([dark[6:9].flip(2), light[6:9].flip(2)])}
+    page = explain(detector.eval(), sets, tmp_path)
+    assert "that an image is compared with, are those of its kind of image" in page.read_text(encoding="utf-8")
+    with torch.no_grad():
+        normal, defects = (model.contributions(transform(part)) for part in sets.values())
+        scores = model(transform(sets["defects"])).pred_score
+    assert defects.kind.tolist() == [0] * 3 + [1] * 3
+    for case in json.loads((tmp_path / "explain.json").read_text())["cases"]:
+        if case["set"] == "parts":
+            continue
+        image = int((scores - case["score"]).abs().argmin())
+        own = normal.nats[normal.kind == defects.kind[image]]
+        excess = float((defects.nats[image] - own.mean(0)).sum())
+        assert sum(case["parts_nats"].values()) == pytest.approx(excess, rel=1e-3, abs=1e-2)
+
+
 def test_a_detector_of_tiles_is_explained_without_its_layers(tmp_path):
     detector = feature_map_flow(coupling_layers=0, image_size=(96, 96), tile_size=(48, 48))
     images = torch.nn.functional.interpolate(photographs(8, 0), (96, 96))

@@ -42,11 +42,12 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
         map_dims: Principal directions of each layer's feature vectors.
-        subspace_dim: Leading directions along which kinds of images have means of their own and couplings work; pooled
-            features and layouts have an even share each.
-        modes: Kinds that a run of k-means finds; at most one for ten training images.
-        kind_images: The fewest training images of a kind that has nothing to do with the others, and a density of its
-            own, say a product: see the README. 0 if all images are to share one.
+        subspace_dim: Leading directions along which the mixture has several means and couplings work; pooled features
+            and layouts have an even share each.
+        modes: Means that a run of k-means finds; at most one for ten training images.
+        kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
+            of images that have nothing to do with each other by what the backbone sees, and each has a density of its
+            own. They are found without labels, and a fit says how many there are. 0 for one kind.
         feature_noise: Variance of the noise on embeddings in every direction, in units of their mean variance.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.

@@ -24,11 +24,11 @@ class EmbeddingFlowModel(FlowModel):
 
     What an embedding is, :class:`~anomalib_flowood.features.Embedding` says. Its parts, the pooled features and the
     layouts of maps, have a covariance each (:class:`~anomalib_flowood.flows.ShrunkGaussian`), so that a part in which
-    normal images differ much does not blur what the others say. What is inside comes in several kinds, and along the
+    normal images differ much does not blur what the others say. What is inside comes in clusters, and along the
     leading directions of each part the Gaussians have means of their own
-    (:class:`~anomalib_flowood.flows.GaussianMixture`), which share the covariance within kinds. The density is that of
-    embeddings with some noise (``feature_noise``), which keeps few images from being learned by heart, and distances
-    from becoming blind to the directions in which kinds differ.
+    (:class:`~anomalib_flowood.flows.GaussianMixture`), which share the covariance within clusters. The density is that
+    of embeddings with some noise (``feature_noise``), which keeps few images from being learned by heart, and distances
+    from becoming blind to the directions in which clusters differ.
 
     Kinds that have nothing to do with each other, say the products of a line, share no covariance: to each a density of
     its own is fitted (:class:`~anomalib_flowood.models.components.kinds.Kinds`), and an image is judged by that of its
