@@ -12,6 +12,31 @@ from signal_stack import disable_signal_stack
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_LONG = (
+    "test_notebooks.py",
+    "test_engine.py",
+    "test_readme.py",
+    "test_large_images.py",
+    "test_processes.py",
+    "test_three_processes.py",
+)
+"""Modules with tests that take minutes, which are begun with: at the end, one of them would run alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let each of the workers, which get as many of the tests each, one after the other, begin with long ones."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    others = [item for item in items if item.path.name not in _LONG]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        room = (len(items) - len(ordered)) // (workers - worker)
+        own = [item for name in _LONG[worker::workers] for item in items if item.path.name == name]
+        filled = max(0, room - len(own))
+        ordered += [*own, *others[:filled]]
+        del others[:filled]
+    items[:] = [*ordered, *others]
+
+
 def pytest_collection_finish() -> None:
     """Take what has been imported out of the garbage collector's sight: benchmarks collect after every job."""
     gc.freeze()
