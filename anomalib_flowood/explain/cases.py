@@ -127,7 +127,10 @@ def size(value: float) -> str:
 
 
 def within(value: float, inside: Tensor) -> str:
-    """Where an image is along a direction, and where nine tenths of the inside images are."""
+    """Where an image is along a direction, and where nine tenths of the inside images are that have it."""
+    inside = inside[inside.isfinite()]
+    if not len(inside):
+        return signed(f"{value:+.1f}")
     low, high = inside.quantile(torch.tensor([0.05, 0.95], dtype=inside.dtype)).tolist()
     return signed(f"{value:+.1f} (inside {low:+.1f} to {high:+.1f})")
 

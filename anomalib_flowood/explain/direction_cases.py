@@ -32,8 +32,8 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
     cases = []
     for chosen in choose(scored):
         own = _contributions(detector, chosen.inputs)
-        compared = _of_its_kind(unseen, own)
-        excess = own.nats[0] - unseen.nats[compared].mean(0)
+        compared = _of_its_kind(own, unseen, usual)
+        excess = own.nats[0] - compared.nats.mean(0)
         parts: dict[str, float] = {}
         for part, along, nats in zip(own.parts, own.coordinates[0].isfinite().tolist(), excess.tolist(), strict=True):
             name = f"{part}: {'along' if along else 'beyond'} the directions in which training images differ"
@@ -46,7 +46,7 @@ def direction_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet
             tile(normal.images[place], f"nearest normal, cosine {value:.3f}")
             for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        directions, numbers = _directions(own, usual, unseen.coordinates[compared], excess, normal)
+        directions, numbers = _directions(own, usual, compared.coordinates, excess, normal)
         record = {"set": chosen.set, "score": chosen.score, "parts_nats": parts, "directions": numbers}
         record["nearest_cosine"] = best.values.tolist()
         cases.append(Case(chosen.title, tiles, _HEADING, bars(parts, " nats"), directions, record))
@@ -77,29 +77,35 @@ def _contributions(detector: FlowModule, inputs: Tensor) -> Contributions:
     return Contributions(parts[0].names, parts[0].parts, coordinates, nats, torch.cat(kinds) if kinds else None)
 
 
-def _of_its_kind(some: Contributions, own: Contributions) -> Tensor:
-    """Indices of the images whose directions are those of one image; of all, if none has them."""
+def _same_kind(some: Contributions, own: Contributions) -> Tensor:
+    """Indices of the images of one image's kind, whose directions are its own."""
     everything = torch.arange(len(some.nats))
-    if some.kind is None or own.kind is None:
-        return everything
-    same = everything[some.kind == own.kind]
-    return same if len(same) else everything
+    return everything if some.kind is None or own.kind is None else everything[some.kind == own.kind]
+
+
+def _of_its_kind(own: Contributions, *some: Contributions) -> Contributions:
+    """The first of some images' contributions among which there are any of an image's kind, and of these."""
+    for one in some:
+        same = _same_kind(one, own)
+        if len(same):
+            return one._replace(coordinates=one.coordinates[same], nats=one.nats[same])
+    return some[0]
 
 
 def _directions(
-    own: Contributions, usual: Contributions, unseen: Tensor, excess: Tensor, normal: ImageSet
+    own: Contributions, usual: Contributions, compared: Tensor, excess: Tensor, normal: ImageSet
 ) -> tuple[list[Bar], list[dict[str, Any]]]:
     """The directions that add the most.
 
     Args:
         own: Of the image.
         usual: Of the normal images that are shown.
-        unseen: Coordinates of the inside images that it is compared with, ``(M, K)``.
+        compared: Coordinates of the images that it is compared with, ``(M, K)``.
         excess: What each direction adds, ``(K,)``.
         normal: The images that are shown.
     """
     found, numbers = [], []
-    shown = _of_its_kind(usual, own)
+    shown = _same_kind(usual, own)
     along = torch.where(own.coordinates[0].isfinite(), excess, -torch.inf)  # what is no direction has no ends
     places = along.argsort(descending=True)[:_DIRECTIONS].tolist()
     for place in places:
@@ -113,7 +119,7 @@ def _directions(
         ]
         value, nats = float(own.coordinates[0, place]), float(excess[place])
         name = f"{own.parts[place]}, {own.names[place]}"
-        text = f"{size(nats)} nats, at {within(value, unseen[:, place])}"
+        text = f"{size(nats)} nats, at {within(value, compared[:, place])}"
         found.append(Bar(name, text, nats / max(abs(float(excess[places[0]])), 1e-12), tiles))
         numbers.append({"part": own.parts[place], "direction": own.names[place], "nats": nats, "value": value})
     return found, numbers

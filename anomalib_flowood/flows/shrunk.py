@@ -158,11 +158,17 @@ class ShrunkGaussian(ForEachKind):
         """Take points apart, ``(N, D)``, each as of its kind, ``(N,)``, where there are several.
 
         Returns:
-            Standardised coordinates along all directions that are kept, ``(N, r)``, and the square of the standardised
-            distance from what these span, ``(N,)``; half the squares of both sum to −log p, up to a constant.
+            Standardised coordinates along all directions that are kept, ``(N, r)``, NaN where only others have the
+            direction, and the square of the standardised distance from what these span, ``(N,)``; half the squares of
+            both sum to −log p, up to a constant.
         """
         standard, outside = self._standardised(points, kind)
-        return standard, standard.new_zeros(len(standard)) if outside is None else outside
+        outside = standard.new_zeros(len(standard)) if outside is None else outside
+        if kind is None:
+            return standard, outside
+        own = (self.variances > self.tail_variance[:, None])[kind]  # what join() has added has that variance
+        own[:, : self.directions] = True
+        return standard.masked_fill(~own, torch.nan), outside + standard.masked_fill(own, 0).square().sum(1)
 
     def _standardised(self, points: Tensor, kind: Tensor | None) -> tuple[Tensor, Tensor | None]:
         kept = self.variances.shape[-1]

@@ -202,7 +202,7 @@ class EmbeddingFlowModel(FlowModel):
         """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.
 
         Of each part of an embedding the leading directions are those of the flow's latents, which without couplings are
-        the coordinates along them, and count from the nearest kind of normal images.
+        the coordinates along them, and count from the nearest mean of the mixture.
         """
         features = self.extract(images)
         embeddings, kind = self.embedding(features), self.kinds.of_features(features)
@@ -215,7 +215,7 @@ class EmbeddingFlowModel(FlowModel):
             start = own.stop
             beyond = outside[:, None]
             coordinates += [latents[:, own], standard[:, gaussian.directions :], torch.full_like(beyond, torch.nan)]
-            squares += [from_mean[:, own].square(), standard[:, gaussian.directions :].square(), beyond]
+            squares += [from_mean[:, own].square(), standard[:, gaussian.directions :].square().nan_to_num(0), beyond]
             names += [*(f"direction {number + 1}" for number in range(standard.shape[1])), "beyond all directions"]
             parts += [name] * (standard.shape[1] + 1)
         return Contributions(names, parts, torch.cat(coordinates, dim=1), 0.5 * torch.cat(squares, dim=1), kind)
