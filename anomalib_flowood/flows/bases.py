@@ -169,9 +169,9 @@ class GaussianMixture(ForEachKind):
         """The mean that is nearest to each of some latents, ``(N, k)``, of their kind, ``(N,)``: ``(N, k)``."""
         return self.by_kind(self._nearest, z, kind)
 
-    def of(self, kind: Tensor | None) -> Base:
-        """The distribution of latents of known kinds, ``(N,)``."""
-        return self if kind is None else _OfKinds(self, kind)
+    def of(self, kind: Tensor) -> Base:
+        """The distribution of latents whose kinds are known, ``(N,)``."""
+        return _OfKinds(self, kind)
 
     @full_precision
     def _log_prob(self, z: Tensor, centres: Tensor, log_weights: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class _OfKinds:
 
 
 def _kernels(z: Tensor, centres: Tensor) -> Tensor:
-    """Z c - |c|^2 / 2 of latents, ``(N, k)``, and means, ``(M, k)``, or those of each: ``(N, M)``."""
+    """Return z c - |c|^2 / 2 of latents, ``(N, k)``, and means, ``(M, k)``, or those of each: ``(N, M)``."""
     # By a matrix product: no tensor of N x modes x k numbers.
     constant = -0.5 * centres.square().sum(-1)
     if centres.ndim == 2:

@@ -21,7 +21,7 @@ _LOOKED_AT = 10_000
 """Images among which kinds are looked for: every one is compared with every other."""
 
 _FITTED = 1000
-"""Images of a kind that are kept to compare others with; more change nothing but the time."""
+"""Images of a kind that others are compared with, and a whitening is fitted to; more change nothing but the time."""
 
 
 def pooled(features: Sequence[Tensor], like: Tensor) -> Tensor:
