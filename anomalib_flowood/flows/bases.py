@@ -113,7 +113,7 @@ class GaussianMixture(ForEachKind):
     centres: Tensor
     """Means, ``(clusterings * modes, k)``; a buffer, as the other. Of several fits both have those in front."""
     log_weights: Tensor
-    """Logarithms of their shares, which sum to 1, ``(clusterings * modes,)``."""
+    """Logarithms of their shares, ``(clusterings * modes,)``, which sum to 1, of several fits all together."""
 
     def __init__(self, dims: int, modes: int = 1, clusterings: int = 8) -> None:
         super().__init__()
@@ -168,6 +168,13 @@ class GaussianMixture(ForEachKind):
     def nearest(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
         """The mean that is nearest to each of some latents, ``(N, k)``, of their kind, ``(N,)``: ``(N, k)``."""
         return self.by_kind(self._nearest, z, kind)
+
+    def weigh(self, log_shares: Tensor) -> None:
+        """Give several fits, which :meth:`join` has put together, their shares of one mixture; logarithms, ``(K,)``.
+
+        Then :meth:`log_prob` of a kind is its part of that mixture, and the others are left out.
+        """
+        self.log_weights = self.log_weights + log_shares.log_softmax(0).to(self.log_weights)[:, None]
 
     def of(self, kind: Tensor) -> Base:
         """The distribution of latents whose kinds are known, ``(N,)``."""

@@ -2,6 +2,7 @@
 """EmbeddingFlow and kinds of normal images: to each a density of its own, in checkpoints and exports, too."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -27,16 +28,32 @@ def test_each_kind_has_the_density_of_a_fit_to_it_alone(layers):
     mixed = torch.arange(8).view(2, 4).T.flatten()
     found, contributions = detector.log_prob(new[mixed]), detector.contributions(new[mixed])
     assert contributions.kind.tolist() == [0, 1] * 4
-    embeddings = detector.embedding(features)
+    embeddings, shares = detector.embedding(features), []
     for number in range(2):
         detector.fit_embeddings(embeddings[20 * number : 20 * number + 20])
         detector.kinds.forget()
         rows, here = torch.arange(4 * number, 4 * number + 4), torch.arange(number, 8, 2)
-        alone = detector.log_prob(new[rows])
-        torch.testing.assert_close(found[here], alone)
+        share = found[here] - detector.log_prob(new[rows])
+        torch.testing.assert_close(share, share[:1].expand(4), rtol=0, atol=1e-6)
+        shares.append(float(share[0]))
         # Up to a constant of each kind, and to the other modes, which are farther away.
         own = detector.contributions(new[rows]).nats.nansum(1)
         torch.testing.assert_close(contributions.nats[here].nansum(1), own)
+    assert math.log(sum(map(math.exp, shares))) == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_one_threshold_is_as_strict_for_every_kind():
+    """Though one product varies more, so that its images are less likely by far."""
+    detector, new = model(), products(60, seed=1)
+    detector.fit_features(detector.extract(products(60)))
+    log_prob = detector.log_prob(new).unflatten(0, (2, 60))
+    assert abs(log_prob[0].mean() - log_prob[1].mean()) < log_prob.std(1).min()
+    alone = []
+    for number in range(2):
+        detector.fit_features(detector.extract(products(60)[60 * number : 60 * number + 60]))
+        alone.append(detector.log_prob(new[60 * number : 60 * number + 60]).mean())
+    assert abs(alone[0] - alone[1]) > 4 * log_prob.std(1).max()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import OneClass
 from anomalib_flowood.models.components import rotations
-from anomalib_flowood.models.feature_map_flow.folds import folds
+from anomalib_flowood.models.components.folds import folds
 
 DETECTORS = {"embedding_flow": embedding_flow, "feature_map_flow": feature_map_flow}
 

@@ -83,7 +83,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
-        kind_images: int = 20,
+        kind_images: int = 40,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,

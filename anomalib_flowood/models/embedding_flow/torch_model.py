@@ -14,6 +14,7 @@ from anomalib_flowood import flows
 from anomalib_flowood.features import Embedding
 from anomalib_flowood.models.components import FlowModel
 from anomalib_flowood.models.components.capabilities import Contributions
+from anomalib_flowood.models.components.folds import folds
 from anomalib_flowood.models.components.kinds import Kinds, fit_to_each, pooled
 from anomalib_flowood.models.components.rotations import rows_of
 from anomalib_flowood.scores.score import Inputs
@@ -32,7 +33,7 @@ class EmbeddingFlowModel(FlowModel):
 
     Kinds that have nothing to do with each other, say the products of a line, share no covariance: to each a density of
     its own is fitted (:class:`~anomalib_flowood.models.components.kinds.Kinds`), and an image is judged by that of its
-    kind.
+    kind, as a part of one mixture whose shares make all kinds equally likely.
 
     With couplings, a RealNVP between the leading directions and the mixture refines that; it trains on embeddings with
     the variance that noise and shrinking add.
@@ -58,7 +59,7 @@ class EmbeddingFlowModel(FlowModel):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
-        kind_images: int = 20,
+        kind_images: int = 40,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         coupling_layers: int = 0,
@@ -136,12 +137,29 @@ class EmbeddingFlowModel(FlowModel):
         if len(images) == 1:
             self.fit_embeddings(embeddings)
         else:
-            fit_to_each(
-                [rows_of(own, copies) for own in images],
-                lambda rows: self.fit_embeddings(flows.Computed(lambda some: embeddings[some[0]], [rows])),
-                [*self.gaussians, self.base],
-            )
+            self._fit_each(embeddings, [rows_of(own, copies) for own in images], copies)
         return [len(own) for own in images]
+
+    def _fit_each(self, embeddings: flows.Rows, of_kinds: Sequence[Tensor], copies: int) -> None:
+        """Fit a density to the rows of each kind.
+
+        They are one mixture, with the shares that make unseen images of all kinds equally likely: then one threshold is
+        as strict for each of them. Whatever a kind's share, the others add nothing where its images are.
+        """
+        levels = []
+
+        def fit(rows: Tensor) -> None:
+            unseen = []
+            for seen, part in folds(len(rows), copies):
+                self.fit_embeddings(_some_of(embeddings, rows[seen]))
+                for some in flows.in_turn(_some_of(embeddings, rows[part])):
+                    leading, rest = self.split(some)
+                    unseen.append(self.base.log_prob(leading) + rest)
+            levels.append(torch.cat(unseen).double().mean())
+            self.fit_embeddings(_some_of(embeddings, rows))
+
+        fit_to_each(of_kinds, fit, [*self.gaussians, self.base])
+        self.base.weigh(-torch.stack(levels))
 
     def _fit_kinds(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """Find the kinds of images, from a row for each: the indices of all images of each kind."""
@@ -238,3 +256,8 @@ class EmbeddingFlowModel(FlowModel):
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Embed pre-processed images, ``(N, 3, H, W)``, as :meth:`prepare` does; errors as for :meth:`extract`."""
         return self.prepare(self.extract(images))
+
+
+def _some_of(embeddings: flows.Rows, rows: Tensor) -> flows.Computed:
+    """Some rows of embeddings, computed as asked for."""
+    return flows.Computed(lambda parts: embeddings[parts[0]], [rows])

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
-
-from .folds import folds
+from anomalib_flowood.models.components.folds import folds
 
 _CHUNK = 64
 """Images that are whitened at once in a fit."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are scored by a whitening that was fitted to others."""
+"""Images that are scored by what was fitted to others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from anomalib_flowood.models.components.rotations import rows_of
+from .rotations import rows_of
 
 _FOLDS = 5
-"""Parts of the images: each is scored by a whitening that was fitted to the others."""
+"""Parts of the images: each is scored by what was fitted to the others."""
 _SCORED = 100
 """Images from which scales are known well enough: no further part is scored after these."""
 
