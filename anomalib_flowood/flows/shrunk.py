@@ -94,7 +94,7 @@ class ShrunkGaussian(ForEachKind):
         self.mean = mean.to(like)
         self.components = components.to(like)
         self.variances = variances.to(like)
-        self.tail_variance = like.new_tensor(tail)
+        self.tail_variance = torch.tensor(tail, dtype=torch.float64).to(like)
 
     def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
         """Hold several fits, one for each kind; those of fewer directions get some along which the variance is v."""

@@ -126,7 +126,7 @@ class FrozenFeatures(_Base):
         del batch, total
         return self.extract(images)
 
-    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+    def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> None:
         """Fit what comes before the flow.
 
         Args:

@@ -140,7 +140,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Return the pooled features, ``(N, P)``, and the layers' maps, ``(N, C, h, w)``."""
         return self.model.extract(images)
 
-    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+    def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> None:
         """Fit embedding, kinds and their densities."""
         kinds.report(self.model.fit_features(features, copies), "the density")
 

@@ -163,8 +163,8 @@ class EmbeddingFlowModel(FlowModel):
 
     def _fit_kinds(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """Find the kinds of images, from a row for each: the indices of all images of each kind."""
-        images = len(features[0])
-        points = flows.Computed(partial(pooled, like=self.base.centres), features)
+        images, like = len(features[0]), torch.empty(0, dtype=self.dtype)  # in main memory, as the features
+        points = flows.Computed(partial(pooled, like=like), features)
         if len(self.kinds.fit(images, points)) == 1:
             return [torch.arange(images)]
         kind = torch.cat([self.kinds(some).cpu() for some in flows.in_turn(points)])

@@ -234,7 +234,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             )
             raise ValueError(msg)
 
-    def fit_features(self, features: tuple[Tensor, ...], copies: int) -> None:
+    def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> None:
         """Fit descriptors and principal subspaces, to which copies of an image are as good as any."""
         del copies
         self.model.fit_features(features)
