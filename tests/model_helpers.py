@@ -15,7 +15,7 @@ from anomalib.engine import Engine
 from PIL import Image
 from torch import nn
 
-from anomalib_flowood import CrossDataset, EmbeddingFlow, FeatureMapFlow, PixelFlow
+from anomalib_flowood import CrossDataset, EmbeddingFlow, FeatureMapFlow, PixelFlow, load
 
 BACKBONE = "test_efficientnet"
 """timm's network for tests; without weights it needs no network."""
@@ -114,6 +114,17 @@ class Case:
             engine(self.folder).export(self.detector, export_type, self.folder)
         self.said[export_type] = said.getvalue()
         return path
+
+
+def check_exports(case: Case, images: np.ndarray) -> None:
+    """Compare what ONNX Runtime and OpenVINO say of images, ``(N, 3, H, W)``, with what the checkpoint says."""
+    expected = load(case.checkpoint).score(images)
+    for kind in ("onnx", "openvino"):
+        found = load(case.export(kind)).score(images)
+        np.testing.assert_allclose(found.raw_score, expected.raw_score, rtol=1e-3, atol=1e-4)
+        assert (found.anomaly_map is None) == (expected.anomaly_map is None)
+        if expected.anomaly_map is not None:
+            np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=1e-3)
 
 
 @contextmanager

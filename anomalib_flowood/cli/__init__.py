@@ -137,7 +137,7 @@ def _told_by_rank_zero() -> Iterator[None]:
     """End a process that was started beside one of rank 0 in silence where that one ends, too."""
     try:
         yield
-    except Exception:
+    except Exception:  # whatever it is: it goes on its way, unless rank 0 ends of it, too, and says so
         if os.environ.get("FLOWOOD_DEBUG") != "1" and rank_zero_ends():
             sys.exit(1)
         raise

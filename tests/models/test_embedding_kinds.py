@@ -4,12 +4,11 @@
 import logging
 import math
 
-import numpy as np
 import pytest
 import torch
-from model_helpers import BACKBONE, Case, embedding_flow, engine, products, products_folder
+from model_helpers import BACKBONE, Case, check_exports, embedding_flow, engine, products, products_folder
 
-from anomalib_flowood import EmbeddingFlow, OneClass, load
+from anomalib_flowood import EmbeddingFlow, OneClass
 from anomalib_flowood.models.embedding_flow import EmbeddingFlowModel
 
 
@@ -127,11 +126,7 @@ def test_a_checkpoint_keeps_them(case):
 
 
 def test_exports_judge_a_batch_of_several_kinds(case):
-    images = products(3, seed=4).float()[[0, 3, 1, 4, 5]].numpy()
-    expected = load(case.checkpoint).score(images)
-    for kind in ("onnx", "openvino"):
-        found = load(case.export(kind)).score(images)
-        np.testing.assert_allclose(found.raw_score, expected.raw_score, rtol=1e-3, atol=1e-4)
+    check_exports(case, products(3, seed=4).float()[[0, 3, 1, 4, 5]].numpy())
 
 
 @pytest.mark.parametrize("score", ["density_of_states", "latent_norm", "ensemble"])

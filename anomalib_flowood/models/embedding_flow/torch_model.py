@@ -144,7 +144,7 @@ class EmbeddingFlowModel(FlowModel):
         """Fit a density to the rows of each kind.
 
         They are one mixture, with the shares that make unseen images of all kinds equally likely: then one threshold is
-        as strict for each of them. Whatever a kind's share, the others add nothing where its images are.
+        as strict for each of them. Of the mixture an image gets the part of its kind.
         """
         levels = []
 
