@@ -38,15 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what has been imported out of the garbage collector's sight: benchmarks collect after every job."""
+    """Take what has been imported out of the garbage collector's sight: benchmarks collect after every job.
+
+    It looks less often, too. Tracing for an export makes objects by the hundred thousand, and few cycles.
+    """
     gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory):
-    """Detectors by name, each fitted once and exported once in each way, of which tests change nothing."""
+    """Detectors by name, each fitted once and exported once in each way, of which tests change nothing.
+
+    An export takes half a minute: all workers have the same, and who needs one first makes it.
+    """
     import torch
     from model_helpers import DETECTORS, Case
+
+    own = tmp_path_factory.getbasetemp()
+    common = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exports"
 
     smaller = {"pixel_flow": {}, "embedding_flow": {"coupling_layers": 2}, "feature_map_flow": {"coupling_layers": 2}}
     made = {}
@@ -54,7 +64,9 @@ def cases(tmp_path_factory):
     def get(name):
         if name not in made:
             torch.manual_seed(0)
-            made[name] = Case(tmp_path_factory.mktemp(name), DETECTORS[name](**smaller[name]))
+            exports = common / name
+            exports.mkdir(parents=True, exist_ok=True)
+            made[name] = Case(tmp_path_factory.mktemp(name), DETECTORS[name](**smaller[name]), exports=exports)
         return made[name]
 
     return get

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 
@@ -96,10 +97,23 @@ def products_folder(folder: Path) -> Path:
 
 
 class Case:
-    """A fitted detector, its checkpoint, and its exports, each made once."""
+    """A fitted detector, its checkpoint, and its exports, each made once.
 
-    def __init__(self, folder: Path, detector: nn.Module, module: AnomalibDataModule | None = None) -> None:
-        self.folder, self.detector, self.said = folder, detector, {}
+    Args:
+        folder: Of the checkpoint.
+        detector: Fitted here.
+        module: What to fit it to.
+        exports: Folder of the exports, where it is another; processes that fit the same detector share them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        detector: nn.Module,
+        module: AnomalibDataModule | None = None,
+        exports: Path | None = None,
+    ) -> None:
+        self.folder, self.detector, self.exports = folder, detector, exports or folder
         run = engine(folder)
         run.fit(detector, datamodule=module or data(folder))
         self.checkpoint = Path(run.trainer.checkpoint_callback.best_model_path)
@@ -107,13 +121,20 @@ class Case:
 
     def export(self, export_type: str) -> Path:
         suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt"}[export_type]
-        path = self.folder / "weights" / export_type / f"model{suffix}"
-        if path.exists():
-            return path
-        with _traced_once(self.folder / "traced"), redirect_stdout(io.StringIO()) as said:
-            engine(self.folder).export(self.detector, export_type, self.folder)
-        self.said[export_type] = said.getvalue()
+        path = self.exports / "weights" / export_type / f"model{suffix}"
+        with FileLock(self.exports / "lock"):
+            if not path.exists():
+                with _traced_once(self.exports / "traced"), redirect_stdout(io.StringIO()) as said:
+                    engine(self.folder).export(self.detector, export_type, self.exports)
+                self._said(export_type).write_text(said.getvalue(), encoding="utf-8")
         return path
+
+    def said(self, export_type: str) -> str:
+        """What was printed while it was exported."""
+        return self._said(export_type).read_text(encoding="utf-8")
+
+    def _said(self, export_type: str) -> Path:
+        return self.exports / f"{export_type}.txt"
 
 
 def check_exports(case: Case, images: np.ndarray) -> None:
@@ -133,7 +154,7 @@ def _traced_once(folder: Path) -> Iterator[None]:
     export = torch.onnx.export
 
     def traced(model: nn.Module, args: tuple, f: Path, **kwargs: object) -> None:
-        asked = repr((id(model), [(arg.shape, arg.dtype) for arg in args], sorted(kwargs.items())))
+        asked = repr((type(model), [(arg.shape, arg.dtype) for arg in args], sorted(kwargs.items())))
         if not (folder / "asked").exists():
             export(model, args, f, **kwargs)
             shutil.copytree(Path(f).parent, folder)  # before anything is done to it

@@ -72,7 +72,7 @@ def test_an_export_gives_raw_scores_and_all_decisions(export_type, maps):
     detector, images = maps.detector, torch.rand(6, 3, 50, 37)
     found = raw_scores(maps, export_type, images)
     checked = f"Check of {maps.export(export_type)}: largest differences from PyTorch on 10 normal images"
-    assert checked in maps.said[export_type]
+    assert checked in maps.said(export_type)
     with torch.no_grad():
         raw = detector.model(detector.pre_processor.transform(images)).pred_score
     np.testing.assert_allclose(found, raw, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import data, engine, pixel_flow, randomise_flow
+from model_helpers import Case, compile_model, data, engine, lowered_layers, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
 from anomalib_flowood.flows import (
@@ -178,23 +178,23 @@ def test_samples_in_training_leave_the_running_statistics_alone():
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_every_architecture_trains_is_saved_and_exported(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
-    detector, module, run = pixel_flow(max_epochs=1, **CONVOLUTIONAL[name]), data(tmp_path), engine(tmp_path)
-    run.fit(detector, datamodule=module)
+    pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
+    case = Case(tmp_path, pixel_flow(max_epochs=1, **CONVOLUTIONAL[name]))
     images = torch.rand(5, 3, 20, 17)
     with torch.no_grad():
-        scores = detector.eval()(images).pred_score
+        scores = case.detector(images).pred_score
 
-        path = run.trainer.checkpoint_callback.best_model_path
-        torch.load(path, weights_only=True)
-        again = PixelFlow.load_from_checkpoint(path)
+        torch.load(case.checkpoint, weights_only=True)
+        again = PixelFlow.load_from_checkpoint(case.checkpoint)
         assert torch.equal(again.eval()(images).pred_score, scores)
 
-        exported = torch.load(run.export(detector, "torch", export_root=tmp_path), weights_only=False)["model"]
+        exported = torch.load(case.export("torch"), weights_only=False)["model"]
         assert torch.equal(exported(images).pred_score, scores)
 
-    session = onnxruntime.InferenceSession(str(run.export(detector, "onnx", export_root=tmp_path)))
+    session = onnxruntime.InferenceSession(str(case.export("onnx")))
     (score,) = session.run(["pred_score"], {"input": images.numpy()})
     np.testing.assert_allclose(score, scores, rtol=1e-4)
+    assert not lowered_layers(compile_model(case.export("openvino"), "bf16"))
 
 
 def test_grey_images_come_as_one_channel_or_as_three():

@@ -182,12 +182,11 @@ def test_names_of_outputs_are_kept(tmp_path):
     "build",
     [
         lambda: pixel_flow(mask="horizontal", subnet="highway", coupling_layers=2),
-        lambda: pixel_flow(architecture="glow", coupling_layers=1, bottleneck_dim=5),
-        lambda: feature_map_flow(backbone="resnet18", map_layers=None, score_layers=None, coupling_layers=2),
+        lambda: feature_map_flow(backbone="resnet18", map_layers=None, score_layers=None, coupling_layers=1),
         lambda: feature_map_flow(mask="cycle", subnet="resnet", coupling_layers=1),
-        lambda: feature_map_flow(context="quadrant", coupling_layers=4),
+        lambda: feature_map_flow(context="quadrant", coupling_layers=1),
     ],
-    ids=["highway", "glow", "resnet18", "maps", "quadrant"],
+    ids=["highway", "resnet18", "maps", "quadrant"],
 )
 def test_no_layer_of_other_networks_is_lowered(build, tmp_path):
     detector = build()
