@@ -48,6 +48,14 @@ def test_one_threshold_is_as_strict_for_every_kind():
     detector.fit_features(detector.extract(products(60)))
     log_prob = detector.log_prob(new).unflatten(0, (2, 60))
     assert abs(log_prob[0].mean() - log_prob[1].mean()) < log_prob.std(1).min()
+    # The score says how far out an image is among those of its kind that nothing was fitted to.
+    score = detector(new).pred_score.unflatten(0, (2, 60))
+    assert (score.mean(1).abs() < 0.5).all()
+    assert ((score.std(1) > 0.5) & (score.std(1) < 1.5)).all()
+    torch.testing.assert_close(
+        detector.unseen.location + score * detector.unseen.spread, -log_prob / detector.dims
+    )
+    assert not detector.scores_are_likelihoods
     alone = []
     for number in range(2):
         detector.fit_features(detector.extract(products(60)[60 * number : 60 * number + 60]))
@@ -88,6 +96,19 @@ def test_there_is_one_density_where_no_kinds_are_wanted():
     assert detector.gaussians[0].mean.ndim == 1
     assert len(detector.prepare(detector.extract(products(2)))) == 2
     assert detector.contributions(products(2)).kind is None
+    assert detector.scores_are_likelihoods
+    images = products(2)
+    torch.testing.assert_close(detector(images).pred_score, -detector.log_prob(images) / detector.dims)
+
+
+@torch.no_grad()
+def test_weights_from_before_there_were_kinds_load():
+    detector, again = model(kind_images=0), model()
+    detector.fit_features(detector.extract(products(20)))
+    saved = {name: value for name, value in detector.state_dict().items() if not name.startswith("unseen.")}
+    again.load_state_dict(saved)
+    images = products(2)
+    torch.testing.assert_close(again(images).pred_score, detector(images).pred_score)
 
 
 def parts(folder):

@@ -57,7 +57,9 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
         rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
             quarters, if turned ones are as near to the others as the images are.
-        score: {scores}; ``nll`` is −log p. ``ensemble`` trains four more flows, of couplings. See docs/scores.md.
+        score: {scores}; ``nll`` is −log p, or where there are several kinds how far it is above that of other images of
+            the kind, in their standard deviations. ``ensemble`` trains four more flows, of couplings. See
+            docs/scores.md.
         max_epochs: Epochs to train when the trainer names no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
@@ -83,7 +85,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
-        kind_images: int = 40,
+        kind_images: int = 20,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         bottleneck_dim: int = 16,

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from anomalib.data import InferenceBatch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from anomalib_flowood.models.components.capabilities import Contributions
 from anomalib_flowood.models.components.folds import folds
 from anomalib_flowood.models.components.kinds import Kinds, fit_to_each, pooled
 from anomalib_flowood.models.components.rotations import rows_of
+from anomalib_flowood.scores import Evidence, NegativeLogLikelihood, Score
 from anomalib_flowood.scores.score import Inputs
 
 
@@ -33,7 +36,9 @@ class EmbeddingFlowModel(FlowModel):
 
     Kinds that have nothing to do with each other, say the products of a line, share no covariance: to each a density of
     its own is fitted (:class:`~anomalib_flowood.models.components.kinds.Kinds`), and an image is judged by that of its
-    kind, as a part of one mixture whose shares make all kinds equally likely.
+    kind, as a part of one mixture whose shares make all kinds equally likely. The score ``nll`` is then −log p in
+    standard deviations of images of the kind that were left out of a fit, above their mean, for a kind of few images
+    scatters more than one of many; it is no likelihood.
 
     With couplings, a RealNVP between the leading directions and the mixture refines that; it trains on embeddings with
     the variance that noise and shrinking add.
@@ -59,7 +64,7 @@ class EmbeddingFlowModel(FlowModel):
         map_dims: int = 32,
         subspace_dim: int = 128,
         modes: int = 256,
-        kind_images: int = 40,
+        kind_images: int = 20,
         feature_noise: float = 1.0,
         subnet: str = "mlp",
         coupling_layers: int = 0,
@@ -94,6 +99,13 @@ class EmbeddingFlowModel(FlowModel):
         self.embedding = embedding
         self.gaussians = nn.ModuleList(gaussians)
         self.kinds = Kinds(kind_images)
+        self.unseen = Evidence(1)
+        """−log p per dimension of images that were left out of a fit, of each kind where there are several."""
+
+    @property
+    def scores_are_likelihoods(self) -> bool:
+        """Not where there are several kinds."""
+        return super().scores_are_likelihoods and self.kinds.points is None
 
     @property
     def backbone(self) -> nn.Module:
@@ -131,6 +143,7 @@ class EmbeddingFlowModel(FlowModel):
         Raises:
             ValueError: If there are too few of them, or they are all alike.
         """
+        self.unseen.forget()
         self.embedding.fit(features)
         embeddings = self.embedding.of_stored(features)
         images = self._fit_kinds(tuple(part[::copies] for part in features))
@@ -146,7 +159,6 @@ class EmbeddingFlowModel(FlowModel):
         They are one mixture, with the shares that make unseen images of all kinds equally likely: then one threshold is
         as strict for each of them. Of the mixture an image gets the part of its kind.
         """
-        levels = []
 
         def fit(rows: Tensor) -> None:
             unseen = []
@@ -155,11 +167,13 @@ class EmbeddingFlowModel(FlowModel):
                 for some in flows.in_turn(_some_of(embeddings, rows[part])):
                     leading, rest = self.split(some)
                     unseen.append(self.base.log_prob(leading) + rest)
-            levels.append(torch.cat(unseen).double().mean())
+            self.unseen.fit(-torch.cat(unseen)[:, None] / self.dims)
             self.fit_embeddings(_some_of(embeddings, rows))
 
-        fit_to_each(of_kinds, fit, [*self.gaussians, self.base])
-        self.base.weigh(-torch.stack(levels))
+        fit_to_each(of_kinds, fit, [*self.gaussians, self.base, self.unseen])
+        shares = (self.dims * self.unseen.location[:, 0].double()).log_softmax(0)
+        self.base.weigh(shares)
+        self.unseen.location = self.unseen.location - (shares / self.dims).to(self.unseen.location)[:, None]
 
     def _fit_kinds(self, features: tuple[Tensor, ...]) -> list[Tensor]:
         """Find the kinds of images, from a row for each: the indices of all images of each kind."""
@@ -216,6 +230,14 @@ class EmbeddingFlowModel(FlowModel):
         base = self.base.of(kind[0]) if kind else self.base
         return flows.density(self.flow if flow is None else flow, base, coordinates, rest)
 
+    def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
+        """Score prepared images, as :meth:`FlowModel.predict` does, but for −log p where there are several kinds."""
+        found = super().predict(inputs, scorer)
+        if len(inputs) == 2 or not isinstance(scorer or self.scorer, NegativeLogLikelihood):
+            return found
+        assert found.pred_score is not None
+        return InferenceBatch(pred_score=self.unseen(found.pred_score[:, None], inputs[2]))
+
     def contributions(self, images: Tensor) -> Contributions:
         """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.
 
@@ -244,6 +266,11 @@ class EmbeddingFlowModel(FlowModel):
         ratios = [part.tail_variance[..., None] / part.variances[..., : part.directions] for part in gaussians]
         shares = torch.cat(ratios, dim=-1).sqrt()
         return coordinates + (shares if kind is None else shares[kind]) * torch.randn_like(coordinates)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, value in self.unseen.state_dict(prefix=f"{prefix}unseen.").items():
+            state_dict.setdefault(name, value)  # of a version that had no kinds
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
         """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
