@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from anomalib.models import AnomalibModule
 from lightning import seed_everything
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from anomalib_flowood.features import LOCAL_DIR, save_local
 from anomalib_flowood.metrics import auroc, fpr_at_tpr
@@ -33,7 +34,7 @@ from .memo import Memo
 from .pixels import pixel_metrics, save_maps
 from .plan import Job, plan
 from .reading import Reader, reader, reading_once
-from .tasks import Options, TestSet
+from .tasks import Options
 
 TRAINING_SECONDS = {"industrial": 1200.0, "unified": 1200.0, "one_class": 300.0, "cross": 300.0}
 """Cap on the training of a detector that trains until its held-out loss levels off, without another in the options."""
@@ -77,13 +78,20 @@ def run_job(job: Job, backbone: str, memo: Memo, options: Options) -> list[dict[
         engine = quiet_engine(folder, [recorder, *([rule] if rule else [])], **unseen)
         tests = [test for test in task.tests if test.part in options.parts]
         common: dict[str, Any] = {}
+        scores: list[pd.DataFrame] = []
         for test in tests:
-            if common:
-                engine.test(model, dataloaders=test.loader(datamodule), verbose=False)
+            if test.loader is None:
+                result = _image_metrics(pd.concat(scores))
             else:
-                common = _fit_and_test(engine, model, datamodule, test, recorder, memo, extras=options.extras)
-                common["stopped_by"] = (rule.stopped_by if rule else "") or "default epochs"
-            result = _metrics(recorder, aupimo=options.extras)
+                if common:
+                    engine.test(model, dataloaders=test.loader(datamodule), verbose=False)
+                else:
+                    common = _fit_and_test(
+                        engine, model, datamodule, test.loader, recorder, memo, extras=options.extras
+                    )
+                    common["stopped_by"] = (rule.stopped_by if rule else "") or "default epochs"
+                result = _metrics(recorder, aupimo=options.extras)
+                scores.append(recorder.scores)
             if options.extras and test.part == "industrial" and job.seed == 0:
                 save_maps(options.output / "maps" / test.name / f"{detector.name}.npz", recorder)
             key = (test.part, test.name, detector.name, job.seed)
@@ -102,7 +110,7 @@ def _fit_and_test(
     engine: Engine,
     model: AnomalibModule,
     datamodule: AnomalibDataModule,
-    test: TestSet,
+    loader: Callable[[AnomalibDataModule], DataLoader],
     recorder: Recorder,
     memo: Memo,
     *,
@@ -119,7 +127,7 @@ def _fit_and_test(
         wall = time.perf_counter() - start
         hits, saved = account.hits, account.saved + images.saved - read_before
         backbone = sum(account.seconds_per_image.values())
-        engine.test(model, dataloaders=test.loader(datamodule), verbose=False)
+        engine.test(model, dataloaders=loader(datamodule), verbose=False)
         if extras:  # with the memo off, so that every detector's peak has a backbone at work in it
             speed = images_per_s(model, torch.cat(recorder.images)[:SPEED_BATCH], memo)
     return {

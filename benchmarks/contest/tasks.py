@@ -37,12 +37,12 @@ class TestSet:
     Attributes:
         part: One of :data:`PARTS` or :data:`SUITE_PARTS`.
         name: Its name in rows.
-        loader: Gives its images from the data module.
+        loader: Gives its images from the data module; ``None`` for those of all tests before it, as one.
     """
 
     part: str
     name: str
-    loader: Callable[[AnomalibDataModule], DataLoader] = methodcaller("test_dataloader")
+    loader: Callable[[AnomalibDataModule], DataLoader] | None = methodcaller("test_dataloader")
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ def few(options: Options) -> list[Task]:
 
 
 def unified(options: Options) -> list[Task]:
-    """Return the folders of ``--industrial`` as one normal class, each tested on its own; nothing where there is one.
+    """Return the folders of ``--industrial`` as one normal class; nothing where there is one.
 
-    A row's task names them all: one model for others is another.
+    Each is tested on its own, and then all together. A row's task names them all: one model for others is another.
 
     Raises:
         FileNotFoundError: If a folder is not there, or lacks images.
@@ -181,9 +181,12 @@ def unified(options: Options) -> list[Task]:
     if len(folders) < 2:
         return []
     together = "+".join(sorted(name for name, _ in folders))
-    tests = tuple(
-        TestSet("unified", f"{together}: {name}", methodcaller("test_of", number))
-        for number, (name, _) in enumerate(folders)
+    tests = (
+        *(
+            TestSet("unified", f"{together}: {name}", methodcaller("test_of", number))
+            for number, (name, _) in enumerate(folders)
+        ),
+        TestSet("unified", together, loader=None),
     )
 
     def data() -> Together:

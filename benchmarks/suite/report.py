@@ -56,8 +56,9 @@ def in_short(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         By detector: mean rank by image AUROC (``rank``), mean image AUROC with a model for each folder (``each``), how
         far it is below the best rival where it is farthest (``worst``) and on which folder (``where``), mean image
-        AUROC with a few images (``few``) and with one model for all (``unified``), seconds and passes of the backbone
-        of a fit to about 300 images (``fit_s``, ``passes``).
+        AUROC with a few images (``few``) and with one model for all (``unified``), that of all folders' test images
+        together with that model (``pooled``), seconds and passes of the backbone of a fit to about 300 images
+        (``fit_s``, ``passes``).
     """
     some = of_part(rows, "industrial")
     folders = by_folder(some)
@@ -66,7 +67,7 @@ def in_short(rows: pd.DataFrame) -> pd.DataFrame:
     behind = behind_best_rival(folders).dropna(axis=1, how="all")
     table["worst"] = behind.max(axis=1)
     table["where"] = behind.idxmax(axis=1) if len(behind.columns) else ""
-    for part in ("few", "unified"):
+    for part in ("few", "unified", "pooled"):
         table[part] = by_folder(of_part(rows, part)).mean(axis=1)
     return table.join(usual_fit(some))
 
@@ -79,14 +80,16 @@ def _in_short(rows: pd.DataFrame) -> list[str]:
         "each": column(table["each"]),
         "few": column(table["few"]),
         "unified": column(table["unified"]),
+        "pooled": column(table["pooled"]),
         "worst": column(-table["worst"], signed),
         "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
         "passes": [three(value, 2) for value in table["passes"]],
     }
     said = (
-        f"Mean image AUROC: a model for *each* folder, for a *few* ({FEW}) images of each, *unified* for all; *worst*: "
-        "distance to the best rival on the folder where it is least; a fit to about 300 images in seconds and in "
-        "*passes*, in each of which every image is read and shown to the backbone."
+        f"Mean image AUROC: a model for *each* folder, for a *few* ({FEW}) images of each, *unified* for all; with the "
+        "latter that of all test images together (*pooled*), as one threshold meets them; *worst*: distance to the "
+        "best rival on the folder where it is least; a fit to about 300 images in seconds and in *passes*, in each of "
+        "which every image is read and shown to the backbone."
     )
     below = [
         f"{name} on {where} ({signed(-worst)})"
@@ -194,6 +197,7 @@ def _stands(rows: pd.DataFrame) -> list[str]:
         "Mean AUPRO over the folders with masks": ("industrial", "aupro"),
         f"Mean image AUROC, a model for {FEW} images of each folder": ("few", "auroc"),
         "Mean image AUROC, one model for all folders": ("unified", "auroc"),
+        "Image AUROC of all folders' test images together, the same model": ("pooled", "auroc"),
     }
     for title, (part, metric) in figures.items():
         stands = rows.groupby("stand", sort=False)
@@ -231,14 +235,15 @@ def all_sets(rows: pd.DataFrame) -> str:
     extra = {"mean": column(table["each"])}
     extra |= {f"{FEW} images": column(table["few"])} if table["few"].notna().any() else {}
     extra |= {"one model": column(table["unified"])} if table["unified"].notna().any() else {}
+    extra |= {"one threshold": column(table["pooled"])} if table["pooled"].notna().any() else {}
     extra["fit s"] = [short_number(pd.Series([value])) for value in table["fit_s"]]
     numbers = sorted(whole(some)["seed"].unique())
     seeds = f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     stand = some["stand"].iloc[0]
     said = (
         f"Image AUROC with the defaults, a model for each folder ({stand} pixels; {seeds} where a seed "
-        f"matters); the means with a model for {FEW} training images of each, and with one model for all; seconds of a "
-        "fit to about 300 images:"
+        f"matters); the means with a model for {FEW} training images of each, and with one model for all; all test "
+        "images together, as one threshold meets them, with that model; seconds of a fit to about 300 images:"
     )
     texts.append(fill(said, 120))
     done = whole(some)

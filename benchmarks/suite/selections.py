@@ -12,9 +12,14 @@ USUAL_IMAGES = 300
 
 
 def split_tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Name a folder in ``task``, and in ``together`` the folders whose images were one normal class, if any were."""
+    """Name a folder in ``task``, and in ``together`` the folders whose images were one normal class, if any were.
+
+    The test images of all of these, as one, are a part of their own, ``pooled``.
+    """
     names = rows["task"].astype(str).str.extract(r"^(?:(?P<together>.*): )?(?P<folder>.*)$")
-    return rows.assign(task=names["folder"], together=names["together"].fillna(""))
+    pooled = (rows["part"] == "unified") & names["together"].isna()
+    together = names["together"].where(~pooled, names["folder"]).fillna("")
+    return rows.assign(part=rows["part"].where(~pooled, "pooled"), task=names["folder"], together=together)
 
 
 def together_last(rows: pd.DataFrame) -> pd.DataFrame:
@@ -26,7 +31,7 @@ def together_last(rows: pd.DataFrame) -> pd.DataFrame:
 def of_part(rows: pd.DataFrame, part: str) -> pd.DataFrame:
     """Rows of one part, without failures; of models for several folders those for the most."""
     some = rows[(rows["part"] == part) & rows["error"].isna()]
-    return together_last(some) if part == "unified" else some
+    return together_last(some) if part in {"unified", "pooled"} else some
 
 
 def whole(rows: pd.DataFrame) -> pd.DataFrame:

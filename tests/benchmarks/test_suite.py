@@ -64,6 +64,12 @@ def test_folders_with_and_without_masks(tmp_path, folder, unmasked, small_contes
     assert {path: path.stat().st_size for path in root.glob("features/*/digests")} == stored
     assert read_rows(output).set_index("part").loc["unified", "hits"].gt(0).all()
     rows = read_rows(output).set_index(["part", "task", "detector"]).loc["unified"]
+    pooled = rows.loc["cups+plates"]  # all test images as one
+    assert set(pooled.index) == set(plans.DETECTORS)
+    assert (pooled["test_images"] == 22).all()
+    assert pooled["auroc"].between(0, 1).all()
+    assert pooled[["aupro", "pixel_auroc"]].isna().all(axis=None)
+    rows = rows.drop("cups+plates", level="task")
     assert set(rows.index) == {
         (f"cups+plates: {name}", detector) for name in ("plates", "cups") for detector in plans.DETECTORS
     }
@@ -222,12 +228,13 @@ def test_figures_in_short(tmp_path):
         *(row(name, "FeatureMapFlow", 0.65, seed, part="few") for name in ("bolts", "cups") for seed in (0, 1)),
         *(row(f"bolts+cups: {name}", "FeatureMapFlow", 0.75, part="unified") for name in ("bolts", "cups")),
         *(row(f"bolts+lamps: {name}", "FeatureMapFlow", 0.1, part="unified") for name in ("bolts", "lamps")),
+        *(row("bolts+cups", "FeatureMapFlow", value, seed, part="unified") for seed, value in enumerate((0.5, 0.6))),
     ]
     lines = by_name(stored(tmp_path, rows).partition("###")[2].partition("###")[0])
     # Two passes are 2 x 300 images of 20 ms; the folder with fewer images does not count.
-    assert lines["FeatureMapFlow"] == ["0.805", "0.650", "0.750", "−0.040", "12.0", "2.00"]
-    assert lines["KNN"] == ["0.775", "–", "–", "−0.130", "10.0", "1.67"]
-    assert lines["Padim"] == ["0.830", "–", "–", "−0.020", "10.0", "1.67"]
+    assert lines["FeatureMapFlow"] == ["0.805", "0.650", "0.750", "0.550", "−0.040", "12.0", "2.00"]
+    assert lines["KNN"] == ["0.775", "–", "–", "–", "−0.130", "10.0", "1.67"]
+    assert lines["Padim"] == ["0.830", "–", "–", "–", "−0.020", "10.0", "1.67"]
     text = stored(tmp_path, rows)
     assert "Farthest below the best rival: FeatureMapFlow on bolts (−0.040)." in text
 
