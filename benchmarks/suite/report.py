@@ -76,20 +76,25 @@ def _in_short(rows: pd.DataFrame) -> list[str]:
     if of_part(rows, "industrial").empty:
         return []
     table = in_short(rows)
-    columns = {
+    scores = {
         "each": column(table["each"]),
         "few": column(table["few"]),
         "unified": column(table["unified"]),
         "pooled": column(table["pooled"]),
         "worst": column(-table["worst"], signed),
+    }
+    costs = {
         "fit s": [short_number(pd.Series([value])) for value in table["fit_s"]],
         "passes": [three(value, 2) for value in table["passes"]],
     }
     said = (
         f"Mean image AUROC: a model for *each* folder, for a *few* ({FEW}) images of each, *unified* for all; with the "
         "latter that of all test images together (*pooled*), as one threshold meets them; *worst*: distance to the "
-        "best rival on the folder where it is least; a fit to about 300 images in seconds and in *passes*, in each of "
-        "which every image is read and shown to the backbone."
+        "best rival on the folder where it is least."
+    )
+    cost = (
+        "A fit to about 300 images, in seconds and in *passes*, in each of which every image is read and shown to the "
+        "backbone:"
     )
     below = [
         f"{name} on {where} ({signed(-worst)})"
@@ -97,7 +102,8 @@ def _in_short(rows: pd.DataFrame) -> list[str]:
         if not is_rival(name) and isinstance(where, str) and where
     ]
     worst = [f"Farthest below the best rival: {', '.join(below)}."] if below else []
-    return ["### In short", said, *side_by_side(table.index, columns), *worst]
+    tables = [*side_by_side(table.index, scores), *worst, cost, *side_by_side(table.index, costs)]
+    return ["### In short", said, *tables]
 
 
 def _bars(rows: pd.DataFrame) -> list[str]:
