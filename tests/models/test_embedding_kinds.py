@@ -52,9 +52,7 @@ def test_one_threshold_is_as_strict_for_every_kind():
     score = detector(new).pred_score.unflatten(0, (2, 60))
     assert (score.mean(1).abs() < 0.5).all()
     assert ((score.std(1) > 0.5) & (score.std(1) < 1.5)).all()
-    torch.testing.assert_close(
-        detector.unseen.location + score * detector.unseen.spread, -log_prob / detector.dims
-    )
+    torch.testing.assert_close(detector.unseen.location + score * detector.unseen.spread, -log_prob / detector.dims)
     assert not detector.scores_are_likelihoods
     alone = []
     for number in range(2):

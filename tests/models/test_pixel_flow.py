@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_helpers import Case, compile_model, data, engine, lowered_layers, pixel_flow, randomise_flow
+from model_helpers import Case, compile_model, lowered_layers, pixel_flow, randomise_flow
 
 from anomalib_flowood import PixelFlow
 from anomalib_flowood.flows import (
