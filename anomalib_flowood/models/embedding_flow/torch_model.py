@@ -269,7 +269,7 @@ class EmbeddingFlowModel(FlowModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, value in self.unseen.state_dict(prefix=f"{prefix}unseen.").items():
-            state_dict.setdefault(name, value)  # of a version that had no kinds
+            state_dict.setdefault(name, value)  # weights of a version that had no kinds lack them
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
