@@ -24,6 +24,15 @@ _POINTS_PER_DIRECTION = 2
 _POSITIONS = 64
 """Positions whose covariances are computed at once, for which their vectors are copied."""
 
+_SHIFT = 1.0
+"""Standard deviation of the shift of a part from image to image that covariances allow for, positions."""
+
+_FARTHEST = 2
+"""Rows and columns to the farthest position that a shift leads to, beyond which few do."""
+
+_SHARED = 2
+"""Images that what all positions share counts as, for each of the images that are fitted to."""
+
 _RIDGE = 1e-6
 """Of the mean variance, added to every variance: a number that is constant stays invertible."""
 
@@ -237,12 +246,15 @@ class PositionWhitening(ForEachKind, Layer):
 
     With a standard normal for what comes out, it is the Gaussian for each position of Defard et al. (2021, "PaDiM",
     section 3.2). Their covariances of few images need a ridge; here each is shrunk towards the mean W of all positions'
-    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18). With the scatter S_p
-    of position p over n images, D numbers at each::
+    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18), and towards what a
+    shift B_p of the part would add: it does not lie to the pixel, and a shift moves what belongs to the positions
+    around, whose means m_q are others, to position p. With the scatter S_p over n images, D numbers at each::
 
-        C_p = (S_p + D W) / (n - 1 + D),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
+        C_p = (S_p + a (W + B_p)) / (n - 1 + a),    a = max(D, 2 (n - 1)),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
+        B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T,    k a Gaussian of one position, its sum over the map 1
 
-    so that W counts as D images, the fewest that determine a covariance. Before a fit it is the identity.
+    so that what is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
+    position's own. Before a fit it is the identity.
 
     Args:
         dims_in: One map shape, ``[(D, h, w)]``.
@@ -289,12 +301,24 @@ class PositionWhitening(ForEachKind, Layer):
             msg = f"The {n} maps hold NaN or infinite values, or are all the same."
             raise ValueError(msg)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
-        covariances.add_(dims * shared).div_(n - 1 + dims).add_(ridge)
+        count, mean = max(dims, _SHARED * (n - 1)), known.mean
+        steps = self._steps(mean)
+        covariances.add_(count * shared).baddbmm_(steps, steps.mT, alpha=count).div_(n - 1 + count).add_(ridge)
         # In NumPy, matrix after matrix: PyTorch's batched factorisations have hung on some CPUs.
         lower = torch.from_numpy(np.linalg.cholesky(covariances.cpu().numpy()))
         one = torch.eye(dims, dtype=torch.float64).expand_as(lower)
         self.factors = torch.linalg.solve_triangular(lower, one, upper=False).tril().to(self.factors)
-        self.mean = known.mean.to(self.mean)
+        self.mean = mean.to(self.mean)
+
+    def _steps(self, mean: Tensor) -> Tensor:
+        """Differences of means, ``(h * w, D)``, from those around, times the square root of k: ``(h * w, D, around)``."""
+        dims, height, width = self.shape
+        distances = torch.arange(-_FARTHEST, _FARTHEST + 1).to(mean)
+        weights = (-0.5 * (distances / _SHIFT).square()).exp()
+        around = partial(functional.unfold, kernel_size=len(distances), padding=_FARTHEST)
+        inside = around(mean.new_ones(1, 1, height, width))[0] * torch.outer(weights, weights).flatten()[:, None]
+        of_others = around(mean.T.reshape(1, dims, height, width))[0].unflatten(0, (dims, -1))
+        return ((of_others - mean.T[:, None]) * (inside / inside.sum(0)).sqrt()).permute(2, 0, 1)
 
     def forget(self) -> None:
         """Be the identity again."""

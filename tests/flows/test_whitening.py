@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 from flow_helpers import check_inverse, check_log_det
@@ -43,19 +45,47 @@ def test_inverse_and_log_determinant(shape, n):
     check_log_det(module, x[:2])
 
 
-def test_with_a_standard_normal_each_position_has_a_gaussian_of_its_own():
-    x, new = maps(20), maps(4, seed=1)
+@pytest.mark.parametrize(("n", "count"), [(2, 3), (20, 38)])  # 3 numbers at a position; twice 19
+def test_with_a_standard_normal_each_position_has_a_gaussian_of_its_own(n, count):
+    x, new = maps(n), maps(4, seed=1)
     layer = fitted(x)
     vectors = x.flatten(2)
+    means = vectors.mean(0).T
     scatters = [(part - part.mean(0)).T @ (part - part.mean(0)) for part in vectors.unbind(2)]
-    shared = torch.stack(scatters).mean(0) / 19
+    shared = torch.stack(scatters).mean(0) / (n - 1)
     w, _ = layer.transform(new, rev=False)
     found = StandardNormal().elementwise(w).sum(1) + layer.log_dets
     for place, scatter in enumerate(scatters):
-        covariance = (scatter + 3 * shared) / (19 + 3)
-        gaussian = MultivariateNormal(vectors[:, :, place].mean(0), covariance)
+        covariance = (scatter + count * (shared + shift(means, place))) / (n - 1 + count)
+        gaussian = MultivariateNormal(means[place], covariance)
         expected = gaussian.log_prob(new.flatten(2)[:, :, place])
         torch.testing.assert_close(found.flatten(1)[:, place], expected, rtol=1e-4, atol=1e-4)
+
+
+def shift(means, place):
+    """What a shift by about a position adds, one position after the other."""
+    row, column = divmod(place, SHAPE[2])
+    total, weights = torch.zeros(SHAPE[0], SHAPE[0]).double(), 0.0
+    for other, mean in enumerate(means):
+        rows, columns = (there - here for there, here in zip(divmod(other, SHAPE[2]), (row, column), strict=True))
+        if max(abs(rows), abs(columns)) <= 2:
+            weight = math.exp(-0.5 * (rows**2 + columns**2))
+            total += weight * torch.outer(mean - means[place], mean - means[place])
+            weights += weight
+    return total / weights
+
+
+def test_a_part_that_lies_elsewhere_is_no_surprise():
+    """An edge, between columns that are all alike, one position farther than in any image of the fit."""
+    generator = torch.Generator().manual_seed(0)
+    edge = torch.where(torch.arange(12) < 6, 0.0, 10.0).double().expand(2, 8, 12)
+    x = edge + torch.randn(40, 2, 8, 12, generator=generator, dtype=torch.float64)
+    layer = fitted(x)
+    surprise = layer.whitened(edge.roll(1, dims=2)[None]).square().sum(1)[0]
+    assert surprise[:, 6].max() < 6  # the column that it has crossed; 200 by its own variance alone
+    dot = edge.clone()
+    dot[:, 4, 1] = 10  # what no shift brings there
+    assert layer.whitened(dot[None]).square().sum(1)[0, 4, 1] > 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
