@@ -211,16 +211,16 @@ ONE_KIND = {f"{name} (one kind)": f"{name} (no rotations)" for name in _OURS}
 """Detectors that take all normal images, as they lie, for one kind, and what they are otherwise."""
 
 _FLOWS: dict[str, dict[str, Any]] = {
-    "FeatureMapFlow": {"coupling_layers": 10, "kind_images": 0},
+    "FeatureMapFlow": {"coupling_layers": 10},
     "EmbeddingFlow": {"coupling_layers": 6},
 }
 """Arguments that give our detectors a flow, of which they have none by default."""
 
 TRAINED = {
-    "FeatureMapFlow (flow)": "FeatureMapFlow (one kind)",
+    "FeatureMapFlow (flow)": "FeatureMapFlow (no rotations)",
     "EmbeddingFlow (flow)": "EmbeddingFlow (no rotations)",
 }
-"""Detectors that train a flow, on images as they lie and of one kind, and what they are without it."""
+"""Detectors that train a flow, on images as they lie, and what they are without it."""
 
 
 def _variant(name: str, of: str, **changes: Any) -> Detector:
