@@ -242,7 +242,7 @@ def test_figures_in_short(tmp_path):
 
 
 def test_what_the_flow_brings(tmp_path):
-    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (one kind)"
+    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (no rotations)"
     rows = [
         *(row("bolts", trained, value, seed, aupro=0.6) for seed, value in enumerate((0.9, 0.92))),
         *(row("bolts", without, value, seed, aupro=0.61) for seed, value in enumerate((0.89, 0.89))),
@@ -284,7 +284,7 @@ def test_bars(tmp_path):
     rows += [row("deeppcb", "PPCA", 0.57)]
     trained = "FeatureMapFlow (flow)"
     rows += [row(name, trained, value + 0.03, aupro=0.87) for name, value in folders.items()]
-    rows += [row(name, "FeatureMapFlow (one kind)", value, aupro=0.88) for name, value in folders.items()]
+    rows += [row(name, "FeatureMapFlow (no rotations)", value, aupro=0.88) for name, value in folders.items()]
     rows += [row(name, "FeatureMapFlow", value - 0.02, part="few") for name, value in folders.items()]
     for name in folders:
         together = "+".join(sorted(folders))
@@ -302,7 +302,7 @@ def test_bars(tmp_path):
     assert found["FeatureMapFlow: AUPRO on mtoc"] == ("0.880", True)
     assert found["FeatureMapFlow: AUPRO on magnetic_tile"] == ("0.880", False)
     assert found["FeatureMapFlow: image AUROC lost with 40 training images"] == ("+0.020 (0.876 to 0.856)", True)
-    against = f"{trained} against FeatureMapFlow (one kind)"
+    against = f"{trained} against FeatureMapFlow (no rotations)"
     assert found[f"{against}: mean gain of image AUROC"] == ("+0.030", True)
     assert found[f"{against}: least gain on any folder"][0].startswith("−0.010 (AUPRO on")
     assert found["FeatureMapFlow, one model for all: above every rival by image AUROC"] == (

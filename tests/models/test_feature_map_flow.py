@@ -122,7 +122,7 @@ def test_positions_are_whitened_by_what_the_flow_gives_for_training_images():
     latents, _ = flow(reduced[0])
     positions = PositionWhitening([tuple(latents.shape[1:])]).double()
     positions.fit(latents)
-    whitened = layer.whitened(latents)
+    whitened = layer.positions.whitened(latents)
     torch.testing.assert_close(whitened, positions.whitened(latents))
     torch.testing.assert_close(whitened.mean(0), torch.zeros_like(whitened[0]), atol=1e-6, rtol=0)
 
