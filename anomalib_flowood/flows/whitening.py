@@ -311,7 +311,7 @@ class PositionWhitening(ForEachKind, Layer):
         self.mean = mean.to(self.mean)
 
     def _steps(self, mean: Tensor) -> Tensor:
-        """Differences of means, ``(h * w, D)``, from those around, times the square root of k: ``(h * w, D, around)``."""
+        """Differences of means, ``(h * w, D)``, from those around, times the root of k: ``(h * w, D, around)``."""
         dims, height, width = self.shape
         distances = torch.arange(-_FARTHEST, _FARTHEST + 1).to(mean)
         weights = (-0.5 * (distances / _SHIFT).square()).exp()
