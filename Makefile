@@ -85,6 +85,8 @@ pages: .venv/test chromium
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: .venv/test chromium
 	$(PYTEST) $(PYTEST_ARGS)
+# Commands that tests run would compile the package each time.
+test: export PYTHONDONTWRITEBYTECODE :=
 
 test-fast: .venv/test
 	$(PYTEST) tests/flows tests/scores tests/metrics $(PYTEST_ARGS)
