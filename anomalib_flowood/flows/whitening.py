@@ -246,13 +246,14 @@ class PositionWhitening(ForEachKind, Layer):
 
     With a standard normal for what comes out, it is the Gaussian for each position of Defard et al. (2021, "PaDiM",
     section 3.2). Their covariances of few images need a ridge; here each is shrunk towards the mean W of all positions'
-    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18), and towards what a
-    shift B_p of the part would add: it does not lie to the pixel, and a shift moves what belongs to the positions
-    around, whose means m_q are others, to position p. With the scatter S_p over n images, D numbers at each::
+    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18), plus the covariance
+    B_p that a shift would add: a part does not lie to the pixel, and what belongs to a position q around, of mean m_q,
+    may come to lie at p. With the scatter S_p over n images, D numbers at each::
 
         C_p = (S_p + a (W + B_p)) / (n - 1 + a),    a = max(D, 2 (n - 1)),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
-        B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T,    k a Gaussian of one position, its sum over the map 1
+        B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T
 
+    with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1;
     so that what is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
     position's own. Before a fit it is the identity.
 
