@@ -253,8 +253,8 @@ class PositionWhitening(ForEachKind, Layer):
         C_p = (S_p + a (W + B_p)) / (n - 1 + a),    a = max(D, 2 (n - 1)),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
         B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T
 
-    with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1;
-    so that what is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
+    with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1.
+    What is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
     position's own. Before a fit it is the identity.
 
     Args:
