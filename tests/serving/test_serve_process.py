@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def served(folder, monkeypatch, *arguments: str):
             main(["serve", "model.ckpt", "--port", "0", *arguments])
         except SystemExit as end:
             status = end.code
+        except BaseException:
+            traceback.print_exc()  # into what it says: os._exit leaves it out
         finally:
             os._exit(status)
     try:
@@ -95,7 +98,7 @@ def test_nothing_is_lost_when_it_is_stopped_under_load(number, status, tmp_path,
         until(lambda: all(count[200] >= 2 for count in counts))
         os.kill(child, number)
         answers = sum((sender.result(timeout=60) for sender in senders), Counter())
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status, said.read_text()
         assert set(answers) == {200, "gone"}
         text = said.read_text()
         assert f"Stopped: {answers[200]} requests were answered, {answers[200]} images scored." in text
