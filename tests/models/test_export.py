@@ -387,3 +387,13 @@ def test_onnx_runtime_has_no_threads_for_processors_that_are_not_allotted(maps):
     finally:
         os.sched_setaffinity(0, allotted)
     assert np.isfinite(runtime.run(np.zeros((2, 3, 48, 48), np.float32))["raw_score"]).all()
+
+
+def test_activations_are_traced_out_of_place_and_work_in_place_again(maps, tmp_path):
+    in_place = [part for part in maps.detector.modules() if getattr(part, "inplace", False)]
+    traced = [part.register_forward_hook(lambda part, *_: seen.append(part.inplace)) for part in in_place]
+    seen = []
+    maps.detector._graph(tmp_path, "model", maps.detector.input_size)
+    for hook in traced:
+        hook.remove()
+    assert seen and not any(seen) and all(part.inplace for part in in_place)
