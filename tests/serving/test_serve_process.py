@@ -49,6 +49,7 @@ def served(folder, monkeypatch, *arguments: str):
         status = 99
         try:
             sys.stdout = sys.stderr = said.open("a", buffering=1)  # pytest's own are the parent's
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever an earlier test made of it
             main(["serve", "model.ckpt", "--port", "0", *arguments])
         except SystemExit as end:
             status = end.code
