@@ -236,6 +236,11 @@ def test_what_is_lost_of_large_images_is_said(photographs, tmp_path, monkeypatch
         assert "image_size [60, 90], tile_size [224, 224]" in message
     monkeypatch.setattr(flow_module, "_SHRUNK", 60 / 32)
     assert not said()
+    monkeypatch.setattr(flow_module, "_SMALLER", 60 / 32 - 0.01)
+    messages = said()
+    assert len(messages) == (tile_size is None)
+    for message in messages:
+        assert message.startswith("Images of 90 x 60 pixels are resized to 32 x 32. A larger image_size finds smaller ")
 
 
 def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -45,6 +46,9 @@ _FEW = 200
 
 _SHRUNK = 8
 """How many times as long as what they are resized to the sides of images are of which it is said what is lost."""
+
+_SMALLER = 2
+"""The same of images of which it is said that a larger size shows more of them."""
 
 _MUCH = 2**30
 """Bytes of returned predictions that a user is told of."""
@@ -113,7 +117,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         )
 
     def _tell_of_lost_details(self) -> None:
-        """Say what is lost of images that are far larger than what they are resized to, by the first of them."""
+        """Say what is lost of images that are larger than what they are resized to, by the first of them."""
         paths = [
             str(path)
             for loader in training_loaders(self.trainer)
@@ -130,6 +134,12 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
                 "left. In tiles %s sees them at their own size: image_size [%d, %d], tile_size [224, 224].",
                 *(width, height, size[1], size[0], times),
                 *(" and ".join(known_flows(_takes_tiles)), height, width),
+            )
+        elif times > _SMALLER and _takes_tiles(type(self)):
+            logger.info(
+                "Images of %d x %d pixels are resized to %d x %d. A larger image_size finds smaller defects, and takes "
+                "longer in proportion to its pixels: image_size [%d, %d] twice as long.",
+                *(width, height, size[1], size[0], *(round(side * math.sqrt(2) / 32) * 32 for side in size)),
             )
 
     def _read_alike(self) -> None:
