@@ -33,6 +33,7 @@ def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callabl
 
 
 _MOST = {
+    "bank_size": 65_536,
     "cache_gib": 2**20,
     "coupling_layers": 1_000,
     "feature_noise": 1e6,

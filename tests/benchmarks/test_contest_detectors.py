@@ -84,13 +84,3 @@ def test_quick_coreset_is_the_coreset():
         chosen.append(select(sampler))
     assert chosen[0] == chosen[1]
     assert len(set(chosen[0])) == 80
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 50, 1000])
-def test_a_coreset_is_the_same_however_many_are_looked_at(at_once, monkeypatch):
-    monkeypatch.setattr(coreset, "DISTANCES", 90)
-    points = torch.randn(300, 12, dtype=torch.float64)
-    expected = [5]
-    while len(expected) < 60:
-        expected.append(int(torch.cdist(points, points[expected]).amin(1).argmax()))
-    assert coreset.farthest_first(points, 60, 5, at_once) == expected

@@ -62,7 +62,7 @@ def test_shares_sum_to_the_score_and_directions_to_the_map(maps):
     views = maps.model.layer_views(inputs)
     shares = [share for view in views for share in view.shares.values()]
     names = [name for view in views for name in view.shares]
-    assert len(names) == len(set(names)) == 3  # two maps, and one of them as a whole
+    assert len(names) == len(set(names)) == 4  # two maps, one of them as a whole, and distances of the finer one
     predicted = maps.model(inputs)
     torch.testing.assert_close(sum(shares), predicted.pred_score)
     for view, layer, anomaly_map in zip(

@@ -127,7 +127,7 @@ def embedding_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
 
 def map_model(**kwargs) -> FeatureMapFlowModel:
     small = {"map_layers": (1, 2), "score_layers": (2,), "image_size": (48, 56), "subspace_dim": 4, "layout_dims": 3}
-    small |= {"coupling_layers": 4, "hidden_channels": 8, "bottleneck_dim": 3, "pre_trained": False}
+    small |= {"coupling_layers": 4, "hidden_channels": 8, "bottleneck_dim": 3, "bank_size": 0, "pre_trained": False}
     return FeatureMapFlowModel(BACKBONE, **{**small, **kwargs})
 
 
@@ -149,6 +149,7 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
                 model.fit_whitening(model.reduce(tuple(layer[:16] for layer in features)))
             else:
                 restore_shapes((layer.layout for layer in model.layers), kept, "layout_")
+                restore_shapes((layer.nearest for layer in model.layers if layer.nearest is not None), kept, "nearest_")
                 restore(map_state(model), kept)
             fitted = {} if kept else keep_fitted(map_state(model))
             model.to(dtype)
@@ -199,6 +200,8 @@ def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
         for name in ("mean", "factors"):
             state[f"positions_{name}_{number}"] = getattr(layer.positions, name)
         state |= {f"layout_{name}_{number}": value for name, value in layer.layout.state_dict().items()}
+        if layer.nearest is not None:
+            state |= {f"nearest_{name}_{number}": value for name, value in layer.nearest.state_dict().items()}
     return state
 
 
@@ -229,7 +232,7 @@ def baseline_case(name: str) -> Callable[[torch.dtype, Arrays | None], Arrays]:
         if name in MODELS:
             model = MODELS[name](BACKBONE, map_dims=4, **small, **({"subspace_dim": 6} if name == "PPCA" else {}))
         elif name == "GaussianMap":
-            model = FeatureMapFlowModel(BACKBONE, subspace_dim=6, coupling_layers=0, **small)
+            model = FeatureMapFlowModel(BACKBONE, subspace_dim=6, coupling_layers=0, bank_size=0, **small)
         else:
             model = EmbeddingFlowModel(BACKBONE, subspace_dim=6, map_dims=4, coupling_layers=0, **small)
         model = model.double().eval()
@@ -262,6 +265,7 @@ CASES: dict[str, Callable[[torch.dtype, Arrays | None], Arrays]] = {
     "maps checkerboard": map_case(mask="checkerboard", subnet="resnet", scale="tanh", score_fraction=0.3),
     "maps without layout": map_case(layout_dims=0, mask="channel", scale="tanh", score_layers=()),
     "maps without couplings": map_case(coupling_layers=0),
+    "maps memory bank": map_case(coupling_layers=0, bank_size=30),
     **{f"baseline {name}": baseline_case(name) for name in (*MODELS, "GaussianMixture", "GaussianMap")},
 }
 

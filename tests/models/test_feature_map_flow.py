@@ -151,13 +151,15 @@ def test_scales_are_those_of_images_that_the_whitening_has_not_seen():
     assert score(trained) < score(others) - 1
 
 
-def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored():
-    density = model()
-    reduced = density.reduce(density.extract(some(70)))
+@pytest.mark.parametrize(("bank_size", "within"), [(0, 0.01), (100, 0.3)])
+def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored(bank_size, within):
+    """Of positions that are as far apart the bank may keep others, with noise for images."""
+    density = model(bank_size=bank_size)
+    reduced, others = (density.reduce(density.extract(some(70, seed))) for seed in (1, 2))
     density.fit_whitening(reduced)
-    exact = density.predict(reduced).pred_score
+    exact = density.predict(others).pred_score
     density.fit_whitening(tuple(part.half() if part.ndim == 4 else part for part in reduced))
-    assert (density.predict(reduced).pred_score - exact).abs().max() < 0.01 * exact.std()
+    assert (density.predict(others).pred_score - exact).abs().max() < within * exact.std()
 
 
 def test_few_images_get_few_layout_directions():
@@ -182,28 +184,39 @@ def test_layers_are_brought_to_a_common_scale():
         assert 0.5 < scaled.std().item() < 2
 
 
-def test_the_score_is_made_of_tops_of_the_shown_maps_and_means_of_the_others():
-    density = model(map_layers=(1,), score_layers=(2,), score_fraction=0.1)
+@pytest.mark.parametrize("bank_size", [0, 100])
+def test_the_score_is_made_of_tops_of_the_shown_maps_and_means_of_the_others(bank_size):
+    density = model(map_layers=(1,), score_layers=(2,), score_fraction=0.1, bank_size=bank_size)
     images = some()
     batch = density(images)
     assert batch.anomaly_map.shape == (3, 1, 40, 56)
-    fine, coarse = density.layer_maps(density.reduce(density.extract(images)))
+    reduced = density.reduce(density.extract(images))
+    fine, coarse = density.layer_maps(reduced)
     top = fine.flatten(1).sort(dim=1).values[:, -14:].mean(1)  # of 10 x 14
-    statistics = torch.stack([top, coarse.mean((1, 2))], dim=1)
+    nearest = density.layers[0].nearest
+    assert (nearest is None) == (bank_size == 0)
+    farthest = [] if nearest is None else [nearest(reduced[0]).amax((1, 2))]
+    statistics = torch.stack([top, *farthest, coarse.mean((1, 2))], dim=1)
     evidence = density.evidence
     expected = ((statistics - evidence.location) / evidence.spread).mean(1)
     torch.testing.assert_close(batch.pred_score, expected)
 
 
-def test_finer_maps_count_more():
-    density = model()
+@pytest.mark.parametrize("bank_size", [0, 100])
+def test_finer_maps_count_more(bank_size):
+    density = model(bank_size=bank_size)
     images = some()
-    maps = zip(density.layers, density.layer_maps(density.reduce(density.extract(images))), strict=True)
-    fine, coarse = (
-        torch.nn.functional.interpolate(layer.standardise(part)[:, None], (40, 56), mode="bicubic")
-        for layer, part in maps
-    )
-    torch.testing.assert_close(density(images).anomaly_map, (2 * fine + coarse) / 3)
+    reduced = density.reduce(density.extract(images))
+    shown = [layer.standardise(part) for layer, part in zip(density.layers, density.layer_maps(reduced), strict=True)]
+    assert [part.shape[1] for part in shown] == [10, 5]
+    if bank_size:
+        nearest = density.layers[0].nearest
+        shown.append(nearest.standardise(nearest(reduced[0])))
+        assert density.layers[1].nearest is None
+    weights = (2, 1, 1)  # the map of distances half
+    enlarged = [torch.nn.functional.interpolate(part[:, None], (40, 56), mode="bicubic") for part in shown]
+    expected = sum(weight * part for weight, part in zip(weights, enlarged, strict=False)) / sum(weights[: len(shown)])
+    torch.testing.assert_close(density(images).anomaly_map, expected)
 
 
 def test_a_flow_of_positions_trains_on_some_of_them_and_one_of_maps_on_all():
@@ -253,6 +266,7 @@ def test_a_bright_spot_is_found_where_it_is(tmp_path):
         ({"scale": "non"}, "Did you mean 'none'"),
         ({"mask": "cicle"}, "Did you mean 'cycle'"),
         ({"score_fraction": 0.0}, "score_fraction must be above 0"),
+        ({"bank_size": -1}, "bank_size must be at least 0, got -1"),
         ({"subspace_dim": 0}, "subspace_dim must be at least 1"),
         ({"layout_dims": -1}, "layout_dims must be at least 0"),
         ({"image_size": (8, 8), "mask": "cycle"}, "4, 1, 1.*height and a width of at least 2"),

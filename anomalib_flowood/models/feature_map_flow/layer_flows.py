@@ -17,6 +17,10 @@ POSITION = "position"
 """The mask that is none: every position is transformed on its own, by weights that all of them share."""
 
 
+DRAWN = 512
+"""Positions of each layer in a training step."""
+
+
 def new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: Any) -> flows.SideBySide:
     """Build one flow for each layer, side by side."""
     if mask == POSITION:
@@ -35,6 +39,22 @@ def coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
     return latents, scales.sum(1)
 
 
-def blurred(values: Tensor, noise: float) -> Tensor:
-    """Add noise of some standard deviation."""
+def transformed(flow: SequenceINN, maps: Tensor, noise: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Transform maps as training does, ``(N, D, h, w)``, with noise of some standard deviation added.
+
+    Returns:
+        Latents of the maps, or of some of their positions, drawn anew every time, and the log-determinant of each.
+    """
+    if not draws_positions(flow):
+        return flow(_blurred(maps.to(dtype), noise))
+    points, places, images = flows.draw_positions(maps, DRAWN)
+    points = _blurred(points.to(dtype), noise)
+    condition = flow.condition(maps.to(dtype))
+    if condition is not None:
+        # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
+        condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
+    return flow.at(points, places, condition)
+
+
+def _blurred(values: Tensor, noise: float) -> Tensor:
     return values + noise * torch.randn_like(values) if noise else values

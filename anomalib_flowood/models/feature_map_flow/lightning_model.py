@@ -66,6 +66,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
+        bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank: the distance of the
+            position of an image that has the farthest way to any of them is evidence. 0 for none.
         kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
             of images that have nothing to do with each other by what the backbone sees, and each is whitened on its
             own. They are found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.
@@ -118,6 +120,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        bank_size: int = 1000,
         kind_images: int = 20,
         rotations: bool = True,
         tile_size: tuple[int, int] | None = None,
@@ -131,16 +134,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_sizes(
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-            subspace_dim=subspace_dim,
-            layout_dims=layout_dims,
-            kind_images=kind_images,
-            feature_noise=feature_noise,
-            cache_gib=cache_gib,
-        )
+        check_sizes(coupling_layers=coupling_layers, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
+        check_sizes(subspace_dim=subspace_dim, layout_dims=layout_dims, bank_size=bank_size, kind_images=kind_images)
+        check_sizes(feature_noise=feature_noise, cache_gib=cache_gib)
         super().__init__(
             pre_processor=_pre_processor(backbone, image_size, tile_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
@@ -168,6 +164,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             hidden_channels=hidden_channels,
             scale=scale,
             score_fraction=score_fraction,
+            bank_size=bank_size,
             kind_images=kind_images,
             tile_size=tile_size,
             tile_stride=tile_stride,

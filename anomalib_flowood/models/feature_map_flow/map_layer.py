@@ -12,8 +12,13 @@ from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
 from anomalib_flowood.models.components.folds import folds
 
+from .nearest_patches import NearestPatches, standardised
+
 _CHUNK = 64
 """Images that are whitened at once in a fit."""
+
+_SHARE = 0.5
+"""What the map of distances counts for beside the anomaly map, which says better where where parts lie alike."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of a layer is constant whose whole map is no evidence."""
@@ -31,6 +36,8 @@ class MapLayer(flows.ForEachKind):
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
+        bank_size: The most normal positions that are kept, for the distance to the nearest of them
+            (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. 0 for none.
     """
 
     of_kind = ("location", "spread")
@@ -50,6 +57,7 @@ class MapLayer(flows.ForEachKind):
         top: bool,
         whole: bool,
         top_fraction: float,
+        bank_size: int,
     ) -> None:
         super().__init__()
         self.name = name
@@ -60,6 +68,7 @@ class MapLayer(flows.ForEachKind):
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])
         self.layout = flows.Whitening([shape], layout_dims, block=1 if whole else _block(self.size))
+        self.nearest = NearestPatches(shape[0], bank_size) if bank_size else None
         self.shaped_by_fit = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -90,7 +99,7 @@ class MapLayer(flows.ForEachKind):
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
-    def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> Tensor:
+    def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Fit the whitening to what the flow gives for training images.
 
         Args:
@@ -99,18 +108,19 @@ class MapLayer(flows.ForEachKind):
             copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
 
         Returns:
-            Anomaly maps of some of the images, ``(m, h, w)``, nats, each by a whitening that was fitted to others.
+            The rows of some of the images, ``(m,)``, and their anomaly maps, ``(m, h, w)``, nats, each by a whitening
+            that was fitted to others.
         """
         moments = flows.PositionMoments(latents)
-        unseen = []
+        rows, unseen = [], []
         for rest, part in folds(len(latents), copies):
             self.positions.fit(moments.without(flows.PositionMoments(latents[part], moments.around)))
             self._fit_layout(latents, rest)
-            images = part[::copies]
-            unseen.append(self.anomaly_map(latents[images], scales[images]))
+            rows.append(part[::copies])
+            unseen.append(self.anomaly_map(latents[rows[-1]], scales[rows[-1]]))
         self.positions.fit(moments)
         self._fit_layout(latents, torch.arange(len(latents)))
-        return torch.cat(unseen)
+        return torch.cat(rows), torch.cat(unseen)
 
     def _fit_layout(self, latents: Tensor, index: Tensor) -> None:
         """Fit the whitening of whole maps to some of the images, behind that of positions."""
@@ -123,6 +133,8 @@ class MapLayer(flows.ForEachKind):
         """Whiten nothing: what was fitted is of other weights of the flow."""
         self.positions.forget()
         self.layout.forget()
+        if self.nearest is not None:
+            self.nearest.forget()
         self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
     def whiten(self, latents: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -147,6 +159,10 @@ class MapLayer(flows.ForEachKind):
         """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for a kind."""
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
+    def distances(self, reduced: Tensor, kind: Tensor | None = None) -> Tensor | None:
+        """Distances of the positions of reduced maps, ``(N, D, h, w)``, to the nearest normal one; see above."""
+        return None if self.nearest is None else self.nearest(reduced, kind)
+
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
         self.location = maps.mean()
@@ -154,15 +170,31 @@ class MapLayer(flows.ForEachKind):
 
     def standardise(self, maps: Tensor, kind: Tensor | None = None) -> Tensor:
         """Bring anomaly maps, ``(N, h, w)``, to the scale of normal images, of their kind."""
-        location, spread = (
-            part if kind is None else part[kind][:, None, None] for part in (self.location, self.spread)
-        )
-        return (maps - location) / spread
+        return standardised(maps, self.location, self.spread, kind)
 
-    def statistics(self, maps: Tensor) -> list[Tensor]:
-        """What anomaly maps, ``(N, h, w)``, say of their images: one or two statistics, ``(N,)`` each."""
+    @property
+    def shares(self) -> list[float]:
+        """What each map counts for that is :meth:`shown`."""
+        return [1.0] * self.top + [_SHARE] * (self.nearest is not None)
+
+    def shown(self, maps: Tensor, distances: Tensor | None, kind: Tensor | None = None) -> list[Tensor]:
+        """Which maps are shown, ``(N, h, w)``, in units of normal images, from what :meth:`statistics` takes."""
+        found = [self.standardise(maps, kind)] if self.top else []
+        if distances is not None and self.nearest is not None:
+            found.append(self.nearest.standardise(distances, kind))
+        return found
+
+    def statistics(self, maps: Tensor, distances: Tensor | None) -> list[Tensor]:
+        """What is said of images: one to three statistics, ``(N,)`` each.
+
+        Args:
+            maps: Their anomaly maps, ``(N, h, w)``.
+            distances: Of each position to the nearest normal one, where any are kept (:attr:`nearest`).
+        """
         positions = maps.flatten(1)
         found = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
+        if distances is not None:
+            found.append(distances.flatten(1).amax(1))
         return [*found, positions.mean(1)] if self.whole else found
 
     @property
@@ -170,6 +202,7 @@ class MapLayer(flows.ForEachKind):
         """What :meth:`statistics` are of."""
         return [
             *([f"{self.name}: its most anomalous positions"] * self.top),
+            *([f"{self.name}: its patch that is least like any normal one"] * (self.nearest is not None)),
             *([f"{self.name}: its whole map"] * self.whole),
         ]
 

@@ -15,11 +15,12 @@ from anomalib_flowood import flows
 class ShownMap(nn.Module):
     """The mean of maps of several sizes, up-sampled to the image's (bicubic, which blurs less than bilinear).
 
-    Finer maps say better where: each map's weight is in proportion to its rows. Up-sampling is linear along both axes,
-    so that it is one product with a matrix for each, ten times as fast on a CPU as interpolation.
+    Finer maps say better where: each map's weight is in proportion to its rows, and to its share. Up-sampling is linear
+    along both axes, so that it is one product with a matrix for each, ten times as fast on a CPU as interpolation.
 
     Args:
         sizes: Height and width of each map.
+        shares: What each counts for beside others of its size.
         image_size: Height and width of the image.
     """
 
@@ -28,11 +29,11 @@ class ShownMap(nn.Module):
 
     It is not saved, nor are those for the columns: they follow from the sizes."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]], shares: Sequence[float], image_size: tuple[int, int]) -> None:
         super().__init__()
         height, width = image_size
-        total = sum(h for h, _ in sizes)
-        self.weights = [h / total for h, _ in sizes]
+        weights = [h * share for (h, _), share in zip(sizes, shares, strict=True)]
+        self.weights = [weight / sum(weights) for weight in weights]
         self.register_buffer("rows", torch.cat([_bicubic(h, height) for h, _ in sizes], dim=1), persistent=False)
         for place, (_, w) in enumerate(sizes):
             self.register_buffer(f"columns{place}", _bicubic(w, width).T.contiguous(), persistent=False)

@@ -23,15 +23,13 @@ from anomalib_flowood.scores import Evidence, Score
 from anomalib_flowood.scores.score import Inputs
 
 from .extraction import MAP_STRIDES, SCORE_STRIDES, MapExtraction, indices_of
-from .layer_flows import POSITION, blurred, coupled, draws_positions, new_flow
+from .layer_flows import DRAWN, POSITION, coupled, draws_positions, new_flow, transformed
 from .map_layer import MapLayer
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
 
 _CHUNK = 64
 """Images whose latents are computed at once."""
-_DRAWN = 512
-"""Positions of each layer in a training step."""
 _MOST_STEPS = 500
 """Of an epoch: with thousands of images it need not see every position."""
 
@@ -57,8 +55,9 @@ class FeatureMapFlowModel(MapExtraction):
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
     other directions. The maps of ``map_layers`` are shown. The image score is the mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
-    small defects, and the mean of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their
-    scales are those of training images that the whitening has not seen: it is fitted to some, and scores the others.
+    small defects, the position of the finest that is least like any normal one (:class:`NearestPatches`), and the mean
+    of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their scales are those of
+    training images that the whitening has not seen: it is fitted to some, and scores the others.
 
     In the place of single positions a flow can transform the whole map, with a mask that is named
     (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
@@ -93,6 +92,7 @@ class FeatureMapFlowModel(MapExtraction):
         hidden_channels: int = 256,
         scale: str = "none",
         score_fraction: float = 0.01,
+        bank_size: int = 1000,
         kind_images: int = 20,
         tile_size: tuple[int, int] | None = None,
         tile_stride: tuple[int, int] | None = None,
@@ -100,9 +100,10 @@ class FeatureMapFlowModel(MapExtraction):
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)
-        for argument, value, least in (("subspace_dim", subspace_dim, 1), ("layout_dims", layout_dims, 0)):
-            if value < least:
-                msg = f"{argument} must be at least {least}, got {value}."
+        least = {"subspace_dim": (subspace_dim, 1), "layout_dims": (layout_dims, 0), "bank_size": (bank_size, 0)}
+        for argument, (value, limit) in least.items():
+            if value < limit:
+                msg = f"{argument} must be at least {limit}, got {value}."
                 raise ValueError(msg)
         tops = indices_of(backbone, map_layers, MAP_STRIDES)
         wholes = indices_of(backbone, score_layers, SCORE_STRIDES)
@@ -119,9 +120,10 @@ class FeatureMapFlowModel(MapExtraction):
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
         new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction)
+        banks = [bank_size if index == min(tops) else 0 for index in indices]
         layers = [
-            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes)
-            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
+            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes, bank_size=bank)
+            for name, layer, shape, index, bank in zip(names, maps, shapes, indices, banks, strict=True)
         ]
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
@@ -133,11 +135,11 @@ class FeatureMapFlowModel(MapExtraction):
         self.tiles = tiles
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
-        self.evidence = Evidence(len(tops) + len(wholes))
+        self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers))
         self.kinds = Kinds(0 if tiles else kind_images)
-        shown = [layer.size for layer in layers if layer.top]
-        self.shown_map = ShownMap(shown, size)
-        self._coarsest = min(math.prod(size) for size in shown)
+        shown, shares = zip(*((layer.size, share) for layer in layers for share in layer.shares), strict=True)
+        self.shown_map = ShownMap(shown, shares, size)
+        self._coarsest = min(map(math.prod, shown))
 
     @property
     def scores_are_likelihoods(self) -> bool:
@@ -225,7 +227,7 @@ class FeatureMapFlowModel(MapExtraction):
         """
         if not draws_positions(self.flow.flows[0]):
             return None
-        return max(1, min(_MOST_STEPS, round(images * self._coarsest / _DRAWN)))
+        return max(1, min(_MOST_STEPS, round(images * self._coarsest / DRAWN)))
 
     def loss(self, inputs: Inputs, noise: float = 0.0) -> Tensor:
         """Mean −log p of the flow's input per dimension, nats, ``()``, with noise added: what training makes small.
@@ -238,16 +240,7 @@ class FeatureMapFlowModel(MapExtraction):
         """
         losses = []
         for _, flow, reduced, _ in self._sides(inputs):
-            if draws_positions(flow):
-                points, places, images = flows.draw_positions(reduced, _DRAWN)
-                points = blurred(points.to(self.dtype), noise)
-                condition = flow.condition(reduced.to(self.dtype))
-                if condition is not None:
-                    # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
-                    condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
-                z, log_det = flow.at(points, places, condition)
-            else:
-                z, log_det = flow(blurred(reduced.to(self.dtype), noise))
+            z, log_det = transformed(flow, reduced, noise, self.dtype)
             losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
         return torch.stack(losses).mean()
 
@@ -271,12 +264,13 @@ class FeatureMapFlowModel(MapExtraction):
         if self.tiles is not None:
             msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
             raise ValueError(msg)
-        found, inputs = [], self.inputs(images)
+        found, statistics, inputs = [], [], self.inputs(images)
         kind = self._kind(inputs)
         for layer, flow, reduced, _ in self._sides(inputs):
             latents, scales = coupled(flow, reduced)
-            found.append((layer, reduced, layer.whitened(latents, kind), layer.anomaly_map(latents, scales, kind)))
-        statistics = [statistic for layer, _, _, maps in found for statistic in layer.statistics(maps)]
+            maps = layer.anomaly_map(latents, scales, kind)
+            found.append((layer, reduced, layer.whitened(latents, kind), maps))
+            statistics += layer.statistics(maps, layer.distances(reduced, kind))
         parts = iter(self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1))
         return [
             LayerView(
@@ -324,9 +318,10 @@ class FeatureMapFlowModel(MapExtraction):
             for some, *filled in zip(*parts, strict=True):
                 for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
                     part.copy_(values)
-            unseen = layer.fit_whitening(latents, scales, copies)
+            rows, unseen = layer.fit_whitening(latents, scales, copies)
             layer.fit_scale(unseen)
-            statistics += layer.statistics(unseen)
+            distances = None if layer.nearest is None else layer.nearest.fit(maps, rows, copies)
+            statistics += layer.statistics(unseen, distances)
         self.evidence.fit(torch.stack(statistics, dim=1))
 
     def forget_whitening(self) -> None:
@@ -356,8 +351,9 @@ class FeatureMapFlowModel(MapExtraction):
         """Score pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`.
 
         Returns:
-            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers`` in units of their standard
-            deviation over normal images, up-sampled and averaged (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the
+            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and that of the distances to the
+            nearest normal positions, in units of their standard deviations over normal images, up-sampled and averaged
+            (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the
             combined evidence. Of a model with tiles the map is stitched, and the score the highest of a tile.
         """
         if self.tiles is None:
@@ -387,13 +383,12 @@ class FeatureMapFlowModel(MapExtraction):
         return [layer.reduced(layer_maps) for layer, layer_maps in zip(layers, maps, strict=True)]
 
     def _judge(self, reduced: Sequence[Tensor], kind: Tensor | None = None) -> InferenceBatch:
-        shown, statistics = [], []
+        shown, statistics = cast("tuple[list[Tensor], list[Tensor]]", ([], []))
         flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
         for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
-            maps = layer.anomaly_map(*coupled(flow, latents), kind)
-            statistics += layer.statistics(maps)
-            if layer.top:
-                shown.append(layer.standardise(maps, kind))
+            maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(latents, kind)
+            statistics += layer.statistics(maps, distances)
+            shown += layer.shown(maps, distances, kind)
         score = self.evidence(torch.stack(statistics, dim=1), kind)
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=self.shown_map(shown))

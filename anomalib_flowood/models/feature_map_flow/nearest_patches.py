@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How unlike anything normal each position is, wherever in the image that may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from anomalib_flowood import flows
+
+from .coreset import farthest_first
+
+_CANDIDATES = 50_000
+"""Positions of training images among which those of the memory bank are chosen: they tell as well as all do."""
+_DISTANCES = 2**23
+"""Distances that are in memory at a time."""
+
+
+class NearestPatches(flows.ForEachKind):
+    """Distance of each position of a map to the nearest normal one, of any image and from any place in it.
+
+    A Gaussian of each position knows what belongs there; where parts lie anyhow, or every one has another layout, that
+    is anything. Then an anomaly is what is nowhere in normal images. As in PatchCore (Roth et al. 2022, "Towards Total
+    Recall in Industrial Anomaly Detection", section 3.2) normal positions are kept in a memory bank, each the farthest
+    from those before it, so that rare ones are among them. Distances are of reduced maps, whose directions all have
+    variance 1 over normal positions.
+
+    Args:
+        dims: D, numbers of a position.
+        size: The most positions of the bank.
+    """
+
+    of_kind = ("bank", "location", "spread")
+
+    bank: Tensor
+    """``(K, D)``; a buffer, as the others. Before a fit it is the mean of all positions."""
+    location: Tensor
+    """Mean of the distances of normal positions, ``()``."""
+    spread: Tensor
+    """Their standard deviation, ``()``."""
+
+    def __init__(self, dims: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.shaped_by_fit = {"bank": 1, "location": 0, "spread": 0}
+        self.register_buffer("bank", torch.zeros(1, dims))
+        self.register_buffer("location", torch.zeros(()))
+        self.register_buffer("spread", torch.ones(()))
+
+    def fit(self, maps: Tensor, scored: Tensor, copies: int = 1) -> Tensor:
+        """Choose the positions that are kept, and set the scale of distances.
+
+        Args:
+            maps: Reduced maps of training images, ``(N, D, h, w)``.
+            scored: Indices of some of them, ``(m,)``.
+            copies: Rows of each image, one after the other.
+
+        Returns:
+            Distances of the positions of these to the nearest that are kept of other images, ``(m, h, w)``.
+        """
+        places = maps[0, 0].numel()
+        candidates = flows.draw(len(maps) * places, _CANDIDATES)
+        rows = (candidates // places).to(maps.device)
+        points = maps.flatten(2)[rows, :, (candidates % places).to(maps.device)].to(self.bank)
+        start = int(points.square().sum(1).argmax())
+        chosen = torch.tensor(farthest_first(points, min(self.size, len(points)), start), device=points.device)
+        self.bank = points[chosen]
+        images = rows.to(points.device) // copies
+        found = []
+        for row in scored.tolist():
+            others = self.bank[images[chosen] != row // copies]
+            if not len(others):  # all are of an image that is far from any other
+                others = points[images != row // copies]
+            found.append(self._distances(maps[row : row + 1].to(others), others))
+        distances = torch.cat(found)
+        self.location, self.spread = distances.mean(), distances.std().clamp(min=1e-6)
+        return distances
+
+    def forget(self) -> None:
+        """Keep nothing but the mean."""
+        self.bank = self.bank.new_zeros(1, self.bank.shape[-1])
+        self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
+
+    def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
+        """Hold several fits; banks with fewer positions keep the last one several times."""
+        most = max(len(bank) for bank, *_ in fits)
+        super().join([(torch.cat([bank, bank[-1:].expand(most - len(bank), -1)]), *scale) for bank, *scale in fits])
+
+    def standardise(self, distances: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Bring distances, ``(N, h, w)``, to the scale of normal images, of their kind."""
+        return standardised(distances, self.location, self.spread, kind)
+
+    def forward(self, maps: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Return the distance of each position of reduced maps, ``(N, D, h, w)``, to the nearest: ``(N, h, w)``."""
+        return self.by_kind(lambda some, bank, *_: self._distances(some, bank), maps, kind)
+
+    @flows.full_precision
+    def _distances(self, maps: Tensor, bank: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._nearest(maps, bank)
+        at_once = max(1, _DISTANCES // max(1, bank.shape[0] * maps[0, 0].numel()))
+        return torch.cat([self._nearest(some, bank) for some in maps.split(at_once)])
+
+    @staticmethod
+    def _nearest(maps: Tensor, bank: Tensor) -> Tensor:
+        """By ``|x - b|^2 = |x|^2 - 2 (x b - |b|^2 / 2)``."""
+        half = 0.5 * bank.square().sum(-1)
+        if bank.ndim == 2:
+            alike = functional.conv2d(maps, bank[:, :, None, None], -half).amax(1)
+        else:  # a bank for each map
+            alike = (bank @ maps.flatten(2) - half[:, :, None]).amax(1).unflatten(1, maps.shape[2:])
+        return (maps.square().sum(1) - 2 * alike).clamp(min=0).sqrt()
+
+
+def standardised(maps: Tensor, location: Tensor, spread: Tensor, kind: Tensor | None) -> Tensor:
+    """Bring maps, ``(N, h, w)``, to the scale of normal images: one for all, ``()``, or one of each kind, ``(K,)``."""
+    if kind is not None:
+        location, spread = (part[kind][:, None, None] for part in (location, spread))
+    return (maps - location) / spread
