@@ -210,14 +210,18 @@ UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
 ONE_KIND = {f"{name} (one kind)": f"{name} (no rotations)" for name in _OURS}
 """Detectors that take all normal images, as they lie, for one kind, and what they are otherwise."""
 
+NO_BANK = {"FeatureMapFlow (no bank)": "FeatureMapFlow (no rotations)"}
+"""Detectors that remember no normal positions, fitted to images as they lie, and what they are otherwise."""
+
 _FLOWS: dict[str, dict[str, Any]] = {
-    "FeatureMapFlow": {"coupling_layers": 10},
+    "FeatureMapFlow": {"coupling_layers": 10, "bank_size": 0},
     "EmbeddingFlow": {"coupling_layers": 6},
 }
-"""Arguments that give our detectors a flow, of which they have none by default."""
+"""Arguments that give our detectors a flow, of which they have none by default; without a memory bank, whose distances
+do not depend on it."""
 
 TRAINED = {
-    "FeatureMapFlow (flow)": "FeatureMapFlow (no rotations)",
+    "FeatureMapFlow (flow)": "FeatureMapFlow (no bank)",
     "EmbeddingFlow (flow)": "EmbeddingFlow (no rotations)",
 }
 """Detectors that train a flow, on images as they lie, and what they are without it."""
@@ -232,6 +236,7 @@ _ALL = [
     *_OURS.values(),
     *(_variant(name, of, rotations=False) for name, of in UNTURNED.items()),
     *(_variant(name, UNTURNED[of], rotations=False, kind_images=0) for name, of in ONE_KIND.items()),
+    *(_variant(name, UNTURNED[of], rotations=False, bank_size=0) for name, of in NO_BANK.items()),
     *(_variant(f"{of} (flow)", of, rotations=False, **changes) for of, changes in _FLOWS.items()),
     Detector("Fastflow", _fastflow, random=True, held_out_loss=flow_loss),
     Detector("Patchflow", _patchflow, random=True, held_out_loss=flow_loss),
@@ -267,6 +272,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"layout_dims": 0},
     {"feature_noise": 0.0},
     *({"score_fraction": fraction} for fraction in (0.001, 0.1)),
+    {"bank_size": 0},
     *({"map_layers": layers} for layers in (("blocks.2",), ("blocks.4",), ("blocks.4", "blocks.6"))),
     *({"score_layers": layers} for layers in ((), ("blocks.4",), ("blocks.6",))),
 ]

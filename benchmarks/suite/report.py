@@ -9,7 +9,7 @@ from textwrap import fill
 
 import pandas as pd
 
-from benchmarks.contest.detectors import ONE_KIND, TRAINED, UNTURNED
+from benchmarks.contest.detectors import NO_BANK, ONE_KIND, TRAINED, UNTURNED
 from benchmarks.contest.tasks import FEW
 from benchmarks.results import put_between, read_rows
 from benchmarks.tables import markdown, short_number
@@ -294,6 +294,13 @@ def tables(rows: pd.DataFrame) -> str:
         "A fit to each kind of normal image that is found − one to all, images as they lie, mean over seeds ± "
         "standard deviation of that difference.",
         {of: name for name, of in ONE_KIND.items()},
+        first,
+    )
+    texts += _what_brings(
+        "the memory bank brings",
+        "With normal positions that are remembered − without, images as they lie, mean over seeds ± standard deviation "
+        "of that difference.",
+        {of: name for name, of in NO_BANK.items()},
         first,
     )
     texts += _what_brings(
