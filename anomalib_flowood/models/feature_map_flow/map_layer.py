@@ -18,7 +18,7 @@ _CHUNK = 64
 """Images that are whitened at once in a fit."""
 
 _SHARE = 0.5
-"""What the map of distances counts for beside the anomaly map, which says better where where parts lie alike."""
+"""What the map of distances counts for beside the anomaly map, which knows what belongs where."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of a layer is constant whose whole map is no evidence."""
