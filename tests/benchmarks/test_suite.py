@@ -242,7 +242,7 @@ def test_figures_in_short(tmp_path):
 
 
 def test_what_the_flow_brings(tmp_path):
-    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (no rotations)"
+    trained, without = "FeatureMapFlow (flow)", "FeatureMapFlow (no bank)"
     rows = [
         *(row("bolts", trained, value, seed, aupro=0.6) for seed, value in enumerate((0.9, 0.92))),
         *(row("bolts", without, value, seed, aupro=0.61) for seed, value in enumerate((0.89, 0.89))),

@@ -61,7 +61,7 @@ class NearestPatches(flows.ForEachKind):
         Returns:
             Distances of the positions of these to the nearest that are kept of other images, ``(m, h, w)``.
         """
-        places = maps[0, 0].numel()
+        places = maps.shape[2:].numel()
         candidates = flows.draw(len(maps) * places, _CANDIDATES)
         rows = (candidates // places).to(maps.device)
         points = maps.flatten(2)[rows, :, (candidates % places).to(maps.device)].to(self.bank)
@@ -101,7 +101,7 @@ class NearestPatches(flows.ForEachKind):
     def _distances(self, maps: Tensor, bank: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._nearest(maps, bank)
-        at_once = max(1, _DISTANCES // max(1, bank.shape[0] * maps[0, 0].numel()))
+        at_once = max(1, _DISTANCES // (len(bank) * maps.shape[2:].numel()))
         return torch.cat([self._nearest(some, bank) for some in maps.split(at_once)])
 
     @staticmethod
