@@ -277,6 +277,13 @@ def test_what_kinds_bring(tmp_path):
     assert lines["bolts"] == ["+0.050"]
 
 
+def test_what_the_memory_bank_brings(tmp_path):
+    rows = [row("bolts", "FeatureMapFlow (no rotations)", value, seed) for seed, value in enumerate((0.9, 0.92))]
+    rows += [row("bolts", "FeatureMapFlow (no bank)", 0.85, seed) for seed in (0, 1)]
+    lines = by_name(stored(tmp_path, rows).partition("What the memory bank brings")[2])
+    assert lines["bolts"] == ["+0.060 ± 0.014"]
+
+
 def test_bars(tmp_path):
     folders = {"casting": 0.99, "elpv_mono": 0.95, "magnetic_tile": 0.99, "mtoc": 0.902, "deeppcb": 0.55}
     rows = [row(name, "FeatureMapFlow", value, aupro=0.88) for name, value in folders.items()]
@@ -284,7 +291,7 @@ def test_bars(tmp_path):
     rows += [row("deeppcb", "PPCA", 0.57)]
     trained = "FeatureMapFlow (flow)"
     rows += [row(name, trained, value + 0.03, aupro=0.87) for name, value in folders.items()]
-    rows += [row(name, "FeatureMapFlow (no rotations)", value, aupro=0.88) for name, value in folders.items()]
+    rows += [row(name, "FeatureMapFlow (no bank)", value, aupro=0.88) for name, value in folders.items()]
     rows += [row(name, "FeatureMapFlow", value - 0.02, part="few") for name, value in folders.items()]
     for name in folders:
         together = "+".join(sorted(folders))
@@ -302,7 +309,7 @@ def test_bars(tmp_path):
     assert found["FeatureMapFlow: AUPRO on mtoc"] == ("0.880", True)
     assert found["FeatureMapFlow: AUPRO on magnetic_tile"] == ("0.880", False)
     assert found["FeatureMapFlow: image AUROC lost with 40 training images"] == ("+0.020 (0.876 to 0.856)", True)
-    against = f"{trained} against FeatureMapFlow (no rotations)"
+    against = f"{trained} against FeatureMapFlow (no bank)"
     assert found[f"{against}: mean gain of image AUROC"] == ("+0.030", True)
     assert found[f"{against}: least gain on any folder"][0].startswith("−0.010 (AUPRO on")
     assert found["FeatureMapFlow, one model for all: above every rival by image AUROC"] == (
