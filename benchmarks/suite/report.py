@@ -158,6 +158,11 @@ def _small_part(rows: pd.DataFrame) -> list[str]:
     return [f"Mean image AUROC over the tasks ({counts}):", *side_by_side(means.index, columns)]
 
 
+def _without(variants: Mapping[str, str]) -> dict[str, str]:
+    """Detectors, and their variants that lack something."""
+    return {of: name for name, of in variants.items()}
+
+
 def _what_brings(title: str, said: str, pairs: Mapping[str, str], rows: pd.DataFrame) -> list[str]:
     """What a part of detectors brings, folder by folder.
 
@@ -283,32 +288,23 @@ def tables(rows: pd.DataFrame) -> str:
     for part, title in SMALL_PARTS.items():
         shown = _small_part(good[good["part"] == part])
         texts += [f"### {title}", *shown] if shown else []
-    texts += _what_brings(
-        "rotations bring",
-        "Images in all rotations that fit − as they lie, mean over seeds ± standard deviation of that difference.",
-        {of: name for name, of in UNTURNED.items()},
-        first,
+    seeds = "mean over seeds ± standard deviation of that difference."
+    bring = (
+        ("rotations bring", f"Images in all rotations that fit − as they lie, {seeds}", _without(UNTURNED)),
+        (
+            "kinds bring",
+            f"A fit to each kind of normal image that is found − one to all, images as they lie, {seeds}",
+            _without(ONE_KIND),
+        ),
+        (
+            "the memory bank brings",
+            f"With normal positions that are remembered − without, images as they lie, {seeds}",
+            _without(NO_BANK),
+        ),
+        ("the flow brings", f"Trained − untrained, {seeds}", TRAINED),
     )
-    texts += _what_brings(
-        "kinds bring",
-        "A fit to each kind of normal image that is found − one to all, images as they lie, mean over seeds ± "
-        "standard deviation of that difference.",
-        {of: name for name, of in ONE_KIND.items()},
-        first,
-    )
-    texts += _what_brings(
-        "the memory bank brings",
-        "With normal positions that are remembered − without, images as they lie, mean over seeds ± standard deviation "
-        "of that difference.",
-        {of: name for name, of in NO_BANK.items()},
-        first,
-    )
-    texts += _what_brings(
-        "the flow brings",
-        "Trained − untrained, mean over seeds ± standard deviation of that difference.",
-        TRAINED,
-        first,
-    )
+    for title, said, pairs in bring:
+        texts += _what_brings(title, said, pairs, first)
     texts += _stands(rows)
     failures = rows[rows["error"].notna()]
     if len(failures):

@@ -4,7 +4,9 @@
 The next point is always the one that is farthest from those that were taken (Gonzalez 1985). Most of the time would
 pass with reading all of them from memory, for each that is taken. Distances to what was taken only ever shrink: of the
 points that are farthest at some moment one can be taken after the other, for as long as it is farther than any point
-beside them was at that moment. Only then all points are looked at again, once for all that were taken since.
+beside them was at that moment. Only then all points are looked at again, once for all that were taken since. anomalib's
+``KCenterGreedy`` takes the same points of the same start, looks at all for each, and starts and projects by the global
+random state, so that a fit would depend on the seed.
 """
 
 from __future__ import annotations

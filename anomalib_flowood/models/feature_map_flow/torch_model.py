@@ -353,8 +353,8 @@ class FeatureMapFlowModel(MapExtraction):
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and that of the distances to the
             nearest normal positions, in units of their standard deviations over normal images, up-sampled and averaged
-            (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the
-            combined evidence. Of a model with tiles the map is stitched, and the score the highest of a tile.
+            (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the combined evidence. Of a model with tiles the map is
+            stitched, and the score the highest of a tile.
         """
         if self.tiles is None:
             maps = self.extract(images)
@@ -383,7 +383,8 @@ class FeatureMapFlowModel(MapExtraction):
         return [layer.reduced(layer_maps) for layer, layer_maps in zip(layers, maps, strict=True)]
 
     def _judge(self, reduced: Sequence[Tensor], kind: Tensor | None = None) -> InferenceBatch:
-        shown, statistics = cast("tuple[list[Tensor], list[Tensor]]", ([], []))
+        shown: list[Tensor] = []
+        statistics: list[Tensor] = []
         flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
         for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
             maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(latents, kind)
