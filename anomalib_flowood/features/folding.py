@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norms of frozen networks, folded into the convolutions before them: a fifth to a third of a backbone's time."""
+"""Frozen networks that give the same sooner: batch norms folded into convolutions, and no copies that are only padded.
+
+Batch norms are a fifth to a third of a backbone's time, and where convolutions pad as TensorFlow does, as those of the
+default backbone, padding is another fifth.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
+from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
@@ -43,11 +49,12 @@ _known: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
 @torch.no_grad()
 def folded(network: nn.Module, images: Tensor) -> nn.Module:
-    """Return a network that gives the same, without the batch norms that follow a convolution.
+    """Return a network that gives the same, without the batch norms that follow a convolution, and without padding.
 
-    In evaluation a batch norm is an affine map of each channel, by which the weights before it can be multiplied. The
-    network itself, and what is saved of it, stays as it is; what is returned shares all other tensors with it, is
-    compared with it on an image before it is trusted, and built anew when weights have changed.
+    In evaluation a batch norm is an affine map of each channel, by which the weights before it can be multiplied.
+    Convolutions that pad one end more than the other pad both enough (:func:`_same`). The network itself, and what is
+    saved of it, stays as it is; what is returned shares all other tensors with it, is compared with it on an image
+    before it is trusted, and built anew when weights have changed.
 
     Args:
         network: In evaluation mode; in training mode nothing is folded.
@@ -93,9 +100,34 @@ def _fold(network: nn.Module, image: Tensor) -> nn.Module | None:
         convolution.weight, convolution.bias = _fused(convolution, norm)
         acts = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
         found.set_submodule(after, nn.Sequential(*acts))
+    for module in found.modules():
+        if type(module) is Conv2dSame:
+            vars(module)["forward"] = MethodType(_same, module)
     outputs = zip(_tensors(found(image)), expected, strict=True)
     close = all((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max() for ours, theirs in outputs)
     return found if close else None
+
+
+def _same(convolution: Conv2dSame, images: Tensor) -> Tensor:
+    """Convolve with TensorFlow's padding, ``(N, C, H, W)`` to ``(N, C', H / stride, W / stride)``, rounded up.
+
+    Where it is odd, one more row or column is padded at the end, for which timm copies the whole input. Instead both
+    ends get a stride more than the beginning needs, which makes one more row of output there, and that is left out: a
+    copy of the output, which is smaller by the square of the stride.
+    """
+    padding, kept = [], [slice(None), slice(None)]
+    axes = zip(images.shape[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
+    for length, kernel, stride, dilation in axes:
+        out = -(-length // stride)
+        total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - length, 0)
+        first = total % 2  # rows of output that are too many
+        padding.append(total // 2 + first * stride)
+        kept.append(slice(first, first + out))
+    weight, bias = convolution.weight, convolution.bias
+    found = functional.conv2d(
+        images, weight, bias, convolution.stride, tuple(padding), convolution.dilation, convolution.groups
+    )
+    return found if not any(part.start for part in kept) else found[tuple(kept)].clone()  # keeps the memory format
 
 
 def _fused(convolution: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:

@@ -4,12 +4,14 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from timm.layers import StdConv2d
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anomalib_flowood.features import create_feature_maps, run_backbone
-from anomalib_flowood.features.folding import folded
+from anomalib_flowood.features.folding import _same, folded
 
 NETWORKS = ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "test_vit", "regnetx_002"]
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -121,3 +123,28 @@ def test_a_forward_that_was_replaced_is_asked():
     network.forward = forward
     torch.testing.assert_close(run_backbone(network, IMAGES), expected, rtol=1e-4, atol=1e-4)
     assert asked == [2]
+
+
+@given(
+    lengths=st.tuples(*[st.integers(1, 20)] * 2),
+    kernel=st.tuples(*[st.integers(1, 6)] * 2),
+    stride=st.tuples(*[st.integers(1, 4)] * 2),
+    dilation=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_padding_that_is_not_copied_gives_the_same(lengths, kernel, stride, dilation, seed):
+    torch.manual_seed(seed)
+    convolution = Conv2dSame(4, 6, kernel, stride=stride, dilation=dilation, groups=2).double()
+    images = torch.randn(2, 4, *lengths, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(_same(convolution, images), convolution(images), rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_only_padded(monkeypatch):
+    network = trained(create_feature_maps("tf_efficientnet_lite0", [1, 2], pre_trained=False, image_size=(64, 64)))
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    light, pad, padded = folded(network, images), nn.functional.pad, []
+    monkeypatch.setattr(nn.functional, "pad", lambda *given, **named: padded.append(1) or pad(*given, **named))
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in light(images))
+    assert not padded
+    network(images)
+    assert padded
