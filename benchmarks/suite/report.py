@@ -107,9 +107,15 @@ def _in_short(rows: pd.DataFrame) -> list[str]:
 
 
 def _bars(rows: pd.DataFrame) -> list[str]:
-    found = bars(rows)
-    lines = [[bar.figure, bar.bar, bar.reached, "yes" if bar.held else "**no**"] for bar in found]
-    return ["### Bars", markdown(["figure", "bar", "reached", "held"], lines, numbers=False)] if found else []
+    """Bars on the first backbone and size, and on others that have rivals, too."""
+    texts: list[str] = []
+    for stand, some in rows.groupby("stand", sort=False):
+        found = bars(some)
+        if not found or (texts and not some["detector"].map(is_rival).any()):
+            continue
+        lines = [[bar.figure, bar.bar, bar.reached, "yes" if bar.held else "**no**"] for bar in found]
+        texts += [f"{stand} pixels:", markdown(["figure", "bar", "reached", "held"], lines, numbers=False)]
+    return ["### Bars", *texts] if texts else []
 
 
 def _per_folder(rows: pd.DataFrame, order: pd.Index, metric: str) -> dict[str, list[str]]:
@@ -280,7 +286,7 @@ def tables(rows: pd.DataFrame) -> str:
     rows = split_tasks(rows)
     first = rows[rows["stand"] == rows["stand"].iloc[0]]
     texts = [f"{rows['stand'].iloc[0]} pixels, seeds {', '.join(map(str, sorted(first['seed'].unique())))}."]
-    texts += [*_in_short(first), *_bars(first)]
+    texts += [*_in_short(first), *_bars(rows)]
     good = first[first["error"].isna()]
     for part, title in FOLDER_PARTS.items():
         for _, these in good[good["part"] == part].groupby("together", sort=False):

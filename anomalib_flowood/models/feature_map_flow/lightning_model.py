@@ -109,7 +109,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         map_layers: Sequence[str | int] | None = None,
         score_layers: Sequence[str | int] | None = None,
         pre_trained: bool = True,
-        image_size: tuple[int, int] = (224, 224),
+        image_size: tuple[int, int] = (320, 320),
         subspace_dim: int = 64,
         layout_dims: int = 256,
         mask: str = POSITION,

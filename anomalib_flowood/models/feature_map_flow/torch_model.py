@@ -79,7 +79,7 @@ class FeatureMapFlowModel(MapExtraction):
         backbone: str = "tf_efficientnet_lite0",
         map_layers: Sequence[str | int] | None = None,
         score_layers: Sequence[str | int] | None = None,
-        image_size: tuple[int, int] = (224, 224),
+        image_size: tuple[int, int] = (320, 320),
         *,
         pre_trained: bool = True,
         subspace_dim: int = 64,
