@@ -101,7 +101,7 @@ def _fold(network: nn.Module, image: Tensor) -> nn.Module | None:
         acts = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
         found.set_submodule(after, nn.Sequential(*acts))
     for module in found.modules():
-        if type(module) is Conv2dSame:
+        if type(module) is Conv2dSame and "forward" not in vars(module):  # as above
             vars(module)["forward"] = MethodType(_same, module)
     outputs = zip(_tensors(found(image)), expected, strict=True)
     close = all((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max() for ours, theirs in outputs)
