@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -115,19 +115,18 @@ def _same(convolution: Conv2dSame, images: Tensor) -> Tensor:
     ends get a stride more than the beginning needs, which makes one more row of output there, and that is left out: a
     copy of the output, which is smaller by the square of the stride.
     """
-    padding, kept = [], [slice(None), slice(None)]
+    padding, first = [], []  # and rows of output that are too many
     axes = zip(images.shape[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
     for length, kernel, stride, dilation in axes:
-        out = -(-length // stride)
-        total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - length, 0)
-        first = total % 2  # rows of output that are too many
-        padding.append(total // 2 + first * stride)
-        kept.append(slice(first, first + out))
+        total = get_same_padding(length, kernel, stride, dilation)
+        first.append(total % 2)
+        padding.append(total // 2 + first[-1] * stride)
     weight, bias = convolution.weight, convolution.bias
     found = functional.conv2d(
         images, weight, bias, convolution.stride, tuple(padding), convolution.dilation, convolution.groups
     )
-    return found if not any(part.start for part in kept) else found[tuple(kept)].clone()  # keeps the memory format
+    rows, columns = first
+    return found[:, :, rows:, columns:].clone() if any(first) else found  # a clone keeps the memory format
 
 
 def _fused(convolution: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:

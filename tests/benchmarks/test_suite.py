@@ -379,7 +379,7 @@ def test_the_published_page_is_that_of_the_published_rows():
         ("feature_map_flow", inspect.signature(anomalib_flowood.FeatureMapFlow).parameters["image_size"].default[0]),
     ],
 )
-def test_a_detector_s_page_shows_what_it_reaches_at_its_own_size(folder, size):
+def test_the_page_of_a_detector_is_of_its_own_size(folder, size):
     page = (Path(anomalib_flowood.__file__).parent / f"models/{folder}/README.md").read_text(encoding="utf-8")
     begin, end = f"<!-- {report.SETS_MARKER}: begin -->", f"<!-- {report.SETS_MARKER}: end -->"
     shown = page.partition(begin)[2].partition(end)[0].strip()

@@ -14,8 +14,8 @@ from anomalib_flowood import flows
 from .coreset import farthest_first
 
 _CANDIDATES = 50_000
-"""Positions of training images among which those of the memory bank are chosen: more take longer, and tell a little
-more (docs/decisions.md)."""
+"""Positions of training images among which those of the memory bank are chosen: more take longer, and tell
+little more, if anything (docs/decisions.md)."""
 _DISTANCES = 2**23
 """Distances that are in memory at a time."""
 
