@@ -37,6 +37,6 @@ def squash_values(raw: Tensor, threshold: Tensor, unit: Tensor) -> tuple[Tensor,
     raw = torch.where(torch.isnan(raw), torch.full_like(raw, float("inf")), raw)
     above = raw > threshold
     x = (raw - threshold).abs() / unit
-    # One quotient for both sides: an OpenVINO model takes long for each.
-    part = 0.5 / torch.where(above, (1 + 4 * x).sqrt().sqrt(), 1 + x)
+    # One reciprocal for both sides, and no quotient: OpenVINO computes that of two tensors as a general power.
+    part = 0.5 * torch.where(above, (1 + 4 * x).sqrt().sqrt(), 1 + x).reciprocal()
     return torch.where(above, (1 - part).clamp(min=_JUST_ABOVE_HALF), part), above
