@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ _CANDIDATES = 50_000
 little more, if anything (docs/decisions.md)."""
 _DISTANCES = 2**23
 """Distances that are in memory at a time."""
+_PART = 128
+"""Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
 
 
 class NearestPatches(flows.ForEachKind):
@@ -109,11 +112,17 @@ class NearestPatches(flows.ForEachKind):
     def _nearest(maps: Tensor, bank: Tensor) -> Tensor:
         """By ``|x - b|^2 = |x|^2 - 2 (x b - |b|^2 / 2)``."""
         half = 0.5 * bank.square().sum(-1)
-        if bank.ndim == 2:
-            alike = functional.conv2d(maps, bank[:, :, None, None], -half).amax(1)
-        else:  # a bank for each map
-            alike = (bank @ maps.flatten(2) - half[:, :, None]).amax(1).unflatten(1, maps.shape[2:])
+        parts = zip(bank.split(_PART, dim=-2), half.split(_PART, dim=-1), strict=True)
+        alike = reduce(torch.maximum, (NearestPatches._most_alike(maps, some, less) for some, less in parts))
         return (maps.square().sum(1) - 2 * alike).clamp(min=0).sqrt()
+
+    @staticmethod
+    def _most_alike(maps: Tensor, bank: Tensor, half: Tensor) -> Tensor:
+        """The largest ``x b - |b|^2 / 2`` at each position, ``(N, h, w)``."""
+        if bank.ndim == 2:
+            return functional.conv2d(maps, bank[:, :, None, None], -half).amax(1)
+        # A bank for each map.
+        return (bank @ maps.flatten(2) - half[:, :, None]).amax(1).unflatten(1, maps.shape[2:])
 
 
 def standardised(maps: Tensor, location: Tensor, spread: Tensor, kind: Tensor | None) -> Tensor:
