@@ -84,6 +84,10 @@ def several(folder: Path) -> None:
         mvtec(folder / name)
 
 
+def one_within(folder: Path) -> None:
+    mvtec(folder / "bolt")
+
+
 def nobody_knows(folder: Path) -> None:
     images(folder / "cats", 3)
     images(folder / "dogs", 3)
@@ -98,6 +102,7 @@ def unlabelled_test(folder: Path) -> None:
     ("layout", "message"),
     [
         (several, r"parts holds several folders of images \(bolt, nut\): give one of them"),
+        (one_within, r"parts holds another folder of images \(bolt\): give parts/bolt\."),
         (nobody_knows, r"Which class of parts is normal: 'cats' or 'dogs'\? Say so with normal_class"),
         (unlabelled_test, r"The images in parts/test lie in no sub-folder: nothing says which are normal"),
     ],

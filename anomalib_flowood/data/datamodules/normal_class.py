@@ -72,13 +72,16 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
         normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
         return normal[0], _all_of(normal[0], train), _all_of(normal[0], test) if test.classes is None else test
     names = sorted(set(train.classes), key=_natural)
-    likely = _normal_names(names) or names
+    called_normal = _normal_names(names)
+    inner = [name for name in names if (folder / name / "train").is_dir()]
+    if inner and not called_normal:  # one of them alone would be a class of all that it holds, defects and masks, too
+        holds = "several folders" if len(inner) > 1 else "another folder"
+        remedy = "give one of them" if len(inner) > 1 else f"give {folder / inner[0]}"
+        msg = f"{folder} holds {holds} of images ({', '.join(inner)}): {remedy}. {LAYOUTS_OF_PARTS}"
+        raise ValueError(msg)
+    likely = called_normal or names
     if len(likely) == 1:
         return likely[0], train, test
-    inner = [name for name in names if (folder / name / "train").is_dir()]
-    if inner:
-        msg = f"{folder} holds several folders of images ({', '.join(inner)}): give one of them. {LAYOUTS_OF_PARTS}"
-        raise ValueError(msg)
     msg = (
         f"Which class of {folder} is normal: {alternatives(names)}? Say so with normal_class (--data.normal_class "
         f"NAME). {LAYOUTS_OF_PARTS}"
