@@ -93,6 +93,15 @@ def test_train_test_predict_and_export(here, capsys):
     )
 
 
+def test_a_trial_ends_well_and_keeps_nothing(here, capsys):
+    config = write_config(here / "pixels.yaml", "anomalib_flowood.PixelFlow", **PIXELS)
+    main(["train", "--config", str(config), "--trainer.fast_dev_run", "true"])
+    out = capsys.readouterr().out
+    assert "Nothing is kept of a trial with fast_dev_run" in out
+    assert "Next:" not in out
+    assert not [path for path in (here / "results").rglob("*") if path.is_file()]
+
+
 def test_anomalibs_own_command_takes_our_class_paths(here):
     config = write_config(here / "embeddings.yaml", "anomalib_flowood.EmbeddingFlow", **EMBEDDINGS)
     done = subprocess.run(

@@ -70,6 +70,9 @@ class ResultsCLI(AnomalibCLI):
         """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""
         if processes.rank():
             return
+        if self.engine.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("Nothing is kept of a trial with fast_dev_run: no checkpoint, and no results.")
+            return
         folder = Path(self.engine.trainer.default_root_dir)
         data = self._data_label()
         seed = self.config[self.subcommand]["seed_everything"]
