@@ -76,12 +76,14 @@ class RunEngine(Engine):
 
     @contextlib.contextmanager
     def _latest_has_weights(self) -> Iterator[None]:
-        """Turn ``latest`` back if the run fails, or was a trial, and has written no weights."""
+        """Turn ``latest`` back if the run has written no weights: it failed, was a trial, or had nothing left to train."""
         self._new = None
         finished = False
         try:
             yield
-            finished = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            # Where a resumed training has nothing left to do, the weights are those of the run before.
+            kept = getattr(self.checkpoint_callback, "best_model_path", "")
+            finished = not (kept or self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         finally:
             if not finished and self._new is not None and not any(self._new.rglob("*.ckpt")):
                 self._turn_latest_back(self._new)

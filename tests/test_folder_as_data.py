@@ -163,6 +163,19 @@ def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, c
     assert f"{decision}\n5 held-out normal images allow no level below 17 %; 20 would allow 5 %.\n" in out
 
 
+def test_a_training_that_has_ended_is_not_taken_for_a_new_one(here, capsys, caplog):
+    mvtec(here / "parts")
+    train = ["train", "--data", "./parts", *SMALLER, "--trainer.accelerator=cpu"]
+    main(train)
+    runs = Path("results", DEFAULT_DETECTOR, "OneClass/parts")
+    checkpoint = runs / "v0/weights/lightning/model.ckpt"
+    capsys.readouterr()
+    main([*train, "--ckpt_path", str(checkpoint)])
+    assert f"The checkpoint {checkpoint.resolve()} is of a training that has ended" in caplog.text
+    assert f"Results: {runs / 'v1'}\n" in capsys.readouterr().out
+    assert (runs / "latest/weights/lightning/model.ckpt").samefile(checkpoint)
+
+
 def test_normal_images_alone_are_enough_and_what_is_not_defined_is_said_once(here, capsys, caplog):
     flat(here / "parts")
     with warnings.catch_warnings(record=True) as caught:

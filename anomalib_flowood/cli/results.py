@@ -101,7 +101,10 @@ class ResultsCLI(AnomalibCLI):
         # A checkpoint of this package says what detector it is of.
         model = [] if isinstance(self.model, FlowModule) else [f"--model {type(self.model).__name__}"]
         rest = " ".join([*model, f"--ckpt_path {checkpoint}"])
-        print(f"Results and checkpoint: {os.path.relpath(self.engine.trainer.default_root_dir)}")
+        root = self.engine.trainer.default_root_dir
+        # A resumed training with nothing left to do writes none.
+        resumed = not Path(callback.best_model_path).resolve().is_relative_to(Path(root).resolve())
+        print(f"{'Results' if resumed else 'Results and checkpoint'}: {os.path.relpath(root)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")
 

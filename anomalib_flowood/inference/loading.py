@@ -19,6 +19,8 @@ from anomalib_flowood.models.components.export_check import (
 )
 
 _SUFFIXES = {".pt", ".onnx", ".xml", ".json"}
+_NAMED = 5
+"""Files that a message names at most."""
 
 
 def load(path: str | Path) -> Detector:
@@ -85,6 +87,9 @@ def _export_in(folder: Path) -> Path:
     found = [file for file in found if not file.stem.endswith("_raw") or file.suffix != ".onnx"]
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
+        below = sorted(str(file) for file in folder.rglob("*") if file.suffix in {".ckpt", ".xml", ".onnx", ".pt"})
+        if below:
+            msg += f" Name one of what lies below it: {', '.join(below[:_NAMED])}{', …' if len(below) > _NAMED else ''}"
         raise FileNotFoundError(msg)
     if len(found) > 1:
         msg = f"There are several exported models in {folder}, name one: {', '.join(file.name for file in found)}."

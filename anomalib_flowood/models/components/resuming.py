@@ -88,7 +88,13 @@ class Resuming(_Base):
             over = no_epoch_is_left(self.trainer, drawn)
             if drawn["within"] and not over:
                 self._limits = lift_limits(self.trainer) if no_step_is_left(self.trainer, drawn) else None
-            elif (over or no_step_is_left(self.trainer, drawn)) and not bool(self.model.fitted):
+            elif (over or no_step_is_left(self.trainer, drawn)) and bool(self.model.fitted):
+                logger.warning(
+                    "The checkpoint %s is of a training that has ended: its weights stay as they are, and no checkpoint "
+                    "is written. To fit to these images, leave out ckpt_path; to train on, raise max_epochs.",
+                    self.trainer.ckpt_path,
+                )
+            elif over or no_step_is_left(self.trainer, drawn):
                 msg = (
                     f"The checkpoint {self.trainer.ckpt_path} is of a training that had not ended, and there is no "
                     "step left to end it with: raise max_epochs, max_steps or max_time of the trainer."
