@@ -76,7 +76,7 @@ class RunEngine(Engine):
 
     @contextlib.contextmanager
     def _latest_has_weights(self) -> Iterator[None]:
-        """Turn ``latest`` back if the run has written no weights: it failed, was a trial, or had nothing left to train."""
+        """Turn ``latest`` back if the run has no weights: it failed, was a trial, or had nothing left to train."""
         self._new = None
         finished = False
         try:

@@ -90,8 +90,8 @@ class Resuming(_Base):
                 self._limits = lift_limits(self.trainer) if no_step_is_left(self.trainer, drawn) else None
             elif (over or no_step_is_left(self.trainer, drawn)) and bool(self.model.fitted):
                 logger.warning(
-                    "The checkpoint %s is of a training that has ended: its weights stay as they are, and no checkpoint "
-                    "is written. To fit to these images, leave out ckpt_path; to train on, raise max_epochs.",
+                    "The checkpoint %s is of a training that has ended: its weights stay as they are, and no "
+                    "checkpoint is written. To fit to these images, leave out ckpt_path; to train on, raise max_epochs.",
                     self.trainer.ckpt_path,
                 )
             elif over or no_step_is_left(self.trainer, drawn):
