@@ -98,6 +98,15 @@ def unlabelled_test(folder: Path) -> None:
     images(folder / "test", 4)
 
 
+def test_what_is_not_read_of_a_folder_is_named(here, caplog):
+    mvtec(here / "parts")
+    images(here / "parts/validation/good", 3)
+    (here / "parts/notes").mkdir()
+    OneClass("parts", root=here).setup("fit")
+    (said,) = [message for message in caplog.messages if "are read" in message]
+    assert said.startswith("Of parts only train, test and masks are read, and not validation. ")
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

@@ -132,6 +132,14 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
         self._hold_out(train, rows, normal, what, _stage)
+        unread = source.left_out() if isinstance(source, FolderSource) and _stage in {None, "fit"} else []
+        if unread:
+            logger.warning(
+                "Of %s only train, test and masks are read, and not %s. Images that calibrate are held out of "
+                "train (val_split_ratio): put further normal ones there.",
+                source.name,
+                ", ".join(unread),
+            )
 
         labels = np.where(classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
         if len(set(labels)) == 1:

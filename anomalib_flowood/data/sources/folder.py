@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.masks import GROUND_TRUTH
 from anomalib_flowood.data.sources.layouts import layout_of
 from anomalib_flowood.data.sources.named import DATA_SETS
 
@@ -42,6 +44,14 @@ class FolderSource:
     def divided(self) -> bool:
         """Whether its training and its test split are parts of the same images."""
         return self.held_out < 1.0 and len(layout_of(self.folder)[1]) < 2
+
+    def left_out(self) -> list[str]:
+        """Sub-folders beside ``train/`` and ``test/`` that hold images, which nobody reads; masks are no images."""
+        if not layout_of(self.folder)[1]:
+            return []  # each sub-folder is a class
+        beside = sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        read = {"train", "test", GROUND_TRUTH}
+        return [path.name for path in beside if path.name not in read and image_files(path, tell=False)]
 
     def prepare(self, splits: Sequence[str]) -> None:  # noqa: ARG002
         """Check that the folder is there.

@@ -91,7 +91,7 @@ class Resuming(_Base):
             elif (over or no_step_is_left(self.trainer, drawn)) and bool(self.model.fitted):
                 logger.warning(
                     "The checkpoint %s is of a training that has ended: its weights stay as they are, and no "
-                    "checkpoint is written. To fit to these images, leave out ckpt_path; to train on, raise max_epochs.",
+                    "checkpoint is written. Leave out ckpt_path to fit to these images; raise max_epochs to train on.",
                     self.trainer.ckpt_path,
                 )
             elif over or no_step_is_left(self.trainer, drawn):
