@@ -102,6 +102,10 @@ def _unknown_option(message: str, parser: ArgumentParser) -> str | None:
     # Of a configuration file.
     if found := re.search(r"(?:Subcommand '\w+'|Group '([\w.]+)') does not accept option '([^']+)'", message):
         key = f"{found[1]}.{found[2]}" if found[1] else found[2]
+        if key.split(".")[0] in {"class_path", "init_args"}:
+            return (
+                "A file that starts with class_path is of one part: it goes with --model or --data, not with --config."
+            )
         keys = {option[2:] for option in known} - {"config", "help"}
         groups = {other.split(".")[0] for other in keys}
         if key.split(".")[0] not in groups:  # what is below it says nothing
@@ -157,6 +161,8 @@ def _unknown_argument(message: str, parser: ArgumentParser) -> str | None:
         near = _did_you_mean(argument, keys, prefix=f"--{prefix}.")
         return f"--{prefix}.{argument} is no option of {found[1].rpartition('.')[2]}.{near}"
     first = argument.split(".")[0]
+    if first == prefix:
+        return f"A file that starts with {prefix} is of several parts: give it with --config, not with --{prefix}."
     if nearest(first, {"class_path", "init_args"}) and cls is not None and cls.__subclasses__():
         return f"There is no {first!r} in {prefix!r}.{_did_you_mean(first, ('class_path', 'init_args'))}"
     return f"{argument!r} in {prefix!r} is no argument of {found[1].rpartition('.')[2]}.{_did_you_mean(argument, keys)}"

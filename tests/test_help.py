@@ -202,3 +202,17 @@ def test_what_was_meant_in_a_file(config, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("option", "config", "message"),
+    [
+        ("--model", f"model: {{class_path: {DETECTOR}, init_args: {{backbone: x}}}}", "give it with --config, not"),
+        ("--config", "class_path: OneClass\ninit_args: {dataset: x}", "with --model or --data, not with --config."),
+    ],
+)
+def test_a_file_that_is_given_with_another_option(option, config, message, tmp_path, capsys):
+    (path := tmp_path / "a.yaml").write_text(config)
+    with pytest.raises(SystemExit):
+        main(["train", option, str(path)])
+    assert message in capsys.readouterr().err
