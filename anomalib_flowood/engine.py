@@ -96,6 +96,7 @@ class RunEngine(Engine):
                 latest.symlink_to(self._previous, target_is_directory=True)
         with contextlib.suppress(OSError):  # what it holds says what failed
             new.rmdir()
+            new.parent.rmdir()  # of these data, if there is no other run
 
 
 def run_folder(checkpoint: Path | None, root: Path, detector: str) -> Path:
