@@ -78,15 +78,20 @@ class RunEngine(Engine):
     def _latest_has_weights(self) -> Iterator[None]:
         """Turn ``latest`` back if the run has no weights: it failed, was a trial, or had nothing left to train."""
         self._new = None
-        finished = False
+        remains = latest = False
         try:
             yield
+            remains = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
             # Where a resumed training has nothing left to do, the weights are those of the run before.
-            kept = getattr(self.checkpoint_callback, "best_model_path", "")
-            finished = not (kept or self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+            latest = remains and not getattr(self.checkpoint_callback, "best_model_path", "")
         finally:
-            if not finished and self._new is not None and not any(self._new.rglob("*.ckpt")):
-                self._turn_latest_back(self._new)
+            if self._new is not None and not any(self._new.rglob("*.ckpt")):
+                if not latest:
+                    self._turn_latest_back(self._new)
+                if not remains:
+                    with contextlib.suppress(OSError):  # what it holds says what failed
+                        self._new.rmdir()
+                        self._new.parent.rmdir()  # of these data, if there is no other run
 
     def _turn_latest_back(self, new: Path) -> None:
         latest = new.parent / "latest"
@@ -94,9 +99,6 @@ class RunEngine(Engine):
             latest.unlink()
             if self._previous is not None and self._previous.is_dir():
                 latest.symlink_to(self._previous, target_is_directory=True)
-        with contextlib.suppress(OSError):  # what it holds says what failed
-            new.rmdir()
-            new.parent.rmdir()  # of these data, if there is no other run
 
 
 def run_folder(checkpoint: Path | None, root: Path, detector: str) -> Path:

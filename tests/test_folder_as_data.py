@@ -179,7 +179,8 @@ def test_a_training_that_has_ended_is_not_taken_for_a_new_one(here, capsys, capl
     runs = Path("results", DEFAULT_DETECTOR, "OneClass/parts")
     checkpoint = runs / "v0/weights/lightning/model.ckpt"
     capsys.readouterr()
-    main([*train, "--ckpt_path", str(checkpoint)])
+    main([*train, "--ckpt_path", str(checkpoint), "--model.visualizer=false"])
+    assert (runs / "v1/results.csv").is_file()
     assert f"The checkpoint {checkpoint.resolve()} is of a training that has ended" in caplog.text
     assert f"Results: {runs / 'v1'}\n" in capsys.readouterr().out
     assert (runs / "latest/weights/lightning/model.ckpt").samefile(checkpoint)
