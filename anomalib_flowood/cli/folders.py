@@ -109,7 +109,8 @@ def _folder(value: str, here: Path) -> Path | None:
         return None
     if re.fullmatch(r"[\w-]+", value) and value != "null":
         folders = [entry.name for entry in here.iterdir() if entry.is_dir() and entry.name[0] != "."]
-        raise unknown_name("folder or data module", value, {*folders, *modules}, LAYOUTS_OF_PARTS)
+        hint = f"(Looked for the folder from {here}.) {LAYOUTS_OF_PARTS}"
+        raise unknown_name("folder or data module", value, {*folders, *modules}, hint)
     if value.startswith((".", "~", "/")) or (len(given.parts) > 1 and value[0] != "{"):
         msg = f"There is no folder {value} (looked for it from {here}). {LAYOUTS_OF_PARTS}"
         raise FileNotFoundError(msg)
