@@ -78,20 +78,23 @@ class RunEngine(Engine):
     def _latest_has_weights(self) -> Iterator[None]:
         """Turn ``latest`` back if the run has no weights: it failed, was a trial, or had nothing left to train."""
         self._new = None
-        remains = latest = False
+        ended = False
         try:
             yield
-            remains = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-            # Where a resumed training has nothing left to do, the weights are those of the run before.
-            latest = remains and not getattr(self.checkpoint_callback, "best_model_path", "")
+            ended = not self.is_trial
         finally:
             if self._new is not None and not any(self._new.rglob("*.ckpt")):
-                if not latest:
+                if not ended or self.best_model_path:  # that of the run which was resumed, and had ended
                     self._turn_latest_back(self._new)
-                if not remains:
+                if not ended:
                     with contextlib.suppress(OSError):  # what it holds says what failed
                         self._new.rmdir()
                         self._new.parent.rmdir()  # of these data, if there is no other run
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether the trainer only tries each step (``fast_dev_run``), of which nothing is kept."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
 
     def _turn_latest_back(self, new: Path) -> None:
         latest = new.parent / "latest"

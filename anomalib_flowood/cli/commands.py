@@ -271,7 +271,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             ours = [ReadAsTrained(), self.predicted] if self.subcommand == "predict" else [self.recorder]
             trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), *ours]
         super().instantiate_engine()
-        self.engine: RunEngine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
+        self.engine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
 
     def _run_subcommand(self) -> None:
         if self.subcommand in {"test", "predict"} and self.engine.folder is None:

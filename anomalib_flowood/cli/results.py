@@ -18,7 +18,7 @@ from rich.console import Console
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
-from anomalib_flowood.engine import new_folder, run_folder, used_folder
+from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.report.decisions import decide
@@ -31,6 +31,7 @@ class ResultsCLI(AnomalibCLI):
     """anomalib's command line, whose predictions and tests are kept with what gave them."""
 
     recorder: ScoreRecorder
+    engine: RunEngine
 
     @contextlib.contextmanager
     def _output_folder(self) -> Iterator[Path]:
@@ -70,7 +71,7 @@ class ResultsCLI(AnomalibCLI):
         """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""
         if processes.rank():
             return
-        if self.engine.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.engine.is_trial:
             print("Nothing is kept of a trial with fast_dev_run: no checkpoint, and no results.")
             return
         folder = Path(self.engine.trainer.default_root_dir)
@@ -94,16 +95,16 @@ class ResultsCLI(AnomalibCLI):
 
     def say_what_is_next(self) -> None:
         """After a training: where its results lie, and what to type to use the detector."""
-        callback: Any = self.engine.checkpoint_callback
-        if processes.rank() or callback is None or not callback.best_model_path:
+        kept = self.engine.best_model_path
+        if processes.rank() or not kept:
             return
-        checkpoint = shlex.quote(os.path.relpath(callback.best_model_path))
+        checkpoint = shlex.quote(os.path.relpath(kept))
         # A checkpoint of this package says what detector it is of.
         model = [] if isinstance(self.model, FlowModule) else [f"--model {type(self.model).__name__}"]
         rest = " ".join([*model, f"--ckpt_path {checkpoint}"])
         root = self.engine.trainer.default_root_dir
         # A resumed training with nothing left to do writes none.
-        resumed = not Path(callback.best_model_path).resolve().is_relative_to(Path(root).resolve())
+        resumed = not Path(kept).resolve().is_relative_to(Path(root).resolve())
         print(f"{'Results' if resumed else 'Results and checkpoint'}: {os.path.relpath(root)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")

@@ -87,7 +87,7 @@ def _export_in(folder: Path) -> Path:
     found = [file for file in found if not file.stem.endswith("_raw") or file.suffix != ".onnx"]
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
-        below = sorted(str(file) for file in folder.rglob("*") if file.suffix in {".ckpt", ".xml", ".onnx", ".pt"})
+        below = sorted(str(file) for file in folder.rglob("*") if file.suffix in (_SUFFIXES | {".ckpt"}) - {".json"})
         if below:
             msg += f" Name one of what lies below it: {', '.join(below[:_NAMED])}{', …' if len(below) > _NAMED else ''}"
         raise FileNotFoundError(msg)

@@ -32,11 +32,16 @@ def fitted(some, size=100, scored=(0, 2), copies=1):
 
 @settings(max_examples=30)
 @given(
-    size=st.integers(1, 60), count=st.integers(0, 5), seed=st.integers(0, 99), at_once=st.sampled_from([1, 50, 10**6])
+    size=st.integers(1, 60),
+    count=st.integers(0, 5),
+    seed=st.integers(0, 99),
+    at_once=st.sampled_from([1, 50, 10**6]),
+    part=st.sampled_from([1, 7, 128]),
 )
-def test_distances_are_those_to_the_nearest_of_the_bank(size, count, seed, at_once):
+def test_distances_are_those_to_the_nearest_of_the_bank(size, count, seed, at_once, part):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest_patches, "_DISTANCES", at_once)
+        patch.setattr(nearest_patches, "_PART", part)
         patches, _ = fitted(maps(), size)
         assert patches.bank.shape == (min(size, 48), DIMS)
         new = maps(count, seed)
@@ -107,8 +112,10 @@ def test_the_bank_comes_with_a_state():
     assert torch.equal(again.standardise(again(new)), patches.standardise(patches(new)))
 
 
-def test_each_kind_has_a_bank_of_its_own():
+@pytest.mark.parametrize("part", [7, 128])
+def test_each_kind_has_a_bank_of_its_own(part, monkeypatch):
     """Of another number of positions, one by one and side by side, as a graph computes them."""
+    monkeypatch.setattr(nearest_patches, "_PART", part)
     first, second = maps(6), 5 + maps(2, 1)
     (one, _), (other, _) = fitted(first, 40), fitted(second, 40, scored=(0, 1))
     assert len(other.bank) < len(one.bank)

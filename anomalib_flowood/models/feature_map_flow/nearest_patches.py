@@ -17,10 +17,10 @@ from .coreset import farthest_first
 _CANDIDATES = 50_000
 """Positions of training images among which those of the memory bank are chosen: more take longer, and tell
 little more, if anything (docs/decisions.md)."""
-_DISTANCES = 2**23
-"""Distances that are in memory at a time."""
 _PART = 128
 """Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
+_DISTANCES = 2**20
+"""Distances that are in memory at a time, of some images to one part of the bank."""
 
 
 class NearestPatches(flows.ForEachKind):
@@ -105,7 +105,7 @@ class NearestPatches(flows.ForEachKind):
     def _distances(self, maps: Tensor, bank: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._nearest(maps, bank)
-        at_once = max(1, _DISTANCES // (len(bank) * maps.shape[2:].numel()))
+        at_once = max(1, _DISTANCES // (min(_PART, len(bank)) * maps.shape[2:].numel()))
         return torch.cat([self._nearest(some, bank) for some in maps.split(at_once)])
 
     @staticmethod
