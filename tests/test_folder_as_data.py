@@ -15,7 +15,7 @@ import yaml
 from model_helpers import BACKBONE
 from PIL import Image
 
-from anomalib_flowood import OneClass
+from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.cli import main
 from anomalib_flowood.models import DEFAULT_DETECTOR
 
@@ -98,13 +98,34 @@ def unlabelled_test(folder: Path) -> None:
     images(folder / "test", 4)
 
 
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_images_for_validation_calibrate_and_all_others_are_fitted_to(name, here, caplog):
+    mvtec(here / "parts")
+    images(here / f"parts/{name}/good", 3)
+    images(here / f"parts/{name}/bent", 2)
+    images(here / "parts/more/good", 2)
+    module = OneClass("parts", train_limit=18)
+    module.setup("fit")
+    assert {Path(path).parent for path in module.val_data.samples["image_path"]} == {Path(f"parts/{name}/good")}
+    assert (len(module.train_data), len(module.val_data)) == (18, 3)
+    assert (module.val_data.samples["label_index"] == 0).all()
+    (said,) = [message for message in caplog.messages if "are read" in message]
+    assert f"Of parts only train, {name}, test and masks are read, and not more. Images in {name} calibrate" in said
+    assert module.how_to_hold_out(20).startswith(f"put 17 more normal images to the 3 in parts/{name}")
+    crossed = CrossDataset("parts", ["parts/test/scratch"])
+    crossed.setup("fit")
+    assert (len(crossed.train_data), len(crossed.val_data)) == (20, 5)  # all that is there is normal
+
+
 def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     mvtec(here / "parts")
     images(here / "parts/validation/good", 3)
     (here / "parts/notes").mkdir()
-    OneClass("parts", root=here).setup("fit")
+    module = OneClass("parts", root=here, val_split_ratio=0.25)
+    module.setup("fit")
+    assert (len(module.train_data), len(module.val_data)) == (15, 5)
     (said,) = [message for message in caplog.messages if "are read" in message]
-    assert said.startswith("Of parts only train, test and masks are read, and not validation. ")
+    assert said.startswith("Of parts only train, test and masks are read, and not validation. Images that are held out")
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
-from anomalib_flowood.data.decoding import read_mask
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
+from anomalib_flowood.data.masks import union_of
 from anomalib_flowood.data.resizing import is_antialiased, resize_bytes
 
 _CHUNK = 2**22
@@ -347,7 +347,7 @@ def _mask(path: str, size: Sequence[int], image_path: str) -> Mask:
     Raises:
         ValueError: If it has another size than the image.
     """
-    mask = read_mask(path) if path else torch.zeros(tuple(size), dtype=torch.uint8)
+    mask = union_of(path) if path else torch.zeros(tuple(size), dtype=torch.uint8)
     if mask.shape != tuple(size):
         msg = (
             f"The mask {path} has {mask.shape[0]} x {mask.shape[1]} pixels (height x width), and its image "

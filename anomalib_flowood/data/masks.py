@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ground truth of pixels: masks in a folder ``ground_truth`` beside the images, laid out as MVTec AD has it."""
+"""Ground truth of pixels: masks in a folder ``ground_truth`` beside the images, laid out as MVTec AD or LOCO has it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from anomalib_flowood.data.decoding import UnreadableImageError, read_header
+from anomalib_flowood.data.decoding import UnreadableImageError, read_header, read_mask
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files
 
@@ -28,7 +29,7 @@ class Pairs:
     """Images and masks that belong together.
 
     Attributes:
-        masks: Path of the mask of each image; an empty text where it has none.
+        masks: Path of the mask of each image, or of the folder of its masks; an empty text where it has none.
         unmatched: Masks that belong to no image.
     """
 
@@ -41,16 +42,42 @@ def pair(images: Sequence[Path], folder: Path) -> Pairs:
 
     Args:
         images: Paths of the images, relative to where their kinds' folders are: ``KIND/NAME.jpg``.
-        folder: The folder of masks, ``KIND/NAME_mask.png`` or ``KIND/NAME.png``, of any ending that images may have.
+        folder: The folder of masks, ``KIND/NAME_mask.png``, ``KIND/NAME.png``, or several of an image in a folder
+            ``KIND/NAME``, of any ending that images may have.
     """
-    found = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder, tell=False)}
-    names = [image.with_suffix("") for image in images]
-    keys = [next((key for key in (name, name.with_name(f"{name.name}_mask")) if key in found), None) for name in names]
-    used = set(keys)
-    return Pairs(
-        ["" if key is None else str(found[key]) for key in keys],
-        [path for key, path in found.items() if key not in used],
-    )
+    files = image_files(folder, tell=False)
+    found = {path.relative_to(folder).with_suffix(""): path for path in files}
+    folders = {path.relative_to(folder).parent: path.parent for path in files}
+    masks = []
+    for image in images:
+        name = image.with_suffix("")
+        named = (found.get(name), found.get(name.with_name(f"{name.name}_mask")), folders.get(name))
+        masks.append(next((str(path) for path in named if path), ""))
+    used = set(masks)
+    return Pairs(masks, [path for path in files if used.isdisjoint({str(path), str(path.parent)})])
+
+
+def union_of(mask: str) -> torch.Tensor:
+    """Read the mask of an image, ``(H, W)``, ``uint8``: what is 1 in any of them, where it is a folder of masks.
+
+    Raises:
+        UnreadableImageError: As :func:`~anomalib_flowood.data.decoding.read_mask`.
+        ValueError: If they differ in size.
+    """
+    first, *others = _files_of(mask)
+    union = read_mask(first)
+    for file in others:
+        part = read_mask(file)
+        if part.shape != union.shape:
+            msg = f"The masks in {mask} are of one image, and {file} has another size than {first}."
+            raise ValueError(msg)
+        union |= part
+    return union
+
+
+def _files_of(mask: str) -> list[Path]:
+    path = Path(mask)
+    return image_files(path, tell=False) if path.is_dir() else [path]
 
 
 def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
@@ -78,7 +105,7 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
     misfits = {row: text for row in rows if masks[row] and (text := _misfit(images.paths[row], masks[row]))}
     # Empty masks of normal images do no harm.
     normal = {name.with_suffix("") for name, mask in zip(names, masks, strict=True) if not mask}
-    stray = [str(path) for path in pairs.unmatched if _image_of(path.relative_to(ground_truth)) not in normal]
+    stray = [str(path) for path in pairs.unmatched if normal.isdisjoint(_images_of(path.relative_to(ground_truth)))]
     problems = [
         _some(missing, "missing"),
         _some([*misfits.values()], "of another size"),
@@ -89,8 +116,8 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
     judged = len(rows) - len(missing) - len(misfits)
     if missing or misfits:
         logger.warning(
-            "Pixels are judged on %s: the other anomalous ones lack a mask of their size in %s, KIND/NAME.png or "
-            "KIND/NAME_mask.png. Masks %s.",
+            "Pixels are judged on %s: the other anomalous ones lack a mask of their size in %s, KIND/NAME.png, "
+            "KIND/NAME_mask.png or several in KIND/NAME. Masks %s.",
             f"{judged} of the {len(rows)} anomalous test images, and on the normal ones" if judged else "no image",
             ground_truth,
             said,
@@ -110,19 +137,20 @@ def without_masks(files: list[Path], folder: Path) -> list[Path]:
 
 def _misfit(image: str, mask: str) -> str:
     """Say of a mask that its size is another; what cannot be read is said when it is read."""
-    try:
-        of_image, of_mask = read_header(image)[:2], read_header(mask)[:2]
-    except UnreadableImageError:
-        return ""
-    # What stands behind an image's pixels may turn it, of which its header says nothing.
-    if of_mask in {of_image, of_image[::-1]}:
-        return ""
-    return f"{mask} ({of_mask[0]} x {of_mask[1]} pixels; its image has {of_image[0]} x {of_image[1]})"
+    for file in _files_of(mask):
+        try:
+            of_image, of_mask = read_header(image)[:2], read_header(file)[:2]
+        except UnreadableImageError:
+            continue
+        # What stands behind an image's pixels may turn it, of which its header says nothing.
+        if of_mask not in {of_image, of_image[::-1]}:
+            return f"{file} ({of_mask[0]} x {of_mask[1]} pixels; its image has {of_image[0]} x {of_image[1]})"
+    return ""
 
 
-def _image_of(mask: Path) -> Path:
-    """Name of the image that a mask is of."""
-    return mask.with_name(mask.stem.removesuffix("_mask"))
+def _images_of(mask: Path) -> set[Path]:
+    """Names of the images that a mask may be of."""
+    return {mask.with_name(mask.stem.removesuffix("_mask")), mask.parent}
 
 
 def _some(files: Sequence[str], what: str) -> str:

@@ -117,6 +117,40 @@ def test_a_mask_is_of_any_kind(tmp_path, kind):
     np.testing.assert_array_equal(read_mask(path).numpy(), expected)
 
 
+def test_several_masks_of_an_image_are_one(folder, caplog):
+    """As in MVTec LOCO AD: ground_truth/KIND/NAME/000.png, 001.png, …"""
+    whole = OneClass(folder, augmentations=Resize((24, 20)))
+    whole.setup()
+    expected = masks_of(whole.test_data)
+    for kind in ("dent", "scratch"):
+        for number in range(4):
+            (path,) = (folder / f"ground_truth/{kind}").glob(f"{number:02}*.png")
+            mask = np.array(Image.open(path))
+            path.unlink()
+            path = path.with_name(f"{number:02}")
+            path.mkdir()
+            for part, value in enumerate((251, 3)):
+                some = mask.copy()
+                some[:, part::2] = 0
+                Image.fromarray(some // 255 * value).save(path / f"{part:03}.png")
+    module = OneClass(folder, augmentations=Resize((24, 20)))
+    module.setup()
+    assert not [text for text in caplog.messages if "mask" in text]
+    for path, mask in masks_of(module.test_data).items():
+        torch.testing.assert_close(mask, expected[path], rtol=0, atol=0)
+    (folder / "ground_truth/dent/09").mkdir()
+    Image.new("L", (36, 48), 1).save(folder / "ground_truth/dent/09/000.png")
+    Image.new("L", (30, 30), 1).save(folder / "ground_truth/dent/02/001.png")
+    module = OneClass(folder)
+    module.setup()
+    (message,) = [text for text in caplog.messages if "mask" in text]
+    assert "Pixels are judged on 7 of the 8" in message
+    assert "of another size: 1 (" in message
+    assert "dent/02/001.png (30 x 30" in message
+    assert "no image's: 1 (" in message
+    assert "dent/09/000.png)" in message
+
+
 def missing(folder: Path) -> None:
     (folder / "ground_truth/dent/01_mask.png").unlink()
 

@@ -18,7 +18,7 @@ from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_flowood.checks import check_loading
-from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
+from anomalib_flowood.data.datamodules.splits import held_out, limited, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
@@ -35,6 +35,8 @@ class SourcedDataModule(AnomalibDataModule):
     """
 
     _sources: list[Source]
+    _validation: Path | None = None
+    """The folder of images that are for validation, if there is one and it is used."""
 
     def __init__(
         self,
@@ -126,8 +128,10 @@ class SourcedDataModule(AnomalibDataModule):
         """Read as the training images of a checkpoint were read, by any detector."""
         self.read_for(state_dict["max_value"])
 
-    def _hold_out(self, images: Images, rows: np.ndarray, source: str, what: str, stage: str | None) -> None:
-        """Divide normal images into training and validation; both share one store.
+    def _hold_out(
+        self, images: Images, rows: np.ndarray, source: str, what: str, stage: str | None, normal: str | None = None
+    ) -> None:
+        """Divide normal images into training and validation, unless their folder has some for validation.
 
         Args:
             images: The training split.
@@ -135,28 +139,64 @@ class SourcedDataModule(AnomalibDataModule):
             source: What to call their source.
             what: What to call them in errors.
             stage: Lightning's.
+            normal: Name of the normal class; ``None`` if all images of the source are normal.
 
         Raises:
-            ValueError: If there are fewer than two.
+            ValueError: If there are fewer than two to divide.
         """
-        if min(len(rows), self.train_limit or len(rows)) < 2:
+        given = self._kept_for_validation(normal, stage)
+        if not given and min(len(rows), self.train_limit or len(rows)) < 2:
             cause = f"train_limit={self.train_limit}" if len(rows) > 1 else f"the training split has {len(rows)}"
             msg = f"{what} needs at least 2 training images, of which one is for validation, but {cause}."
             raise ValueError(msg)
-        parts = train_and_val(rows, self.train_limit, self.val_split_ratio, self.seed)
-        logger.info("%s: %d images to fit to, %d held out to calibrate on.", what, *map(len, parts))
-        chosen = np.union1d(*parts)
-        store = images.select(chosen)
-        self._begin_reading(store, stage)
-        store = self._in_memory(store)
+        if given:
+            fitted = images.select(limited(rows, self.train_limit, self.seed))
+            numbers = len(fitted), len(given)
+            logger.info("%s: %d images to fit to; the %d in %s calibrate.", what, *numbers, self._validation)
+            self._begin_reading(fitted, stage)
+            stores = [self._in_memory(fitted), self._in_memory(given)]
+            places = [np.arange(number) for number in numbers]
+        else:
+            parts = train_and_val(rows, self.train_limit, self.val_split_ratio, self.seed)
+            logger.info("%s: %d images to fit to, %d held out to calibrate on.", what, *map(len, parts))
+            chosen = np.union1d(*parts)
+            store = images.select(chosen)
+            self._begin_reading(store, stage)
+            stores = [self._in_memory(store)] * 2
+            places = [np.searchsorted(chosen, part) for part in parts]
         self.train_data, self.val_data = (
-            self._dataset(store, LabelName.NORMAL, split, source, np.searchsorted(chosen, part))
-            for split, part in zip((Split.TRAIN, Split.VAL), parts, strict=True)
+            self._dataset(store, LabelName.NORMAL, split, source, of_split)
+            for store, split, of_split in zip(stores, (Split.TRAIN, Split.VAL), places, strict=True)
         )
+
+    def _kept_for_validation(self, normal: str | None, stage: str | None) -> Images | None:
+        """Normal images that a folder has for validation, if no share is to be held out; say what nobody reads."""
+        source, self._validation = self._sources[0], None
+        if not isinstance(source, FolderSource):
+            return None
+        name, given = (source.read_validation(normal) if self.val_split_ratio is None else None) or ("", None)
+        self._validation = source.folder / name if given else None
+        unread = source.left_out([name]) if stage in {None, "fit"} else []
+        if unread:
+            logger.warning(
+                "Of %s only train, %stest and masks are read, and not %s. Images %s calibrate: put further normal ones "
+                "there.",
+                source.name,
+                f"{name}, " if name else "",
+                ", ".join(unread),
+                f"in {name}" if name else "that are held out of train (val_split_ratio)",
+            )
+        return given
 
     def how_to_hold_out(self, images: int) -> str:
         """Say what makes so many validation images of those that there are, for messages."""
         fitted = len(self.train_data)
+        if self._validation:
+            there = len(self.val_data)
+            advice = f"put {images - there} more normal images to the {there} in {self._validation}"
+            if held_out(fitted, None) >= images:
+                advice += f", or set val_split_ratio to hold out a share of the {fitted} training images in their place"
+            return advice
         total = needed = fitted + len(self.val_data)
         while held_out(needed, self.val_split_ratio) < images:
             needed += 1

@@ -42,7 +42,8 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
         test_limit: The most test images to take from each data set, likewise.
         test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split.
         val_split_ratio: Share of the training images that is held out for validation. By default a tenth; of fewer than
-            200 images as many as labels at their default level take, 20, but at most a quarter. See docs/decisions.md.
+            200 images as many as labels at their default level take, 20, but at most a quarter; none where a folder has
+            normal images in ``validation/`` or ``val/`` beside ``train/``, which then validate. See docs/decisions.md.
         memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
             this, in MiB; all others are read from the disk when they are needed.
         max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest

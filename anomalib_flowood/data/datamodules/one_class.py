@@ -46,7 +46,8 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         test_split_ratio: Share of the normal images of a folder without ``train/`` and ``test/`` that becomes its test
             split, beside all images of other classes.
         val_split_ratio: Share of the training images that is held out for validation. By default a tenth; of fewer than
-            200 images as many as labels at their default level take, 20, but at most a quarter. See docs/decisions.md.
+            200 images as many as labels at their default level take, 20, but at most a quarter; none where a folder has
+            normal images in ``validation/`` or ``val/`` beside ``train/``, which then validate. See docs/decisions.md.
         memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
             this, in MiB; all others are read from the disk when they are needed.
         max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
@@ -131,15 +132,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
             msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {listed}."
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
-        self._hold_out(train, rows, normal, what, _stage)
-        unread = source.left_out() if isinstance(source, FolderSource) and _stage in {None, "fit"} else []
-        if unread:
-            logger.warning(
-                "Of %s only train, test and masks are read, and not %s. Images that calibrate are held out of "
-                "train (val_split_ratio): put further normal ones there.",
-                source.name,
-                ", ".join(unread),
-            )
+        self._hold_out(train, rows, normal, what, _stage, normal)
 
         labels = np.where(classes == normal, LabelName.NORMAL, LabelName.ABNORMAL)
         if len(set(labels)) == 1:

@@ -11,8 +11,12 @@ import numpy as np
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.data.masks import GROUND_TRUTH
-from anomalib_flowood.data.sources.layouts import layout_of
+from anomalib_flowood.data.sources.layouts import ImageFiles, layout_of
 from anomalib_flowood.data.sources.named import DATA_SETS
+
+
+VALIDATION = ("validation", "val")
+"""Folders beside ``train/`` whose normal images calibrate; MVTec LOCO AD and MVTec AD 2 have the first."""
 
 
 class FolderSource:
@@ -45,13 +49,40 @@ class FolderSource:
         """Whether its training and its test split are parts of the same images."""
         return self.held_out < 1.0 and len(layout_of(self.folder)[1]) < 2
 
-    def left_out(self) -> list[str]:
-        """Sub-folders beside ``train/`` and ``test/`` that hold images, which nobody reads; masks are no images."""
+    def left_out(self, read: Sequence[str] = ()) -> list[str]:
+        """Sub-folders beside ``train/`` and ``test/`` that hold images, which nobody reads; masks are no images.
+
+        Args:
+            read: Those that are read all the same.
+        """
         if not layout_of(self.folder)[1]:
             return []  # each sub-folder is a class
         beside = sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name[0] != ".")
-        read = {"train", "test", GROUND_TRUTH}
-        return [path.name for path in beside if path.name not in read and image_files(path, tell=False)]
+        known = {"train", "test", GROUND_TRUTH, *read}
+        return [path.name for path in beside if path.name not in known and image_files(path, tell=False)]
+
+    def read_validation(self, normal: str | None = None) -> tuple[str, Images] | None:
+        """Find normal images that lie beside those to train on, to calibrate on.
+
+        Args:
+            normal: Name of the normal class; ``None`` if all images are normal. Where they lie in no class, they are.
+
+        Returns:
+            Name of the sub-folder, the first of :data:`VALIDATION` that has any, and its images; ``None`` if none has.
+        """
+        layout, there = layout_of(self.folder)
+        if "train" not in there:
+            return None
+        for name in VALIDATION:
+            folder = self.folder / name
+            if not isinstance(layout, ImageFiles) or not folder.is_dir() or not image_files(folder, tell=False):
+                continue
+            images = layout.read(self.folder, self.name, name)
+            if normal is not None and images.classes is not None:
+                images = images.select(np.flatnonzero(images.classes == normal))
+            if len(images):
+                return name, images
+        return None
 
     def prepare(self, splits: Sequence[str]) -> None:  # noqa: ARG002
         """Check that the folder is there.
