@@ -14,7 +14,6 @@ from anomalib_flowood.data.masks import GROUND_TRUTH
 from anomalib_flowood.data.sources.layouts import ImageFiles, layout_of
 from anomalib_flowood.data.sources.named import DATA_SETS
 
-
 VALIDATION = ("validation", "val")
 """Folders beside ``train/`` whose normal images calibrate; MVTec LOCO AD and MVTec AD 2 have the first."""
 
