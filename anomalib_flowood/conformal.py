@@ -25,6 +25,9 @@ from anomalib_flowood.checks import refuse_nan
 DEFAULT_ALPHA = 0.05
 """The level of labels unless another one is chosen."""
 
+HOLD_OUT = "hold out more (val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
+"""What helps where there are too few calibration images and nobody knows where they come from."""
+
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
     """Share of the calibration images, and the image itself, that are at least as anomalous as the image.
@@ -67,7 +70,7 @@ def images_needed(alpha: float) -> int:
     return math.floor(1 / _exact(alpha))
 
 
-def threshold_rank(images: int, alpha: float) -> int:
+def threshold_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
     """Return m such that p < α exactly where the score exceeds the m-th largest calibration score.
 
     p < α says that 1 + k < α (n + 1), with k calibration scores that are as large. The largest such k is m - 1 with
@@ -78,6 +81,7 @@ def threshold_rank(images: int, alpha: float) -> int:
     Args:
         images: Number n of calibration images.
         alpha: The level, in (0, 1). It is meant as written: 0.05 is 1 / 20, and not the float beside it.
+        remedy: What helps where there are too few images, for the message.
 
     Raises:
         ValueError: If the level is not in (0, 1), or cannot be reached with so few images: the message says how many
@@ -89,14 +93,13 @@ def threshold_rank(images: int, alpha: float) -> int:
         larger = f", or set alpha above 1/{images + 1}, the smallest p-value that they can give" if images else ""
         msg = (
             f"alpha={alpha:g} takes at least {needed} in-distribution validation images (label 0), and {have}. "
-            "Hold out more (val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
-            f"{larger}."
+            f"{remedy[0].upper()}{remedy[1:]}{larger}."
         )
         raise ValueError(msg)
     return math.ceil(_exact(alpha) * (images + 1)) - 1
 
 
-def nearest_rank(images: int, alpha: float) -> int:
+def nearest_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
     """Return :func:`threshold_rank`, or 1 where so few images cannot reach the level.
 
     With 1, images are flagged that score above all calibration images: a share of 1 / (n + 1) of those that are
@@ -105,11 +108,12 @@ def nearest_rank(images: int, alpha: float) -> int:
     Args:
         images: Number n of calibration images.
         alpha: The level, in (0, 1).
+        remedy: What helps where there are none, for the message.
 
     Raises:
         ValueError: If the level is not in (0, 1), or there are no images.
     """
-    return 1 if 0 < images < images_needed(alpha) else threshold_rank(images, alpha)
+    return 1 if 0 < images < images_needed(alpha) else threshold_rank(images, alpha, remedy)
 
 
 def few_images(images: int, alpha: float) -> str:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
-from lightning import seed_everything
+from lightning import LightningDataModule, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_flowood import models
 from anomalib_flowood.conformal import DEFAULT_ALPHA
 from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
-from anomalib_flowood.data.datamodules.splits import train_and_val
+from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.inference.images import each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
@@ -89,7 +90,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
             module = getattr(models, self.detector)(**arguments | (self.arguments or {}))
             white = plain_max_value([image for image in images if isinstance(image, str | Path)])
-            to_fit, held_out = (_loader(module, [images[row] for row in rows], white) for rows in (train, val))
+            data = _Divided(*(_loader(module, [images[row] for row in rows], white) for rows in (train, val)))
             engine = Engine(
                 default_root_dir=folder,
                 devices=1,
@@ -97,7 +98,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-            engine.fit(module, to_fit, held_out)
+            engine.fit(module, datamodule=data)
         module.max_value = white  # which a fit takes from a data module
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)
@@ -148,6 +149,29 @@ class _Normal(Dataset):
     def __getitem__(self, index: int) -> ImageItem:
         ((_, image),) = each_image(self.images[index], self.max_value, keep_bytes=True)
         return ImageItem(image=torch.tensor(resized(image, self.size)), gt_label=torch.tensor(0))
+
+
+class _Divided(LightningDataModule):
+    """Images that are fitted to, and others that are held out; says how more would be."""
+
+    name, category = "images", ""  # which anomalib's engine names a folder by
+
+    def __init__(self, to_fit: DataLoader, to_calibrate: DataLoader) -> None:
+        super().__init__()
+        self.to_fit, self.to_calibrate = to_fit, to_calibrate
+        self.val_data: Sized = to_calibrate.dataset  # type: ignore[assignment]
+
+    def train_dataloader(self) -> DataLoader:
+        return self.to_fit
+
+    def val_dataloader(self) -> DataLoader:
+        return self.to_calibrate
+
+    def how_to_hold_out(self, images: int) -> str:
+        """Say what makes so many validation images of those that there are, for messages."""
+        there = len(self.to_fit.dataset) + len(self.val_data)  # type: ignore[arg-type]
+        needed = next(number for number in count(there) if held_out(number, None) >= images)
+        return f"fit to {needed} normal images, of which {images} are held out; there are {there}"
 
 
 def _loader(module: Any, images: Sequence[Any], max_value: int | None) -> DataLoader:

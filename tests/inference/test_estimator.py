@@ -122,3 +122,11 @@ def test_scikit_learn_checks_what_needs_no_table(name):
 @pytest.mark.filterwarnings("ignore:Can't test estimator")
 def test_scikit_learn_finds_nothing():
     assert {check["status"] for check in check_estimator(FlowOutlierDetector(), on_skip=None)} == {"passed"}
+
+
+def test_too_few_images_are_said_in_terms_of_a_fit(caplog):
+    FlowOutlierDetector(arguments=SMALL).fit(grey(30, 0))
+    (said,) = [text for text in caplog.messages if "smallest p-value" in text]
+    assert said.endswith("takes 20 of them: fit to 80 normal images, of which 20 are held out; there are 30.")
+    with pytest.raises(ValueError, match=r"and there are 7\. Fit to 995 normal images, .*, or set alpha above 1/8"):
+        FlowOutlierDetector(arguments=SMALL, alpha=0.01).fit(grey(30, 0))

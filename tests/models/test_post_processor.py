@@ -408,7 +408,7 @@ def test_anomalous_validation_images_do_not_make_up_for_normal_ones(tmp_path):
     outside = module.test_data.subsample(squares)
     for images, detector, message in (
         (module.val_data + outside, pixel_flow(post_processor=strict()), "and there are 12"),
-        (outside, pixel_flow(), r"takes at least 20 .* and there are none. Hold out more"),
+        (outside, pixel_flow(), r"takes at least 20 .* and there are none. Hold out 20 more"),
     ):
         with pytest.raises(ValueError, match=message):
             engine(tmp_path, callbacks=[Untrained()]).fit(

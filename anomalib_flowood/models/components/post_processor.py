@@ -297,10 +297,10 @@ class ConformalPostProcessor(PostProcessor):
         """The calibration scores that decide, ascending: all but the highest, where some may be of anomalies."""
         return conformal.trimmed(self.calibration, self.contamination)
 
-    def _rank(self, images: int) -> int:
-        """Which of the largest calibration scores is the threshold."""
+    def _rank(self, images: int, remedy: str = conformal.HOLD_OUT) -> int:
+        """Which of the largest calibration scores is the threshold; what helps where there are too few, for errors."""
         rank = conformal.nearest_rank if self.alpha == conformal.DEFAULT_ALPHA else conformal.threshold_rank
-        return rank(images, self.alpha)
+        return rank(images, self.alpha, remedy)
 
     def check_number(self, images: int, trainer: Trainer | None = None) -> None:
         """Refuse too few calibration images, or say once what they cost.
@@ -313,13 +313,13 @@ class ConformalPostProcessor(PostProcessor):
             ValueError: If the level takes more, and is not the default one.
         """
         images -= conformal.trimmed_number(images, self.contamination)
-        self._rank(images)
-        if images == self._warned_of or images >= conformal.images_needed(self.alpha):
+        if images >= conformal.images_needed(self.alpha):
             return
+        remedy = how_to_have_more(trainer, images, self.alpha)
+        self._rank(images, remedy)
+        if images != self._warned_of:
+            logger.warning("%s: %s.", conformal.few_images(images, self.alpha), remedy)
         self._warned_of = images
-        logger.warning(
-            "%s: %s.", conformal.few_images(images, self.alpha), how_to_have_more(trainer, images, self.alpha)
-        )
 
     def p_values(self, scores: Tensor) -> Tensor:
         """Conformal p-values of raw scores, on the CPU: :func:`anomalib_flowood.conformal.p_values`."""
