@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,60 @@ def check_arguments(arguments: list[str]) -> None:
 
     Raises:
         OSError: If one cannot be read.
-        ValueError: As for :func:`check_configuration`.
+        ValueError: As for :func:`check_configuration`; or if ``--config`` names a file that says otherwise than an
+            option before it, which would be lost.
     """
+    before: dict[str, str] = {}
+    for option, value in _options(arguments):
+        config = option in {"-c", "--config"}
+        if (config or value.lower().endswith((".yaml", ".yml"))) and Path(value).is_file():
+            check_configuration(value)
+        if config and Path(value).is_file():
+            _check_order(before, value)
+        elif option.startswith("--"):
+            before[option[2:]] = value
+
+
+def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Each argument that may be an option's value, with the option before it, whatever that is."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, given, value = argument.partition("=") if argument.startswith("--") else (before, "=", argument)
-        named = option in {"-c", "--config"} or value.lower().endswith((".yaml", ".yml"))
-        if given and named and Path(value).is_file():
-            check_configuration(value)
+        if given:
+            yield option, value
+
+
+def _check_order(before: dict[str, str], path: str) -> None:
+    """Refuse options that a configuration file behind them would set otherwise."""
+    config = read_configuration(path)
+    for name, given in before.items() if isinstance(config, dict) else ():
+        found, of_class = _setting(config, name.split("."))
+        if of_class:
+            same = found.rpartition(".")[2] == given.rpartition(".")[2]
+        else:
+            same = found is None or found in (given, _read(given))
+        if same:
+            continue
+        msg = (
+            f"--{name} {given} stands before --config {path}, where {name} is {found}, and what comes later counts: "
+            f"put --{name} behind --config, or leave it out."
+        )
+        raise ValueError(msg)
+
+
+def _setting(config: Any, keys: list[str]) -> tuple[Any, bool]:
+    """What a configuration says of an option, ``None`` if nothing; and whether that is the name of a class."""
+    for key in keys:
+        inner = config.get("init_args") if isinstance(config, dict) else None
+        config = next((part[key] for part in (config, inner) if isinstance(part, dict) and key in part), None)
+    return (config["class_path"], True) if isinstance(config, dict) and "class_path" in config else (config, False)
+
+
+def _read(text: str) -> Any:
+    """A value as it is typed: what no YAML is stands for itself."""
+    try:
+        return yaml.load(text, Loader=_LOADER)  # noqa: S506  # a safe one
+    except yaml.YAMLError:
+        return text
 
 
 def _excess(text: str) -> str:

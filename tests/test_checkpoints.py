@@ -23,6 +23,7 @@ from anomalib_flowood.features import weights
 from anomalib_flowood.models.components import (
     CheckpointError,
     ConformalPostProcessor,
+    FlowModule,
     SettingsError,
     open_checkpoint,
     read_checkpoint,
@@ -118,7 +119,7 @@ def test_export_takes_the_checkpoints_settings_and_another_level(trained, tmp_pa
             "--ckpt_path",
             str(trained / "model.ckpt"),
             "--export_type",
-            "torch",
+            "TORCH",
             "--export_root",
             str(tmp_path),
             *level,
@@ -128,6 +129,13 @@ def test_export_takes_the_checkpoints_settings_and_another_level(trained, tmp_pa
     exported = torch.load(path, weights_only=False)["model"]
     assert [layer.most for layer in exported.model.layers] == MOST
     assert exported.post_processor.alpha == 0.3
+
+
+def test_an_unknown_type_of_export_is_refused_before_the_detector_is_built(trained, capsys, monkeypatch):
+    monkeypatch.setattr(FlowModule, "load_from_checkpoint", None)
+    with pytest.raises(SystemExit, match="1"):
+        main(["export", "--ckpt_path", str(trained / "model.ckpt"), "--export_type", "openvin"])
+    assert "Unknown export type 'openvin'. Did you mean 'openvino' or 'onnx'?" in capsys.readouterr().err
 
 
 def test_a_record_of_a_test_has_the_checkpoints_settings(trained, capsys):

@@ -18,7 +18,7 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.cli.pipelines import PIPELINE_REGISTRY
 from anomalib.data import AnomalibDataModule
-from anomalib.deploy import CompressionType
+from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -253,6 +253,10 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         for name in _PATHS:  # as a configuration file has them; shells expand others
             if str(config.get(name)).startswith("~"):
                 config[name] = type(config[name])(Path(str(config[name])).expanduser())
+        if "export_type" in config:  # which anomalib takes as any text, and looks at when the detector is open
+            kind = str(getattr(config["export_type"], "value", config["export_type"])).lower()
+            check_known("export type", [kind], [known.value for known in ExportType])
+            config["export_type"] = kind
         if "seed_everything" in config:  # anomalib declares the argument, and does nothing with it
             config["seed_everything"] = seed_everything(_seed(config["seed_everything"]), workers=True)
 

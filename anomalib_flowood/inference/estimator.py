@@ -98,7 +98,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-            engine.fit(module, datamodule=data)
+            engine.fit(module, datamodule=data)  # type: ignore[arg-type]  # not one of anomalib's
         module.max_value = white  # which a fit takes from a data module
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)

@@ -55,6 +55,31 @@ def test_broken_configurations_are_named_at_once(kind, tmp_path, monkeypatch, ca
     assert time.perf_counter() - begun < 1
 
 
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (["--model", "PixelFlow"], "--model PixelFlow stands before --config a.yaml, where model is .*EmbeddingFlow"),
+        (
+            ["--trainer.max_epochs=3"],
+            "--trainer.max_epochs 3 stands .* is 7, .*: put --trainer.max_epochs behind",
+        ),
+        (["--model.image_size", "[64, 64]"], r"where model.image_size is \[32, 32\]"),
+        (["--data", "./parts"], "where data is ./others"),
+    ],
+)
+def test_an_option_that_a_file_behind_it_would_replace_is_refused(before, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(
+        "model: {class_path: anomalib_flowood.EmbeddingFlow, init_args: {image_size: [32, 32]}}\n"
+        "trainer: {max_epochs: 7}\ndata: ./others\n"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_arguments(["train", *before, "--config", "a.yaml"])
+    check_arguments(["train", "--config", "a.yaml", *before])
+    same = ["--model=EmbeddingFlow", "--trainer.max_epochs", "7", "--model.image_size=[32,32]", "--data", "./others"]
+    check_arguments(["train", *same, "--model.backbone", "resnet18", "--trainer.devices", "{", "--config=a.yaml"])
+
+
 def test_a_byte_order_mark_and_aliases_that_people_write_are_read(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(codecs.BOM_UTF8 + b"a: &a {x: 1}\nb: {<<: *a, y: 2}\n")
