@@ -117,6 +117,12 @@ def test_images_for_validation_calibrate_and_all_others_are_fitted_to(name, here
     assert (len(crossed.train_data), len(crossed.val_data)) == (20, 5)  # all that is there is normal
 
 
+def test_a_whole_product_is_no_normal_class(here):
+    several(here / "parts")
+    with pytest.raises(ValueError, match=r"parts holds another folder of images \(nut\): give parts/nut\."):
+        OneClass("parts", normal_class="nut").setup()
+
+
 def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     mvtec(here / "parts")
     images(here / "parts/validation/good", 3)

@@ -73,12 +73,8 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
         return normal[0], _all_of(normal[0], train), _all_of(normal[0], test) if test.classes is None else test
     names = sorted(set(train.classes), key=_natural)
     called_normal = _normal_names(names)
-    inner = [name for name in names if (folder / name / "train").is_dir()]
-    if inner and not called_normal:  # one of them alone would be a class of all that it holds, defects and masks, too
-        holds = "several folders" if len(inner) > 1 else "another folder"
-        remedy = "give one of them" if len(inner) > 1 else f"give {folder / inner[0]}"
-        msg = f"{folder} holds {holds} of images ({', '.join(inner)}): {remedy}. {LAYOUTS_OF_PARTS}"
-        raise ValueError(msg)
+    if not called_normal:
+        check_kinds(folder, names)
     likely = called_normal or names
     if len(likely) == 1:
         return likely[0], train, test
@@ -87,6 +83,24 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
         f"NAME). {LAYOUTS_OF_PARTS}"
     )
     raise ValueError(msg)
+
+
+def check_kinds(folder: Path, names: Sequence[str]) -> None:
+    """Refuse folders of a whole product: as a class of images one would be all that it holds, defects and masks, too.
+
+    Args:
+        folder: Where they are.
+        names: Their names.
+
+    Raises:
+        ValueError: If one of them has a folder ``train``.
+    """
+    inner = [name for name in names if (folder / name / "train").is_dir()]
+    if inner:
+        holds = "several folders" if len(inner) > 1 else "another folder"
+        remedy = "give one of them" if len(inner) > 1 else f"give {folder / inner[0]}"
+        msg = f"{folder} holds {holds} of images ({', '.join(inner)}): {remedy}. {LAYOUTS_OF_PARTS}"
+        raise ValueError(msg)
 
 
 def _normal_names(names: Iterable[str]) -> Sequence[str]:
