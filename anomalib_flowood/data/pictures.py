@@ -58,6 +58,8 @@ def as_read(item: Any) -> Any:
                 item = item.update(in_place=False, **{name: _highest(values, step)})
     if Path(item.image_path or "").is_file():
         picture = _smaller(_picture(item))
+        for axis in (1, 2):  # anomalib takes an axis of one pixel away: such images failed, or were drawn on their side
+            picture = picture.repeat_interleave(2, axis) if picture.shape[axis] == 1 else picture
         rgb = picture.expand(3, *picture.shape[1:])
         image: Any = rgb.permute(1, 2, 0).numpy() if isinstance(item, NumpyImageItem) else rgb / 255
         return item.update(in_place=False, image_path=None, image=image)

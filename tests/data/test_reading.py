@@ -334,6 +334,18 @@ def test_pictures_show_what_was_read(tmp_path: Path) -> None:
     assert np.abs(shown[-12:, :12] - expected).max() <= 1
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)])
+def test_images_of_one_row_or_column_are_drawn(shape: tuple[int, int], tmp_path: Path) -> None:
+    """anomalib takes an axis of one pixel away: a prediction ended at such an image, or drew three grey rows of it."""
+    Image.fromarray(np.full((*shape, 3), (200, 100, 0), np.uint8)).save(tmp_path / "line.png")
+    batch = ImageBatch(
+        image=torch.rand(1, 3, 8, 8), image_path=[str(tmp_path / "line.png")], anomaly_map=torch.rand(1, 8, 8)
+    )
+    batch.update(pred_score=torch.rand(1), pred_label=torch.ones(1).bool())
+    picture = ImageVisualizer(fields=["image"], overlay_fields=None, field_size=(12, 12))(batch)
+    assert (np.asarray(picture)[-12:, :12] == (200, 100, 0)).all()
+
+
 def test_large_pictures_are_drawn_from_smaller_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of maps and masks the highest pixels, so that a small defect stays; no side is longer than what is drawn."""
     rows = np.add.outer(np.arange(30), np.arange(41)).astype(np.uint8)
