@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
     import pandas as pd
+
+NAMES: Final = "surrogateescape"
+"""How text is written and read in which names of files may be: of one that is not in UTF-8 the very bytes."""
 
 _WORKPLACE = ".flowood-"
 """What the names of folders begin with in which files are written, before they take their places."""
@@ -139,9 +143,9 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text in UTF-8, whole or not at all."""
+    """Write text in UTF-8, whole or not at all; names of files with :data:`NAMES`."""
     with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors=NAMES)
 
 
 def escaped(value: Any) -> Any:
@@ -152,6 +156,12 @@ def escaped(value: Any) -> Any:
 def unescaped(value: Any) -> Any:
     """Undo :func:`escaped`."""
     return value[1:] if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value) else value
+
+
+def quoting(values: Iterable[Any]) -> Literal[0, 2]:
+    """How to quote a row of these: what needs it. Before Python 3.13 a carriage return, which ends rows, did not."""
+    returns = any(isinstance(value, str) and "\r" in value for value in values)
+    return csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
 
 
 def write_table(frame: pd.DataFrame, path: str | Path, **kwargs: Any) -> None:
@@ -165,4 +175,5 @@ def write_table(frame: pd.DataFrame, path: str | Path, **kwargs: Any) -> None:
     texts: dict[str, Any] = {
         str(name): frame[name].map(escaped) for name in frame.select_dtypes(exclude=["number", "bool"])
     }
-    frame.assign(**texts).to_csv(path, index=False, **kwargs)
+    quoted = quoting(value for column in texts.values() for value in column)
+    frame.assign(**texts).to_csv(path, index=False, errors=NAMES, quoting=quoted, **kwargs)

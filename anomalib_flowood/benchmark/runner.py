@@ -25,7 +25,7 @@ from rich.console import Console
 
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.engine import new_folder
-from anomalib_flowood.files import write_text
+from anomalib_flowood.files import NAMES, write_text
 from anomalib_flowood.metrics import rate_text
 from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser
@@ -255,7 +255,9 @@ def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
 @contextlib.contextmanager
 def _logs_to(path: Path | None) -> Iterator[None]:
     """Send all log lines and warnings to a file (or nowhere) for a while, and leave the logging as it was."""
-    handler: logging.Handler = logging.NullHandler() if path is None else logging.FileHandler(path, encoding="utf-8")
+    handler: logging.Handler = logging.NullHandler()
+    if path is not None:
+        handler = logging.FileHandler(path, encoding="utf-8", errors=NAMES)
     handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     root = logging.getLogger()
     # Loggers that only swallow are left alone: with nothing to write to, they would write to stderr.

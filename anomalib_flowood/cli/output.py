@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output that nobody reads to its end."""
+"""Output that nobody reads to its end, or that has no letters for the name of a file."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class _Output(io.TextIOWrapper):
 def unheard() -> Iterator[None]:
     """Let a command end its work, files and status, where its output is read in part (``flowood predict … | head -1``).
 
-    Without it the line after the last one that was read would end the command, whatever was left to be written.
+    Without it the line after the last one that was read would end the command, whatever was left to be written. So
+    would the name of a file that is not in UTF-8, as old cameras and archives have them: it is shown with escapes.
     """
     given = sys.stdout
     if type(given) is not io.TextIOWrapper:  # a test's, a notebook's
         yield
         return
     given.flush()
-    sys.stdout = _Output(
-        given.buffer, encoding=given.encoding, errors=given.errors, line_buffering=given.line_buffering
-    )
+    errors = "backslashreplace" if given.errors == "strict" else given.errors  # as standard error has it
+    sys.stdout = _Output(given.buffer, encoding=given.encoding, errors=errors, line_buffering=given.line_buffering)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from anomalib_flowood.checks import refuse_nan
-from anomalib_flowood.files import unescaped, write_text
+from anomalib_flowood.files import NAMES, unescaped, write_text
 
 RESULTS, SCORES, RECORD = "results.csv", "scores.csv", "run.json"
 """Names of the files."""
@@ -128,7 +128,13 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         raise FileNotFoundError(msg)
     try:
         # A class may be called "NA" or "None": in columns of text only what is empty is missing.
-        frame = pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=["", "nan", "NaN"])
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(texts, str),
+            keep_default_na=False,
+            na_values=["", "nan", "NaN"],
+            encoding_errors=NAMES,
+        )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         msg = f"{path} is no table that can be read: {error}"
         raise ValueError(msg) from error
@@ -166,7 +172,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8", errors=NAMES))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         msg = f"{path} is no JSON file: {error}"
         raise ValueError(msg) from error

@@ -2,6 +2,7 @@
 """Commands that are killed, stopped or out of room: what is left loads or is absent, and the status says what was."""
 
 import errno
+import io
 import os
 import resource
 import signal
@@ -18,7 +19,8 @@ from jsonargparse import ArgumentParser
 from model_helpers import data, engine, pixel_flow
 
 from anomalib_flowood.cli import main
-from anomalib_flowood.files import escaped, unescaped, whole_file, whole_files, write_table, write_text
+from anomalib_flowood.cli.output import unheard
+from anomalib_flowood.files import NAMES, escaped, unescaped, whole_file, whole_files, write_table, write_text
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
 from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.trainers import save_checkpoint
@@ -228,3 +230,19 @@ def test_tables_hold_no_formulas_and_are_read_as_they_were(tmp_path):
     assert read["name"].map(unescaped).tolist() == texts
     assert (read["value"] == -1.5).all()
     assert escaped(-1.5) == -1.5
+
+
+def test_names_that_are_not_in_utf8_and_carriage_returns_are_kept(tmp_path, monkeypatch):
+    """As old cameras and archives have them: a prediction ended after its last image, and had no table."""
+    names = [os.fsdecode(b"\xe9t\xe9.png"), "ab\rc.png", "de\nf.png", "plain.png"]
+    write_table(pd.DataFrame({"name": names, "value": 1.5, "missing": None}), tmp_path / "a.csv")
+    read = pd.read_csv(tmp_path / "a.csv", encoding_errors=NAMES)
+    assert read["name"].tolist() == names
+    assert (read["value"] == 1.5).all()
+    write_text(tmp_path / "a.json", names[0])
+    assert (tmp_path / "a.json").read_bytes() == b"\xe9t\xe9.png"
+    given = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", given)
+    with unheard():
+        print(names[0])
+    assert given.buffer.getvalue() == b"\\udce9t\\udce9.png\n"
