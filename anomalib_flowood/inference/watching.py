@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from anomalib_flowood.data import image_files
-from anomalib_flowood.files import escaped, unescaped, whole_file
+from anomalib_flowood.files import NAMES, escaped, quoting, unescaped, whole_file
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.look import shorten
 
@@ -127,11 +127,11 @@ class Watcher:
         if self.aside is None:
             return
         target = self.aside / path.relative_to(self.folder)
-        if self.link and target.is_symlink() and target.resolve() == path.resolve():
-            return
         target.parent.mkdir(parents=True, exist_ok=True)
         number = 2
         while os.path.lexists(target):  # of an earlier image of this name
+            if self.link and target.is_symlink() and target.resolve() == path.resolve():
+                return
             target = (self.aside / path.relative_to(self.folder)).with_stem(f"{path.stem}-{number}")
             number += 1
         if self.link:
@@ -147,9 +147,9 @@ class Watcher:
     def _append(self, row: tuple) -> None:
         """Write a row so that it is on the disk when this returns."""
         text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerow(map(escaped, row))
+        csv.writer(text, quoting=quoting(row), lineterminator="\n").writerow(map(escaped, row))
         with self.table.open("ab") as file:
-            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+            file.write(text.getvalue().encode("utf-8", NAMES))
             file.flush()
             os.fsync(file.fileno())
 
@@ -157,16 +157,27 @@ class Watcher:
         """Read which images have a row, and whether it calls them anomalous; cut off a row that is not whole."""
         content = self.table.read_bytes() if self.table.exists() else b""
         self._check_header(content)  # before anything is cut off
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = content[: _end_of_rows(content)]
         if whole != content:
             os.truncate(self.table, len(whole))
         if not whole:
             self.table.parent.mkdir(parents=True, exist_ok=True)
             self._append(COLUMNS)
             return {}
-        text = io.StringIO(whole.decode("utf-8", "surrogateescape"), newline="")
-        _, *rows = csv.reader(text)
-        return {(unescaped(row[0]), int(row[1]), int(row[2])): row[7] == "1" for row in rows}
+        text = io.StringIO(whole.decode("utf-8", NAMES), newline="")
+        rows = csv.reader(text)
+        known = {}
+        try:
+            next(rows)
+            for row in filter(None, rows):  # without lines that are empty
+                known[(unescaped(row[0]), int(row[1]), int(row[2]))] = row[7] == "1"
+        except (ValueError, IndexError, csv.Error) as error:
+            msg = (
+                f"{self.table}, line {rows.line_num}, is no row of `flowood watch`: has a spreadsheet saved the table? "
+                "Mend it, or delete the line, whose image is then scored again; or name another file."
+            )
+            raise ValueError(msg) from error
+        return known
 
     def _check_header(self, content: bytes) -> None:
         """Refuse a file that is no table of ours, nor the beginning of one that was killed in its first line."""
@@ -178,6 +189,14 @@ class Watcher:
         columns = shorten(given.replace(",", ", "), 200)
         msg = f"{self.table} is no table of `flowood watch`: its columns are {columns}. Name another file."
         raise ValueError(msg)
+
+
+def _end_of_rows(content: bytes) -> int:
+    """Where the last whole row ends: the last line break that is not part of a name, which is in quotes then."""
+    last = end = content.rfind(b"\n") + 1
+    while content.count(b'"', 0, end) % 2:
+        end = content.rfind(b"\n", 0, end - 1) + 1
+    return end if content.startswith(b'"', end) else last
 
 
 def _copy_whole(source: str | Path, target: str | Path) -> None:

@@ -225,3 +225,45 @@ def test_names_are_no_formulas_in_the_table(detector, folder, tmp_path):
     assert "'=1+1.png" in [row["path"] for row in rows(table)]
     looks(Watcher(detector, folder, table))  # which knows it again
     assert len(rows(table)) == 5
+
+
+def test_names_that_break_lines_are_known_again(detector, folder, tmp_path):
+    table, aside = tmp_path / "table.csv", tmp_path / "aside"
+    for name in ("a\nb.png", "a\rb.png", 'a"b.png', os.fsdecode(b"a\xe9b.png")):
+        save(folder / name, 30)
+    for _ in range(2):
+        looks(Watcher(detector, folder, table, aside))
+    content = table.read_bytes()
+    assert content.count(b"a\nb.png") == 1
+    for cut in (b'"a\nb.p', b'"a\nb.png",12'):  # killed within the row, in its first or in its second line
+        table.write_bytes(content + cut)
+        looks(Watcher(detector, folder, table, aside))
+        assert table.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", ["a.png,12,1.79E+18,,0.5,1,0.5,0,", "a.png;12;5;;;;;0;", "a.png,12"])
+def test_a_table_with_a_damaged_row_is_named(line, detector, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    looks(Watcher(detector, folder, table))
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:3], line, *lines[3:], ""]))
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match=r"table.csv, line \d, is no row of `flowood watch`.*is then scored again"):
+        Watcher(detector, folder, table)
+    assert table.read_bytes() == before
+
+
+def test_empty_lines_of_a_table_are_none_of_its_rows(detector, folder, tmp_path):
+    table = tmp_path / "table.csv"
+    looks(Watcher(detector, folder, table))
+    table.write_text(table.read_text() + "\n\n")
+    looks(Watcher(detector, folder, table))
+    assert len(rows(table)) == 4
+
+
+def test_beside_an_earlier_image_of_its_name_one_link_is_made(detector, folder, tmp_path):
+    aside = tmp_path / "aside"
+    save(aside / "1.png", 255)  # moved there before
+    looks(Watcher(detector, folder, tmp_path / "table.csv", aside, link=True), times=6)
+    looks(Watcher(detector, folder, tmp_path / "table.csv", aside, link=True))
+    assert sorted(path.name for path in aside.iterdir()) == ["1-2.png", "1.png", "3.png"]
