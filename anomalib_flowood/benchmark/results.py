@@ -24,6 +24,9 @@ from anomalib_flowood.report import (
 from anomalib_flowood.report.maps import write_maps
 from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
 
+CONFIGURATION = "benchmark.yaml"
+"""The configuration in the folder of a benchmark, by which it can go on."""
+
 
 class Results:
     """The results of a benchmark or a test in a folder, complete after every job.
@@ -91,6 +94,14 @@ class Results:
         with whole_file(self.folder / RESULTS) as file:
             write_table(self.table, file)
 
+    def _image_counts(self) -> dict[str, list[int]]:
+        """Numbers of test images, of data of which jobs have seen several: resumed after they had changed."""
+        table = self.table
+        if "images" not in table:  # all have failed
+            return {}
+        counts = table.dropna(subset="images").groupby("data")["images"].unique()
+        return {str(data): sorted(map(int, some)) for data, some in counts.items() if len(some) > 1}
+
     def finish(self, console: Console, images: int = 0) -> None:
         """Print the table, draw, and say where everything is.
 
@@ -111,6 +122,13 @@ class Results:
             for job, rows in pd.concat(self._scores).groupby(jobs, sort=False):
                 result = next(row for row in self._results if tuple(row[name] for name in jobs) == job)
                 console.print(image_table(result, rows, images))
+        for data, counts in self._image_counts().items():
+            numbers = " images, others on ".join(f"{count:,}" for count in counts)
+            line = (
+                f"{data}: some jobs were tested on {numbers}, so that they cannot be compared. Has the folder changed? "
+                f"Then run all anew: flowood benchmark --config {shlex.quote(str(self.folder / CONFIGURATION))}"
+            )
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         names = [RECORD, RESULTS, "table.md"]
         if self._scores:  # of hundreds of jobs it takes minutes
             score_histograms(pd.concat(self._scores), self.folder / "scores.png")

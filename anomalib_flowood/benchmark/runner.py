@@ -36,13 +36,11 @@ from anomalib_flowood.started import was_started
 from .building import config_key, readable
 from .checking import Counts, Problems, count_images
 from .jobs import BenchmarkJob, BenchmarkJobGenerator
-from .results import Results
+from .results import CONFIGURATION, Results
 
 logger = logging.getLogger(__name__)
 
 _ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
-_CONFIGURATION = "benchmark.yaml"
-"""The configuration in the folder of a benchmark, by which it can go on."""
 
 
 class BenchmarkError(SerialExecutionError):
@@ -95,7 +93,7 @@ class Benchmark(AnomalibBenchmark):
         if (args.get("config") is None) == (resumed is None):
             msg = "Give either --config FILE, for a new benchmark, or --resume FOLDER, for one that is to go on."
             raise ValueError(msg)
-        path = Path(str(args.config)) if resumed is None else Path(resumed) / _CONFIGURATION
+        path = Path(str(args.config)) if resumed is None else Path(resumed) / CONFIGURATION
         if not path.is_file():
             msg = f"There is no configuration file {path}."
             if resumed is not None:
@@ -200,7 +198,7 @@ class BenchmarkRunner(SerialRunner):
         )
         # By way of JSON, as in run.json: a path is a text.
         config = json.loads(json.dumps({"accelerator": accelerators, "benchmark": args}, default=str))
-        write_text(record.folder / _CONFIGURATION, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(record.folder / CONFIGURATION, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         return record
 
 

@@ -379,6 +379,20 @@ def test_the_table_does_not_wait_for_the_picture(tmp_path: Path, monkeypatch: py
     assert "0.875" in console.file.getvalue()
 
 
+def test_jobs_that_saw_other_test_images_are_said_not_to_be_comparable(tmp_path: Path) -> None:
+    """As of a benchmark that was resumed after its folder had changed: their mean was shown, without a word."""
+    record = Results(tmp_path)
+    for data, seed, images in (("parts", 0, 22), ("parts", 1, 1023), ("others", 0, 5), ("others", 1, 5)):
+        record.add(
+            {"detector": "d", "data": data, "seed": seed, "AUROC": 0.5, "FPR95": 0.5, "images": images}, pd.DataFrame()
+        )
+    record.add({"detector": "d", "data": "parts", "seed": 2, "error": "failed"}, pd.DataFrame())
+    console = Console(file=io.StringIO(), width=100)
+    record.finish(console)
+    assert "parts: some jobs were tested on 22 images, others on 1,023, so that" in console.file.getvalue()
+    assert "others: some" not in console.file.getvalue()
+
+
 def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
     (tmp_path / "of mine").mkdir()
     results = Results(tmp_path / "of mine")
