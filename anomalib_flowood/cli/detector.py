@@ -30,9 +30,10 @@ TRAINING = ("fit", "train")
 class DetectorCLI(AnomalibCLI):
     """anomalib's command line, where a checkpoint is enough.
 
-    Where a subcommand works on a checkpoint of this package, that names the detector's class and settings: they are the
-    defaults of ``--model``, so that whatever else is given is known to differ, and is refused or applied by
-    :meth:`FlowModule.load_from_checkpoint`. Where nothing names a detector to train, it is the default one.
+    Where a subcommand works on a checkpoint of this package, or a training goes on from one, that names the detector's
+    class and settings: they are the defaults of ``--model``, so that whatever else is given is known to differ, and is
+    refused or applied by :meth:`FlowModule.load_from_checkpoint`. Where nothing names a detector to train, it is the
+    default one.
 
     Args:
         args: Arguments after the command's name; the process's own if not given.
@@ -72,9 +73,9 @@ class DetectorCLI(AnomalibCLI):
         if path is None or not (takes_it or subcommand in TRAINING):
             return
         checkpoint = read_checkpoint(path)
-        if takes_it and CLASS in checkpoint:
+        if CLASS in checkpoint:
             self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
-        else:  # a resumed training reads it only when everything is built
+        else:
             check_version(path, checkpoint, imported_class(checkpoint))
 
     def _build_detector(self, detector: type, *args: Any, **kwargs: Any) -> Any:
@@ -110,9 +111,12 @@ def _no_detector(subcommand: str, path: str | Path | None) -> ValueError:
 
 
 def _with_detector(arguments: list[str]) -> list[str]:
-    """Name the default detector in a command line that trains and names none."""
+    """Name the default detector in a command line that trains, and names none, nor a checkpoint that says which."""
     subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), "")
     if subcommand not in TRAINING or any(_given(arguments, "model")):
+        return arguments
+    path = _named_checkpoint(arguments)
+    if path is not None and CLASS in read_checkpoint(path):
         return arguments
     # Not a default of the parser's, whose arguments another class would inherit.
     after = arguments.index(subcommand) + 1

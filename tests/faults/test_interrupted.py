@@ -80,6 +80,26 @@ def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(
 
 
 @forks
+def test_a_checkpoint_is_enough_to_go_on_with_a_training(here, capsys):
+    """Without ``--model`` the default detector was built, which refused it; with it, every setting had to be given."""
+    arguments = [*TRAIN, "--trainer.max_epochs=100000"]
+    child = started(arguments)
+    wait_for(lambda: checkpoints(here))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (path,) = checkpoints(here)
+    epochs = read_checkpoint(path)["epoch"] + 2
+    kept = [argument for argument in TRAIN if not argument.startswith(("--model", "PixelFlow"))]
+    for model in ([], ["--model=PixelFlow"]):
+        main([*kept, *model, f"--trainer.max_epochs={epochs}", f"--ckpt_path={path}"])
+        written = Path("results/PixelFlow/CrossDataset/ramps-squares/latest/weights/lightning/model.ckpt")
+        assert read_checkpoint(written)["epoch"] == epochs - 1
+    with pytest.raises(SystemExit):
+        main([*kept, "--model.coupling_layers=2", f"--ckpt_path={path}"])
+    assert "coupling_layers is 4 there and 2 here" in capsys.readouterr().err
+
+
+@forks
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_training_leaves_checkpoints_that_load(seed, here):
     child = started([*TRAIN, "--trainer.max_epochs=100000"])
