@@ -125,6 +125,24 @@ def test_the_model_configs_train_on_the_data_config(model, here, capsys):
 
 
 @pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (["watch", "model.ckpt", ""], "An argument"),
+        (["watch", "model.ckpt", ".", "--aside", ""], "--aside"),
+        (["predict", "--ckpt_path=model.ckpt", "--data", ""], "--data"),
+        (["predict", "--ckpt_path=model.ckpt", "--data", "a", "--output="], "--output"),
+        (["configs", ""], "An argument"),
+    ],
+)
+def test_empty_arguments_are_not_the_folder_in_which_the_command_runs(args, name, here, capsys):
+    before = sorted(here.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    assert f"flowood: {name} is empty. Is it a variable of the shell that is not set?" in capsys.readouterr().err
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--model=PixelFlow", "--model.mask=cicle"], "Unknown mask 'cicle'. Did you mean 'cycle'"),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +60,7 @@ def main(args: list[str] | None = None) -> None:
     if at_once is not None:
         print(at_once)
         return
+    _refuse_empty(given)
     level = help_level(given)
     token = HELP_LEVEL.set(ALL if level is None else level)
     try:
@@ -92,6 +94,16 @@ def _at_once(given: list[str]) -> str | None:
     if first.partition("=")[0] not in {*SUBCOMMANDS, *PARSED}:
         _refuse(unknown(first))
     return short_help(first) if first in SUBCOMMANDS and help_level(given) == 0 else None
+
+
+def _refuse_empty(given: list[str]) -> None:
+    """Refuse arguments that are empty: as a path that is this very folder, in which files would be read, or moved."""
+    for before, argument in pairwise(given):
+        option, assigned, value = argument.partition("=")
+        if not argument or (assigned and not value and option[:2] == "--"):
+            name = option or (before if before[:2] == "--" else "An argument")
+            if name != "--data" or given[0] == "predict":  # of which others say what it may be
+                _refuse(f"{name} is empty. Is it a variable of the shell that is not set?")
 
 
 def _refuse(message: str) -> NoReturn:

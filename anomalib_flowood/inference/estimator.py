@@ -72,13 +72,18 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             The estimator.
 
         Raises:
+            FileNotFoundError: If there is no such folder.
             ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``; or if
                 the folder holds normal images beside others, of defects or masks: all of it would be fitted to.
         """
         del y
         check_known("detector", [self.detector], models.__all__)
         if isinstance(X, str | Path):
-            _check_normal_alone(Path(X))
+            path = Path(X).expanduser()
+            if not path.exists():
+                msg = f"There is no {path} (looked for it from {Path.cwd()})."
+                raise FileNotFoundError(msg)
+            _check_normal_alone(path)
         images = list(single_images(X))
         if len(images) < 2:
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."

@@ -68,6 +68,9 @@ def single_images(given: Any) -> Iterator[SingleImage]:
     Arguments and errors as for :func:`each_image`, but for those of files and values.
     """
     if isinstance(given, str | Path):
+        if given == "":  # as a path it would be the folder of the process, and all below it
+            msg = "The name of the images is empty: give a file or a folder."
+            raise FileNotFoundError(msg)
         path = Path(given).expanduser()
         files = without_masks(image_files(path), path) if path.is_dir() else [path]
         if not files:

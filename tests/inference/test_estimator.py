@@ -73,6 +73,8 @@ def test_what_cannot_be_fitted_is_refused():
         FlowOutlierDetector().fit(grey(1, 0)[0])
     with pytest.raises(NotFittedError):
         FlowOutlierDetector().predict(grey(1, 0))
+    with pytest.raises(FileNotFoundError, match="There is no nowhere"):  # it was one image
+        FlowOutlierDetector().fit("nowhere")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,13 @@ def test_every_export_decides_as_the_checkpoint_does(export_type, case, expected
     assert detector.drift_p_value(got.raw_score) == exported.drift_p_value(path, got.raw_score)
 
 
+def test_a_name_that_is_empty_is_not_the_folder_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("somewhere.png")
+    with pytest.raises(FileNotFoundError, match="The name of the images is empty"):
+        list(each_image(""))
+
+
 def test_what_cannot_be_loaded_is_named(case, tmp_path, monkeypatch):
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     with pytest.raises(FileNotFoundError, match="There is no .*nothing"):
