@@ -83,13 +83,18 @@ class RunEngine(Engine):
             yield
             ended = not self.is_trial
         finally:
-            if self._new is not None and not any(self._new.rglob("*.ckpt")):
+            if self._new is not None and self.kept_checkpoint() is None:
                 if not ended or self.best_model_path:  # that of the run which was resumed, and had ended
                     self._turn_latest_back(self._new)
                 if not ended:
                     with contextlib.suppress(OSError):  # what it holds says what failed
                         self._new.rmdir()
                         self._new.parent.rmdir()  # of these data, if there is no other run
+
+    def kept_checkpoint(self) -> Path | None:
+        """The newest checkpoint that this training has written so far; ``None`` if there is none."""
+        found = [] if self._new is None else [*self._new.rglob("*.ckpt")]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     @property
     def is_trial(self) -> bool:

@@ -91,6 +91,10 @@ def _workplace(parent: Path) -> Iterator[Path]:
     folder, lock = _new_workplace(parent)
     try:
         yield folder
+    except RuntimeError as error:  # PyTorch's writer hides what has ended it: Ctrl-C, SIGTERM
+        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+            raise error.__context__ from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:

@@ -299,7 +299,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         elif SUBCOMMANDS[self.subcommand].ours:  # anomalib would build the data module a second time
             getattr(self, self.subcommand)()
         else:
-            super()._run_subcommand()
+            with self.told_how_to_go_on() if self.subcommand in TRAINING else nullcontext():
+                super()._run_subcommand()
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()
             if self.subcommand in TRAINING:

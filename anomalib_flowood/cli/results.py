@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,18 @@ class ResultsCLI(AnomalibCLI):
         print(f"{'Results' if resumed else 'Results and checkpoint'}: {os.path.relpath(root)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")
+
+    @contextlib.contextmanager
+    def told_how_to_go_on(self) -> Iterator[None]:
+        """Where Ctrl-C or SIGTERM end a training, say which checkpoint it goes on from, if there is one."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            kept = self.engine.kept_checkpoint()
+            if kept is not None and not processes.rank():
+                path = shlex.quote(os.path.relpath(kept))
+                print(f"Interrupted. The same command goes on from there with --ckpt_path {path}", file=sys.stderr)
+            raise
 
     def _pixel_metrics(self) -> dict[str, float]:
         """The metrics of pixels that the detector's evaluator has logged."""

@@ -40,12 +40,14 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def started(arguments: list[str]) -> int:
-    """Run a command in a process of its own, which has imported everything."""
+def started(arguments: list[str], said: Path | None = None) -> int:
+    """Run a command in a process of its own, which has imported everything; keep what it says on standard error."""
     child = os.fork()
     if child:
         return child
     try:
+        if said is not None:
+            sys.stderr = said.open("w", buffering=1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         main(arguments)
         status = 0
@@ -77,6 +79,44 @@ def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(
     for path in checkpoints(here):
         read_checkpoint(path)
     assert not list(here.rglob(".*"))
+
+
+class _Cut(io.FileIO):
+    """A file in the third part of which a signal arrives."""
+
+    def __init__(self, path: Path, signalled: BaseException) -> None:
+        super().__init__(path, "wb")
+        self.parts, self.signalled = 0, signalled
+
+    def write(self, content) -> int:
+        self.parts += 1
+        if self.parts == 3:
+            raise self.signalled
+        return super().write(content)
+
+
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_within_a_checkpoint_is_no_error_of_its_writer(signalled, tmp_path):
+    """PyTorch's writer raised "unexpected pos", whose traceback was all that Ctrl-C left."""
+    path = tmp_path / "model.ckpt"
+    path.write_text("before")
+    with pytest.raises(type(signalled)), whole_file(path) as file, _Cut(file, signalled) as opened:
+        torch.save({"weight": torch.ones(300_000)}, opened)
+    assert [child.name for child in tmp_path.iterdir()] == ["model.ckpt"]
+    assert path.read_text() == "before"
+
+
+@forks
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_training_says_how_it_goes_on(number, here):
+    said = here / "said.txt"
+    child = started([*TRAIN, "--trainer.max_epochs=100000"], said)
+    wait_for(lambda: checkpoints(here))
+    os.kill(child, number)
+    os.waitpid(child, 0)
+    (path,) = checkpoints(here)
+    expected = f"Interrupted. The same command goes on from there with --ckpt_path {path.relative_to(here)}\n"
+    assert said.read_text().endswith(expected)
 
 
 @forks
