@@ -123,6 +123,12 @@ def test_a_whole_product_is_no_normal_class(here):
         OneClass("parts", normal_class="nut").setup()
 
 
+def test_a_single_image_is_too_few(here):
+    images(here / "parts", 1)
+    with pytest.raises(ValueError, match=r"'good' has no training images in 'parts'\. What there is was left for the"):
+        OneClass("parts").setup()
+
+
 def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     mvtec(here / "parts")
     images(here / "parts/validation/good", 3)

@@ -39,8 +39,8 @@ class Watcher:
             may still be on its way.
 
     Raises:
-        NotADirectoryError: If there is no such folder.
-        ValueError: If the table is something else.
+        NotADirectoryError: If there is no such folder, or the one for anomalous images is a file.
+        ValueError: If the table is something else, or damaged.
     """
 
     def __init__(
@@ -61,6 +61,9 @@ class Watcher:
         self.patience = patience
         if not self.folder.is_dir():
             msg = f"There is no folder {self.folder} (looked for it from {Path.cwd()})."
+            raise NotADirectoryError(msg)
+        if self.aside is not None and self.aside.exists() and not self.aside.is_dir():
+            msg = f"{self.aside}, where anomalous images are to go, is no folder."
             raise NotADirectoryError(msg)
         self._anomalous = self._restore()
         self._seen: dict[Path, Key] = {}
@@ -159,6 +162,7 @@ class Watcher:
         self._check_header(content)  # before anything is cut off
         whole = content[: _end_of_rows(content)]
         if whole != content:
+            self._check_cut(whole, content[len(whole) :])
             os.truncate(self.table, len(whole))
         if not whole:
             self.table.parent.mkdir(parents=True, exist_ok=True)
@@ -172,12 +176,20 @@ class Watcher:
             for row in filter(None, rows):  # without lines that are empty
                 known[(unescaped(row[0]), int(row[1]), int(row[2]))] = row[7] == "1"
         except (ValueError, IndexError, csv.Error) as error:
-            msg = (
-                f"{self.table}, line {rows.line_num}, is no row of `flowood watch`: has a spreadsheet saved the table? "
-                "Mend it, or delete the line, whose image is then scored again; or name another file."
-            )
-            raise ValueError(msg) from error
+            raise self._damaged(rows.line_num) from error
         return known
+
+    def _check_cut(self, whole: bytes, cut: bytes) -> None:
+        """Refuse to cut off more than one row: a quote that does not end makes one of all that follow."""
+        _, *lines = cut.decode("utf-8", NAMES).splitlines()
+        if any(len(next(csv.reader([line]), ())) == len(COLUMNS) for line in lines):
+            raise self._damaged(whole.count(b"\n") + 1)
+
+    def _damaged(self, line: int) -> ValueError:
+        return ValueError(
+            f"{self.table}, line {line}, is no row of `flowood watch`: has a spreadsheet saved the table? "
+            "Mend it, or delete the line, whose image is then scored again; or name another file."
+        )
 
     def _check_header(self, content: bytes) -> None:
         """Refuse a file that is no table of ours, nor the beginning of one that was killed in its first line."""

@@ -241,7 +241,7 @@ def test_names_that_break_lines_are_known_again(detector, folder, tmp_path):
         assert table.read_bytes() == content
 
 
-@pytest.mark.parametrize("line", ["a.png,12,1.79E+18,,0.5,1,0.5,0,", "a.png;12;5;;;;;0;", "a.png,12"])
+@pytest.mark.parametrize("line", ["a.png,12,1.79E+18,,0.5,1,0.5,0,", "a.png;12;5;;;;;0;", "a.png,12", '"a.png,12,5'])
 def test_a_table_with_a_damaged_row_is_named(line, detector, folder, tmp_path):
     table = tmp_path / "table.csv"
     looks(Watcher(detector, folder, table))
@@ -251,6 +251,12 @@ def test_a_table_with_a_damaged_row_is_named(line, detector, folder, tmp_path):
     with pytest.raises(ValueError, match=r"table.csv, line \d, is no row of `flowood watch`.*is then scored again"):
         Watcher(detector, folder, table)
     assert table.read_bytes() == before
+
+
+def test_a_file_in_the_place_of_the_folder_for_anomalies_is_refused_at_once(detector, folder, tmp_path):
+    (tmp_path / "aside").write_text("")
+    with pytest.raises(NotADirectoryError, match="aside, where anomalous images are to go, is no folder"):
+        Watcher(detector, folder, tmp_path / "table.csv", tmp_path / "aside")
 
 
 def test_empty_lines_of_a_table_are_none_of_its_rows(detector, folder, tmp_path):

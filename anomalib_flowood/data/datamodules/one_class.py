@@ -128,8 +128,9 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         assert classes is not None
         rows = np.flatnonzero(train.classes == normal)
         if len(rows) == 0:
-            listed = ", ".join(sorted(set(train.classes)))
-            msg = f"The class {normal!r} has no training images in {source.name!r}. Classes that have: {listed}."
+            have = ", ".join(sorted(set(train.classes)))
+            remedy = f"Classes that have: {have}." if have else "What there is was left for the test: give more images."
+            msg = f"The class {normal!r} has no training images in {source.name!r}. {remedy}"
             raise ValueError(msg)
         what = f"class {normal!r} of {source.name}"
         self._hold_out(train, rows, normal, what, _stage, normal)
