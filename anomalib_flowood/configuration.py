@@ -94,11 +94,7 @@ def _check_order(before: dict[str, str], path: str) -> None:
     config = read_configuration(path)
     for name, given in before.items() if isinstance(config, dict) else ():
         found, of_class = _setting(config, name.split("."))
-        if of_class:
-            same = found.rpartition(".")[2] == given.rpartition(".")[2]
-        else:
-            same = found is None or found in (given, _read(given))
-        if same:
+        if found is None or _same(given, found, of_class):
             continue
         msg = (
             f"--{name} {given} stands before --config {path}, where {name} is {found}, and what comes later counts: "
@@ -115,12 +111,15 @@ def _setting(config: Any, keys: list[str]) -> tuple[Any, bool]:
     return (config["class_path"], True) if isinstance(config, dict) and "class_path" in config else (config, False)
 
 
-def _read(text: str) -> Any:
-    """A value as it is typed: what no YAML is stands for itself."""
+def _same(given: str, found: Any, of_class: bool) -> bool:
+    """Whether a value as it is typed is one of a configuration, of a class with its module or without."""
+    if of_class:
+        return str(found).rpartition(".")[2] == given.rpartition(".")[2]
     try:
-        return yaml.load(text, Loader=_LOADER)  # noqa: S506  # a safe one
-    except yaml.YAMLError:
-        return text
+        read = yaml.load(given, Loader=_LOADER)  # noqa: S506  # a safe one
+        return found in (given, read) or float(given) == float(found)  # 1e-3, which is a text in YAML
+    except (yaml.YAMLError, TypeError, ValueError):
+        return found == given
 
 
 def _excess(text: str) -> str:

@@ -93,7 +93,7 @@ class RunEngine(Engine):
 
     def kept_checkpoint(self) -> Path | None:
         """The newest checkpoint that this training has written so far; ``None`` if there is none."""
-        found = [] if self._new is None else [*self._new.rglob("*.ckpt")]
+        found = [] if self._new is None else [path for path in self._new.rglob("*.ckpt") if path.name[0] != "."]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     @property

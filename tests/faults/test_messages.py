@@ -71,13 +71,14 @@ def test_an_option_that_a_file_behind_it_would_replace_is_refused(before, messag
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text(
         "model: {class_path: anomalib_flowood.EmbeddingFlow, init_args: {image_size: [32, 32]}}\n"
-        "trainer: {max_epochs: 7}\ndata: ./others\n"
+        "trainer: {max_epochs: 7, gradient_clip_val: 0.001, logger: {class_path: null}}\ndata: ./others\n"
     )
     with pytest.raises(ValueError, match=message):
         check_arguments(["train", *before, "--config", "a.yaml"])
     check_arguments(["train", "--config", "a.yaml", *before])
     same = ["--model=EmbeddingFlow", "--trainer.max_epochs", "7", "--model.image_size=[32,32]", "--data", "./others"]
     check_arguments(["train", *same, "--model.backbone", "resnet18", "--trainer.devices", "{", "--config=a.yaml"])
+    check_arguments(["train", "--trainer.gradient_clip_val", "1e-3", "--trainer.logger=false", "--config", "a.yaml"])
 
 
 def test_a_byte_order_mark_and_aliases_that_people_write_are_read(tmp_path):
