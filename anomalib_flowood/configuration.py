@@ -72,12 +72,13 @@ def check_arguments(arguments: list[str]) -> None:
     """
     before: dict[str, str] = {}
     for option, value in _options(arguments):
-        config = option in {"-c", "--config"}
-        if (config or value.lower().endswith((".yaml", ".yml"))) and Path(value).is_file():
-            check_configuration(value)
-        if config and Path(value).is_file():
+        there = Path(value).is_file()
+        if option in {"-c", "--config"} and there:
             _check_order(before, value)
-        elif option.startswith("--"):
+            continue
+        if value.lower().endswith((".yaml", ".yml")) and there:
+            check_configuration(value)
+        if option.startswith("--"):
             before[option[2:]] = value
 
 

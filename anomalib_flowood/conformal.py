@@ -25,8 +25,11 @@ from anomalib_flowood.checks import refuse_nan
 DEFAULT_ALPHA = 0.05
 """The level of labels unless another one is chosen."""
 
-HOLD_OUT = "hold out more (val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
-"""What helps where there are too few calibration images and nobody knows where they come from."""
+BY_DATA_MODULE = "(val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
+"""What holds out calibration images where nobody knows where they come from."""
+
+HOLD_OUT = f"hold out more {BY_DATA_MODULE}"
+"""What helps where there are too few of them."""
 
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_flowood import models
 from anomalib_flowood.conformal import DEFAULT_ALPHA
 from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
-from anomalib_flowood.data.datamodules.splits import held_out, train_and_val
+from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.inference.images import each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
@@ -95,7 +94,8 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
             module = getattr(models, self.detector)(**arguments | (self.arguments or {}))
             white = plain_max_value([image for image in images if isinstance(image, str | Path)])
-            data = _Divided(*(_loader(module, [images[row] for row in rows], white) for rows in (train, val)))
+            to_fit, to_calibrate = (_loader(module, [images[row] for row in rows], white) for rows in (train, val))
+            data = _Divided(to_fit, to_calibrate, len(images))
             engine = Engine(
                 default_root_dir=folder,
                 devices=1,
@@ -161,10 +161,10 @@ class _Divided(LightningDataModule):
 
     name, category = "images", ""  # which anomalib's engine names a folder by
 
-    def __init__(self, to_fit: DataLoader, to_calibrate: DataLoader) -> None:
+    def __init__(self, to_fit: DataLoader, to_calibrate: DataLoader, images: int) -> None:
         super().__init__()
-        self.to_fit, self.to_calibrate = to_fit, to_calibrate
-        self.val_data: Sized = to_calibrate.dataset  # type: ignore[assignment]
+        self.to_fit, self.to_calibrate, self.images = to_fit, to_calibrate, images
+        self.val_data: Any = to_calibrate.dataset
 
     def train_dataloader(self) -> DataLoader:
         return self.to_fit
@@ -174,9 +174,8 @@ class _Divided(LightningDataModule):
 
     def how_to_hold_out(self, images: int) -> str:
         """Say what makes so many validation images of those that there are, for messages."""
-        there = len(self.to_fit.dataset) + len(self.val_data)  # type: ignore[arg-type]
-        needed = next(number for number in count(there) if held_out(number, None) >= images)
-        return f"fit to {needed} normal images, of which {images} are held out; there are {there}"
+        needed = needed_for(images, None, self.images)
+        return f"fit to {needed} normal images, of which {images} are held out; there are {self.images}"
 
 
 def _loader(module: Any, images: Sequence[Any], max_value: int | None) -> DataLoader:

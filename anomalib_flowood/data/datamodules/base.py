@@ -18,7 +18,7 @@ from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_flowood.checks import check_loading
-from anomalib_flowood.data.datamodules.splits import held_out, limited, train_and_val
+from anomalib_flowood.data.datamodules.splits import held_out, limited, needed_for, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
@@ -197,9 +197,8 @@ class SourcedDataModule(AnomalibDataModule):
             if held_out(fitted, None) >= images:
                 advice += f", or set val_split_ratio to hold out a share of the {fitted} training images in their place"
             return advice
-        total = needed = fitted + len(self.val_data)
-        while held_out(needed, self.val_split_ratio) < images:
-            needed += 1
+        total = fitted + len(self.val_data)
+        needed = needed_for(images, self.val_split_ratio, total)
         if self.train_limit == total:
             advice = f"raise train_limit to {needed}, if there are so many normal images"
         else:

@@ -74,7 +74,7 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     names = sorted(set(train.classes), key=_natural)
     called_normal = _normal_names(names)
     if not called_normal:
-        check_kinds(folder, names)
+        refuse_products(folder, names)
     likely = called_normal or names
     if len(likely) == 1:
         return likely[0], train, test
@@ -85,7 +85,7 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     raise ValueError(msg)
 
 
-def check_kinds(folder: Path, names: Sequence[str]) -> None:
+def refuse_products(folder: Path, names: Sequence[str]) -> None:
     """Refuse folders of a whole product: as a class of images one would be all that it holds, defects and masks, too.
 
     Args:

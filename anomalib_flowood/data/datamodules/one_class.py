@@ -12,7 +12,7 @@ from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
 from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
-from anomalib_flowood.data.datamodules.normal_class import check_kinds, found_class, named_class
+from anomalib_flowood.data.datamodules.normal_class import found_class, named_class, refuse_products
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.masks import with_masks
@@ -160,7 +160,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
             normal, train, test = found_class(train, test, source.folder, source.divided)
         else:
             normal = named_class(self.normal_class, train, test)
-            check_kinds(source.folder, [normal])
+            refuse_products(source.folder, [normal])
         if source.divided and train.classes is not None and len(set(train.classes)) > 1:
             test = source.read_one_class(normal)
         return normal, train, test

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 
@@ -33,6 +34,11 @@ def held_out(images: int, ratio: float | None) -> int:
     else:
         wanted = round(ratio * images)
     return min(max(1, wanted), images - 1)
+
+
+def needed_for(validation: int, ratio: float | None, images: int) -> int:
+    """Return how many normal images it takes, these at least, of which so many are :func:`held_out`."""
+    return next(number for number in count(images) if held_out(number, ratio) >= validation)
 
 
 def limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarray:

@@ -19,7 +19,7 @@ def how_to_have_more(trainer: Any, images: int, alpha: float) -> str:
         datasets = [loader.dataset for loader in validation_loaders(trainer)]
         if len(data.val_data) == images and datasets == [data.val_data]:
             return data.how_to_hold_out(needed)
-    return conformal.HOLD_OUT.replace("more", f"{needed - images} more", 1)
+    return f"hold out {needed - images} more {conformal.BY_DATA_MODULE}"
 
 
 def most_calibration_images(trainer: Trainer) -> int | None:
