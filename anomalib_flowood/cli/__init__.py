@@ -31,6 +31,9 @@ from anomalib_flowood.started import rank_zero_ends
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 """What the system says of files and folders that are not for this user to read, or to write."""
 
+_OTHER_KIND = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+"""What it says of a file where a folder has to be, or a folder where a file has to be."""
+
 
 def _configure_logging() -> None:
     """Send log lines to stderr once; anomalib's own set-up prints each one twice."""
@@ -169,14 +172,30 @@ def _run_at_once(name: str, args: list[str]) -> None:
 
 def _fail(error: Exception, message: str, name: str, debuggable: bool = True) -> NoReturn:
     """End with an error that a user can mend."""
-    if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
-        known = SUBCOMMANDS[name].names if name in SUBCOMMANDS else ()
-        named = next((f"name {option}" for option in WRITTEN if option in known), "name another folder")
-        elsewhere = "run it in another folder" if name == "benchmark" else named
-        message = f"{error.filename} may not be read or written ({error.strerror}). To write elsewhere, {elsewhere}."
+    if isinstance(error, OSError) and error.filename and error.errno in _FORBIDDEN | _OTHER_KIND:
+        message = f"{_in_the_way(error)}. To write elsewhere, {_elsewhere(name)}."
     if os.environ.get("FLOWOOD_DEBUG") == "1":
         raise error
     print(f"flowood: {message}", file=sys.stderr)
     if debuggable:
         print("(FLOWOOD_DEBUG=1 shows where this came from.)", file=sys.stderr)
     sys.exit(1)
+
+
+def _in_the_way(error: OSError) -> str:
+    """Say which file or folder cannot be had, of an error that names one."""
+    path = Path(os.fsdecode(error.filename))
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    if error.errno in _OTHER_KIND and path.is_dir():
+        return f"{path} is a folder, where a file has to be"
+    if error.errno in _OTHER_KIND and file is not None:
+        return f"{file} is a file, where a folder has to be"
+    return f"{path} may not be read or written ({error.strerror})"
+
+
+def _elsewhere(name: str) -> str:
+    """Say how a subcommand is told to write elsewhere."""
+    if name == "benchmark":
+        return "run it in another folder"
+    known = SUBCOMMANDS[name].names if name in SUBCOMMANDS else ()
+    return next((f"name {option}" for option in WRITTEN if option in known), "name another folder")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 import io
 import os
 import shutil
@@ -135,6 +136,9 @@ class Watcher:
         while os.path.lexists(target):  # of an earlier image of this name
             if self.link and target.is_symlink() and target.resolve() == path.resolve():
                 return
+            if not self.link and _is_copy(target, path):  # killed before the image was removed
+                path.unlink()
+                return
             target = (self.aside / path.relative_to(self.folder)).with_stem(f"{path.stem}-{number}")
             number += 1
         if self.link:
@@ -215,3 +219,10 @@ def _copy_whole(source: str | Path, target: str | Path) -> None:
     """Copy a file to another disk so that it appears there whole, whenever the process is killed."""
     with whole_file(target) as file:
         shutil.copy2(source, file)
+
+
+def _is_copy(target: Path, source: Path) -> bool:
+    """Whether a file is that which :func:`_copy_whole` made of another one; some disks keep even seconds alone."""
+    if target.is_symlink() or not target.is_file() or abs(target.stat().st_mtime - source.stat().st_mtime) > 2:
+        return False
+    return filecmp.cmp(source, target, shallow=False)

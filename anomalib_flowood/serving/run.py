@@ -27,6 +27,7 @@ def serve(model: str | Path, host: str, port: int, limits: Limits, drift_images:
 
     Raises:
         OSError: If the address is not to be had; before the detector is loaded.
+        ValueError: If there is no such port.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Its protocol is named: asyncio turns Nagle's algorithm off for sockets that have one alone, and with it the end of
@@ -38,6 +39,9 @@ def serve(model: str | Path, host: str, port: int, limits: Limits, drift_images:
         except OSError as error:
             msg = f"Cannot listen on {host}, port {port}: {error.strerror}. Name another --host or --port."
             raise OSError(error.errno, msg) from error
+        except OverflowError as error:
+            msg = f"There is no port {port}: --port takes 0 to 65535."
+            raise ValueError(msg) from error
         detector = load(model)
         if detector.size is not None:  # the first image prepares a graph, and shows what is missing
             detector.score(np.full((*detector.size, 3), 128, np.uint8))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +174,34 @@ def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(co
     said = capsys.readouterr().err
     assert (
         f"flowood: /mnt/there may not be read or written (Permission denied). To write elsewhere, {elsewhere}" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("taken", "taken is a file, where a folder has to be. To write elsewhere, name another folder."),
+        ("taken/mine", "taken is a file, where a folder has to be. To write elsewhere, name another folder."),
+    ],
+)
+def test_a_file_where_a_folder_has_to_be_is_named(named, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["configs", named])
+    assert ended.value.code == 1
+    assert f"flowood: {said}" in capsys.readouterr().err
+
+
+def test_a_folder_where_a_file_has_to_be_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr(commands, "FlowoodCLI", lambda _args: Path("taken").read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        main(["watch", "model.ckpt", "arriving", "--output=taken"])
+    assert ended.value.code == 1
+    assert "flowood: taken is a folder, where a file has to be. To write elsewhere, name --output." in (
+        capsys.readouterr().err
     )
 
 

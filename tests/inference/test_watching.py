@@ -218,6 +218,28 @@ def test_on_another_disk_an_image_set_aside_appears_whole(detector, folder, tmp_
     assert not (folder / "1.png").exists()
 
 
+def test_killed_between_copy_and_removal_an_image_is_set_aside_once(detector, folder, tmp_path, monkeypatch):
+    table, aside = tmp_path / "table.csv", tmp_path / "aside"
+
+    def copied_alone(source: Path, target: Path, **_: object) -> None:
+        shutil.copy2(source, target)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "move", copied_alone)
+        watcher = Watcher(detector, folder, table, aside)
+        watcher.look()
+        with pytest.raises(KilledError):
+            watcher.look()
+    looks(Watcher(detector, folder, table, aside))
+    assert [path.name for path in sorted(aside.iterdir())] == ["1.png", "3.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "2.png"]
+    os.utime(aside / "1.png", (1, 1))  # of another time it is another image, with whatever content
+    save(folder / "1.png", 250)
+    looks(Watcher(detector, folder, table, aside))
+    assert [path.name for path in sorted(aside.iterdir())] == ["1-2.png", "1.png", "3.png"]
+
+
 def test_names_are_no_formulas_in_the_table(detector, folder, tmp_path):
     save(folder / "=1+1.png", 30)
     table = tmp_path / "table.csv"

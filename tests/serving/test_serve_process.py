@@ -68,6 +68,13 @@ def served(folder, monkeypatch, *arguments: str):
             pass  # it has ended
 
 
+def test_a_port_that_does_not_exist_is_refused_before_the_detector_is_loaded(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "model.ckpt", "--port", "80000"])
+    assert ended.value.code == 1
+    assert "flowood: There is no port 80000: --port takes 0 to 65535." in capsys.readouterr().err
+
+
 def png() -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (12, 10), (250, 20, 20)).save(content, "PNG")
