@@ -15,6 +15,7 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from anomalib_flowood import processes
@@ -112,14 +113,18 @@ class ResultsCLI(AnomalibCLI):
 
     @contextlib.contextmanager
     def told_how_to_go_on(self) -> Iterator[None]:
-        """Where Ctrl-C or SIGTERM end a training, say which checkpoint it goes on from, if there is one."""
+        """Where Ctrl-C or SIGTERM end a training, or its test, say which checkpoint goes on from there, if there is one."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
             kept = self.engine.kept_checkpoint()
             if kept is not None and not processes.rank():
                 path = shlex.quote(os.path.relpath(kept))
-                print(f"Interrupted. The same command goes on from there with --ckpt_path {path}", file=sys.stderr)
+                if self.engine.trainer.state.fn is TrainerFn.TESTING:
+                    rest = f"The training had ended: `flowood test` tests its detector with --ckpt_path {path}"
+                else:
+                    rest = f"The same command goes on from there with --ckpt_path {path}"
+                print(f"Interrupted. {rest}", file=sys.stderr)
             raise
 
     def _pixel_metrics(self) -> dict[str, float]:

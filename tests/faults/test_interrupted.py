@@ -18,6 +18,7 @@ import torch
 from jsonargparse import ArgumentParser
 from model_helpers import data, engine, pixel_flow
 
+from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.files import NAMES, escaped, unescaped, whole_file, whole_files, write_table, write_text
@@ -117,6 +118,22 @@ def test_an_interrupted_training_says_how_it_goes_on(number, here):
     (path,) = checkpoints(here)
     expected = f"Interrupted. The same command goes on from there with --ckpt_path {path.relative_to(here)}\n"
     assert said.read_text().endswith(expected)
+
+
+def test_interrupted_in_its_test_a_training_has_ended(here, capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScoreRecorder, "on_test_batch_end", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([*TRAIN, "--trainer.max_epochs=1"])
+    assert ended.value.code == 130
+    (path,) = {path.resolve() for path in checkpoints(here)}
+    said = capsys.readouterr().err
+    assert (
+        "Interrupted. The training had ended: `flowood test` tests its detector with "
+        f"--ckpt_path {path.relative_to(here)}\n" in said
+    )
 
 
 @forks
