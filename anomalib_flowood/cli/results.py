@@ -113,7 +113,7 @@ class ResultsCLI(AnomalibCLI):
 
     @contextlib.contextmanager
     def told_how_to_go_on(self) -> Iterator[None]:
-        """Where Ctrl-C or SIGTERM end a training, or its test, say which checkpoint goes on from there, if there is one."""
+        """Where Ctrl-C or SIGTERM end a training, or its test, say which checkpoint to go on with, if there is one."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):

@@ -83,11 +83,10 @@ def of_module(module: Any) -> Detector:
 
 def _export_in(folder: Path) -> Path:
     """The one export in a folder."""
-    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES - {".json"})
-    found = [file for file in found if not file.stem.endswith("_raw") or file.suffix != ".onnx"]
+    found = sorted(file for file in folder.iterdir() if _is_export(file))
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
-        below = sorted(str(file) for file in folder.rglob("*") if file.suffix in (_SUFFIXES | {".ckpt"}) - {".json"})
+        below = sorted(str(file) for file in folder.rglob("*") if file.suffix == ".ckpt" or _is_export(file))
         if below:
             msg += f" Name one of what lies below it: {', '.join(below[:_NAMED])}{', …' if len(below) > _NAMED else ''}"
         raise FileNotFoundError(msg)
@@ -95,6 +94,11 @@ def _export_in(folder: Path) -> Path:
         msg = f"There are several exported models in {folder}, name one: {', '.join(file.name for file in found)}."
         raise ValueError(msg)
     return found[0]
+
+
+def _is_export(file: Path) -> bool:
+    """Whether it holds a model: not what describes one, nor the graph of raw scores beside an ONNX model."""
+    return file.suffix in _SUFFIXES - {".json"} and not (file.suffix == ".onnx" and file.stem.endswith("_raw"))
 
 
 def _runtime(path: Path, known: dict[str, Any]) -> Runtime:
