@@ -117,6 +117,33 @@ def test_images_for_validation_calibrate_and_all_others_are_fitted_to(name, here
     assert (len(crossed.train_data), len(crossed.val_data)) == (20, 5)  # all that is there is normal
 
 
+def mvtec_ad_2(folder: Path) -> None:
+    images(folder / "train/good", 20)
+    images(folder / "validation/good", 5, 91)
+    images(folder / "test_public/good", 4, 92)
+    images(folder / "test_public/bad", 5, 200)
+    for path in sorted((folder / "test_public/bad").iterdir()):
+        masks = folder / "test_public/ground_truth/bad"
+        masks.mkdir(parents=True, exist_ok=True)
+        Image.new("L", Image.open(path).size, 255).save(masks / f"{path.stem}_mask.png")
+    images(folder / "test_private", 3)
+
+
+@pytest.mark.parametrize("name", ["test_public", "test", "Test"])
+def test_mvtec_ad_2_is_read_with_its_masks_which_are_no_kind(name, here, caplog):
+    mvtec_ad_2(here / "parts")
+    (here / "parts/test_public").rename(here / "parts" / name)
+    (here / "parts/train").rename(here / "parts" / ("Train" if name == "Test" else "train"))
+    module = OneClass("parts")
+    module.setup("fit")
+    assert (len(module.train_data), len(module.val_data)) == (20, 5)
+    samples = module.test_data.samples
+    assert samples["source"].value_counts().to_dict() == {"good": 4, "bad": 5}
+    assert [bool(item.gt_mask.any()) for item in module.test_data] == [source == "bad" for source in samples["source"]]
+    (said,) = [message for message in caplog.messages if "are read" in message]
+    assert "and not test_private. " in said
+
+
 def test_a_whole_product_is_no_normal_class(here):
     several(here / "parts")
     with pytest.raises(ValueError, match=r"parts holds another folder of images \(nut\): give parts/nut\."):

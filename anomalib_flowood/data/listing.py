@@ -13,6 +13,26 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
+_SPLITS = {"test": ("test", "test_public")}
+"""What the folder of a split is called, where not by its name alone; MVTec AD 2 has the second."""
+
+
+def split_folder(folder: Path, split: str) -> Path | None:
+    """Find the folder of a split, in any letters: ``Train`` is no class.
+
+    Args:
+        folder: Where it is, a folder.
+        split: Its name.
+
+    Returns:
+        The folder; ``None`` if there is none.
+    """
+    names = _SPLITS.get(split, (split,))
+    if (folder / split).is_dir() or not folder.is_dir():
+        return folder / split if folder.is_dir() else None
+    there = [path for path in folder.iterdir() if path.name.lower() in names and path.is_dir()]
+    return min(there, key=lambda path: (names.index(path.name.lower()), path.name), default=None)
+
 
 def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
     """Find the images below a folder, by the rule that all commands follow.

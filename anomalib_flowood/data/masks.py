@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ground truth of pixels: masks in a folder ``ground_truth`` beside the images, laid out as MVTec AD or LOCO has it."""
+"""Ground truth of pixels: masks in a folder ``ground_truth`` by the images, as MVTec AD, AD 2 and LOCO have it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from anomalib_flowood.data.decoding import UnreadableImageError, read_header, read_mask
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.listing import image_files, split_folder
 
 logger = logging.getLogger(__name__)
 
@@ -84,18 +84,19 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
     """Give test images the masks that their folder has and that fit; say what does not, with the files' names.
 
     Args:
-        images: The images, which are files in ``folder / "test"``, or in the folder itself where there is none.
-        folder: The folder. Masks are in its ``ground_truth``; without such a folder nothing is done.
+        images: The images, which are files in the folder's ``test``, or in the folder itself where there is none.
+        folder: The folder. Masks are in its ``ground_truth``, or in that of ``test``, as MVTec AD 2 has them; without
+            such a folder nothing is done.
         anomalous: Which of the images are anomalous, ``(N,)``. The others need no masks: theirs are empty.
 
     Returns:
         The images, with masks if any anomalous one has one of its size. The others' are empty:
         :func:`~anomalib_flowood.data.items.with_known_masks` leaves them out where pixels are judged.
     """
-    ground_truth = folder / GROUND_TRUTH
-    if not ground_truth.is_dir():
+    top = split_folder(folder, "test") or split_folder(folder, "train") or folder
+    ground_truth = next((place / GROUND_TRUTH for place in (folder, top) if (place / GROUND_TRUTH).is_dir()), None)
+    if ground_truth is None:
         return images
-    top = next((folder / split for split in ("test", "train") if (folder / split).is_dir()), folder)
     names = [Path(path).relative_to(top) for path in images.paths]
     rows = np.flatnonzero(anomalous)
     pairs = pair([names[row] for row in rows], ground_truth)
@@ -129,9 +130,9 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
 
 def without_masks(files: list[Path], folder: Path) -> list[Path]:
     """Leave masks out of the images that were found in a folder, unless there is nothing else."""
-    images = [path for path in files if path.relative_to(folder).parts[0] != GROUND_TRUTH]
+    images = [path for path in files if GROUND_TRUTH not in path.relative_to(folder).parts[:-1]]
     if images and len(images) < len(files):
-        logger.info("Left out: %d masks in %s.", len(files) - len(images), folder / GROUND_TRUTH)
+        logger.info("Left out: %d masks below %s (in %s).", len(files) - len(images), folder, GROUND_TRUTH)
     return images or files
 
 

@@ -245,7 +245,7 @@ def test_a_folder_of_kinds_has_masks_beside_them_which_are_no_kind(folder, tmp_p
     with caplog.at_level(logging.INFO):
         images = PathDataset(flat)
     assert len(images) == 32
-    assert f"Left out: 8 masks in {flat / 'ground_truth'}." in caplog.messages
+    assert f"Left out: 8 masks below {flat} (in ground_truth)." in caplog.messages
     assert len(PathDataset(flat / "ground_truth")) == 8
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_flowood.data.images import Images
+from anomalib_flowood.data.listing import split_folder
 from anomalib_flowood.names import alternatives, unknown_name
 
 NORMAL_NAMES = ("good", "normal", "ok")
@@ -66,7 +67,7 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     """
     if train.classes is None:
         if test.classes is None and not divided:
-            where = folder / "test"
+            where = split_folder(folder, "test")
             msg = f"The images in {where} lie in no sub-folder: nothing says which are normal. {LAYOUTS_OF_PARTS}"
             raise ValueError(msg)
         normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
@@ -95,7 +96,7 @@ def refuse_products(folder: Path, names: Sequence[str]) -> None:
     Raises:
         ValueError: If one of them has a folder ``train``.
     """
-    inner = [name for name in names if (folder / name / "train").is_dir()]
+    inner = [name for name in names if (folder / name).is_dir() and split_folder(folder / name, "train")]
     if inner:
         holds = "several folders" if len(inner) > 1 else "another folder"
         remedy = "give one of them" if len(inner) > 1 else f"give {folder / inner[0]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.listing import image_files, split_folder
 from anomalib_flowood.data.masks import GROUND_TRUTH
 from anomalib_flowood.data.sources.layouts import ImageFiles, layout_of
 from anomalib_flowood.data.sources.named import DATA_SETS
@@ -57,8 +57,9 @@ class FolderSource:
         if not layout_of(self.folder)[1]:
             return []  # each sub-folder is a class
         beside = sorted(path for path in self.folder.iterdir() if path.is_dir() and path.name[0] != ".")
-        known = {"train", "test", GROUND_TRUTH, *read}
-        return [path.name for path in beside if path.name not in known and image_files(path, tell=False)]
+        known = {split_folder(self.folder, split) for split in ("train", "test")}
+        known |= {self.folder / name for name in (GROUND_TRUTH, *read)}
+        return [path.name for path in beside if path not in known and image_files(path, tell=False)]
 
     def read_validation(self, normal: str | None = None) -> tuple[str, Images] | None:
         """Find normal images that lie beside those to train on, to calibrate on.

@@ -11,7 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from anomalib_flowood.data.idx import find_idx, read_idx_split
 from anomalib_flowood.data.images import Images
-from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.listing import image_files, split_folder
 from anomalib_flowood.data.masks import GROUND_TRUTH
 from anomalib_flowood.names import alternatives
 
@@ -71,7 +71,7 @@ class ImageFiles:
 
     def splits(self, folder: Path) -> list[str] | None:
         """Which of both folders there are: any folder may hold images."""
-        return [split for split in ("train", "test") if (folder / split).is_dir()]
+        return [split for split in ("train", "test") if split_folder(folder, split)]
 
     def read(self, folder: Path, name: str, split: str | None) -> Images:
         """List the images of a split.
@@ -87,10 +87,11 @@ class ImageFiles:
         Raises:
             FileNotFoundError: If there are no images.
         """
-        folder = folder / (split or "")
+        if split:
+            folder = split_folder(folder, split) or folder / split
         # Below the folder: class/…/image, or the images themselves; and masks, which are neither.
         files = [path.relative_to(folder) for path in image_files(folder)]
-        files = [file for file in files if split or file.parts[0] != GROUND_TRUTH]
+        files = [file for file in files if GROUND_TRUTH not in file.parts[:-1]]
         if not files:
             msg = f"There are no images in {folder} (looked for {' '.join(IMG_EXTENSIONS)})."
             raise FileNotFoundError(msg)
