@@ -17,6 +17,7 @@ from PIL import Image
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.cli import main
+from anomalib_flowood.data import PathDataset
 from anomalib_flowood.models import DEFAULT_DETECTOR
 
 SMALLER = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false", "--model.image_size=[32, 32]"]
@@ -167,9 +168,54 @@ def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     assert said.startswith("Of parts only train, test and masks are read, and not validation. Images that are held out")
 
 
+def test_a_class_that_is_named_may_lie_in_several_folders(here):
+    visa(here / "parts")
+    module = OneClass("parts", "candle")
+    module.setup("fit")
+    assert len(module.train_data) + len(module.val_data) + len(module.test_data) == 11
+
+
+def masks_beside(folder: Path) -> None:
+    mvtec(folder)
+    for path in sorted((folder / "test/scratch").iterdir())[:3]:
+        Image.open(path).save(path.with_suffix(".jpg"))
+    for path in sorted((folder / "train/good").iterdir())[:2]:
+        Image.open(path).save(path.with_stem(f"{path.stem}_GT"))
+
+
+def test_masks_among_the_images_are_named(here, caplog):
+    masks_beside(here / "parts")
+    OneClass("parts").setup("fit")
+    said = [message for message in caplog.messages if "names are those of masks" in message]
+    assert len(said) == 2
+    assert "masks: 2 of 22 (parts/train/good/00_GT.png beside 00.png, parts/train/good/01_GT.png beside 01" in said[0]
+    assert "masks: 3 of 12 (parts/test/scratch/00.png beside 00.jpg, " in said[1]
+    caplog.clear()
+    PathDataset(here / "parts/test")
+    assert ["3 of 12" in message for message in caplog.messages if "names are those of masks" in message] == [True]
+
+
+def visa(folder: Path) -> None:
+    images(folder / "candle/Data/Images/Normal", 5)
+    images(folder / "candle/Data/Images/Anomaly", 3, 200)
+    images(folder / "candle/Data/Masks/Anomaly", 3, 255)
+
+
+def labels_in_train(folder: Path) -> None:
+    images(folder / "Train", 4)
+    images(folder / "Train/Label", 4)
+    images(folder / "Test", 4)
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
+        (
+            visa,
+            r"Which images below parts/candle are normal\? They lie in parts/candle/Data/Images/Anomaly, "
+            r"parts/candle/Data/Images/Normal, .* if all are normal, say so with normal_class",
+        ),
+        (labels_in_train, r"Which class of parts is normal: '\.' or 'Label'\? .*'\.' is the images beside these"),
         (several, r"parts holds several folders of images \(bolt, nut\): give one of them"),
         (one_within, r"parts holds another folder of images \(bolt\): give parts/bolt\."),
         (nobody_knows, r"Which class of parts is normal: 'cats' or 'dogs'\? Say so with normal_class"),

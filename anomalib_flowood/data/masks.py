@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,11 +129,36 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
     return replace(images, masks=tuple(masks)) if judged else images
 
 
+def tell_of_masks(images: Sequence[Path]) -> None:
+    """Say of images that they are called as if they were masks of others beside them; they are read as images.
+
+    MVTec AD has masks in a folder of their own; KolektorSDD2 (``NAME_GT``) and Real-IAD (``NAME.png`` beside
+    ``NAME.jpg``) have not.
+    """
+    others = {path.with_suffix(""): path for path in sorted(images, reverse=True)}
+    likely = []
+    for path in sorted(images):
+        stem = re.sub(r"[_-](mask|gt|label|ground_?truth)$", "", path.stem, flags=re.IGNORECASE)
+        image = others.get(path.with_name(stem))
+        if image and (stem != path.stem or image != path):
+            likely.append(f"{path} beside {image.name}")
+    if likely:
+        logger.warning(
+            "Taken for images, though their names are those of masks: %d of %d (%s). Masks belong into %s/KIND, or "
+            "elsewhere.",
+            len(likely),
+            len(images),
+            ", ".join(likely[:_SHOWN]) + (", …" if len(likely) > _SHOWN else ""),
+            GROUND_TRUTH,
+        )
+
+
 def without_masks(files: list[Path], folder: Path) -> list[Path]:
     """Leave masks out of the images that were found in a folder, unless there is nothing else."""
     images = [path for path in files if GROUND_TRUTH not in path.relative_to(folder).parts[:-1]]
     if images and len(images) < len(files):
         logger.info("Left out: %d masks below %s (in %s).", len(files) - len(images), folder, GROUND_TRUTH)
+    tell_of_masks(images)
     return images or files
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import split_folder
+from anomalib_flowood.data.sources.layouts import NO_FOLDER
 from anomalib_flowood.names import alternatives, unknown_name
 
 NORMAL_NAMES = ("good", "normal", "ok")
@@ -76,12 +77,15 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     called_normal = _normal_names(names)
     if not called_normal:
         refuse_products(folder, names)
+        if divided and len(names) == 1:
+            _refuse_several_below(folder / names[0], train)
     likely = called_normal or names
     if len(likely) == 1:
         return likely[0], train, test
+    flat = f" {NO_FOLDER!r} is the images beside these folders." if NO_FOLDER in names else ""
     msg = (
         f"Which class of {folder} is normal: {alternatives(names)}? Say so with normal_class (--data.normal_class "
-        f"NAME). {LAYOUTS_OF_PARTS}"
+        f"NAME).{flat} {LAYOUTS_OF_PARTS}"
     )
     raise ValueError(msg)
 
@@ -96,11 +100,24 @@ def refuse_products(folder: Path, names: Sequence[str]) -> None:
     Raises:
         ValueError: If one of them has a folder ``train``.
     """
-    inner = [name for name in names if (folder / name).is_dir() and split_folder(folder / name, "train")]
+    inner = [name for name in names if name != NO_FOLDER and split_folder(folder / name, "train")]
     if inner:
         holds = "several folders" if len(inner) > 1 else "another folder"
         remedy = "give one of them" if len(inner) > 1 else f"give {folder / inner[0]}"
         msg = f"{folder} holds {holds} of images ({', '.join(inner)}): {remedy}. {LAYOUTS_OF_PARTS}"
+        raise ValueError(msg)
+
+
+def _refuse_several_below(folder: Path, images: Images) -> None:
+    """Refuse the only folder within another, which nobody called normal, if it has images in several of its own."""
+    inner = sorted({str(Path(path).parent) for path in images.paths})
+    if len(inner) > 1:
+        some = ", ".join(inner[:3]) + (", …" if len(inner) > 3 else "")
+        msg = (
+            f"Which images below {folder} are normal? They lie in {some}: give the folder of the normal ones, or the "
+            f"one above it; if all are normal, say so with normal_class (--data.normal_class {folder.name}). "
+            f"{LAYOUTS_OF_PARTS}"
+        )
         raise ValueError(msg)
 
 

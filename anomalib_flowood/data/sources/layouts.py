@@ -12,8 +12,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from anomalib_flowood.data.idx import find_idx, read_idx_split
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.listing import image_files, split_folder
-from anomalib_flowood.data.masks import GROUND_TRUTH
+from anomalib_flowood.data.masks import GROUND_TRUTH, tell_of_masks
 from anomalib_flowood.names import alternatives
+
+NO_FOLDER = "."
+"""Class of the images that lie in no sub-folder, where others do."""
 
 
 class Layout(Protocol):
@@ -92,12 +95,13 @@ class ImageFiles:
         # Below the folder: class/…/image, or the images themselves; and masks, which are neither.
         files = [path.relative_to(folder) for path in image_files(folder)]
         files = [file for file in files if GROUND_TRUTH not in file.parts[:-1]]
+        tell_of_masks([folder / file for file in files])
         if not files:
             msg = f"There are no images in {folder} (looked for {' '.join(IMG_EXTENSIONS)})."
             raise FileNotFoundError(msg)
-        classes = [file.parts[0] if len(file.parts) > 1 else "." for file in files]
+        classes = [file.parts[0] if len(file.parts) > 1 else NO_FOLDER for file in files]
         paths = [str(folder / file) for file in files]
-        return Images(name, paths, None if set(classes) == {"."} else np.array(classes, dtype=object))
+        return Images(name, paths, None if set(classes) == {NO_FOLDER} else np.array(classes, dtype=object))
 
 
 LAYOUTS: list[Layout] = [IdxFiles(), ImageFiles()]
