@@ -9,8 +9,8 @@ set -euo pipefail
 FLOWOOD=${FLOWOOD:-flowood}
 PYTHON=${PYTHON:-python3}
 cd "${1:-$(mktemp -d)}"
-CHECKPOINT=results/EmbeddingFlow/OneClass/parts/latest/weights/lightning/model.ckpt
-EXPORTED=results/EmbeddingFlow/OneClass/parts/latest/weights/openvino
+CHECKPOINT=results/FeatureMapFlow/OneClass/parts/latest/weights/lightning/model.ckpt
+EXPORTED=results/FeatureMapFlow/OneClass/parts/latest/weights/openvino
 
 # What warns, and which warnings say what to do: hold more images out, or give more of them.
 WARNING='WARNING|[A-Za-z]*Warning:|^W[0-9]{4} '
@@ -101,7 +101,7 @@ step train $FLOWOOD train --data ./parts
 step test $FLOWOOD test --data ./parts --ckpt_path $CHECKPOINT
 step predict $FLOWOOD predict --data ./new_images --ckpt_path $CHECKPOINT
 step export $FLOWOOD export --export_type openvino --ckpt_path $CHECKPOINT
-step report $FLOWOOD report results/EmbeddingFlow/OneClass/parts/latest
+step report $FLOWOOD report results/FeatureMapFlow/OneClass/parts/latest
 step serve serve
 
 [ "$useless" = 0 ] || { grep -nE "$WARNING" ./*.log | grep -vE "$ACTIONABLE"; exit 1; }

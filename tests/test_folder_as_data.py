@@ -17,10 +17,16 @@ from PIL import Image
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.cli import main
+from anomalib_flowood.cli.detector import _with_detector
 from anomalib_flowood.data import PathDataset
 from anomalib_flowood.models import DEFAULT_DETECTOR
 
-SMALLER = [f"--model.backbone={BACKBONE}", "--model.pre_trained=false", "--model.image_size=[32, 32]"]
+SMALLER = [
+    f"--model.backbone={BACKBONE}",
+    "--model.pre_trained=false",
+    "--model.image_size=[32, 32]",
+    "--model.subspace_dim=8",
+]
 
 
 def images(folder: Path, count: int, mean: float = 90) -> None:
@@ -276,6 +282,27 @@ def test_a_folder_is_enough_for_every_command_and_each_says_what_is_next(here, c
         r"At a level of 16.7.% .*: \d of 4 normal images raise .* \d of 5 anomalous images are found", decision
     )
     assert f"{decision}\n5 held-out normal images allow no level below 17 %; 20 would allow 5 %.\n" in out
+
+
+@pytest.mark.parametrize(
+    ("data", "detector"),
+    [
+        ("./parts", "FeatureMapFlow"),
+        ("OneClass", "FeatureMapFlow"),
+        ("CrossDataset", "EmbeddingFlow"),
+        ("anomalib_flowood.data.CrossDataset", "EmbeddingFlow"),
+    ],
+)
+def test_the_default_detector_is_of_the_data(data, detector, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"data": {"class_path": data}}))
+    for given in (["--data", data], [f"--data={data}"], ["--config", str(file)]):
+        assert _with_detector(["train", *given])[:3] == ["train", "--model", f"anomalib_flowood.models.{detector}"]
+    file.write_text(json.dumps({"class_path": data}))
+    assert _with_detector(["train", "--data", str(file)])[2].endswith(detector)
+    file.write_text(json.dumps({"data": data}))
+    assert _with_detector(["train", "--config", str(file)])[2].endswith(detector)
+    assert _with_detector(["train", "--data", data, "--model=PixelFlow"])[1:] == ["--data", data, "--model=PixelFlow"]
 
 
 def test_a_training_that_has_ended_is_not_taken_for_a_new_one(here, capsys, caplog):

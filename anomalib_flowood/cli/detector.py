@@ -16,6 +16,7 @@ from anomalib_flowood import models
 from anomalib_flowood.cli.folders import with_data_modules
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.configuration import read_configuration
+from anomalib_flowood.data import CrossDataset
 from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
 from anomalib_flowood.models.components import CheckpointError, FlowModule, known_flows, read_checkpoint
 from anomalib_flowood.models.components.capabilities import takes_scores
@@ -118,9 +119,15 @@ def _with_detector(arguments: list[str]) -> list[str]:
     path = _named_checkpoint(arguments)
     if path is not None and CLASS in read_checkpoint(path):
         return arguments
+    *_, data = None, *_given(arguments, "data")
+    if isinstance(data, str) and Path(data).is_file():  # the configuration of a data module
+        data = read_configuration(data)
+    name = data.get("class_path") if isinstance(data, dict) else data
+    of_sets = str(name).rpartition(".")[2] == CrossDataset.__name__
+    detector = models.DEFAULT_OF_DATA_SETS if of_sets else models.DEFAULT_DETECTOR
     # Not a default of the parser's, whose arguments another class would inherit.
     after = arguments.index(subcommand) + 1
-    return [*arguments[:after], "--model", f"{models.__name__}.{models.DEFAULT_DETECTOR}", *arguments[after:]]
+    return [*arguments[:after], "--model", f"{models.__name__}.{detector}", *arguments[after:]]
 
 
 def _named_checkpoint(arguments: Sequence[str]) -> str | None:

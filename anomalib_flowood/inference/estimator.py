@@ -49,7 +49,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        detector: str = models.DEFAULT_DETECTOR,
+        detector: str = models.EmbeddingFlow.__name__,
         *,
         arguments: dict[str, Any] | None = None,
         alpha: float = DEFAULT_ALPHA,
