@@ -13,6 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
+_UNREAD = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".mpo", ".pnm", ".tga")
+"""Endings of images that are left out, and named."""
+
 _SPLITS = {"test": ("test", "test_public")}
 """What the folder of a split is called, where not by its name alone; MVTec AD 2 has the second."""
 
@@ -58,8 +61,12 @@ def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
         raise NotADirectoryError(msg)
     found: dict[str, Path] = {}
     odd: list[Path] = []
+    unread: list[Path] = []
     again = 0
     for _, path in sorted(_walk(top)):
+        if not path.name.lower().endswith(IMG_EXTENSIONS):
+            unread.append(path)
+            continue
         try:
             regular = stat.S_ISREG(path.stat().st_mode)
         except OSError:  # a link that leads nowhere, or to itself
@@ -70,13 +77,19 @@ def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
             odd.append(path)
     if odd and tell:
         logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
+    if unread and tell:
+        what = _some(unread, "whose ending is not read", "whose endings are not read")
+        logger.warning("Left out: %s. Convert to one of %s, or rename.", what, " ".join(IMG_EXTENSIONS))
     if again and tell:
         logger.info("Left out below %s: %d links to images that are there already.", top, again)
     return sorted(found.values())
 
 
 def _walk(top: Path) -> Iterator[tuple[int, Path]]:
-    """Names of images below a folder, with the number of links on the way to each; no folder is entered twice."""
+    """Names of images below a folder, read or not, with the number of links on the way to each.
+
+    No folder is entered twice.
+    """
     seen: set[tuple[int, int]] = set()
     links, folders = 0, [top]
     while folders:
@@ -97,7 +110,7 @@ def _walk(top: Path) -> Iterator[tuple[int, Path]]:
                 path = folder / entry.name
                 if _is_folder(entry):
                     (linked if entry.is_symlink() else folders).append(path)
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                elif entry.name.lower().endswith((*IMG_EXTENSIONS, *_UNREAD)):
                     yield links + entry.is_symlink(), path
         # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
         links, folders = links + 1, sorted(linked, reverse=True)

@@ -41,6 +41,19 @@ def test_hidden_and_irregular_files_are_left_out(tmp_path: Path, caplog: pytest.
         read_header(tmp_path / "b" / "pipe.png")
 
 
+def test_images_of_other_endings_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, 2)
+    for name in ("a.HEIC", "b.jfif", "c.avif", "notes.txt", "model.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    assert names(tmp_path) == ["000.png", "001.png"]
+    (said,) = caplog.messages
+    assert "Left out: 3 entries whose endings are not read" in said
+    assert f"({tmp_path}/a.HEIC, {tmp_path}/b.jfif, {tmp_path}/c.avif). Convert to one of .jpg .jpeg .png" in said
+    caplog.clear()
+    assert image_files(tmp_path, tell=False)
+    assert not caplog.records
+
+
 def test_links_are_followed_and_each_file_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     top = tmp_path / "top"
     write_images(top / "real", 2)
