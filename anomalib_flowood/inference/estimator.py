@@ -23,6 +23,7 @@ from anomalib_flowood.conformal import DEFAULT_ALPHA
 from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
+from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.inference.images import each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
@@ -132,10 +133,13 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
 def _check_normal_alone(folder: Path) -> None:
     """Refuse a folder whose sub-folders say that not all of its images are normal."""
-    for place in (folder, folder / "train"):
-        kinds = {path.name: path for path in place.iterdir() if path.is_dir()} if place.is_dir() else {}
+    images = image_files(folder, tell=False) if folder.is_dir() else []
+    places = {place for image in images for place in image.parents if folder in (place, *place.parents)}
+    for place in sorted(places, key=lambda path: (path.name != "train", path)):
+        kinds = {path.name: path for path in place.iterdir() if path.is_dir()}
         normal = next((kinds[name] for name in kinds if name.lower() in NORMAL_NAMES), None)
-        others = {*kinds, *({"test", "ground_truth"} & {path.name for path in folder.iterdir()} if normal else ())}
+        above = place.parent if place.name == "train" and place != folder else place
+        others = {*kinds, *({"test", "ground_truth"} & {path.name for path in above.iterdir()} if normal else ())}
         others = {name for name in others if name.lower() not in NORMAL_NAMES and not name.startswith(".")}
         if normal is not None and others:
             msg = f"Of {folder} not all images are normal: it holds {', '.join(sorted(others))}, too. Fit to {normal}."

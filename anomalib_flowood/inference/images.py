@@ -79,6 +79,9 @@ def single_images(given: Any) -> Iterator[SingleImage]:
         yield from files
     elif isinstance(given, bytes | Image.Image):
         yield given
+    elif isinstance(given, np.ndarray) and given.dtype.kind in "UO":  # of paths, as scikit-learn divides them
+        for item in given.ravel():
+            yield from single_images(item)
     elif isinstance(given, np.ndarray | Tensor):
         yield from _split(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
     elif isinstance(given, Iterable):

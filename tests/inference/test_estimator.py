@@ -56,6 +56,15 @@ def test_a_fitted_one_is_kept_and_repeated(fitted, tmp_path):
     assert again.offset_ == fitted.offset_
 
 
+@pytest.mark.parametrize("kind", [str, object])
+def test_arrays_of_paths_are_images(fitted, tmp_path, kind):
+    images = grey(8, 5)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    paths = np.array(sorted(map(str, tmp_path.iterdir())), dtype=kind)
+    assert np.allclose(fitted.score_samples(paths[1:]), fitted.score_samples(images[1:]), atol=1e-4)
+
+
 def test_a_fit_says_nothing_that_nobody_can_act_on():
     code = (
         "import numpy as np\n"
@@ -83,6 +92,8 @@ def test_what_cannot_be_fitted_is_refused():
         (("good", "hole", "ground_truth/hole"), "ground_truth, hole", "good"),
         (("train/good", "test/good", "test/hole"), "test", "train/good"),
         (("train/OK", "train/Kratzer"), "Kratzer", "train/OK"),
+        (("bolt/train/good", "bolt/test/good", "bolt/test/hole"), "test", "bolt/train/good"),
+        (("Data/Images/Normal", "Data/Images/Anomaly", "Data/Masks/Anomaly"), "Anomaly", "Data/Images/Normal"),
     ],
 )
 def test_a_folder_that_holds_defects_too_is_refused_with_the_one_of_normal_images(folders, others, normal, tmp_path):
