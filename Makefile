@@ -10,7 +10,7 @@
 #                   PROFILE=full: as published, on a GPU
 # make report       the page of the newest benchmark (or RUN=folder), results/report/index.html
 # make pages        draw parts, train on them, and photograph the pages: the pictures in docs/pages
-# make scores     every anomaly score on one flow of pixels
+# make scores       every anomaly score on one flow of pixels
 # make test         install into .venv, run all tests, in two processes; WORKERS=0: in one, for pdb
 # make test-fast    the tests of flows, scores and metrics alone
 # make faults       kills at random moments, full disks and the like under every command: what was tried and survived;
@@ -64,6 +64,7 @@ contest: .venv/offline fashion-mnist
 
 # Repeat it to go on where it was interrupted.
 suite: .venv/offline
+	@test -n "$(FOLDERS)" || { echo 'Name folders laid out as MVTec AD: make suite FOLDERS="one another"' >&2; exit 1; }
 	$(BIN)/python -m benchmarks.suite run $(FOLDERS) --seeds $(SEEDS) $(ARGS)
 
 # Repeat it to go on where it was interrupted.
@@ -75,6 +76,7 @@ paper: .venv/offline fashion-mnist
 	$(BIN)/python -m benchmarks.paper run --profile $(PROFILE)
 
 report: .venv/offline
+	@test -n "$(RUN)" || { echo "No benchmark in runs/benchmark: run one (make quickstart), or give its folder: RUN=folder" >&2; exit 1; }
 	$(BIN)/flowood report "$(RUN)" --output results/report
 
 pages: .venv/test chromium
@@ -150,7 +152,7 @@ fashion-mnist:
 		fi; \
 	fi
 
-# What pages are looked at with: without it `make report` fails, and the tests of pages are skipped.
+# What pages are looked at with: without it `make pages` fails, and the tests of pages are skipped.
 chromium:
 	@missing=; for program in chromium chromedriver pdftotext; do command -v $$program || missing=1; done >/dev/null; \
 	if [ -n "$$missing" ]; then \

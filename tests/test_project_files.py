@@ -3,8 +3,11 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from anomalib_flowood import __version__
@@ -86,3 +89,19 @@ def test_the_dockerfile_serves_as_somebody_who_may_do_little():
     extras = re.search(r"pip install '\.\[([\w,]+)\]'", text)[1].split(",")
     assert all(f"\n{extra} = [" in PYPROJECT for extra in extras)
     assert "/health/ready" in said["HEALTHCHECK"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize(("target", "said"), [("report", "RUN=folder"), ("suite", 'FOLDERS="one another"')])
+def test_a_target_without_what_it_is_for_says_how_to_give_it(target, said, tmp_path):
+    (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
+    there = ["-o", ".venv/offline"]  # nothing is installed
+    made = subprocess.run(
+        ["make", *there, target, "RUN=" if target == "report" else "FOLDERS="],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert made.returncode
+    assert said in made.stderr

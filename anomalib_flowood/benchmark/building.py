@@ -177,6 +177,9 @@ _UNPAIRED = (
 )
 """What pandas says where anomalib lays masks beside images, and what is so then."""
 
+_NO_BACKBONE = "Config file not found: "
+"""What timm says of a backbone's folder that is not there, to anomalib's detectors."""
+
 
 def readable(error: BaseException) -> str:
     """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
@@ -203,4 +206,6 @@ def readable(error: BaseException) -> str:
     if "Does not validate" in message:
         lines = [line.strip() for line in message.splitlines()]
         message = "\n".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+    if isinstance(error, FileNotFoundError) and message.startswith(_NO_BACKBONE):
+        return f"{message}. `flowood backbone NAME FOLDER` writes such a folder."
     return _UNPAIRED if message.startswith(_UNEQUAL) else message or type(error).__name__

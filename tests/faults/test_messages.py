@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
+from anomalib.models import Padim
 from model_helpers import data, engine, pixel_flow
 from PIL import Image
 from safetensors.torch import save_file
@@ -219,6 +220,15 @@ def test_masks_that_anomalib_cannot_lay_beside_images_are_said_so(kind, tmp_path
     assert said.startswith("anomalib's data module finds another number of masks than of anomalous images.")
     assert "PNG images alone" in said
     assert "OneClass (--data FOLDER)" in said
+
+
+def test_a_backbones_folder_that_anomalibs_detectors_miss_is_said_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as found:
+        Padim(backbone="local-dir:backbones/r18")
+    assert readable(found.value) == (
+        "Config file not found: backbones/r18/config.json. `flowood backbone NAME FOLDER` writes such a folder."
+    )
 
 
 def test_memory_that_ran_out_is_said_so_with_the_remedy():
