@@ -177,8 +177,8 @@ _UNPAIRED = (
 )
 """What pandas says where anomalib lays masks beside images, and what is so then."""
 
-_NO_BACKBONE = "Config file not found: "
-"""What timm says of a backbone's folder that is not there, to anomalib's detectors."""
+_NO_BACKBONE, _HOW_TO_WRITE_ONE = "Config file not found: ", "`flowood backbone NAME FOLDER` writes such a folder."
+"""What timm says of a backbone's folder that is not there, to anomalib's detectors, and what helps."""
 
 
 def readable(error: BaseException) -> str:
@@ -206,6 +206,6 @@ def readable(error: BaseException) -> str:
     if "Does not validate" in message:
         lines = [line.strip() for line in message.splitlines()]
         message = "\n".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
-    if isinstance(error, FileNotFoundError) and message.startswith(_NO_BACKBONE):
-        return f"{message}. `flowood backbone NAME FOLDER` writes such a folder."
+    if message.startswith(_NO_BACKBONE) and not message.endswith(_HOW_TO_WRITE_ONE):
+        return f"{message}. {_HOW_TO_WRITE_ONE}"  # a message may come here again within another error
     return _UNPAIRED if message.startswith(_UNEQUAL) else message or type(error).__name__

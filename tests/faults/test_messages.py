@@ -222,13 +222,17 @@ def test_masks_that_anomalib_cannot_lay_beside_images_are_said_so(kind, tmp_path
     assert "OneClass (--data FOLDER)" in said
 
 
-def test_a_backbones_folder_that_anomalibs_detectors_miss_is_said_with_the_remedy(tmp_path, monkeypatch):
+def test_a_backbones_folder_that_anomalibs_detectors_miss_is_said_with_the_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as found:
         Padim(backbone="local-dir:backbones/r18")
-    assert readable(found.value) == (
-        "Config file not found: backbones/r18/config.json. `flowood backbone NAME FOLDER` writes such a folder."
-    )
+    said = "Config file not found: backbones/r18/config.json. `flowood backbone NAME FOLDER` writes such a folder."
+    assert readable(found.value) == said
+    assert readable(ValueError(said)) == said  # once
+    Path("parts").mkdir()
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "Padim", "--model.backbone=local-dir:backbones/r18", "--data", "parts"])
+    assert f"flowood: {said}\n" in capsys.readouterr().err
 
 
 def test_memory_that_ran_out_is_said_so_with_the_remedy():
