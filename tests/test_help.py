@@ -127,6 +127,11 @@ DETECTOR = models.DEFAULT_DETECTOR
 TRAIN = ["train", "--model", DETECTOR, "--data", "OneClass", "--data.dataset", "x"]
 
 
+def test_help_names_the_default_detector():
+    """It is written from a page that imports no detector."""
+    assert f"{DETECTOR}, the default, " in short_help("train")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,7 +112,7 @@ _QUIET = Argument("--verbose", "true|false", "Print the results. Default: True."
 
 _TRAINING = (_DATA, _MODEL, *_SETTINGS, _CONFIG, _EPOCHS, _SEED, _ACCELERATOR, _ROOT, _RESUMED)
 _TESTING = (_CHECKPOINT, _DATA, *_SETTINGS, _ALPHA, _CONFIG, _SEED, _ACCELERATOR, _ROOT)
-_FROM_FOLDER = ("--data ./parts", "the default detector, on a folder of images")
+_FROM_FOLDER = ("--data ./parts", "FeatureMapFlow, the default, on a folder of images")
 _FROM_FILE = ("--config detector.yaml", "as a file says; flowood configs writes examples")
 _OF_RUN = "results/…/latest/weights/lightning/model.ckpt"
 
