@@ -97,3 +97,10 @@ def test_what_is_stored_of_a_notebook(path):
     assert not re.search(r"Warning|GPU|0x[0-9a-f]{6}", said)
     assert not re.search(r"(?<![\w.…<])/[a-z]+/|20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", said)
     assert path.stat().st_size < LARGEST
+
+
+def test_a_folder_of_ones_own_needs_no_scratches():
+    notebook = nbformat.read(ROOT / "notebooks/own_images.ipynb", as_version=4)
+    naming = [cell.source for cell in notebook.cells if cell.cell_type == "code" and "scratch" in cell.source]
+    assert len(naming) == 1  # where the folder is drawn, if there is none
+    assert "if not FOLDER.exists():" in naming[0]
