@@ -163,6 +163,11 @@ def is_of_the_machine(error: BaseException) -> bool:
     return out_of_memory(cause) or isinstance(cause, OSError) or bool(_out_of_shared_memory(cause))
 
 
+def is_of_pandas_3(error: BaseException) -> bool:
+    """Whether anomalib's data module fails of what pandas 3 makes of masks that are missing."""
+    return isinstance(error, TypeError) and any(said in str(error) for said in _NO_TEXT)
+
+
 def _unmasked(error: BaseException) -> BaseException:
     """The error of a fit whose workers could not be started, in whose place Lightning raises one of its own."""
     masked = isinstance(error, RuntimeError) and "iter(combined_loader)" in str(error) and error.__context__
@@ -176,6 +181,13 @@ _UNPAIRED = (
     "folders of that layout with images of any kind, with or without masks."
 )
 """What pandas says where anomalib lays masks beside images, and what is so then."""
+
+_NO_TEXT = ("Invalid value for dtype 'str'", "Path must be None, a string, or Path object, got <class 'float'>")
+_PANDAS_3 = (
+    "anomalib's MVTecLOCO and MVTecAD2 fail with pandas 3, whatever the detector. OneClass (--data FOLDER) reads "
+    "folders of both layouts, with their masks."
+)
+"""What is said where anomalib lists masks, or reads them, and what is so then."""
 
 _NO_BACKBONE, _HOW_TO_WRITE_ONE = "Config file not found: ", "`flowood backbone NAME FOLDER` writes such a folder."
 """What timm says of a backbone's folder that is not there, to anomalib's detectors, and what helps."""
@@ -200,6 +212,8 @@ def readable(error: BaseException) -> str:
         )
     if reason := _out_of_shared_memory(error):
         return no_shared_memory(reason.removeprefix("RuntimeError: "))
+    if is_of_pandas_3(error):
+        return _PANDAS_3
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     message = str(error).strip()

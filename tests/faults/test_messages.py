@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
@@ -220,6 +221,24 @@ def test_masks_that_anomalib_cannot_lay_beside_images_are_said_so(kind, tmp_path
     assert said.startswith("anomalib's data module finds another number of masks than of anomalous images.")
     assert "PNG images alone" in said
     assert "OneClass (--data FOLDER)" in said
+
+
+@pytest.mark.skipif(int(pd.__version__.split(".")[0]) < 3, reason="anomalib fails with pandas 3 alone")
+@pytest.mark.parametrize("module", ["MVTecLOCO", "MVTecAD2"])
+def test_what_anomalibs_data_modules_fail_of_with_pandas_3_is_said(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["train/good/0", "train/good/1", "validation/good/0"]
+    names += ["test/good/0", "test/dent/0", "ground_truth/dent/0/000"]
+    names += ["test_public/good/0", "test_public/bad/0", "test_public/ground_truth/bad/0_mask"]
+    for number, name in enumerate(names):
+        path = Path("sets/can", f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100 + number).save(path)
+    data = ["--data", module, "--data.root=sets", "--data.category=can", "--data.num_workers=0"]
+    small = ["--model.backbone=test_efficientnet", "--model.pre_trained=false", "--model.image_size=[32, 32]"]
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "EmbeddingFlow", *small, *data, "--trainer.accelerator=cpu"])
+    assert "flowood: anomalib's MVTecLOCO and MVTecAD2 fail with pandas 3" in capsys.readouterr().err
 
 
 def test_a_backbones_folder_that_anomalibs_detectors_miss_is_said_with_the_remedy(tmp_path, monkeypatch, capsys):
