@@ -174,6 +174,14 @@ def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     assert said.startswith("Of parts only train, test and masks are read, and not validation. Images that are held out")
 
 
+def test_trains_are_a_class_where_there_is_no_test(here):
+    images(here / "parts/Train", 10)
+    images(here / "parts/Car", 3, 200)
+    module = OneClass("parts", "Train")
+    module.setup("fit")
+    assert module.test_data.samples["source"].value_counts().to_dict() == {"Train": 2, "Car": 3}
+
+
 def test_a_class_that_is_named_may_lie_in_several_folders(here):
     visa(here / "parts")
     module = OneClass("parts", "candle")

@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 _UNREAD = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".mpo", ".pnm", ".tga")
 """Endings of images that are left out, and named."""
 
-_SPLITS = {"test": ("test", "test_public")}
-"""What the folder of a split is called, where not by its name alone; MVTec AD 2 has the second."""
+_SPLITS = {"train": ("train",), "test": ("test", "test_public")}
+"""What the folders of both splits are called; MVTec AD 2 has ``test_public``."""
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
-    """Find the folder of a split, in any letters: ``Train`` is no class.
+    """Find the folder of a split; where both splits are there, in any letters: ``Train`` beside ``Test`` is no class.
 
     Args:
         folder: Where it is, a folder.
@@ -30,11 +30,16 @@ def split_folder(folder: Path, split: str) -> Path | None:
     Returns:
         The folder; ``None`` if there is none.
     """
-    names = _SPLITS.get(split, (split,))
-    if (folder / split).is_dir() or not folder.is_dir():
-        return folder / split if folder.is_dir() else None
-    there = [path for path in folder.iterdir() if path.name.lower() in names and path.is_dir()]
-    return min(there, key=lambda path: (names.index(path.name.lower()), path.name), default=None)
+    if not folder.is_dir():
+        return None
+    if (folder / split).is_dir():
+        return folder / split
+    known = {name for names in _SPLITS.values() for name in names}
+    folders = (path for path in folder.iterdir() if path.name.lower() in known and path.is_dir())
+    there = {path.name.lower(): path for path in sorted(folders, reverse=True)}
+    if not all(there.keys() & {*names} for names in _SPLITS.values()):
+        return None  # trains are a class
+    return next((there[name] for name in _SPLITS.get(split, ()) if name in there), None)
 
 
 def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
