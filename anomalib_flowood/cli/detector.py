@@ -124,7 +124,7 @@ def _with_detector(arguments: list[str]) -> list[str]:
         data = read_configuration(data)
     name = data.get("class_path") if isinstance(data, dict) else data
     of_sets = str(name).rpartition(".")[2] == CrossDataset.__name__
-    detector = models.DEFAULT_OF_DATA_SETS if of_sets else models.DEFAULT_DETECTOR
+    detector = models.DEFAULT_OF_WHOLE_IMAGES if of_sets else models.DEFAULT_DETECTOR
     # Not a default of the parser's, whose arguments another class would inherit.
     after = arguments.index(subcommand) + 1
     return [*arguments[:after], "--model", f"{models.__name__}.{detector}", *arguments[after:]]

@@ -50,7 +50,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        detector: str = models.EmbeddingFlow.__name__,
+        detector: str = models.DEFAULT_OF_WHOLE_IMAGES,
         *,
         arguments: dict[str, Any] | None = None,
         alpha: float = DEFAULT_ALPHA,

@@ -18,8 +18,8 @@ DEFAULT_DETECTOR = FeatureMapFlow.__name__
 """Where none is named: the first in the mean over folders of photographs, with a model for each, for few images of
 each, and for all of them (its README). It shows where defects are, too."""
 
-DEFAULT_OF_DATA_SETS = EmbeddingFlow.__name__
-"""Where none is named, and whole data sets are told apart: what does not belong there is the whole image."""
+DEFAULT_OF_WHOLE_IMAGES = EmbeddingFlow.__name__
+"""Where none is named, and what does not belong is a whole image: of another data set, or among scikit-learn's rows."""
 
 anomalib_models.ALLOWED_MODULES.update({"anomalib_flowood", "anomalib_flowood.models"})
 for _name in __all__:
