@@ -80,13 +80,14 @@ def stages(backbone: str) -> dict[int, str]:
 class FullPrecision(FeatureMapFlow):
     """`FeatureMapFlow` that keeps its training features in single precision, to see what half precision costs."""
 
-    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
+    def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
         """Return the feature maps as they are."""
-        return self.model.extract(images)
+        del batch, total
+        return self.extract(images)
 
-    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the reduced maps as they are."""
-        return self.model.reduce(features)
+        return self.prepare_features(features)
 
 
 def _feature_map_flow(

@@ -49,9 +49,9 @@ def test_full_precision_changes_the_stored_features_alone():
     images = torch.rand(9, 3, 32, 32)
     with torch.no_grad():
         for model, dtype in ((usual, torch.float16), (full, torch.float32)):
-            features = model.extract(images)
+            features = model.extract_training(images, batch=0, total=9)
             model.fit_features(features)
-            kept = (*features, *model.prepare_features(features))
+            kept = (*features, *model.prepare_training(features))
             assert {part.dtype for part in kept if part.ndim == 4} == {dtype}  # the rest of a density is one number
         assert full.model.log_prob(images) == pytest.approx(usual.model.log_prob(images), rel=0.02)
 

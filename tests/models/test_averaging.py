@@ -51,7 +51,8 @@ def test_scores_calibration_and_checkpoint_are_of_averaged_weights(kind, tmp_pat
     assert torch.equal(kept.post_processor.calibration, calibration)
     auroc = run.test(detector, datamodule=data(tmp_path), verbose=False)[0]["image_AUROC"]
     run.validate(detector, datamodule=data(tmp_path), verbose=False)
-    torch.testing.assert_close(detector.post_processor.calibration, calibration)
+    # In other batches than those that were stored, so that sums end in other digits.
+    torch.testing.assert_close(detector.post_processor.calibration, calibration, rtol=1e-4, atol=1e-4)
     plain = engine(tmp_path)
     torch.manual_seed(0)
     detector = KINDS[kind](max_epochs=4)

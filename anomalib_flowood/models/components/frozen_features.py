@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -140,6 +140,10 @@ class FrozenFeatures(_Base):
         """Turn some features, on any device, into what the flow trains on, once and not at every step."""
         raise NotImplementedError
 
+    def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same of training images, for detectors that store theirs otherwise."""
+        return self.prepare_features(features)
+
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
         """Take the prepared features of training images, in main memory or a file, when a fit begins.
 
@@ -185,7 +189,7 @@ class FrozenFeatures(_Base):
         if random:
             reference = draw(len(features[0]), count)
             features = tuple(part[reference] for part in features)
-        store = self._prepare_all(features, self.cache_gib - extracted.taken_gib)
+        store = self._prepare_all(self.prepare_training, features, self.cache_gib - extracted.taken_gib)
         prepared = store.features
         if count:
             self.keep_reference(prepared, copies)
@@ -248,7 +252,7 @@ class FrozenFeatures(_Base):
         room = self.cache_gib - self._kept_gib - extracted.taken_gib
         samples = getattr(loader.dataset, "samples", None)  # anomalib's table
         paths = None if samples is None else getattr(samples, "image_path", None)
-        prepared = self._prepare_all(extracted.features, room).features
+        prepared = self._prepare_all(self.prepare_features, extracted.features, room).features
         dataset = FeatureDataset(prepared, labels, None if paths is None else list(paths))
         validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
@@ -298,11 +302,13 @@ class FrozenFeatures(_Base):
         return store, stored
 
     @torch.no_grad()
-    def _prepare_all(self, features: tuple[Tensor, ...], room_gib: float) -> FeatureStore:
+    def _prepare_all(
+        self, prepare: Callable[..., tuple[Tensor, ...]], features: tuple[Tensor, ...], room_gib: float
+    ) -> FeatureStore:
         store = FeatureStore(len(features[0]), room_gib)
         chunk = 1 if self.images_at_once == 1 else 64  # an image may have many tiles
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
-            store.append(self.prepare_features(rows))
+            store.append(prepare(rows))
         return store
 
 

@@ -204,14 +204,17 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return super().judged(batch) if self.model.tiles is None else self.model.judged(batch.image)
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps, ``(N, C, h, w)`` for each layer, in half precision: they are many."""
-        return _halved(self.model.extract(images))
+        """Return the feature maps, ``(N, C, h, w)`` for each layer."""
+        return self.model.extract(images)
 
     def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
-        """Return the feature maps of training images; with tiles those of some, drawn anew for each image."""
+        """Return the feature maps of training images in half precision: they are many.
+
+        With tiles those of some, drawn anew for each image.
+        """
         tiles = self.model.tiles
         if tiles is None:
-            return self.extract(images)
+            return _halved(self.extract(images))
         count = min(len(tiles), math.ceil(_FITTED_TILES / total))
         generator = torch.Generator().manual_seed(batch)  # the same in a fit that is resumed
         which = [torch.randperm(len(tiles), generator=generator)[:count].tolist() for _ in images]
@@ -242,12 +245,16 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self._whitened = None
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return each layer's reduced map, ``(N, D, h, w)``, in half precision, and the rest of its log-density.
+        """Return each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``.
 
         Last comes that by which an image's kind is known.
         """
+        return self.model.prepare(features)
+
+    def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The same, with the reduced maps in half precision."""
         maps = 2 * len(self.model.layers)
-        prepared = self.model.prepare(features)
+        prepared = self.prepare_features(features)
         return tuple(part.half() if place in range(0, maps, 2) else part for place, part in enumerate(prepared))
 
     def epoch_steps(self, images: int) -> int | None:
