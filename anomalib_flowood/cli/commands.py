@@ -202,17 +202,19 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
     def watch(self) -> None:
         """Score what arrives in a folder, until the process is stopped."""
         from anomalib_flowood.inference import load
-        from anomalib_flowood.inference.watching import Watcher
+        from anomalib_flowood.inference.watching import Watcher, only_writer
 
         arguments = self.config["watch"]
         folder = Path(str(arguments["folder"]))
         table = Path(str(arguments["output"] or folder / "watch.csv"))
         aside = arguments["aside"] and Path(str(arguments["aside"]))
+        lock = only_writer(table) if folder.is_dir() else None  # else the watcher says what is missing
         watcher = Watcher(load(str(arguments["detector"])), folder, table, aside, link=arguments["link"])
         print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
-        while True:
-            watcher.look()
-            time.sleep(arguments["interval"])
+        with lock or nullcontext():
+            while True:
+                watcher.look()
+                time.sleep(arguments["interval"])
 
     def add_serve_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``serve``."""

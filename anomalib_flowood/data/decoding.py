@@ -34,6 +34,12 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GREY_MODES = ("1", "L", "LA")
 _COLOUR_MODES = ("RGB", "RGBA", "RGBX")
 _MOST_LOOKED_AT = 1000
+_FEW_LEVELS = 4095
+"""What white is in a camera of 12 bits; with 16 it is nearly black."""
+_FEW_LEVELS_TOLD = (
+    "%s has 16 bits, and no value above %d of 65535, which is taken for white: if a camera of fewer bits wrote it, it "
+    "looks nearly black. Set max_value of the data module to what white is (4095 for 12 bits), or train on such files."
+)
 _AT_ONCE = 2**20
 """Values that are scaled, and pixels that are fetched, at once."""
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
@@ -106,6 +112,8 @@ def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.
     low, high, remedy = values.min(), values.max(), ""
     if white is None:
         white = max_value or 65535
+        if max_value is None and low >= 0 and 0 < high <= _FEW_LEVELS:
+            _tell_once("few levels", _FEW_LEVELS_TOLD, _named(path), high)
         remedy = f" Set max_value of the data module to what white is in such files, now {white}, and train again."
     if low < 0 and values.dtype.kind == "i":
         remedy = " Save such files without a sign, with the same number added to all values of all of them."
@@ -197,7 +205,11 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
     with _opened(path) as image:
         kind = _kind(image)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
-            _warn_of_pages(_named(path))
+            _tell_once(
+                "pages",
+                "%s has several pages: the first alone is read, of this file and of others like it.",
+                _named(path),
+            )
         # Before the pixels are decoded, when Pillow forgets both.
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _MIN_IS_WHITE
         orientation, sample = _orientation(image), _sample_type(image)
@@ -296,32 +308,27 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     return np.require(values, requirements=["C", "W"])
 
 
-def _warn_of_pages(path: str) -> None:
-    """Say once in a process that only first pages are read."""
-    if not _told_of_pages:
-        _told_of_pages.append(path)
-        logger.warning("%s has several pages: the first alone is read, of this file and of others like it.", path)
+def _tell_once(what: str, message: str, *values: Any) -> None:
+    """Warn once in a process; of what has no name every time."""
+    if what not in _told:
+        _told.update([what] if what else [])
+        logger.warning(message, *values)
 
 
-_told_of_pages: list[str] = []
+_told: set[str] = set()
 
 
 def _warn_of_size(image: Image.Image, path: str | Path | bytes) -> None:
-    """Name, once in a process, an image so large that Pillow warns of it; twice the limit Pillow refuses itself."""
+    """Name an image so large that Pillow warns of it; twice the limit Pillow refuses itself."""
     pixels, limit, name = image.width * image.height, Image.MAX_IMAGE_PIXELS, _named(path)
-    if limit is not None and pixels > limit and (isinstance(path, bytes) or name not in _told_of_size):
-        _told_of_size.add(name)
-        logger.warning(
+    if limit is not None and pixels > limit:
+        _tell_once(
+            "" if isinstance(path, bytes) else f"size of {name}",
             "The image %s has %s pixels, above %s, from where on Pillow suspects a file that was made to fill memory. "
             "It is read; with more than %s it would be refused.",
             name,
-            f"{pixels:,}",
-            f"{limit:,}",
-            f"{2 * limit:,}",
+            *(f"{number:,}" for number in (pixels, limit, 2 * limit)),
         )
-
-
-_told_of_size: set[str] = set()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -60,6 +61,35 @@ def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
     Raises:
         NotADirectoryError: If there is no such folder.
     """
+    found = find(folder)
+    if found.odd and tell:
+        logger.warning("Left out: %s.", _some(found.odd, "that is no regular file", "that are no regular files"))
+    if tell:
+        tell_of_unread(found.unread)
+    if found.again and tell:
+        logger.info("Left out below %s: %d links to images that are there already.", folder, found.again)
+    return found.images
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is below a folder by the rule of :func:`image_files`.
+
+    Attributes:
+        images: The images, sorted.
+        unread: Images by endings that are not read.
+        odd: What is no regular file, though it is called as an image.
+        again: How many links lead to images that are there already.
+    """
+
+    images: list[Path]
+    unread: list[Path]
+    odd: list[Path]
+    again: int
+
+
+def find(folder: str | Path) -> Found:
+    """Find the images below a folder, and what is left out; arguments and errors as for :func:`image_files`."""
     top = Path(folder)
     if not top.is_dir():
         msg = f"There is no folder {top} (looked for it from {Path.cwd()})."
@@ -80,14 +110,14 @@ def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
             again += found.setdefault(os.path.realpath(path), path) is not path
         else:
             odd.append(path)
-    if odd and tell:
-        logger.warning("Left out: %s.", _some(odd, "that is no regular file", "that are no regular files"))
-    if unread and tell:
-        what = _some(unread, "whose ending is not read", "whose endings are not read")
+    return Found(sorted(found.values()), unread, odd, again)
+
+
+def tell_of_unread(paths: list[Path]) -> None:
+    """Warn of files whose endings are not read, if there are any."""
+    if paths:
+        what = _some(paths, "whose ending is not read", "whose endings are not read")
         logger.warning("Left out: %s. Convert to one of %s, or rename.", what, " ".join(IMG_EXTENSIONS))
-    if again and tell:
-        logger.info("Left out below %s: %d links to images that are there already.", top, again)
-    return sorted(found.values())
 
 
 def _walk(top: Path) -> Iterator[tuple[int, Path]]:

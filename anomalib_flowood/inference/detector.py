@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -61,6 +61,7 @@ class Detector:
         calibration: Raw scores of normal images, ``(n,)``; nothing where there are none.
         level: The largest p-value that is labelled anomalous.
         max_value: What white was in files of 16 bits in training.
+        again: A function and its arguments that make the same detector, by which it is pickled: no runtime can be.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Detector:
         calibration: Sequence[float] = (),
         level: float | None = None,
         max_value: int | None = None,
+        again: tuple[Callable[..., Detector], tuple[Any, ...]] | None = None,
     ) -> None:
         self.runtime = runtime
         self.size = size
@@ -77,6 +79,14 @@ class Detector:
         self._ascending = np.sort(self.calibration.numpy())
         self.level = level
         self.max_value = max_value
+        self.again = again
+
+    def __reduce__(self) -> tuple[Callable[..., Detector], tuple[Any, ...]]:
+        """Be made again where it is unpickled, as in another process: of the same file, which has to be there."""
+        if self.again is None:
+            msg = "A Detector of a runtime of your own cannot be pickled: make it in each process."
+            raise TypeError(msg)
+        return self.again
 
     def score(self, images: Any, *, maps: bool = True) -> Scores:
         """Score images, one or many.

@@ -65,7 +65,8 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         """Fit to normal images, of which some are held out to calibrate on.
 
         Args:
-            X: A folder, an array, or other images: see :func:`~anomalib_flowood.inference.images.each_image`.
+            X: A folder, an array, or other images: see :func:`~anomalib_flowood.inference.images.each_image`. The first
+                axis of an array is that of the samples, so that ``(3, H, W)`` is three grey images.
             y: Not used.
 
         Returns:
@@ -73,8 +74,9 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
         Raises:
             FileNotFoundError: If there is no such folder.
-            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``; or if
-                the folder holds normal images beside others, of defects or masks: all of it would be fitted to.
+            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``; if an
+                array has two axes; or if the folder holds normal images beside others, of defects or masks: all of it
+                would be fitted to.
         """
         del y
         check_known("detector", [self.detector], models.__all__)
@@ -84,7 +86,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 msg = f"There is no {path} (looked for it from {Path.cwd()})."
                 raise FileNotFoundError(msg)
             _check_normal_alone(path)
-        images = list(single_images(X))
+        images = list(single_images(_samples(X)))
         if len(images) < 2:
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
             raise ValueError(msg)
@@ -113,7 +115,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
         """Raw scores with the sign turned, ``(N,)``: higher is more normal."""
         check_is_fitted(self)
-        return -of_module(self.module_).score(X, maps=False).raw_score.astype(np.float64)
+        return -of_module(self.module_).score(_samples(X), maps=False).raw_score.astype(np.float64)
 
     def decision_function(self, X: Any) -> np.ndarray:  # noqa: N803
         """How far images are on the normal side of the threshold, ``(N,)``; negative of what is anomalous."""
@@ -129,6 +131,24 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         return tags
+
+
+def _samples(given: Any) -> Any:
+    """Tell grey images from one in colour: by scikit-learn's convention samples come first, however few they are.
+
+    Raises:
+        ValueError: If an array is a table, whose rows would be those of one picture.
+    """
+    if not isinstance(given, np.ndarray | torch.Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind in "UO"):
+        return given
+    if given.ndim == 2:
+        msg = (
+            f"X of shape {tuple(given.shape)} is a table: images are (N, H, W), (N, H, W, C) or (N, C, H, W). "
+            "Give X.reshape(len(X), H, W), or X[None] if it is one grey image."
+        )
+        raise ValueError(msg)
+    in_colour_alone = given.ndim == 3 and given.shape[2] in (1, 3, 4)  # (H, W, C): nobody has images so narrow
+    return given[:, None] if given.ndim == 3 and not in_colour_alone else given
 
 
 def _check_normal_alone(folder: Path) -> None:

@@ -77,8 +77,8 @@ def single_images(given: Any) -> Iterator[SingleImage]:
             msg = f"There are no images in {path}."
             raise FileNotFoundError(msg)
         yield from files
-    elif isinstance(given, bytes | Image.Image):
-        yield given
+    elif isinstance(given, bytes | bytearray | memoryview | Image.Image):
+        yield given if isinstance(given, Image.Image) else bytes(given)
     elif isinstance(given, np.ndarray) and given.dtype.kind in "UO":  # of paths, as scikit-learn divides them
         for item in given.ravel():
             yield from single_images(item)
@@ -123,7 +123,10 @@ def _of_array(image: np.ndarray, max_value: int | None) -> np.ndarray:
         raise ValueError(msg)
     if np.issubdtype(image.dtype, np.floating):
         low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= 1):  # also where it is NaN
+        if np.isnan(low):  # as both are then
+            msg = f"An image of shape {image.shape} has pixels that are NaN: repair it, or leave it out."
+            raise ValueError(msg)
+        if not (low >= 0 and high <= 1):
             msg = f"Floats of images lie in [0, 1]; these run from {low:g} to {high:g}. Divide them by what white is."
             raise ValueError(msg)
         return np.ascontiguousarray(image, dtype=np.float32)

@@ -31,7 +31,8 @@ def load(path: str | Path) -> Detector:
             ``model.json`` beside it), or the folder of an export. OpenVINO computes in single precision.
 
     Returns:
-        The detector, which reads and resizes images as its training did, and has its calibration.
+        The detector, which reads and resizes images as its training did, and has its calibration. Pickled, it is the
+        file's absolute path, from which it is loaded again.
 
     Raises:
         FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it.
@@ -46,8 +47,9 @@ def load(path: str | Path) -> Detector:
         raise FileNotFoundError(msg)
     if path.is_dir():
         path = _export_in(path)
+    again = load, (path.absolute(),)
     if path.suffix == ".ckpt":
-        return of_module(open_checkpoint(path))
+        return of_module(open_checkpoint(path), again)
     if path.suffix not in _SUFFIXES:
         msg = f"{path} is neither a checkpoint (.ckpt) nor an export (.xml, .onnx, .pt, or the .json beside it)."
         raise ValueError(msg)
@@ -59,14 +61,16 @@ def load(path: str | Path) -> Detector:
         known["calibration_scores"],
         known["level"],
         known["max_value"],
+        again,
     )
 
 
-def of_module(module: Any) -> Detector:
+def of_module(module: Any, again: Any = None) -> Detector:
     """Score with a trained detector that is in memory.
 
     Args:
         module: One of the detectors of this package. It is put into evaluation mode, and onto the CPU.
+        again: See :class:`Detector`; by default this function and the module.
     """
     module = module.eval().to("cpu")
     post_processor = module.post_processor
@@ -78,6 +82,7 @@ def of_module(module: Any) -> Detector:
         post_processor.kept.tolist() if calibrated else (),
         post_processor.level if calibrated else None,
         getattr(module, "max_value", None),
+        again or (of_module, (module,)),
     )
 
 

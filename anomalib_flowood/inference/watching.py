@@ -6,21 +6,44 @@ from __future__ import annotations
 import csv
 import filecmp
 import io
+import logging
 import os
 import shutil
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from anomalib_flowood.data import image_files
+from filelock import BaseFileLock, FileLock, Timeout
+
+from anomalib_flowood.data.listing import find, tell_of_unread
 from anomalib_flowood.files import NAMES, escaped, quoting, unescaped, whole_file
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.look import shorten
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("path", "size", "modified_ns", "time", "score", "raw_score", "p_value", "label", "error")
 
 Key = tuple[str, int, int]
 """Which image a file holds: its path below the folder, its size, and when it was modified, in nanoseconds."""
+
+
+def only_writer(table: Path) -> BaseFileLock:
+    """Keep other processes from a table, as long as what is returned lives: they would score every image again.
+
+    Raises:
+        ValueError: If another one writes it.
+    """
+    table.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(table.with_name(f".{table.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        msg = f"Another `flowood watch` writes {table}: stop it, or name another table."
+        raise ValueError(msg) from None
+    except NotImplementedError:  # a file system without locks
+        logger.warning("%s cannot be locked: see that no other `flowood watch` writes it.", table)
+    return lock
 
 
 class Watcher:
@@ -41,7 +64,8 @@ class Watcher:
 
     Raises:
         NotADirectoryError: If there is no such folder, or the one for anomalous images is a file.
-        ValueError: If the table is something else, or damaged.
+        ValueError: If the table is something else, or damaged; if the folder for anomalous images is the folder itself,
+            or holds it: all that arrives would have been set aside already.
     """
 
     def __init__(
@@ -66,8 +90,14 @@ class Watcher:
         if self.aside is not None and self.aside.exists() and not self.aside.is_dir():
             msg = f"{self.aside}, where anomalous images are to go, is no folder."
             raise NotADirectoryError(msg)
+        if self.aside is not None and self.folder.resolve().is_relative_to(self.aside.resolve()):
+            msg = f"Anomalous images are to go to {self.aside}, in which {self.folder} itself lies: name another."
+            raise ValueError(msg)
         self._anomalous = self._restore()
         self._seen: dict[Path, Key] = {}
+        self._broken: dict[Key, float] = {}
+        """When each file was first found that cannot be read, and has no row yet; by a clock that nobody sets."""
+        self._told: set[Path] = set()
 
     def look(self) -> list[Path]:
         """Score the images that have not changed since the last look.
@@ -91,7 +121,10 @@ class Watcher:
         return done
 
     def _images(self) -> list[Path]:
-        files = image_files(self.folder, tell=False)  # not every second
+        found = find(self.folder)
+        tell_of_unread([path for path in found.unread if path not in self._told])  # once, and not every second
+        self._told.update(found.unread)
+        files = found.images
         if self.aside is None:
             return files
         aside = self.aside.resolve()  # may lie below the folder, which may be a link
@@ -111,8 +144,11 @@ class Watcher:
         try:
             found = self.detector.score(path, maps=False)
         except ValueError as error:  # of a broken file, or an image that has no score
-            if self._key(path) != key or time.time() - key[2] / 1e9 < self.patience:
+            first = self._broken.setdefault(key, time.monotonic())
+            unchanged = max(time.time() - key[2] / 1e9, time.monotonic() - first)  # cameras' clocks may be ahead
+            if self._key(path) != key or unchanged < self.patience:
                 return False
+            del self._broken[key]
             self._append((*key, stamp, "", "", "", "", " ".join(str(error).split())))
             self._anomalous[key] = False
             return True
@@ -132,24 +168,28 @@ class Watcher:
             return
         target = self.aside / path.relative_to(self.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        number = 2
+        try:
+            self._move(path, target)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            # Somebody else has taken it: it has its row.
+
+    def _move(self, path: Path, target: Path) -> None:
+        """Move an image, or link to it, where no other one is."""
+        stem, number = target.stem, 2
         while os.path.lexists(target):  # of an earlier image of this name
             if self.link and target.is_symlink() and target.resolve() == path.resolve():
                 return
             if not self.link and _is_copy(target, path):  # killed before the image was removed
                 path.unlink()
                 return
-            target = (self.aside / path.relative_to(self.folder)).with_stem(f"{path.stem}-{number}")
+            target = target.with_stem(f"{stem}-{number}")
             number += 1
         if self.link:
             target.symlink_to(path.resolve())
-            return
-        try:
+        else:
             shutil.move(path, target, copy_function=_copy_whole)
-        except FileNotFoundError:
-            if path.exists():
-                raise
-            # Somebody else has taken it: it has its row.
 
     def _append(self, row: tuple) -> None:
         """Write a row so that it is on the disk when this returns."""

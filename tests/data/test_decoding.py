@@ -182,13 +182,29 @@ def test_broken_exif_is_no_reason_to_refuse(tmp_path: Path) -> None:
 def test_first_page_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "_told_of_pages", [])
+    monkeypatch.setattr(decoding, "_told", set())
     first, second = (Image.new("L", (4, 3), value) for value in (10, 20))
     for name in ("a.tif", "b.tif"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
         assert read_image(tmp_path / name).unique().tolist() == [10]
     assert [record.message for record in caplog.records] == [
         f"{tmp_path}/a.tif has several pages: the first alone is read, of this file and of others like it."
+    ]
+
+
+def test_of_files_with_few_of_their_16_bits_one_is_named_where_nobody_says_what_white_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_told", set())
+    twelve = save(np.array([[0, 4095]], dtype=np.uint16), tmp_path / "a.png")
+    bright = save(np.array([[0, 4096]], dtype=np.uint16), tmp_path / "b.png")
+    for path, max_value in ((twelve, 4095), (twelve, 65535), (bright, None)):
+        read_image(path, max_value)
+    assert not caplog.records
+    for _ in range(2):
+        read_image(twelve)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        f"{twelve} has 16 bits, and no value above 4095 of 65535, which is taken for white"
     ]
 
 

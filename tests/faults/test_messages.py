@@ -269,7 +269,7 @@ def test_memory_that_ran_out_is_said_so_with_the_remedy():
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_that_pillow_suspects_is_read_and_named_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(decoding, "_told_of_size", set())
+    monkeypatch.setattr(decoding, "_told", set())
     path = tmp_path / "large.png"
     Image.new("L", (40, 40)).save(path)
     for _ in range(2):

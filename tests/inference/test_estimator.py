@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -56,6 +57,20 @@ def test_a_fitted_one_is_kept_and_repeated(fitted, tmp_path):
     assert again.offset_ == fitted.offset_
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_samples_come_first_however_few_they_are(fitted, count):
+    """Three and four grey images were one in colour."""
+    images = grey(count, 6)
+    for given in (images, torch.from_numpy(images), images[..., None].repeat(3, axis=3)):
+        assert np.allclose(fitted.score_samples(given), fitted.score_samples(list(images)), atol=1e-4)
+    assert len(fitted.predict(images)) == count
+
+
+def test_a_table_is_no_image(fitted):
+    with pytest.raises(ValueError, match=r"X of shape \(12, 1024\) is a table: images are"):
+        fitted.predict(grey(12, 7).reshape(12, -1))
+
+
 @pytest.mark.parametrize("kind", [str, object])
 def test_arrays_of_paths_are_images(fitted, tmp_path, kind):
     images = grey(8, 5)
@@ -79,7 +94,9 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(ValueError, match="Unknown detector 'EmbedingFlow'. Did you mean"):
         FlowOutlierDetector("EmbedingFlow").fit(grey(3, 0))
     with pytest.raises(ValueError, match="two normal images at least, and got 1"):
-        FlowOutlierDetector().fit(grey(1, 0)[0])
+        FlowOutlierDetector().fit(grey(1, 0))
+    with pytest.raises(ValueError, match=r"X of shape \(5, 1024\) is a table: .*Give X\.reshape\(len\(X\), H, W\)"):
+        FlowOutlierDetector().fit(grey(5, 0).reshape(5, -1))
     with pytest.raises(NotFittedError):
         FlowOutlierDetector().predict(grey(1, 0))
     with pytest.raises(FileNotFoundError, match="There is no nowhere"):  # it was one image

@@ -2,6 +2,7 @@
 """Loaded detectors: any kind of image, any runtime, the same decisions as the engine's predictions."""
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from anomalib_flowood import exported
 from anomalib_flowood.data import read_image
 from anomalib_flowood.inference import Detector, images
 from anomalib_flowood.inference.images import each_image
+from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components.export_check import Runtime
 
 SIZE = (60, 41)
@@ -82,10 +84,27 @@ def test_images_may_be_given_in_any_way(loaded, expected, folder, pixels):
     same(loaded.score([Image.fromarray(image) for image in pixels]), expected)
     same(loaded.score(files), expected)
     same(loaded.score(file.read_bytes() for file in files), expected)
+    same(loaded.score([bytearray(files[0].read_bytes()), memoryview(files[1].read_bytes()), *files[2:]]), expected)
     same(loaded.score([str(files[0]), pixels[1], Image.open(files[2]), pixels[3:]]), expected)
     assert loaded.score(files[3]).raw_score == pytest.approx(expected.raw_score[3:4], rel=1e-5)
     assert loaded.score(files, maps=False).anomaly_map is None
     assert len(loaded.score([])) == 0
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx", "openvino"])
+def test_what_was_loaded_is_loaded_again_where_it_is_unpickled(kind, case, pixels, monkeypatch, tmp_path):
+    path = case.checkpoint if kind == "checkpoint" else case.export(kind)
+    monkeypatch.chdir(path.parent)
+    detector = anomalib_flowood.load(path.name)
+    monkeypatch.chdir(tmp_path)  # as in a process that was begun elsewhere
+    same(pickle.loads(pickle.dumps(detector)).score(pixels), detector.score(pixels))
+
+
+def test_a_detector_in_memory_is_pickled_whole_and_one_of_a_runtime_is_refused(case, pixels):
+    detector = of_module(case.detector)
+    same(pickle.loads(pickle.dumps(detector)).score(pixels), detector.score(pixels))
+    with pytest.raises(TypeError, match="of a runtime of your own cannot be pickled: make it in each process"):
+        pickle.dumps(Detector(Runtime(lambda batch: {"pred_score": batch.mean((1, 2, 3))}), SIZE))
 
 
 def test_grey_images_and_16_bits_are_read_as_files_are(tmp_path):
@@ -144,7 +163,7 @@ def test_no_more_than_a_batch_is_read_ahead(loaded):
     ("given", "error", "says"),
     [
         (np.full((8, 8, 3), 200.0), ValueError, r"lie in \[0, 1\]; these run from 200 to 200"),
-        (np.full((8, 8), np.nan), ValueError, "lie in"),
+        (np.full((8, 8), np.nan), ValueError, "pixels that are NaN"),
         (np.zeros((8, 8), np.int64), ValueError, "not of int64"),
         (np.zeros((3, 8, 3), np.uint8), ValueError, r"shape \(3, 8, 3\).*leaves open"),
         (np.zeros((2, 5, 8, 8), np.uint8), ValueError, "no batch of images"),

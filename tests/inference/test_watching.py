@@ -5,6 +5,8 @@ import csv
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from anomalib_flowood import inference
 from anomalib_flowood.cli import main
 from anomalib_flowood.inference import Detector
-from anomalib_flowood.inference.watching import COLUMNS, Watcher
+from anomalib_flowood.inference.watching import COLUMNS, Watcher, only_writer
 from anomalib_flowood.models.components.export_check import Runtime
 
 
@@ -193,6 +195,73 @@ def test_an_image_that_somebody_else_has_taken_ends_nothing(detector, folder, tm
     monkeypatch.setattr(watcher, "_append", taken)
     looks(watcher)
     assert len(rows(tmp_path / "table.csv")) == 4
+
+
+def test_whom_somebody_moves_to_the_same_place_ends_nothing(detector, folder, tmp_path, monkeypatch):
+    aside = tmp_path / "aside"
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", aside)
+    append = watcher._append
+
+    def moved(row: tuple) -> None:
+        append(row)
+        aside.mkdir(exist_ok=True)
+        (folder / row[0]).rename(aside / row[0])
+
+    monkeypatch.setattr(watcher, "_append", moved)
+    looks(watcher)
+    assert len(rows(tmp_path / "table.csv")) == 4
+
+
+@pytest.mark.parametrize("aside", [".", "arriving", "arriving/../arriving"])
+def test_a_folder_for_anomalous_images_that_holds_the_watched_one_is_refused(
+    aside, detector, folder, tmp_path, monkeypatch
+):
+    """All that arrived lay aside already, and was never scored."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="in which arriving itself lies: name another"):
+        Watcher(detector, Path("arriving"), tmp_path / "table.csv", aside)
+
+
+def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, monkeypatch, capsys):
+    code = (
+        "import sys, pathlib, anomalib_flowood.inference.watching as watching\n"
+        "lock = watching.only_writer(pathlib.Path(sys.argv[1]))\n"
+        "print('locked', flush=True)\n"
+        "input()\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "watch.csv")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        monkeypatch.setattr(inference, "load", lambda _: detector)
+        with pytest.raises(SystemExit, match="1"):
+            main(["watch", "model.ckpt", str(folder)])
+        other.kill()  # which gives it back
+    assert "Another `flowood watch` writes" in capsys.readouterr().err
+    only_writer(folder / "watch.csv").release()
+
+
+def test_a_broken_file_of_a_clock_that_is_ahead_gets_its_row(detector, folder, tmp_path):
+    broken = folder / "broken.png"
+    broken.write_bytes((folder / "0.png").read_bytes()[:40])
+    os.utime(broken, (time.time() + 10**6,) * 2)
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", patience=0.2)
+    looks(watcher, 2)
+    assert "broken.png" not in {row["path"] for row in rows(tmp_path / "table.csv")}
+    time.sleep(0.25)
+    watcher.look()
+    found = {row["path"]: row for row in rows(tmp_path / "table.csv")}
+    assert "Cannot read the image" in found["broken.png"]["error"]
+
+
+def test_files_whose_endings_are_not_read_are_named_once(detector, folder, tmp_path, caplog):
+    (folder / "a.heic").touch()
+    watcher = Watcher(detector, folder, tmp_path / "table.csv")
+    looks(watcher)
+    (folder / "b.gif").touch()
+    looks(watcher)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        f"Left out: {folder / name}" for name in ("a.heic", "b.gif")
+    ]
 
 
 def test_on_another_disk_an_image_set_aside_appears_whole(detector, folder, tmp_path, monkeypatch):
