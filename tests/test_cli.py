@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from anomalib_flowood import PixelFlow
+from anomalib_flowood import OneClass, PixelFlow
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.commands import FlowoodCLI
@@ -264,6 +265,26 @@ def test_score_gives_a_checkpoint_another_score(
 
     main(["test", "--config", str(config), "--model.score", "typicality", "--ckpt_path", str(written)])
     assert "image_F1Score" in capsys.readouterr().out  # there are labels, so that the calibration is there
+
+
+def test_the_page_on_scores_gives_one_from_python(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images of several sizes, too, which no batch holds as they are."""
+    page = (Path(__file__).parents[1] / "docs" / "scores.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?fit_score.*?)```", page, re.DOTALL)
+    shutil.copy(pixel_flow_run[1], tmp_path)
+    (tmp_path / "parts").mkdir()
+    for number in range(60):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number % 2, 18), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "parts" / f"{number:02}.png")
+    monkeypatch.chdir(tmp_path)
+    names = {"datamodule": OneClass(tmp_path / "parts")}
+    exec(code, names)  # noqa: S102
+    detector = names["detector"]
+    assert detector.model.scorer.name == "typicality"
+    assert detector.model.scorer.ready
+    assert len(detector.post_processor.calibration)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,16 @@ def test_the_site_has_every_page():
     assert sorted(pages(site["nav"])) == sorted(page.replace(".ipynb", ".md") for page in PAGES)
 
 
+def test_the_site_has_what_its_pages_lead_to():
+    """`make docs` copies these endings; a link to a file of Python is broken there."""
+    copied = re.findall(r"'\*(\.\w+)'", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert ".md" in copied
+    for page in PAGES:
+        text = re.sub(r"`[^`\n]*`", "", text_of(page))
+        targets = {link.partition("#")[0] for link in _LINK.findall(text) if not re.match(r"[a-z]+:", link)}
+        assert {suffix for target in targets if (suffix := Path(target).suffix)} <= {*copied}, page
+
+
 def test_pages_of_docstrings_name_what_there_is():
     """Modules are files; what is in them is defined there by name."""
     names = re.findall(r"^::: (\S+)$", "\n".join(text_of(page) for page in PAGES if "/api/" in page), re.MULTILINE)

@@ -20,6 +20,7 @@ from anomalib_flowood.data.items import (
 )
 from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.data.path_dataset import PathDataset
+from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.data.replacements import replace_in_anomalib
 from anomalib_flowood.data.sources import DATA_SETS, LAYOUTS, register_data_set
 
@@ -37,6 +38,7 @@ __all__ = [
     "SourcedNumpyImageItem",
     "UnreadableImageError",
     "image_files",
+    "read_as_trained",
     "read_image",
     "register_data_set",
 ]

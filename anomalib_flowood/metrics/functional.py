@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
 from anomalib_flowood.checks import refuse_nan
+
+ArrayLike: TypeAlias = Tensor | np.ndarray
+"""Numbers as tensors or as NumPy has them, of which a loaded detector's scores are."""
 
 MEAN = "mean"
 """Name of the average over all out-of-distribution sets."""
@@ -58,14 +62,23 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
             raise ValueError(msg)
 
 
-def _of_ranks(measure: Callable[[np.ndarray, np.ndarray], float], scores: Tensor, labels: Tensor, name: str) -> float:
+def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Tensor, Tensor]:
+    """Tensors of both, which :func:`check_scores` does not refuse."""
+    scores, labels = torch.as_tensor(scores).detach(), torch.as_tensor(labels).detach()
+    check_scores(scores, labels)
+    return scores, labels
+
+
+def _of_ranks(
+    measure: Callable[[np.ndarray, np.ndarray], float], scores: ArrayLike, labels: ArrayLike, name: str
+) -> float:
     """Measure labels and dense ranks; NaN (with a warning) if one of the two classes is absent.
 
     scikit-learn refuses infinite scores, and only their order counts.
     """
-    check_scores(scores, labels)
-    ranks = torch.unique(scores.detach().flatten().cpu(), return_inverse=True)[1].numpy()
-    truth = labels.detach().flatten().cpu().long().numpy()
+    scores, labels = _checked(scores, labels)
+    ranks = torch.unique(scores.flatten().cpu(), return_inverse=True)[1].numpy()
+    truth = labels.flatten().cpu().long().numpy()
     if len(np.unique(truth)) == 2:
         return float(measure(truth, ranks))
     return not_defined(name, outside=bool(truth.any()), stacklevel=4)
@@ -93,7 +106,7 @@ _AT_ONCE = 2**16
 """Anomalous values that are looked up at a time, for :func:`auroc` to take no more memory than it needs."""
 
 
-def auroc(scores: Tensor, labels: Tensor) -> float:
+def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve; ties count one half.
 
     It is taken as the share of pairs, one of either class, that are in order (Mann and Whitney 1947): two sorts in
@@ -110,8 +123,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
-    check_scores(scores, labels)
-    values, outside = scores.detach().flatten().cpu(), (labels.detach().flatten() == 1).cpu().numpy()
+    scores, labels = _checked(scores, labels)
+    values, outside = scores.flatten().cpu(), (labels.flatten() == 1).cpu().numpy()
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()  # NumPy has no bfloat16, and sorts float16 slowly
     # NumPy takes by a mask without the indices, of 64 bits each, that PyTorch makes of one.
@@ -131,7 +144,7 @@ def _average_precision(truth: np.ndarray, ranks: np.ndarray) -> float:
     return min(1.0, float(average_precision_score(truth, ranks)))  # the sum of the steps may round to more
 
 
-def aupr_out(scores: Tensor, labels: Tensor) -> float:
+def aupr_out(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve, out-of-distribution positive (Hendrycks and Gimpel 2017, AUPR-Out).
 
     The area is the average precision, the sum of the precisions weighted by the steps in recall. OpenOOD and
@@ -151,7 +164,7 @@ def aupr_out(scores: Tensor, labels: Tensor) -> float:
     return _of_ranks(_average_precision, scores, labels, "AUPROut")
 
 
-def aupr_in(scores: Tensor, labels: Tensor) -> float:
+def aupr_in(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve of the negated score, in-distribution positive (AUPR-In).
 
     See :func:`aupr_out`; chance is the share of in-distribution images.
@@ -169,7 +182,7 @@ def aupr_in(scores: Tensor, labels: Tensor) -> float:
     return _of_ranks(lambda truth, ranks: _average_precision(1 - truth, -ranks), scores, labels, "AUPRIn")
 
 
-def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
+def fpr_at_tpr(scores: ArrayLike, labels: ArrayLike, tpr: float = 0.95) -> float:
     """Share of in-distribution images flagged by a threshold that catches ``tpr`` of the out-of-distribution ones.
 
     Args:
@@ -191,7 +204,7 @@ def fpr_at_tpr(scores: Tensor, labels: Tensor, tpr: float = 0.95) -> float:
     return _of_ranks(measure, scores, labels, f"FPR{round(100 * tpr)}")
 
 
-def detection_error(scores: Tensor, labels: Tensor) -> float:
+def detection_error(scores: ArrayLike, labels: ArrayLike) -> float:
     """Smallest misclassification probability of any threshold, both sides equally likely: min ½ (FPR + FNR).
 
     One minus the detection accuracy of Lee et al. (A simple unified framework for detecting out-of-distribution samples
@@ -227,7 +240,7 @@ DETECTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def per_set(
-    measure: Callable[[Tensor, Tensor], float], scores: Tensor, labels: Tensor, sources: Sequence[str]
+    measure: Callable[[Tensor, Tensor], float], scores: ArrayLike, labels: ArrayLike, sources: Sequence[str]
 ) -> dict[str, float]:
     """Take a metric for each out-of-distribution set on its own, against all in-distribution images.
 
@@ -249,12 +262,12 @@ def per_set(
     if not len(sources) == len(scores) == len(labels):
         msg = f"Each of {len(scores)} scores needs a label and a source, got {len(labels)} and {len(sources)}."
         raise ValueError(msg)
-    outside = labels.detach().cpu() == 1
+    scores, labels = torch.as_tensor(scores).detach().cpu(), torch.as_tensor(labels).detach().cpu()
+    outside = labels == 1
     names = np.asarray(sources, dtype=np.str_)
     sets = np.unique(names[outside.numpy()]).tolist()
     if len(sets) < 2:
         return {}
-    scores, labels = scores.detach().cpu(), labels.detach().cpu()
     groups = groups_of(sets)
     values = {}
     for name in sets:

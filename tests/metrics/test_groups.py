@@ -9,6 +9,7 @@ from model_helpers import engine, idx_folder, pixel_flow
 from anomalib_flowood import CrossDataset
 from anomalib_flowood.benchmark import BenchmarkJobGenerator
 from anomalib_flowood.metrics import MOST_SETS, auroc, per_set
+from anomalib_flowood.metrics.functional import DETECTION_METRICS as METRICS
 from anomalib_flowood.report.table import set_markdown, set_table, summarise_sets
 
 SOURCES = ["in", "in", "in", "in", "near: a", "near: b", "near: b", "far: c"]
@@ -20,6 +21,14 @@ def test_a_group_has_the_unweighted_average_of_its_sets():
     alone = {"far: c": 1.0, "near: a": 0.5, "near: b": 0.875}
     assert values == {**alone, "far": 1.0, "near": 0.6875, "mean": pytest.approx(2.375 / 3)}
     assert [*values] == ["far: c", "near: a", "near: b", "far", "near", "mean"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_numbers_may_be_those_of_numpy(name):
+    """A loaded detector's scores are."""
+    scores, labels = SCORES.numpy(), LABELS.numpy()
+    assert METRICS[name](scores, labels) == METRICS[name](SCORES, LABELS)
+    assert per_set(METRICS[name], scores, labels, SOURCES) == per_set(METRICS[name], SCORES, LABELS, SOURCES)
 
 
 def test_a_set_that_is_called_as_a_group_is_kept_apart():

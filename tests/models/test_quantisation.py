@@ -34,6 +34,13 @@ def images_of(loader):
     return torch.cat([batch.image for batch in loader])
 
 
+@pytest.mark.parametrize("kind", ["int8_ptq", "int8_acq"])
+def test_without_images_that_it_is_fitted_to_nothing_is_begun(kind, case, tmp_path):
+    with pytest.raises(ValueError, match=rf"{kind} is fitted to training images: name their folder .*--data FOLDER"):
+        case[0].to_openvino(tmp_path / "new", compression_type=CompressionType(kind))
+    assert not (tmp_path / "new").exists()
+
+
 def test_quantises_the_backbone_and_nothing_behind_it(case):
     import openvino
 

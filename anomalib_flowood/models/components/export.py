@@ -173,7 +173,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
         output.
 
         Raises:
-            ValueError: If the export of another model is there, or INT8 is wanted without a backbone.
+            ValueError: If the export of another model is there, or INT8 is wanted without a backbone, or without the
+                images that a kind of it is fitted to.
             ModuleNotFoundError: If INT8 is wanted, and NNCF is not installed.
             ExportCheckError: If the exported model, in single precision and not compressed, gives other scores.
         """
@@ -181,8 +182,14 @@ class CheckedExport(CheckedWeights, KeepsImages):
         compression = CompressionType(given) if (given := _argument("compression_type", 1, args, kwargs)) else None
         if compression in _INT8:
             check_quantisable(self.model)
-        target = self._target(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
         data = _argument("datamodule", 2, args, kwargs)
+        if compression in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and data is None:
+            msg = (
+                f"Compression {compression.value} is fitted to training images: name their folder (flowood export "
+                "--data FOLDER), or give a datamodule."
+            )
+            raise ValueError(msg)
+        target = self._target(export_root, ExportType.OPENVINO, f"{model_file_name}.xml")
         recalibrated = compression in _INT8 and data is not None
         with (
             self._set("_within_openvino"),
