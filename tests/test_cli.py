@@ -280,7 +280,7 @@ def test_the_page_on_scores_gives_one_from_python(
         Image.fromarray(pixels).save(tmp_path / "parts" / f"{number:02}.png")
     monkeypatch.chdir(tmp_path)
     names = {"datamodule": OneClass(tmp_path / "parts")}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     detector = names["detector"]
     assert detector.model.scorer.name == "typicality"
     assert detector.model.scorer.ready
