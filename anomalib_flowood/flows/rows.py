@@ -123,6 +123,13 @@ class Moments:
         off = self._sum / self.count
         return self._scatter / self.count - off[:, None] * off
 
+    @property
+    def variances(self) -> Tensor:
+        """Those of each number, over n, ``(D,)``."""
+        if self._scatter is None:
+            return torch.cat(self._kept).var(0, correction=0)
+        return self._scatter.diagonal() / self.count - (self._sum / self.count).square()
+
     def principal_directions(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """As :func:`~anomalib_flowood.flows.fitted.principal_directions`, of the points around their mean."""
         if self._scatter is None:

@@ -16,10 +16,10 @@ from .rows import Moments
 
 
 class ShrunkGaussian(ForEachKind):
-    """N(m, (1 - s) S + (s + a) v I): sample covariance S, its mean variance v, the shrinkage s of OAS, noise a.
+    """N(m, (1 - s) S + (s v + a) I): sample covariance S, its mean variance v, the shrinkage s of OAS, noise a.
 
     S of n points has at most n - 1 directions, so that the covariance, D by D, is kept as these directions, the shrunk
-    variances along them, and the one variance (s + a) v of all others. That is exact, takes no more memory than the
+    variances along them, and the one variance s v + a of all others. That is exact, takes no more memory than the
     points, and has the form of probabilistic PCA without its choice of a number of directions. Two points are enough.
 
     Source: Chen, Wiesel, Eldar and Hero 2010 (Oracle Approximating Shrinkage), IEEE Transactions on Signal Processing
@@ -29,10 +29,9 @@ class ShrunkGaussian(ForEachKind):
         dims: D.
         directions: Leading directions whose coordinates :meth:`forward` returns for another density to model; the
             Gaussian has the rest.
-        noise: a, variance of noise that is added to every direction, in units of their mean variance.
 
     Raises:
-        ValueError: If there are more directions than dimensions, or the noise is negative.
+        ValueError: If there are more directions than dimensions.
     """
 
     of_kind = ("mean", "components", "variances", "tail_variance")
@@ -44,34 +43,34 @@ class ShrunkGaussian(ForEachKind):
     variances: Tensor
     """Variances along them, ``(r,)``."""
     tail_variance: Tensor
-    """Variance along all other directions, which shrinking and noise add to that along every one, (s + a) v; ``()``."""
+    """Variance along all other directions, which shrinking and noise add to that along every one, s v + a; ``()``."""
 
-    def __init__(self, dims: int, directions: int = 0, noise: float = 0.0) -> None:
+    def __init__(self, dims: int, directions: int = 0) -> None:
         super().__init__()
         if not 0 <= directions <= dims:
             msg = f"directions must lie between 0 and the {dims} dimensions of a point, got {directions}."
             raise ValueError(msg)
-        if not noise >= 0:
-            msg = f"noise must be at least 0, got {noise}."
-            raise ValueError(msg)
         self.directions = directions
-        self.noise = noise
         self.shaped_by_fit = {"mean": 1, "components": 1, "variances": 0, "tail_variance": 0}
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("components", torch.eye(directions, dims))
         self.register_buffer("variances", torch.ones(directions))
         self.register_buffer("tail_variance", torch.ones(()))
 
-    def fit(self, points: Tensor | Moments, *, what: str = "points") -> None:
+    def fit(self, points: Tensor | Moments, *, noise: float = 0.0, what: str = "points") -> None:
         """Fit mean and covariance.
 
         Args:
             points: ``(n, D)``, or what is known of so many that they are not in memory at a time.
+            noise: a, variance of noise that is added along every direction.
             what: What errors call the points.
 
         Raises:
-            ValueError: If there are fewer than two points, or they are all alike.
+            ValueError: If there are fewer than two points, they are all alike, or the noise is negative.
         """
+        if not noise >= 0:
+            msg = f"noise must be at least 0, got {noise}."
+            raise ValueError(msg)
         moments = points if isinstance(points, Moments) else Moments(points)
         if moments.count < 2:
             msg = f"A covariance needs at least 2 {what}, got {moments.count}: give more images."
@@ -84,7 +83,7 @@ class ShrunkGaussian(ForEachKind):
             raise ValueError(msg)
         dims = len(mean)
         shrinkage, level = _oas(variances, dims, moments.count)
-        tail = (shrinkage + self.noise) * level
+        tail = shrinkage * level + noise
         variances = (1 - shrinkage) * variances + tail
         missing = self.directions - len(variances)
         if missing > 0:
@@ -111,13 +110,14 @@ class ShrunkGaussian(ForEachKind):
         """Return coordinates along the leading directions before they are standardised: of ``(N, D)``, ``(N, k)``."""
         return (points - self.mean) @ self.components[: self.directions].T
 
-    def turn(self, covariance: Tensor) -> Tensor:
+    def turn(self, covariance: Tensor, *, noise: float = 0.0) -> Tensor:
         """Let another covariance hold along the leading directions, shrunk as far as the one before.
 
         So several Gaussians can share what is left of a covariance once each has a mean of its own.
 
         Args:
             covariance: Of what :meth:`coordinates` returns, ``(k, k)``.
+            noise: That of the fit.
 
         Returns:
             The matrix that brings these coordinates to the standardised ones of :meth:`forward`, ``(k, k)``.
@@ -126,7 +126,7 @@ class ShrunkGaussian(ForEachKind):
         variances, turn = (
             torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(covariance.double().cpu().numpy())
         )
-        variances = self._kept().cpu() * variances.clamp(min=0) + tail
+        variances = self._kept(noise).cpu() * variances.clamp(min=0) + tail
         self.components[:k] = (turn.T.to(self.components) @ self.components[:k]).to(self.components)
         self.variances[:k] = variances.to(self.variances)
         return turn / variances.sqrt()
@@ -191,11 +191,11 @@ class ShrunkGaussian(ForEachKind):
         leading, rest = self(points, kind)
         return rest - 0.5 * (leading.square().sum(1) + self.directions * math.log(2 * math.pi))
 
-    def _kept(self) -> Tensor:
+    def _kept(self, noise: float) -> Tensor:
         """What is kept of the sample covariance, 1 - s: shrinking leaves its mean as it is, noise adds to that."""
         tail, dims = self.tail_variance.double(), len(self.mean)
         level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims
-        return 1 + self.noise - (1 + self.noise) * tail / level
+        return 1 - (tail - noise) / (level - noise)
 
 
 def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:

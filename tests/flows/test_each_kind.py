@@ -117,11 +117,11 @@ SIZES = (50, 8, 20)
 
 def densities():
     """A Gaussian and a mixture of several kinds, and those of each kind alone."""
-    gaussian, mixture = ShrunkGaussian(DIMS, 10, noise=0.5).double(), GaussianMixture(10, 3, 2).double()
+    gaussian, mixture = ShrunkGaussian(DIMS, 10).double(), GaussianMixture(10, 3, 2).double()
     alone, fits = [], []
     for seed, count in enumerate(SIZES):
         points = samples(count, seed).flatten(1)[:, :DIMS]
-        gaussian.fit(points)
+        gaussian.fit(points, noise=0.5)
         mixture.fit(gaussian(points)[0])
         alone.append((deepcopy(gaussian), deepcopy(mixture)))
         fits.append((gaussian.fit_state(), mixture.fit_state()))
@@ -167,14 +167,14 @@ def test_the_density_of_each_point_is_that_of_its_kind(exported, monkeypatch):
 def test_densities_of_several_kinds_are_saved_and_fitted_anew():
     gaussian, mixture, alone = densities()
     kinds, points = torch.tensor([2, 0]), samples(2, seed=8).flatten(1)[:, :DIMS]
-    other, other_mixture = ShrunkGaussian(DIMS, 10, noise=0.5).double(), GaussianMixture(10, 3, 2).double()
+    other, other_mixture = ShrunkGaussian(DIMS, 10).double(), GaussianMixture(10, 3, 2).double()
     other.load_state_dict(gaussian.state_dict())
     other_mixture.load_state_dict(mixture.state_dict())
     leading = other(points, kinds)[0]
     assert torch.equal(leading, gaussian(points, kinds)[0])
     assert torch.equal(other_mixture.log_prob(leading, kinds), mixture.log_prob(leading, kinds))
     points = samples(SIZES[1], 1).flatten(1)[:, :DIMS]
-    other.fit(points)
+    other.fit(points, noise=0.5)
     other_mixture.fit(other(points)[0])
     assert torch.equal(other.log_prob(points), alone[1][0].log_prob(points))
     assert torch.equal(other_mixture.centres, alone[1][1].centres)

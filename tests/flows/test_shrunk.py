@@ -17,8 +17,8 @@ def points(n, dims=7, seed=0):
 
 
 def fitted(x, directions=0, noise=0.0):
-    gaussian = ShrunkGaussian(x.shape[1], directions, noise).double()
-    gaussian.fit(x)
+    gaussian = ShrunkGaussian(x.shape[1], directions).double()
+    gaussian.fit(x, noise=noise)
     return gaussian
 
 
@@ -32,7 +32,7 @@ def test_it_is_the_gaussian_of_scikit_learn_with_few_points_and_with_many(n, dim
     x, others = points(n, dims), points(9, dims, seed=1)
     gaussian = fitted(x, round(share * dims), noise)
     theirs = torch.from_numpy(OAS().fit(x.numpy()).covariance_)
-    theirs += noise * theirs.diagonal().mean() * torch.eye(dims)
+    theirs += noise * torch.eye(dims)
     torch.testing.assert_close(covariance(gaussian), theirs)
     expected = MultivariateNormal(x.mean(0), theirs).log_prob(others)
     torch.testing.assert_close(gaussian.log_prob(others), expected)
@@ -81,7 +81,7 @@ def test_more_directions_than_dimensions_are_refused():
 
 def test_noise_below_zero_is_refused():
     with pytest.raises(ValueError, match="noise must be at least 0, got -0.1"):
-        ShrunkGaussian(7, noise=-0.1)
+        fitted(points(9), noise=-0.1)
 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0])
@@ -89,6 +89,6 @@ def test_the_covariance_of_all_points_along_the_leading_directions_changes_nothi
     x = points(30)
     gaussian = fitted(x, 3, noise)
     before, leading = gaussian.log_prob(x), gaussian.coordinates(x)
-    matrix = gaussian.turn(torch.cov(leading.T, correction=0))
+    matrix = gaussian.turn(torch.cov(leading.T, correction=0), noise=noise)
     torch.testing.assert_close(gaussian.log_prob(x), before)
     torch.testing.assert_close(leading @ matrix, gaussian(x)[0])

@@ -83,7 +83,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         pre_trained: bool = True,
         image_size: tuple[int, int] | None = None,
         map_dims: int = 32,
-        subspace_dim: int = 128,
+        subspace_dim: int = 384,
         modes: int = 256,
         kind_images: int = 20,
         feature_noise: float = 1.0,

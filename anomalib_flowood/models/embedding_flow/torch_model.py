@@ -62,7 +62,7 @@ class EmbeddingFlowModel(FlowModel):
         *,
         pre_trained: bool = True,
         map_dims: int = 32,
-        subspace_dim: int = 128,
+        subspace_dim: int = 384,
         modes: int = 256,
         kind_images: int = 20,
         feature_noise: float = 1.0,
@@ -79,7 +79,7 @@ class EmbeddingFlowModel(FlowModel):
                 raise ValueError(msg)
         embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)
         share = max(1, subspace_dim // len(embedding.part_dims))
-        gaussians = [flows.ShrunkGaussian(dims, min(share, dims), feature_noise) for dims in embedding.part_dims]
+        gaussians = [flows.ShrunkGaussian(dims, min(share, dims)) for dims in embedding.part_dims]
         leading = sum(gaussian.directions for gaussian in gaussians)
         new_flow = partial(
             flows.vector_flow,
@@ -97,6 +97,7 @@ class EmbeddingFlowModel(FlowModel):
             )
             raise ValueError(msg)
         self.embedding = embedding
+        self.feature_noise = feature_noise
         self.gaussians = nn.ModuleList(gaussians)
         self.kinds = Kinds(kind_images)
         self.unseen = Evidence(1)
@@ -197,15 +198,18 @@ class EmbeddingFlowModel(FlowModel):
         for some in flows.in_turn(embeddings):
             for known, (_, part) in zip(moments, self._pairs(some), strict=True):
                 known.add(part)
+        # By how much a part varies in all, and not by how many numbers it has: these say how finely a map is cut.
+        dims = self.dims / len(moments)
+        noises = [self.feature_noise * float(known.variances.sum()) / dims for known in moments]
         gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
-        for gaussian, known in zip(gaussians, moments, strict=True):
-            gaussian.fit(known, what="training images")
+        for gaussian, known, noise in zip(gaussians, moments, noises, strict=True):
+            gaussian.fit(known, noise=noise, what="training images")
         within = self.base.fit(flows.Computed(lambda parts: self._coordinates(parts[0]), [embeddings]))
         within *= 1 - 1 / len(embeddings)  # over n, as the Gaussians' covariances
         blocks, start = [], 0
-        for gaussian in gaussians:
+        for gaussian, noise in zip(gaussians, noises, strict=True):
             own = slice(start, start + gaussian.directions)
-            blocks.append(gaussian.turn(within[own, own]))
+            blocks.append(gaussian.turn(within[own, own], noise=noise))
             start = own.stop
         self.base.transform(torch.block_diag(*blocks))
 
