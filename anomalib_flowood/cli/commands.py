@@ -208,10 +208,10 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         folder = Path(str(arguments["folder"]))
         table = Path(str(arguments["output"] or folder / "watch.csv"))
         aside = arguments["aside"] and Path(str(arguments["aside"]))
-        lock = only_writer(table) if folder.is_dir() else None  # else the watcher says what is missing
-        watcher = Watcher(load(str(arguments["detector"])), folder, table, aside, link=arguments["link"])
-        print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
-        with lock or nullcontext():
+        detector = load(str(arguments["detector"]))
+        with only_writer(table) if folder.is_dir() else nullcontext():  # else the watcher says what is missing
+            watcher = Watcher(detector, folder, table, aside, link=arguments["link"])
+            print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
             while True:
                 watcher.look()
                 time.sleep(arguments["interval"])

@@ -310,8 +310,8 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
 
 def _tell_once(what: str, message: str, *values: Any) -> None:
     """Warn once in a process; of what has no name every time."""
-    if what not in _told:
-        _told.update([what] if what else [])
+    if not what or what not in _told:
+        _told.add(what)
         logger.warning(message, *values)
 
 

@@ -10,10 +10,12 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from anomalib_flowood.data.listing import find, tell_of_unread
 from anomalib_flowood.files import NAMES, escaped, quoting, unescaped, whole_file
@@ -28,8 +30,9 @@ Key = tuple[str, int, int]
 """Which image a file holds: its path below the folder, its size, and when it was modified, in nanoseconds."""
 
 
-def only_writer(table: Path) -> BaseFileLock:
-    """Keep other processes from a table, as long as what is returned lives: they would score every image again.
+@contextmanager
+def only_writer(table: Path) -> Iterator[None]:
+    """Keep other processes from a table for a while: they would score every image again.
 
     Raises:
         ValueError: If another one writes it.
@@ -43,7 +46,10 @@ def only_writer(table: Path) -> BaseFileLock:
         raise ValueError(msg) from None
     except NotImplementedError:  # a file system without locks
         logger.warning("%s cannot be locked: see that no other `flowood watch` writes it.", table)
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Watcher:

@@ -225,9 +225,9 @@ def test_a_folder_for_anomalous_images_that_holds_the_watched_one_is_refused(
 def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, monkeypatch, capsys):
     code = (
         "import sys, pathlib, anomalib_flowood.inference.watching as watching\n"
-        "lock = watching.only_writer(pathlib.Path(sys.argv[1]))\n"
-        "print('locked', flush=True)\n"
-        "input()\n"
+        "with watching.only_writer(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    input()\n"
     )
     command = [sys.executable, "-c", code, str(folder / "watch.csv")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -237,7 +237,8 @@ def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, mon
             main(["watch", "model.ckpt", str(folder)])
         other.kill()  # which gives it back
     assert "Another `flowood watch` writes" in capsys.readouterr().err
-    only_writer(folder / "watch.csv").release()
+    with only_writer(folder / "watch.csv"):
+        pass
 
 
 def test_a_broken_file_of_a_clock_that_is_ahead_gets_its_row(detector, folder, tmp_path):
