@@ -48,8 +48,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
             of images that have nothing to do with each other by what the backbone sees, and each has a density of its
             own. They are found without labels, and a fit says how many there are. 0 for one kind.
-        feature_noise: Variance of the noise along every direction of a part of embeddings, in units of the variance that
-            a direction has in the mean if the part has as many as parts have in the mean.
+        feature_noise: Variance of the noise along every direction of a part of embeddings, in units of the part's
+            variance in all over the numbers that parts have in the mean.
         subnet: s,t-network: {subnets}.
         bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
         coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains; with some
