@@ -42,6 +42,20 @@ PIXELS = {"image_size": [12, 12], "channels": 1, "coupling_layers": 4, "hidden_c
 EMBEDDINGS = {"backbone": BACKBONE, "pre_trained": False, "image_size": [32, 32], "subspace_dim": 8}
 
 
+def test_a_metric_that_nobody_logs_is_named_beside_those_that_are_there(here, capsys):
+    config = write_config(here / "pixels.yaml", "anomalib_flowood.PixelFlow", **PIXELS)
+    settings = yaml.safe_load(config.read_text())
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val_bitz"}}
+    settings["trainer"] = {**TRAINER, "callbacks": [stopping]}
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="1"):
+        main(["train", "--config", str(config)])
+    err = capsys.readouterr().err
+    assert "`val_bitz` which is not available" in err
+    assert "`val_loss`" in err
+    assert "Traceback" not in err
+
+
 def test_train_test_predict_and_export(here, capsys):
     config = write_config(here / "pixels.yaml", "anomalib_flowood.PixelFlow", **PIXELS)
     main(["train", "--config", str(config)])

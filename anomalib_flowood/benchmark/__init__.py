@@ -20,7 +20,7 @@ detector's scores are taken before that happens, and all metrics are computed fr
 several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
-from .building import build, built_at_once, find_class, is_of_pandas_3, is_of_the_machine, out_of_memory, readable
+from .building import build, built_at_once, can_be_mended, find_class, out_of_memory, readable
 from .jobs import BenchmarkJob, BenchmarkJobGenerator, check_seed
 from .recording import ScoreRecorder, measure
 from .results import Results
@@ -36,10 +36,9 @@ __all__ = [
     "ScoreRecorder",
     "build",
     "built_at_once",
+    "can_be_mended",
     "check_seed",
     "find_class",
-    "is_of_pandas_3",
-    "is_of_the_machine",
     "measure",
     "out_of_memory",
     "readable",

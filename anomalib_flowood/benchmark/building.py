@@ -157,13 +157,18 @@ def _out_of_shared_memory(error: BaseException) -> str:
     return ""
 
 
-def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error says that the machine has no more to give, of memory or of what the system hands out."""
+def can_be_mended(error: BaseException) -> bool:
+    """Whether a user can mend an error of a type that may as well be a mistake of ours: a machine that is full, say."""
+    return _is_of_the_machine(error) or _is_of_pandas_3(error) or str(error).startswith(_NOT_MONITORED)
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether it says that the machine has no more to give, of memory or of what the system hands out."""
     cause = _unmasked(error)
     return out_of_memory(cause) or isinstance(cause, OSError) or bool(_out_of_shared_memory(cause))
 
 
-def is_of_pandas_3(error: BaseException) -> bool:
+def _is_of_pandas_3(error: BaseException) -> bool:
     """Whether anomalib's data module fails of what pandas 3 makes of masks that are missing."""
     return isinstance(error, TypeError) and any(said in str(error) for said in _NO_TEXT)
 
@@ -182,6 +187,8 @@ _UNPAIRED = (
 )
 """What pandas says where anomalib lays masks beside images, and what is so then."""
 
+_NOT_MONITORED = "Early stopping conditioned on metric"
+"""How Lightning begins to say which metrics there are in the place of one that is not logged."""
 _NO_TEXT = ("Invalid value for dtype 'str'", "Path must be None, a string, or Path object, got <class 'float'>")
 _PANDAS_3 = (
     "anomalib's MVTecLOCO and MVTecAD2 fail with pandas 3, whatever the detector. OneClass (--data FOLDER) reads "
@@ -212,7 +219,7 @@ def readable(error: BaseException) -> str:
         )
     if reason := _out_of_shared_memory(error):
         return no_shared_memory(reason.removeprefix("RuntimeError: "))
-    if is_of_pandas_3(error):
+    if _is_of_pandas_3(error):
         return _PANDAS_3
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")

@@ -128,7 +128,7 @@ def _run(args: list[str]) -> None:
     with loading(f"anomalib and PyTorch for flowood {args[0]}"):
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        from anomalib_flowood.benchmark import BenchmarkError, is_of_pandas_3, is_of_the_machine, readable
+        from anomalib_flowood.benchmark import BenchmarkError, can_be_mended, readable
         from anomalib_flowood.cli.commands import FlowoodCLI
 
     logging.getLogger("lightning").handlers.clear()  # which print a second time what the root's handler shows
@@ -142,7 +142,7 @@ def _run(args: list[str]) -> None:
     ) as error:  # fmt: skip
         _fail(error, readable(error), args[0], debuggable=not isinstance(error, BenchmarkError))
     except (MemoryError, RuntimeError, TypeError) as error:
-        if not (is_of_the_machine(error) or is_of_pandas_3(error)):
+        if not can_be_mended(error):
             raise
         _fail(error, readable(error), args[0])
 
