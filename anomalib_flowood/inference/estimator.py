@@ -24,7 +24,7 @@ from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.listing import image_files
-from anomalib_flowood.inference.images import each_image, resized, single_images
+from anomalib_flowood.inference.images import CHANNELS, each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import check_known
@@ -147,8 +147,8 @@ def _samples(given: Any) -> Any:
             "Give X.reshape(len(X), H, W), or X[None] if it is one grey image."
         )
         raise ValueError(msg)
-    in_colour_alone = given.ndim == 3 and given.shape[2] in (1, 3, 4)  # (H, W, C): nobody has images so narrow
-    return given[:, None] if given.ndim == 3 and not in_colour_alone else given
+    grey = given.ndim == 3 and given.shape[2] not in CHANNELS  # else one image, (H, W, C): nobody has any so narrow
+    return given[:, None] if grey else given
 
 
 def _check_normal_alone(folder: Path) -> None:

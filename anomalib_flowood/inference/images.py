@@ -18,7 +18,7 @@ from anomalib_flowood.data.decoding import as_bytes
 from anomalib_flowood.data.masks import without_masks
 from anomalib_flowood.data.resizing import resize_bytes
 
-_CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3, 4)
 _WHITE = {"uint8": 255, "uint16": 65535}
 
 SingleImage: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
@@ -98,15 +98,15 @@ def _split(array: np.ndarray) -> Iterator[np.ndarray]:
     shape = array.shape
     if array.ndim == 2:
         yield array[None]
-    elif array.ndim == 3 and shape[2] in _CHANNELS and shape[0] not in _CHANNELS:
+    elif array.ndim == 3 and shape[2] in CHANNELS and shape[0] not in CHANNELS:
         yield array.transpose(2, 0, 1)
-    elif array.ndim == 3 and shape[0] in _CHANNELS and shape[2] not in _CHANNELS:
+    elif array.ndim == 3 and shape[0] in CHANNELS and shape[2] not in CHANNELS:
         yield array
-    elif array.ndim == 3 and shape[0] not in _CHANNELS:
+    elif array.ndim == 3 and shape[0] not in CHANNELS:
         yield from array[:, None]
-    elif array.ndim == 4 and shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+    elif array.ndim == 4 and shape[3] in CHANNELS and shape[1] not in CHANNELS:
         yield from array.transpose(0, 3, 1, 2)
-    elif array.ndim == 4 and shape[1] in _CHANNELS and shape[3] not in _CHANNELS:
+    elif array.ndim == 4 and shape[1] in CHANNELS and shape[3] not in CHANNELS:
         yield from array
     else:
         msg = (

@@ -44,8 +44,10 @@ def only_writer(table: Path) -> Iterator[None]:
     except Timeout:
         msg = f"Another `flowood watch` writes {table}: stop it, or name another table."
         raise ValueError(msg) from None
-    except NotImplementedError:  # a file system without locks
-        logger.warning("%s cannot be locked: see that no other `flowood watch` writes it.", table)
+    # Some network drives have no locks, which versions of filelock say in either way. What else may be wrong with the
+    # folder the table will meet.
+    except (NotImplementedError, OSError) as error:
+        logger.warning("%s cannot be locked (%s): see that no other `flowood watch` writes it.", table, error)
     try:
         yield
     finally:
@@ -100,9 +102,8 @@ class Watcher:
             msg = f"Anomalous images are to go to {self.aside}, in which {self.folder} itself lies: name another."
             raise ValueError(msg)
         self._anomalous = self._restore()
-        self._seen: dict[Path, Key] = {}
-        self._broken: dict[Key, float] = {}
-        """When each file was first found that cannot be read, and has no row yet; by a clock that nobody sets."""
+        self._seen: dict[Path, tuple[Key, float]] = {}
+        """Files without a row, and since when each has been as it is, by a clock that nobody sets."""
         self._told: set[Path] = set()
 
     def look(self) -> list[Path]:
@@ -119,17 +120,19 @@ class Watcher:
             if key in self._anomalous:
                 if self._anomalous[key]:  # killed before it was set aside
                     self._set_aside(path)
-            elif self._seen.get(path) == key and self._score(path, key):
+                continue
+            before, since = self._seen.get(path, (None, 0.0))
+            if before == key and self._score(path, key, since):
                 done.append(path)
             else:
-                seen[path] = key
+                seen[path] = key, since if before == key else time.monotonic()
         self._seen = seen
         return done
 
     def _images(self) -> list[Path]:
         found = find(self.folder)
         tell_of_unread([path for path in found.unread if path not in self._told])  # once, and not every second
-        self._told.update(found.unread)
+        self._told = set(found.unread)
         files = found.images
         if self.aside is None:
             return files
@@ -144,17 +147,15 @@ class Watcher:
             return None
         return path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns
 
-    def _score(self, path: Path, key: Key) -> bool:
-        """Give an image its row, unless it is still on its way."""
+    def _score(self, path: Path, key: Key, since: float) -> bool:
+        """Give an image its row, unless it is still on its way; it has been as it is since then."""
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
             found = self.detector.score(path, maps=False)
         except ValueError as error:  # of a broken file, or an image that has no score
-            first = self._broken.setdefault(key, time.monotonic())
-            unchanged = max(time.time() - key[2] / 1e9, time.monotonic() - first)  # cameras' clocks may be ahead
+            unchanged = max(time.time() - key[2] / 1e9, time.monotonic() - since)  # cameras' clocks may be ahead
             if self._key(path) != key or unchanged < self.patience:
                 return False
-            del self._broken[key]
             self._append((*key, stamp, "", "", "", "", " ".join(str(error).split())))
             self._anomalous[key] = False
             return True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from anomalib_flowood import inference
@@ -239,6 +240,17 @@ def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, mon
     assert "Another `flowood watch` writes" in capsys.readouterr().err
     with only_writer(folder / "watch.csv"):
         pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_where_a_drive_has_no_locks_it_watches_and_says_so(error, folder, monkeypatch, caplog):
+    def no_lock(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", no_lock)
+    with only_writer(folder / "watch.csv"):
+        pass
+    assert "watch.csv cannot be locked" in caplog.text
 
 
 def test_a_broken_file_of_a_clock_that_is_ahead_gets_its_row(detector, folder, tmp_path):
