@@ -9,6 +9,7 @@ the log-density of each.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
@@ -226,23 +227,31 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
         covariance of the points within clusters, ``(k, k)``; float64, in main memory.
     """
     some = take(points, draw(len(points), _CLUSTERED)).float().cpu().numpy()
-    # Random starts and few steps: the mean over runs makes up for what each of them lacks.
-    # By one thread: from three on, scikit-learn adds up their sums in the order in which they are done.
-    with threadpool_limits(1, user_api="openmp"):
-        clusterings = [
-            KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(some) for run in range(runs)
-        ]
-        n, k = len(points), some.shape[1]
-        moments = Moments()
-        sums, sizes = torch.zeros(runs, modes, k).double(), torch.zeros(runs, modes).double()
+    n, k = len(points), some.shape[1]
+    moments = Moments()
+    sums, sizes = torch.zeros(runs, modes, k).double(), torch.zeros(runs, modes).double()
+
+    def find(run: int) -> KMeans:
+        # Random starts and few steps: the mean over runs makes up for what each of them lacks.
+        return KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(some)
+
+    def count_in(clusters: KMeans, total: Tensor, size: Tensor) -> None:
+        kind = torch.from_numpy(clusters.predict(single)).long()
+        total.index_add_(0, kind, exact)
+        size += kind.bincount(minlength=modes)
+
+    # Runs side by side, each by one thread: from three on, scikit-learn adds up its sums in the order in which they are
+    # done. OpenMP's limit is of a thread; BLAS's, which scikit-learn sets and takes back meanwhile, of the process.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1, "openmp")) as threads,
+    ):
+        clusterings = list(threads.map(find, range(runs)))
         for part in in_turn(points):
             exact = part.double().cpu()
             single = exact.float().numpy()
             moments.add(exact)
-            for clusters, total, size in zip(clusterings, sums, sizes, strict=True):
-                kind = torch.from_numpy(clusters.predict(single)).long()
-                total.index_add_(0, kind, exact)
-                size += kind.bincount(minlength=modes)
+            list(threads.map(count_in, clusterings, sums, sizes))
     # Where points are the same, clusters may be without any: these are left out.
     found = sizes > 0
     means, size = sums[found] / sizes[found][:, None], sizes[found]
