@@ -17,15 +17,18 @@ from anomalib_flowood.models.components.folds import folds
 DETECTORS = {"embedding_flow": embedding_flow, "feature_map_flow": feature_map_flow}
 
 
-def parts(folder, *, anyhow: bool, count: int = 40, size: tuple[int, int] = (48, 48)):
-    """Photographs of a part with a bright side, upright or in any rotation by quarters."""
+TURNS = {"upright": (0,), "either way": (0, 2), "anyhow": (0, 1, 2, 3)}
+
+
+def parts(folder, *, lying: str = "anyhow", count: int = 40, size: tuple[int, int] = (48, 48)):
+    """Photographs of a part with a bright side, upright, or turned by half a circle or by quarters of one."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("test", 20)):
         (folder / split / "good").mkdir(parents=True)
         for i in range(number):
             pixels = rng.normal(90, 15, (*size, 3))
             pixels[: size[0] // 3] += 100 + rng.normal(0, 10)
-            quarters = rng.integers(4) if anyhow else 0
+            quarters = rng.choice(TURNS[lying])
             image = Image.fromarray(np.rot90(pixels, quarters).clip(0, 255).astype(np.uint8))
             image.save(folder / split / "good" / f"{i:03}.png")
     return OneClass(folder, "good", val_split_ratio=0.25)
@@ -55,11 +58,11 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize(("anyhow", "copies"), [(True, 4), (False, 1)])
-def test_what_lies_anyhow_is_fitted_to_in_every_rotation(name, anyhow, copies, tmp_path, seen, caplog):
+@pytest.mark.parametrize(("lying", "copies"), [("anyhow", 4), ("upright", 1)])
+def test_what_lies_anyhow_is_fitted_to_in_every_rotation(name, lying, copies, tmp_path, seen, caplog):
     caplog.set_level(logging.INFO)
     detector = seen["watch"](DETECTORS[name](coupling_layers=0, rotations=True))
-    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", anyhow=anyhow))
+    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", lying=lying))
     assert seen["images"] == 4 * 30
     assert seen["rows"] == copies * 30
     if name == "feature_map_flow":
@@ -70,7 +73,7 @@ def test_what_lies_anyhow_is_fitted_to_in_every_rotation(name, anyhow, copies, t
 
 def test_other_rotations_than_those_of_the_training_images_are_then_normal(tmp_path):
     """Of 8 images not every rotation has one; upright ones alone are fitted to where nothing is turned."""
-    module = parts(tmp_path / "parts", anyhow=True, count=8)
+    module = parts(tmp_path / "parts", count=8)
     shown = torch.stack([item.image for item in _items(module)])
     spread = {}
     for turned in (False, True):
@@ -99,19 +102,31 @@ def _items(module):
 )
 def test_rotations_that_are_tried(arguments, size, times, tmp_path, seen):
     detector = seen["watch"](feature_map_flow(**{"coupling_layers": 0, "rotations": True, **arguments}))
-    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", anyhow=False, count=12, size=size))
+    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", lying="upright", count=12, size=size))
     assert seen["images"] == times * 9
+
+
+@pytest.mark.parametrize(("lying", "tried"), [("upright", 1), ("either way", 2), ("anyhow", 4)])
+def test_turns_that_clearly_do_not_fit_a_sample_are_not_tried_with_all(lying, tried, tmp_path, seen, caplog):
+    caplog.set_level(logging.INFO)
+    module = parts(tmp_path / "parts", lying=lying, count=172)
+    detector = seen["watch"](embedding_flow(coupling_layers=0, rotations=True))
+    engine(tmp_path).fit(detector, datamodule=module)
+    assert seen["images"] == tried * 129
+    assert seen["rows"] == tried * 129
+    rotations_tried = f"{tried} rotation{'s' if tried > 1 else ''} will be tried"
+    assert (rotations_tried in caplog.text) == (tried < 4)
 
 
 def test_many_images_are_seen_once(tmp_path, seen, monkeypatch):
     monkeypatch.setattr("anomalib_flowood.models.EmbeddingFlow.few_images", 8)
     detector = seen["watch"](embedding_flow(coupling_layers=0, rotations=True))
-    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", anyhow=True, count=12))
+    engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", count=12))
     assert seen["images"] == seen["rows"] == 9
 
 
 def test_who_augments_has_chosen(tmp_path, seen):
-    module = parts(tmp_path / "parts", anyhow=True, count=12)
+    module = parts(tmp_path / "parts", count=12)
     module.train_augmentations = RandomHorizontalFlip()
     detector = seen["watch"](embedding_flow(coupling_layers=0, rotations=True))
     engine(tmp_path).fit(detector, datamodule=module)
@@ -121,7 +136,7 @@ def test_who_augments_has_chosen(tmp_path, seen):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_trained_flow_trains_on_all_rotations_and_resumes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(rotations, "LIMIT", 1.0)
-    module = parts(tmp_path / "parts", anyhow=True, count=16)
+    module = parts(tmp_path / "parts", count=16)
     states = []
     for way in ("whole", "resumed"):
         torch.manual_seed(0)

@@ -13,7 +13,7 @@ from anomalib.data import Batch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
@@ -81,7 +81,8 @@ class FrozenFeatures(_Base):
 
     Of few training images (:attr:`few_images`) the backbone sees turned copies, too: by half a circle, and by quarters
     of one if images are square. They count as further training images where they are as near to the others as the
-    images themselves (:func:`~.rotations.turns_that_fit`), as parts are that lie anyhow.
+    images themselves (:func:`~.rotations.turns_that_fit`), as parts are that lie anyhow. Of 128 and more, a sample is
+    turned first, and turns that clearly do not fit are left at that.
 
     Stored features lie in main memory, whatever the device of the detector. What is computed of them is computed on
     that device, some rows at a time: torch models bring the features that they get to their own device and precision.
@@ -179,7 +180,7 @@ class FrozenFeatures(_Base):
         if random and not anew and not count:
             return
         self._kept_gib = 0.0
-        turns = 1 if random else self._turns_to_try(len(loader.dataset))
+        turns = 1 if random else self._turns_to_try(loader)
         extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training", turns)
         features, copies = self._with_turns_that_fit(extracted.features, turns)
         if anew:
@@ -201,28 +202,30 @@ class FrozenFeatures(_Base):
                 feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.epoch_steps(len(dataset))),
             )
 
-    def _turns_to_try(self, images: int) -> int:
+    def _turns_to_try(self, loader: DataLoader) -> int:
         """How many of the quarter turns the backbone is to see of each training image: 1, 2 or 4."""
+        images = len(cast("Sized", loader.dataset))
         if not self.rotations or images > self.few_images:
             return 1
         height, width = self.input_size or (0, 1)
-        return 4 if height == width else 2
+        turns = 4 if height == width else 2
+        if images < turns * rotations.SAMPLE:
+            return turns
+        # Most that do not fit show in a few images already, and the others need not be turned.
+        few = Subset(loader.dataset, draw(images, rotations.SAMPLE).tolist())
+        sample = DataLoader(few, batch_size=rotations.SAMPLE // 4, collate_fn=loader.collate_fn)
+        features = self._extract_all(sample, 1.0, "sampled training", turns)[0].features
+        tried, aurocs = rotations.turns_that_fit(features, turns, rotations.SURE)
+        if tried < turns:
+            _report(aurocs, rotations.SURE, f"So it is with {len(few)} of them, and {_rotations(tried)} will be tried.")
+        return tried
 
     def _with_turns_that_fit(self, features: tuple[Tensor, ...], turns: int) -> tuple[tuple[Tensor, ...], int]:
         """Leave copies out that are turned so that normal images are not; return how many each image has, too."""
         if turns == 1:
             return features, 1
-        kept, aurocs = rotations.turns_that_fit(features, turns)
-        if not processes.rank():
-            logger.info(
-                "Turned by %s, training images are farther from the nearest other one with AUROC %s: 0.50 is no "
-                "difference, %.2f the limit. Each is fitted to in %d rotation%s.",
-                ", ".join(f"{90 * quarters}°" for quarters in rotations.QUARTERS[1:turns]),
-                ", ".join(f"{auroc:.2f}" for auroc in aurocs[1:]),
-                rotations.LIMIT,
-                kept,
-                "s" if kept > 1 else "",
-            )
+        kept, aurocs = rotations.turns_that_fit(features, turns, rotations.LIMIT)
+        _report(aurocs, rotations.LIMIT, f"Each is fitted to in {_rotations(kept)}.")
         return rotations.first_turns(features, turns, kept), kept
 
     def check_number(self, images: int) -> None:
@@ -310,6 +313,23 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(prepare(rows))
         return store
+
+
+def _report(aurocs: list[float], limit: float, consequence: str) -> None:
+    """Say what turns do to images."""
+    if not processes.rank():
+        logger.info(
+            "Turned by %s, training images are farther from the nearest other one with AUROC %s: 0.50 is no "
+            "difference, %.2f the limit. %s",
+            ", ".join(f"{90 * quarters}°" for quarters in rotations.QUARTERS[1 : len(aurocs)]),
+            ", ".join(f"{auroc:.2f}" for auroc in aurocs[1:]),
+            limit,
+            consequence,
+        )
+
+
+def _rotations(count: int) -> str:
+    return f"{count} rotation{'s' if count > 1 else ''}"
 
 
 def _check_finite(features: tuple[Tensor, ...], turns: int, batch: Any, what: str) -> None:
