@@ -81,7 +81,8 @@ def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, fold
         cases.append(Case(one.title, [*tiles, *patches], _HEADING, bars(parts), directions, numbers))
     caption = (
         "What the score is made of: what each layer's most anomalous positions, its patch that is least like any "
-        "normal one and its whole map add to it, where they are evidence; 0 is the mean of normal images. All maps of "
+        "normal one and its whole map add to it, where they are evidence, and what the image shows wherever it is, by "
+        "the mean features of all layers; 0 is the mean of normal images. All maps of "
         "a layer have one colour scale, clear where nine tenths of the inside ones' positions are. The frame is the "
         "most anomalous position, with its neighbours, of the layer that finds "
         f"it so; beside it that patch of {len(normal.images)} {normal.name} images which is most like it there. "

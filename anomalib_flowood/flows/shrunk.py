@@ -95,6 +95,14 @@ class ShrunkGaussian(ForEachKind):
         self.variances = variances.to(like)
         self.tail_variance = torch.tensor(tail, dtype=torch.float64).to(like)
 
+    def forget(self) -> None:
+        """Be the standard normal distribution."""
+        dims = self.mean.shape[-1]
+        self.mean = self.mean.new_zeros(dims)
+        self.components = torch.eye(self.directions, dims).to(self.components)
+        self.variances = self.variances.new_ones(self.directions)
+        self.tail_variance = self.tail_variance.new_ones(())
+
     def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
         """Hold several fits, one for each kind; those of fewer directions get some along which the variance is v."""
         most = max(len(variances) for _, _, variances, _ in fits)

@@ -34,7 +34,7 @@ def maps():
     with torch.no_grad():
         features = detector.model.extract(detector.pre_processor.transform(photographs(24, 0)))
         detector.model.fit_features(features)
-        detector.model.fit_whitening(detector.model.reduce(features))
+        detector.model.fit_whitening(detector.model.prepare(features))
     detector.model.fitted.fill_(True)
     return detector.eval()
 
@@ -62,7 +62,8 @@ def test_shares_sum_to_the_score_and_directions_to_the_map(maps):
     views = maps.model.layer_views(inputs)
     shares = [share for view in views for share in view.shares.values()]
     names = [name for view in views for name in view.shares]
-    assert len(names) == len(set(names)) == 4  # two maps, one of them as a whole, and distances of the finer one
+    # Two maps, one of them as a whole, distances of the finer one, and mean features.
+    assert len(names) == len(set(names)) == 5
     predicted = maps.model(inputs)
     torch.testing.assert_close(sum(shares), predicted.pred_score)
     for view, layer, anomaly_map in zip(
@@ -189,7 +190,7 @@ def test_a_detector_of_tiles_is_explained_without_its_layers(tmp_path):
         prepared = torch.stack([detector.pre_processor.transform(image) for image in images])
         features = detector.model.extract(prepared)
         detector.model.fit_features(features)
-        detector.model.fit_whitening(detector.model.reduce(features))
+        detector.model.fit_whitening(detector.model.prepare(features))
     detector.model.fitted.fill_(True)
     page = explain(detector.eval(), {"parts": images[:4], "holes": images[4:] * 0.4}, tmp_path)
     assert "What the score is made of" not in page.read_text(encoding="utf-8")
@@ -242,7 +243,7 @@ def test_normal_images_are_those_of_the_training(tmp_path, monkeypatch):
     with torch.no_grad():
         features = detector.model.extract(detector.pre_processor.transform(images))
         detector.model.fit_features(features)
-        detector.model.fit_whitening(detector.model.reduce(features))
+        detector.model.fit_whitening(detector.model.prepare(features))
     detector.model.fitted.fill_(True)
     page = explain(detector, datamodule, tmp_path / "page", max_images=4)
     (normal,) = taken

@@ -146,10 +146,11 @@ def map_case(**kwargs) -> Callable[[torch.dtype, Arrays | None], Arrays]:
             for number, flow in enumerate(model.flow.flows):
                 fill(flow, number, gain=0.5)
             if not kept:
-                model.fit_whitening(model.reduce(tuple(layer[:16] for layer in features)))
+                model.fit_whitening(model.prepare(tuple(layer[:16] for layer in features)))
             else:
                 restore_shapes((layer.layout for layer in model.layers), kept, "layout_")
                 restore_shapes((layer.nearest for layer in model.layers if layer.nearest is not None), kept, "nearest_")
+                restore_shapes((model.means.gaussian,), kept, "means_")
                 restore(map_state(model), kept)
             fitted = {} if kept else keep_fitted(map_state(model))
             model.to(dtype)
@@ -192,6 +193,7 @@ def embedding_state(model: EmbeddingFlowModel) -> dict[str, Tensor]:
 
 def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
     state = {"score_location": model.evidence.location, "score_spread": model.evidence.spread}
+    state |= {f"means_{name}_0": value for name, value in model.means.gaussian.state_dict().items()}
     for number, layer in enumerate(model.layers):
         state[f"scale_{number}"] = layer.descriptors.scale
         state |= {f"map_{name}_{number}": getattr(layer, name) for name in ("location", "spread")}
@@ -243,7 +245,7 @@ def baseline_case(name: str) -> Callable[[torch.dtype, Arrays | None], Arrays]:
                 features = tuple(layer.half().double() for layer in features)  # as FeatureMapFlow keeps them
             model.fit_features(features)
             if name == "GaussianMap":
-                model.fit_whitening(model.reduce(features))
+                model.fit_whitening(model.prepare(features))
             return {"score": model(images(6, 48, 4).to(dtype)).pred_score}
 
     return run

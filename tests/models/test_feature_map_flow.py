@@ -8,6 +8,7 @@ from anomalib.data import Folder
 from model_helpers import BACKBONE, data, engine, feature_map_flow, randomise_flow
 from PIL import Image
 from torch.distributions import MultivariateNormal
+from torch.nn import functional
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
 from anomalib_flowood import FeatureMapFlow, OneClass, flows
@@ -39,7 +40,7 @@ def model(**kwargs) -> FeatureMapFlowModel:
     with torch.no_grad():
         maps = model.extract(images)
         model.fit_features(maps)
-        model.fit_whitening(model.reduce(maps))
+        model.fit_whitening(model.prepare(maps))
     return model
 
 
@@ -116,7 +117,7 @@ def test_without_couplings_it_is_a_gaussian_of_all_descriptors():
 @torch.no_grad()
 def test_positions_are_whitened_by_what_the_flow_gives_for_training_images():
     density = model(map_layers=(2,), layout_dims=0)
-    reduced = density.reduce(density.extract(some(40)))
+    reduced = density.prepare(density.extract(some(40)))
     density.fit_whitening(reduced)
     (layer,), (flow,) = density.layers, density.flow.flows
     latents, _ = flow(reduced[0])
@@ -140,7 +141,7 @@ def test_the_whitening_is_forgotten_while_the_flow_trains():
 
 def test_scales_are_those_of_images_that_the_whitening_has_not_seen():
     density = model(coupling_layers=0)
-    trained, others = (density.reduce(density.extract(some(30, seed))) for seed in (5, 6))
+    trained, others = (density.prepare(density.extract(some(30, seed))) for seed in (5, 6))
     density.fit_whitening(trained)
 
     def score(reduced):
@@ -155,7 +156,7 @@ def test_scales_are_those_of_images_that_the_whitening_has_not_seen():
 def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored(bank_size, within):
     """Of positions that are as far apart the bank may keep others, with noise for images."""
     density = model(bank_size=bank_size)
-    reduced, others = (density.reduce(density.extract(some(70, seed))) for seed in (1, 2))
+    reduced, others = (density.prepare(density.extract(some(70, seed))) for seed in (1, 2))
     density.fit_whitening(reduced)
     exact = density.predict(others).pred_score
     density.fit_whitening(tuple(part.half() if part.ndim == 4 else part for part in reduced))
@@ -164,7 +165,7 @@ def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored(
 
 def test_few_images_get_few_layout_directions():
     density = model(map_layers=(2,), layout_dims=8)
-    density.fit_whitening(density.reduce(density.extract(some(9))))
+    density.fit_whitening(density.prepare(density.extract(some(9))))
     assert len(density.layers[0].layout.directions) == 4  # one for two images
 
 
@@ -172,7 +173,7 @@ def test_three_images_are_enough():
     density = model()
     maps = density.extract(some(3))
     density.fit_features(maps)
-    density.fit_whitening(density.reduce(maps))
+    density.fit_whitening(density.prepare(maps))
     assert torch.isfinite(density(some(4, seed=2)).pred_score).all()
 
 
@@ -185,18 +186,21 @@ def test_layers_are_brought_to_a_common_scale():
 
 
 @pytest.mark.parametrize("bank_size", [0, 100])
-def test_the_score_is_made_of_tops_of_the_shown_maps_and_means_of_the_others(bank_size):
+def test_the_score_is_made_of_tops_of_the_shown_maps_means_of_the_others_and_mean_features(bank_size):
     density = model(map_layers=(1,), score_layers=(2,), score_fraction=0.1, bank_size=bank_size)
     images = some()
     batch = density(images)
     assert batch.anomaly_map.shape == (3, 1, 40, 56)
-    reduced = density.reduce(density.extract(images))
+    maps = density.extract(images)
+    reduced = density.reduce(maps)
     fine, coarse = density.layer_maps(reduced)
     top = fine.flatten(1).sort(dim=1).values[:, -14:].mean(1)  # of 10 x 14
     nearest = density.layers[0].nearest
     assert (nearest is None) == (bank_size == 0)
     farthest = [] if nearest is None else [nearest(reduced[0]).amax((1, 2))]
-    statistics = torch.stack([top, *farthest, coarse.mean((1, 2))], dim=1)
+    means = torch.cat([functional.normalize(layer.mean((2, 3))) for layer in maps], dim=1)
+    unlikely = -density.means.gaussian.log_prob(means) / means.shape[1]
+    statistics = torch.stack([top, *farthest, coarse.mean((1, 2)), unlikely], dim=1)
     evidence = density.evidence
     expected = ((statistics - evidence.location) / evidence.spread).mean(1)
     torch.testing.assert_close(batch.pred_score, expected)
@@ -214,7 +218,7 @@ def test_finer_maps_count_more(bank_size):
         shown.append(nearest.standardise(nearest(reduced[0])))
         assert density.layers[1].nearest is None
     weights = (2, 1, 1)  # the map of distances half
-    enlarged = [torch.nn.functional.interpolate(part[:, None], (40, 56), mode="bicubic") for part in shown]
+    enlarged = [functional.interpolate(part[:, None], (40, 56), mode="bicubic") for part in shown]
     expected = sum(weight * part for weight, part in zip(weights, enlarged, strict=False)) / sum(weights[: len(shown)])
     torch.testing.assert_close(density(images).anomaly_map, expected)
 

@@ -147,10 +147,7 @@ def test_images_are_scored_by_their_tiles(trained, parts):
         found = model(images)
         for image, score, shown in zip(images, found.pred_score, found.anomaly_map, strict=True):
             tiles = torch.cat(list(model.tiles.cut(image)))
-            judged = [
-                model._judge(model._reduced(run_backbone(model.backbone, model.normalise(tile[None]))))
-                for tile in tiles
-            ]
+            judged = [model._judge_maps(run_backbone(model.backbone, model.normalise(tile[None]))) for tile in tiles]
             assert torch.allclose(score, torch.cat([tile.pred_score for tile in judged]).max())
             stitched = model.tiles.stitch(tile.anomaly_map for tile in judged)
             torch.testing.assert_close(shown, stitched, rtol=1e-4, atol=1e-4)

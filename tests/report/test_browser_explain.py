@@ -20,7 +20,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     with torch.no_grad():
         maps = detector.model.extract(detector.pre_processor.transform(images))
         detector.model.fit_features(maps)
-        detector.model.fit_whitening(detector.model.reduce(maps))
+        detector.model.fit_whitening(detector.model.prepare(maps))
     detector.model.fitted.fill_(True)
     sets = {"parts with a very long name of their set": images[:6], "holes": images[6:12] * 0.4}
     return explain(detector.eval(), sets, tmp_path_factory.mktemp("explained")).as_uri()

@@ -18,7 +18,7 @@ from .tiles import Tiles
 
 MAP_STRIDES = (8, 16)
 """Where small defects show; finer maps see edges alone."""
-SCORE_STRIDES = (16, 32)
+SCORE_STRIDES = (32,)
 """Where an image shows whether it belongs as a whole."""
 
 

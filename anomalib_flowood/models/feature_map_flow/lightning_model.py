@@ -49,8 +49,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
         map_layers: Layers whose maps are shown, by timm's module names or indices; their most anomalous positions are
             evidence. ``None`` for the last ones of stride 8 and 16, or less.
-        score_layers: Layers whose maps are evidence as a whole, an empty list for none; ``None`` for the last ones of
-            stride 16 and 32, or less. There is one flow for each layer of either kind.
+        score_layers: Layers whose maps are evidence as a whole, an empty list for none; ``None`` for the last one of
+            stride 32, or less. There is one flow for each layer of either kind.
         pre_trained: Load the backbone's weights.
         image_size: Height and width that the backbone gets.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.

@@ -21,7 +21,7 @@ _SHARE = 0.5
 """What the map of distances counts for beside the anomaly map, which knows what belongs where."""
 
 _BLOCKS = (4, 2, 1)
-"""Rows and columns over which the layout of a layer is constant whose whole map is no evidence."""
+"""Rows and columns over which the layout of the finest layer may be constant."""
 
 
 class MapLayer(flows.ForEachKind):
@@ -31,11 +31,13 @@ class MapLayer(flows.ForEachKind):
         name: The layer's name, for errors.
         channels: C, the channels of the layer's map.
         shape: ``(D, h, w)`` of the reduced map.
-        layout_dims: Directions of whole maps that are whitened; constant over blocks of positions where the mean of the
-            whole map, which sees what whitening leaves, is no evidence: light and texture are coarse.
+        layout_dims: Directions of whole maps that are whitened.
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
+        finest: Whether it is the finest that is shown. Directions of its whole maps are constant over blocks of
+            positions, as light and texture are, if its mean over all positions, which sees what whitening leaves, is no
+            evidence; and it has a bank.
         bank_size: The most normal positions that are kept, for the distance to the nearest of them
             (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. 0 for none.
     """
@@ -56,6 +58,7 @@ class MapLayer(flows.ForEachKind):
         *,
         top: bool,
         whole: bool,
+        finest: bool,
         top_fraction: float,
         bank_size: int,
     ) -> None:
@@ -67,8 +70,8 @@ class MapLayer(flows.ForEachKind):
         self.descriptors = Descriptors(channels, name)
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])
-        self.layout = flows.Whitening([shape], layout_dims, block=1 if whole else _block(self.size))
-        self.nearest = NearestPatches(shape[0], bank_size) if bank_size else None
+        self.layout = flows.Whitening([shape], layout_dims, block=_block(self.size) if finest and not whole else 1)
+        self.nearest = NearestPatches(shape[0], bank_size) if finest and bank_size else None
         self.shaped_by_fit = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))

@@ -25,6 +25,7 @@ from anomalib_flowood.scores.score import Inputs
 from .extraction import MAP_STRIDES, SCORE_STRIDES, MapExtraction, indices_of
 from .layer_flows import DRAWN, POSITION, coupled, draws_positions, new_flow, transformed
 from .map_layer import MapLayer
+from .mean_features import MeanFeatures
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
 
@@ -55,9 +56,10 @@ class FeatureMapFlowModel(MapExtraction):
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
     other directions. The maps of ``map_layers`` are shown. The image score is the mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
-    small defects, the position of the finest that is least like any normal one (:class:`NearestPatches`), and the mean
-    of the whole map of each of ``score_layers``, which sees what is wrong as a whole. Their scales are those of
-    training images that the whitening has not seen: it is fitted to some, and scores the others.
+    small defects, the position of the finest that is least like any normal one (:class:`NearestPatches`), the mean of
+    the whole map of each of ``score_layers``, which sees what is wrong as a whole, and −log p of what is in the image,
+    wherever it is: of the mean features of all layers, by a shrunk Gaussian. Their scales are those of training images
+    to which nothing of this was fitted: it is fitted to some, and scores the others.
 
     In the place of single positions a flow can transform the whole map, with a mask that is named
     (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
@@ -119,11 +121,10 @@ class FeatureMapFlowModel(MapExtraction):
             maps = run_backbone(network, torch.zeros(1, 3, *size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
-        new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction)
-        banks = [bank_size if index == min(tops) else 0 for index in indices]
+        new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction, bank_size=bank_size)
         layers = [
-            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes, bank_size=bank)
-            for name, layer, shape, index, bank in zip(names, maps, shapes, indices, banks, strict=True)
+            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes, finest=index == min(tops))
+            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
         ]
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
@@ -135,7 +136,8 @@ class FeatureMapFlowModel(MapExtraction):
         self.tiles = tiles
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
-        self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers))
+        self.means = MeanFeatures(sum(layer.shape[1] for layer in maps))
+        self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers) + 1)
         self.kinds = Kinds(0 if tiles else kind_images)
         shown, shares = zip(*((layer.size, share) for layer in layers for share in layer.shares), strict=True)
         self.shown_map = ShownMap(shown, shares, size)
@@ -178,27 +180,24 @@ class FeatureMapFlowModel(MapExtraction):
         return parts if self.tiles is None else tuple(part.unflatten(0, maps[0].shape[:2]) for part in parts)
 
     def prepare(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Reduce maps as :meth:`reduce` does; last comes that by which an image's kind is known, ``(N, P)``.
+        """Reduce maps as :meth:`reduce` does; last come mean features, ``(N, P)``, or ``(N, T, P)`` with tiles."""
+        means = self._means(tuple(self.alone(layer) for layer in maps))
+        return *self.reduce(maps), means if self.tiles is None else means.unflatten(0, maps[0].shape[:2])
 
-        Of a model with tiles, which has no kinds, it is left out.
-        """
-        reduced = self.reduce(maps)
-        return reduced if self.tiles else (*reduced, pooled(maps, like=self.evidence.location))
+    def _means(self, maps: Sequence[Tensor]) -> Tensor:
+        """What is in images, wherever it is, ``(N, P)``: also tells their kinds."""
+        return pooled(maps, like=self.evidence.location)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Extract and prepare the maps of pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`."""
         return self.prepare(self.extract(images))
-
-    def _kind(self, inputs: Inputs) -> Tensor | None:
-        """Number of each image's kind, ``(N,)``; ``None`` where there is one."""
-        return self.kinds(inputs[-1]) if len(inputs) > 2 * len(self.layers) else None
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of the descriptors of all positions, from what :meth:`prepare` returns.
 
         An image's tiles count as independent. Where there are kinds, it is that of images of the kind.
         """
-        kind = self._kind(inputs)
+        kind = self.kinds(inputs[-1])
         alone = flows.independent(
             [
                 flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=partial(layer.whiten, kind=kind))
@@ -246,7 +245,7 @@ class FeatureMapFlowModel(MapExtraction):
 
     def layer_maps(self, inputs: Inputs) -> Iterator[Tensor]:
         """Yield the anomaly map of each layer, ``(N, h, w)``, nats, from what :meth:`prepare` returns."""
-        kind = self._kind(inputs)
+        kind = self.kinds(inputs[-1])
         for layer, flow, maps, _ in self._sides(inputs):
             yield layer.anomaly_map(*coupled(flow, maps), kind)
 
@@ -265,24 +264,28 @@ class FeatureMapFlowModel(MapExtraction):
             msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
             raise ValueError(msg)
         found, statistics, inputs = [], [], self.inputs(images)
-        kind = self._kind(inputs)
+        kind = self.kinds(inputs[-1])
         for layer, flow, reduced, _ in self._sides(inputs):
             latents, scales = coupled(flow, reduced)
             maps = layer.anomaly_map(latents, scales, kind)
             found.append((layer, reduced, layer.whitened(latents, kind), maps))
             statistics += layer.statistics(maps, layer.distances(reduced, kind))
-        parts = iter(self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1))
-        return [
+        statistics.append(self.means(inputs[-1], kind))
+        *parts, of_means = self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1)
+        of_layers = iter(parts)
+        views = [
             LayerView(
                 layer.name,
                 reduced,
                 whitened,
                 layer.standardise(maps, kind),
-                {name: next(parts) for name in layer.statistic_names},
+                {name: next(of_layers) for name in layer.statistic_names},
                 kind,
             )
             for layer, reduced, whitened, maps in found
         ]
+        views[-1].shares[self.means.name] = of_means
+        return views
 
     @torch.no_grad()
     def fit_whitening(self, inputs: Inputs, copies: int = 1) -> list[int]:
@@ -291,15 +294,13 @@ class FeatureMapFlowModel(MapExtraction):
         Each kind of image has its own (:class:`Kinds`).
 
         Args:
-            inputs: What :meth:`prepare` returns for training images, or :meth:`reduce`, which leaves them of one kind;
-                reduced maps in any precision; in main memory, if they are many.
+            inputs: What :meth:`prepare` returns for training images, in main memory; reduced maps in any precision.
             copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
 
         Returns:
             The number of images that were fitted to, of each kind.
         """
-        known = len(inputs) > 2 * len(self.layers)
-        images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies] if known else None)
+        images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies])
         fit_to_each(
             [rows_of(some, copies) for some in images],
             lambda rows: self._fit_whitening(tuple(part[rows] for part in inputs), copies),
@@ -322,12 +323,14 @@ class FeatureMapFlowModel(MapExtraction):
             layer.fit_scale(unseen)
             distances = None if layer.nearest is None else layer.nearest.fit(maps, rows, copies)
             statistics += layer.statistics(unseen, distances)
+        statistics.append(self.means.fit(self.alone(inputs[-1]), copies))
         self.evidence.fit(torch.stack(statistics, dim=1))
 
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
         self.kinds.forget()
         self.evidence.forget()
+        self.means.forget()
         for layer in self.layers:
             layer.forget_whitening()  # type: ignore[operator]
 
@@ -335,16 +338,15 @@ class FeatureMapFlowModel(MapExtraction):
         """Score reduced maps, as :meth:`forward` scores images.
 
         Args:
-            inputs: What :meth:`prepare` returned, or :meth:`reduce`, where there is one kind.
+            inputs: What :meth:`prepare` returned.
             scorer: Not used: the score goes with the map.
         """
         del scorer
-        reduced = inputs[: 2 * len(self.layers) : 2]
+        parts = (*inputs[: 2 * len(self.layers) : 2], inputs[-1])
         if self.tiles is None:
-            return self._judge(reduced, self._kind(inputs))
-        of_images = zip(*reduced, strict=True)
+            return self._judge(*parts)
         return self.tiles.joined(
-            map(self._judge, zip(*(part.split(AT_ONCE) for part in image), strict=True)) for image in of_images
+            map(self._judge, *(part.split(AT_ONCE) for part in image)) for image in zip(*parts, strict=True)
         )
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -357,10 +359,9 @@ class FeatureMapFlowModel(MapExtraction):
             stitched, and the score the highest of a tile.
         """
         if self.tiles is None:
-            maps = self.extract(images)
-            return self._judge(self._reduced(maps), self.kinds.of_features(maps))
+            return self._judge_maps(self.extract(images))
         self.check(images)
-        return self.tiles.joined(map(self._judge, map(self._reduced, self.tile_maps(image))) for image in images)
+        return self.tiles.joined(map(self._judge_maps, self.tile_maps(image)) for image in images)
 
     def judged(self, images: Tensor) -> tuple[InferenceBatch, Tensor]:
         """Score images by their tiles, some at a time; also return −log p per dimension, ``(N,)``."""
@@ -370,19 +371,22 @@ class FeatureMapFlowModel(MapExtraction):
 
         def parts(number: int) -> Iterator[InferenceBatch]:
             for maps in self.tile_maps(images[number]):
-                inputs = self.reduce(tuple(layer[None] for layer in maps))
+                inputs = self.prepare(tuple(layer[None] for layer in maps))
                 log_prob[number] += self.log_prob_of(inputs)[0]
-                yield self._judge([part[0] for part in inputs[::2]])
+                yield self._judge(*(part[0] for part in (*inputs[:-1:2], inputs[-1])))
 
         found = self.tiles.joined(map(parts, range(len(images))))
         return found, -log_prob / self.dims
 
-    def _reduced(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Reduce feature maps, without the rest of the log-density."""
-        layers: list[MapLayer] = list(self.layers)  # type: ignore[arg-type]
-        return [layer.reduced(layer_maps) for layer, layer_maps in zip(layers, maps, strict=True)]
+    def _judge_maps(self, maps: Sequence[Tensor]) -> InferenceBatch:
+        """Score feature maps, without the rest of the log-density."""
+        reduced = (layer.reduced(own) for layer, own in zip(self.layers, maps, strict=True))  # type: ignore[operator]
+        return self._judge(*reduced, self._means(maps))
 
-    def _judge(self, reduced: Sequence[Tensor], kind: Tensor | None = None) -> InferenceBatch:
+    def _judge(self, *parts: Tensor) -> InferenceBatch:
+        """Score images by each layer's reduced maps, ``(N, D, h, w)``, and their mean features, ``(N, P)``."""
+        *reduced, means = parts
+        kind = self.kinds(means)
         shown: list[Tensor] = []
         statistics: list[Tensor] = []
         flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
@@ -390,6 +394,7 @@ class FeatureMapFlowModel(MapExtraction):
             maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(latents, kind)
             statistics += layer.statistics(maps, distances)
             shown += layer.shown(maps, distances, kind)
+        statistics.append(self.means(means, kind))
         score = self.evidence(torch.stack(statistics, dim=1), kind)
         score = torch.where(torch.isnan(score), torch.full_like(score, math.inf), score)
         return InferenceBatch(pred_score=score, anomaly_map=self.shown_map(shown))
