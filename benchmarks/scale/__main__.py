@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
 from rich.console import Console
 
 from benchmarks.memory import write_photographs
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("processes", help="fit on one process and on two")
     run.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="normal images; by default some are made")
-    run.add_argument("--images", type=int, default=300, help="how many are made")
+    run.add_argument("--images", nargs="+", type=int, default=(300, 1500), help="how many are made, one folder each")
     run.add_argument("--size", type=int, nargs=2, default=(768, 1024), metavar=("HEIGHT", "WIDTH"), help="of these")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--detectors", nargs="+", choices=processes.DETECTORS, default=processes.DETECTORS)
@@ -51,18 +52,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _processes(arguments: argparse.Namespace, made: Path) -> tuple[str, Callable[[str], str]]:
     """Return how it was measured, and what makes a table of the rest of that line."""
-    folder = arguments.folder
-    if folder is None:
-        folder = made / "photographs" / "good"
-        write_photographs(folder, arguments.images, tuple(arguments.size))
+    folders = [arguments.folder]
+    if arguments.folder is None:
+        folders = [made / f"photographs-{images}" / "good" for images in arguments.images]
+        for folder, images in zip(folders, arguments.images, strict=True):
+            write_photographs(folder, images, tuple(arguments.size))
     output = made / "results"
     output.mkdir()
     try:
-        rows = processes.measure(folder, output, arguments.detectors, arguments.rounds)
+        found = [processes.measure(folder, output, arguments.detectors, arguments.rounds) for folder in folders]
     except RuntimeError as error:
         said = "".join(path.read_text(encoding="utf-8")[-4000:] for path in sorted(output.glob("errors-*.log")))
         msg = f"{error}{said}"
         raise RuntimeError(msg) from error
+    rows = pd.concat(found, ignore_index=True)
     return f"{arguments.rounds} rounds, ", partial(processes.table, rows)
 
 

@@ -36,9 +36,9 @@ def measure(folder: Path, output: Path, detectors: Sequence[str], rounds: int) -
         rounds: How often.
 
     Returns:
-        ``detector``, ``round``, ``processes``, ``seconds``, whether all processes have ``alike`` states to the bit, and
-        ``difference``: the largest of a state's tensors from that of one process, relative to the tensor's largest
-        value.
+        ``detector``, number of ``images`` that it was fitted to, ``round``, ``processes``, ``seconds``, whether all
+        processes have ``alike`` states to the bit, and ``difference``: the largest of a state's tensors from that of
+        one process, relative to the tensor's largest value.
     """
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -118,9 +118,9 @@ def table(rows: pd.DataFrame, said: str) -> str:
         rows: As :func:`measure` returns them.
         said: The command and the machine.
     """
-    head = ["detector", "one process, s", "two, s", "speed-up (median)", f"≥ {BAR}", "processes alike", "difference"]
+    head = ["detector", "images", "one process, s", "two, s", "speed-up (median)", f"≥ {BAR}", "processes alike", "difference"]
     lines = []
-    for detector, part in rows.groupby("detector", sort=False):
+    for (detector, images), part in rows.groupby(["detector", "images"], sort=False):
         seconds = part.pivot_table(index="round", columns="processes", values="seconds")
         ratio = float((seconds[1] / seconds[2]).median())
         apart = float(part["difference"].max())
@@ -128,5 +128,5 @@ def table(rows: pd.DataFrame, said: str) -> str:
         held = "held" if ratio >= BAR else "**not held**"
         alike = "to the bit" if bool(part["alike"].all()) else "**no**"
         equal = f"{apart:.0e}" if apart <= TOLERANCE else f"**{apart:.0e}**"
-        lines.append([str(detector), *cells, f"{ratio:.2f}", held, alike, equal])
+        lines.append([str(detector), f"{images:,}", *cells, f"{ratio:.2f}", held, alike, equal])
     return f"{said}\n\n{markdown(head, lines)}\n"

@@ -33,8 +33,8 @@ class TimedData(OneClass):
         super().setup(stage)
 
 
-def fit(name: str, folder: Path, output: Path, count: int) -> tuple[float, dict[str, Tensor]]:
-    """Fit a detector with its defaults; return seconds and state."""
+def fit(name: str, folder: Path, output: Path, count: int) -> tuple[int, float, dict[str, Tensor]]:
+    """Fit a detector with its defaults; return to how many images, seconds and state."""
     torch.manual_seed(0)
     detector = getattr(models, name)()
     data = TimedData(
@@ -45,7 +45,7 @@ def fit(name: str, folder: Path, output: Path, count: int) -> tuple[float, dict[
         logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     engine.fit(detector, datamodule=data)
-    return time.perf_counter() - data.begin, dict(detector.state_dict())
+    return len(data.train_data), time.perf_counter() - data.begin, dict(detector.state_dict())
 
 
 def main() -> None:
@@ -60,12 +60,13 @@ def main() -> None:
         if first:
             sys.stdin.readline()  # meanwhile the other processes wait for this one, without work
         with quiet():
-            seconds, state = fit(name, folder, output, count)
+            images, seconds, state = fit(name, folder, output, count)
         states = processes.gathered_objects(state)
         alike = all(_same(states[0][key], other[key]) for other in states[1:] for key in states[0])
         if first:
             torch.save(state, output / f"{name}-{count}.pt")
-            print(json.dumps({"detector": name, "processes": count, "seconds": seconds, "alike": alike}), flush=True)
+            row = {"detector": name, "images": images, "processes": count, "seconds": seconds, "alike": alike}
+            print(json.dumps(row), flush=True)
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
