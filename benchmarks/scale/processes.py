@@ -118,7 +118,16 @@ def table(rows: pd.DataFrame, said: str) -> str:
         rows: As :func:`measure` returns them.
         said: The command and the machine.
     """
-    head = ["detector", "images", "one process, s", "two, s", "speed-up (median)", f"≥ {BAR}", "processes alike", "difference"]
+    head = [
+        "detector",
+        "images",
+        "one process, s",
+        "two, s",
+        "speed-up (median)",
+        f"≥ {BAR}",
+        "processes alike",
+        "difference",
+    ]
     lines = []
     for (detector, images), part in rows.groupby(["detector", "images"], sort=False):
         seconds = part.pivot_table(index="round", columns="processes", values="seconds")
