@@ -194,7 +194,7 @@ def test_both_detectors_choose_the_same_layer_by_stride():
     }
     assert {name: default_layers(name) for name in expected} == {name: [layer] for name, layer in expected.items()}
     chosen = model("maps", "test_efficientnet", (64, 64))
-    layers = ("blocks.2", "blocks.3"), ("blocks.3", "blocks.4")
+    layers = ("blocks.2", "blocks.3"), ("blocks.4",)
     named = FeatureMapFlowModel("test_efficientnet", *layers, (64, 64), layout_dims=1, **SMALL)
     named.load_state_dict(chosen.state_dict())
     assert default_layers("test_efficientnet") == ["blocks.3"]
@@ -204,7 +204,7 @@ def test_both_detectors_choose_the_same_layer_by_stride():
 
 def test_checkpoints_of_named_layers_and_of_none_are_alike():
     arguments = {"backbone": "test_efficientnet", "image_size": (64, 64), "layout_dims": 1, **SMALL}
-    named = FeatureMapFlow(map_layers=("blocks.2", "blocks.3"), score_layers=("blocks.3", "blocks.4"), **arguments)
+    named = FeatureMapFlow(map_layers=("blocks.2", "blocks.3"), score_layers=("blocks.4",), **arguments)
     none = FeatureMapFlow(**arguments)
     none.load_state_dict(named.state_dict())
     assert named.hparams["map_layers"] == ("blocks.2", "blocks.3")
