@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("processes", help="fit on one process and on two")
     run.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="normal images; by default some are made")
-    run.add_argument("--images", nargs="+", type=int, default=(300, 1500), help="how many are made, one folder each")
+    run.add_argument("--images", nargs="+", type=int, default=(300,), help="how many are made, one folder each")
     run.add_argument("--size", type=int, nargs=2, default=(768, 1024), metavar=("HEIGHT", "WIDTH"), help="of these")
     run.add_argument("--rounds", type=int, default=3)
     run.add_argument("--detectors", nargs="+", choices=processes.DETECTORS, default=processes.DETECTORS)

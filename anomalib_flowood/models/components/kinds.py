@@ -86,18 +86,18 @@ class Kinds(nn.Module):
         self.register_buffer("of_points", None)
         self.register_buffer("_like", torch.zeros(0), persistent=False)  # knows device and precision
 
-    def fit(self, images: int, points: flows.Rows | None) -> list[Tensor]:
+    def fit(self, images: int, points: flows.Rows) -> list[Tensor]:
         """Find the kinds of training images.
 
         Args:
             images: Their number.
-            points: What :func:`pooled` says of them, ``(images, P)``; ``None`` if they are of one kind.
+            points: What :func:`pooled` says of them, ``(images, P)``.
 
         Returns:
             Of each kind the indices of some images, as many as a whitening is fitted to.
         """
         self.forget()
-        if points is None or not self.least:
+        if not self.least:
             return [flows.draw(images, _FITTED)]
         looked_at = flows.draw(images, _LOOKED_AT)
         found = torch.from_numpy(kinds_of(flows.take(points, looked_at), self.least))
