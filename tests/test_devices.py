@@ -10,12 +10,23 @@ from anomalib.data import ImageBatch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from model_helpers import BACKBONE, DETECTORS, data, embedding_flow, engine, feature_map_flow, idx_folder, pixel_flow
+from model_helpers import (
+    BACKBONE,
+    DETECTORS,
+    data,
+    embedding_flow,
+    engine,
+    feature_map_flow,
+    idx_folder,
+    pixel_flow,
+    products_folder,
+)
 from pretend_device import PretendAccelerator, pretend_device
 from torchvision.transforms.v2 import ColorJitter
 
+from anomalib_flowood import OneClass
 from anomalib_flowood.explain import explain
-from anomalib_flowood.models.components import backbone_pre_processor
+from anomalib_flowood.models.components import backbone_pre_processor, rotations
 from anomalib_flowood.scores import SCORES, Ensemble, LocalIntrinsicDimension
 from benchmarks.contest.baselines import MODELS, Baseline
 
@@ -120,6 +131,34 @@ def test_features_are_extracted_anew_there_where_images_are_augmented(kind, away
     detector, module = BUILD[kind](), data(tmp_path, train_augmentations=ColorJitter(0.1))
     engine(tmp_path, **away.trainer()).fit(detector, datamodule=module)
     says_the_same_everywhere(detector, away, batch_of(module))
+
+
+@pytest.fixture
+def two_products(tmp_path):
+    """Images of two kinds, of one fewer than of the other: its covariances have fewer directions."""
+    folder = products_folder(tmp_path / "products")
+    for path in sorted((folder / "train" / "good").iterdir())[64:]:
+        path.unlink()
+    (folder / "test" / "bad").mkdir()
+    for path in sorted((folder / "test" / "good").iterdir())[::4]:
+        path.rename(folder / "test" / "bad" / path.name)
+    return OneClass(folder, "good", val_split_ratio=0.3)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kind", ["embedding_flow", "feature_map_flow"])
+def test_kinds_of_images_and_turned_copies_are_fitted_there(kind, turned, away, two_products, tmp_path, monkeypatch):
+    monkeypatch.setattr(rotations, "LIMIT", 1.0)  # every turn fits
+    detector, module = BUILD[kind](image_size=(48, 48), kind_images=10, rotations=turned), two_products
+    run = engine(tmp_path, **away.trainer())
+    run.fit(detector, datamodule=module)
+    sizes = detector.model.kinds.of_points.bincount().tolist()
+    assert len(sizes) == 2
+    assert sizes[0] > sizes[1]
+    run.test(detector, datamodule=module)
+    assert all(batch.p_value is not None for batch in run.predict(detector, dataloaders=module.test_dataloader()))
+    says_the_same_everywhere(detector, away, batch_of(module))
+    assert explain(detector, module, tmp_path / "page", max_images=8).is_file()
 
 
 @pytest.mark.parametrize("kind", ["pixel_flow", "embedding_flow"])

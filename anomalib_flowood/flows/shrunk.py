@@ -217,7 +217,7 @@ def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:
 def _completed(components: Tensor, missing: int) -> Tensor:
     """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``."""
     seed = torch.Generator().manual_seed(0)
-    added = torch.randn(missing, components.shape[1], dtype=components.dtype, generator=seed)
+    added = torch.randn(missing, components.shape[1], dtype=components.dtype, generator=seed).to(components)
     for _ in range(2):  # twice, since the first projection leaves what rounding leaves
         added = added - (added @ components.T) @ components
         added = torch.linalg.qr(added.T)[0].T
