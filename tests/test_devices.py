@@ -268,17 +268,18 @@ class Norms(Callback):
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("precision", MIXED)
 @pytest.mark.parametrize("clip", [None, 0.01])
-def test_gradients_are_clipped_as_they_are_and_not_times_the_loss_scale(place, clip, images, tmp_path):
+def test_gradients_are_clipped_as_they_are_and_not_times_the_loss_scale(place, precision, clip, images, tmp_path):
     norms = {}
-    for precision in ("32-true", "16-mixed"):
+    for bits in ("32-true", precision):
         torch.manual_seed(0)
-        norms[precision] = Norms()
-        trainer = precise(place, precision) | {"callbacks": [norms[precision]], "gradient_clip_val": clip}
+        norms[bits] = Norms()
+        trainer = precise(place, bits) | {"callbacks": [norms[bits]], "gradient_clip_val": clip}
         engine(tmp_path, **trainer).fit(BUILD["pixel_flow"](), datamodule=images)
-    for mixed, full in zip(norms["16-mixed"].before, norms["32-true"].before, strict=True):
+    for mixed, full in zip(norms[precision].before, norms["32-true"].before, strict=True):
         assert mixed == pytest.approx(full, rel=0.1)
-    for mixed in norms["16-mixed"].after:
+    for mixed in norms[precision].after:
         assert mixed <= (clip or 50) * 1.01
 
 

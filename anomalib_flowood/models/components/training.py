@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     Timer,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -207,9 +208,9 @@ class FlowTraining(_Base):
         if not parameters:
             return None
         # A fused optimizer divides the gradients by the loss scale of 16-mixed inside of its step, and so after they
-        # were clipped; Lightning refuses a gradient_clip_val then.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=not scaled)
+        # were clipped; Lightning refuses a gradient_clip_val then, with bf16-mixed, too.
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=None if mixed else True)
         steps = self.trainer.estimated_stepping_batches
         if steps in {float("inf"), 0}:
             return {"optimizer": optimizer}
