@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+# Precisions are of the process: the first of several threads sets them, and the last one puts them back.
+_lock = Lock()
+_depth: Counter[str] = Counter()
+_before: dict[str, list[tuple[Any, str]]] = {}
 
 
 def full_precision(method: _Method) -> _Method:
@@ -44,14 +51,10 @@ def full_precision(method: _Method) -> _Method:
 
 @contextmanager
 def _exactly(kind: str) -> Iterator[None]:
-    backends: Any = torch.backends
-    multipliers = {
-        "cuda": [backends.cudnn.conv, backends.cuda.matmul],
-        "cpu": [backends.mkldnn.conv, backends.mkldnn.matmul],
-    }.get(kind, [])
-    before = [multiplier.fp32_precision for multiplier in multipliers]
-    for multiplier in multipliers:
-        multiplier.fp32_precision = "ieee"
+    with _lock:
+        if not _depth[kind]:
+            _before[kind] = _in_full_precision(kind)
+        _depth[kind] += 1
     try:
         if torch.amp.is_autocast_available(kind):
             with torch.autocast(kind, enabled=False):
@@ -59,5 +62,30 @@ def _exactly(kind: str) -> Iterator[None]:
         else:
             yield
     finally:
-        for multiplier, precision in zip(multipliers, before, strict=True):
-            multiplier.fp32_precision = precision
+        with _lock:
+            _depth[kind] -= 1
+            if not _depth[kind]:
+                for level, precision in reversed(_before.pop(kind)):
+                    level.fp32_precision = precision
+
+
+def _in_full_precision(kind: str) -> list[tuple[Any, str]]:
+    """Let a kind of device multiply in full precision; return what to set to undo it."""
+    backends: Any = torch.backends
+    # What has no precision of its own takes that of the level above it. Convolutions of CUDA have a default, which they
+    # would lose if it were set: the level above overrules it. That of the CPU can be read, but not set (PyTorch 2.14).
+    levels = {
+        "cuda": [
+            (backends.cudnn, backends),
+            (backends.cudnn.conv, backends.cudnn),
+            (backends.cuda.matmul, backends.cudnn),
+        ],
+        "cpu": [(backends.mkldnn.conv, backends.mkldnn), (backends.mkldnn.matmul, backends.mkldnn)],
+    }
+    before = []
+    for level, above in levels.get(kind, []):
+        precision = level.fp32_precision
+        if precision != "ieee":
+            before.append((level, "none" if precision == above.fp32_precision else precision))
+            level.fp32_precision = "ieee"
+    return before

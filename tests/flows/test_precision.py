@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +71,49 @@ def test_bfloat16_is_off_on_the_cpu_within_and_as_it_was_behind_it():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert multiplies_in("cpu")[0] == before[0]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("asked", ["none", "tf32"])
+def test_what_is_set_for_all_devices_behind_it_holds(kind, asked):
+    """What it found was inherited, and is not set for good."""
+    try:
+        torch.backends.fp32_precision = asked
+        before = multiplies_in(kind)[0]
+        with _exactly(kind), _exactly(kind):
+            assert multiplies_in(kind) == ("ieee", "ieee")
+        assert multiplies_in(kind)[0] == before
+        torch.backends.fp32_precision = "ieee"
+        assert multiplies_in(kind) == ("ieee", "ieee")
+    finally:
+        torch.backends.fp32_precision = "none"
+    if asked == "none":
+        assert multiplies_in(kind)[0] == before
+
+
+@pytest.mark.parametrize(("kind", "reduced"), [("cpu", "bf16"), ("cuda", "tf32")])
+def test_of_several_threads_the_last_one_puts_it_back(kind, reduced):
+    left, seen = Event(), []
+
+    def outlasts(entered):
+        with _exactly(kind):
+            entered.set()
+            left.wait(10)
+            seen.append(multiplies_in(kind))
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with ThreadPoolExecutor(1) as threads:
+            with _exactly(kind):
+                entered = Event()
+                other = threads.submit(outlasts, entered)
+                assert entered.wait(10)
+            left.set()
+            other.result()
+        assert seen == [("ieee", "ieee")]
+        assert multiplies_in(kind)[1] == reduced
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_an_exported_graph_knows_nothing_of_it():
