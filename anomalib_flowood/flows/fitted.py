@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .precision import full_precision
+
 _LEAST = 1e-10
 """Variance, as a share of the largest, below which points do not vary in a direction."""
 
@@ -29,6 +31,7 @@ class ShapedByFit(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@full_precision
 def principal_directions(centred: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Find the principal directions of points whose mean is 0, by the smaller of two matrices: exact, and fast.
 

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -31,8 +31,8 @@ def full_precision(method: _Method) -> _Method:
     that have it) have enough digits.
 
     Args:
-        method: A method of a module, or a function whose first argument is one. Its parameters, or its buffers where it
-            has none, say on what device.
+        method: A method of a module, or a function whose first argument is a module or a tensor. That says on what
+            device: the module by its parameters, or its buffers where it has none.
 
     Returns:
         The method, which autocast and products of reduced precision leave alone. Nothing changes where it is traced for
@@ -40,11 +40,12 @@ def full_precision(method: _Method) -> _Method:
     """
 
     @wraps(method)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(first: nn.Module | Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        with _exactly(next(chain(self.parameters(), self.buffers())).device.type):
-            return method(self, *args, **kwargs)
+            return method(first, *args, **kwargs)
+        tensor = first if isinstance(first, Tensor) else next(chain(first.parameters(), first.buffers()))
+        with _exactly(tensor.device.type):
+            return method(first, *args, **kwargs)
 
     return run  # type: ignore[return-value]
 

@@ -118,6 +118,7 @@ class ShrunkGaussian(ForEachKind):
         """Return coordinates along the leading directions before they are standardised: of ``(N, D)``, ``(N, k)``."""
         return (points - self.mean) @ self.components[: self.directions].T
 
+    @full_precision
     def turn(self, covariance: Tensor, *, noise: float = 0.0) -> Tensor:
         """Let another covariance hold along the leading directions, shrunk as far as the one before.
 
@@ -214,6 +215,7 @@ def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:
     return (min(1.0, (spread / dims + level**2) / excess) if excess > 0 else 1.0), level
 
 
+@full_precision
 def _completed(components: Tensor, missing: int) -> Tensor:
     """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``."""
     seed = torch.Generator().manual_seed(0)

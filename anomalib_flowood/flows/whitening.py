@@ -212,16 +212,9 @@ class PositionMoments:
 
     def __init__(self, maps: Tensor, around: Tensor | None = None) -> None:
         vectors = maps.flatten(2).permute(2, 0, 1)  # (h * w, n, D)
-        positions, self.count, dims = vectors.shape
+        self.count = vectors.shape[1]
         self.around = vectors.mean(1) if around is None else around
-        empty = partial(torch.empty, dtype=torch.float64, device=maps.device)
-        self._sum = empty(positions, dims)
-        self._scatter = empty(positions, dims, dims)
-        parts = (part.split(_POSITIONS) for part in (vectors, self.around, self._sum, self._scatter))
-        for some, centre, total, scatter in zip(*parts, strict=True):
-            centred = some - centre[:, None]
-            total.copy_(centred.sum(1))
-            scatter.copy_(centred.mT @ centred)
+        self._sum, self._scatter = _sums(vectors, self.around)
 
     def without(self, others: PositionMoments) -> PositionMoments:
         """Return those of all maps but some, whose sums were taken around the same."""
@@ -239,6 +232,21 @@ class PositionMoments:
     def scatter(self) -> Tensor:
         """``(h * w, D, D)``, float64."""
         return torch.baddbmm(self._scatter, self._sum[:, :, None], self._sum[:, None], alpha=-1 / self.count)
+
+
+@full_precision
+def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and scatter of vectors, ``(h * w, n, D)``, around others, ``(h * w, D)``; float64."""
+    positions, _, dims = vectors.shape
+    empty = partial(torch.empty, dtype=torch.float64, device=vectors.device)
+    total, scatter = empty(positions, dims), empty(positions, dims, dims)
+    for some, centre, *filled in zip(
+        *(part.split(_POSITIONS) for part in (vectors, around, total, scatter)), strict=True
+    ):
+        centred = some - centre[:, None]
+        for part, values in zip(filled, (centred.sum(1), centred.mT @ centred), strict=True):
+            part.copy_(values)
+    return total, scatter
 
 
 class PositionWhitening(ForEachKind, Layer):
@@ -282,6 +290,7 @@ class PositionWhitening(ForEachKind, Layer):
         self.register_buffer("mean", torch.zeros(height * width, dims))
         self.register_buffer("factors", torch.eye(dims).repeat(height * width, 1, 1))
 
+    @full_precision
     def fit(self, samples: Tensor | PositionMoments) -> None:
         """Fit means and covariances.
 

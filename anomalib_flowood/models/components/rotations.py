@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from anomalib_flowood.flows import full_precision
 from anomalib_flowood.metrics import auroc
 
 QUARTERS = (0, 2, 1, 3)
@@ -89,6 +90,7 @@ def turns_that_fit(features: tuple[Tensor, ...], turns: int, limit: float = LIMI
     return fitting[-1], aurocs
 
 
+@full_precision
 def _squares(part: Tensor, turns: int) -> Tensor:
     """Squared distances of turned images to the images themselves, of a part of their features, ``(turns, N, N)``."""
     part = part.float()

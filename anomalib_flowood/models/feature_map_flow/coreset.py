@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anomalib_flowood.flows import full_precision
+
 DISTANCES = 2**25
 """Distances at a time."""
 
@@ -21,6 +23,7 @@ AT_ONCE = 8192
 """Farthest points among which points are taken."""
 
 
+@full_precision
 def farthest_first(points: Tensor, count: int, start: int, at_once: int = AT_ONCE) -> list[int]:
     """Take points, each the farthest from those before it.
 
