@@ -49,8 +49,8 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
         ValueError: If a score is NaN, or there is no calibration score.
     """
     _check_scores(calibration, scores)
-    ascending = np.sort(calibration.double().cpu().numpy(), axis=None)  # float64 holds numbers of any precision
-    found = p_values_among(ascending, scores.detach().double().cpu().numpy())
+    ascending = np.sort(calibration.cpu().double().numpy(), axis=None)  # float64 holds numbers of any precision
+    found = p_values_among(ascending, scores.detach().cpu().double().numpy())
     return torch.from_numpy(np.asarray(found)).to(scores.device)
 
 
@@ -183,7 +183,7 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
         msg = "There are no scores to test for drift."
         raise ValueError(msg)
     # Float64 holds numbers of any precision.
-    samples = (values.detach().flatten().double().cpu().numpy() for values in (calibration, scores))
+    samples = (values.detach().flatten().cpu().double().numpy() for values in (calibration, scores))
     return float(stats.ks_2samp(*samples).pvalue)
 
 

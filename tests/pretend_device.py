@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map_only
 from torchvision.tv_tensors import TVTensor
 
+from anomalib_flowood.flows import precision
+
 aten = torch.ops.aten
 DEVICE = torch.device("meta")
 
@@ -41,9 +43,12 @@ class PretendTensor(Tensor):
     """A tensor in main memory that says it is elsewhere."""
 
     inner: Tensor
+    doubles: ClassVar[bool] = True
+    """Whether the device has float64."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendTensor:
+        _refuse_doubles(inner)
         inference = inner.is_inference()
         alike = inference == torch.is_inference_mode_enabled()
         with nullcontext() if alike else torch.inference_mode(inference):
@@ -116,9 +121,17 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(msg)
     out = func(*inner_args, **inner_kwargs)
     if not away:
+        if any_away and func in (aten.copy_.default, aten._to_copy.default) and seen[-1].dtype != out.dtype:
+            _refuse_doubles(out)  # another precision is converted before it is copied
         return out
     out = tree_map_only(Tensor, PretendTensor, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if any_away and _aliases(func) else out
+
+
+def _refuse_doubles(x: Tensor) -> None:
+    if x.dtype == torch.float64 and not PretendTensor.doubles:
+        msg = "Cannot convert a tensor to float64 dtype as the device doesn't support float64."
+        raise TypeError(msg)
 
 
 def _unwrap(x: Any, seen: list[Tensor]) -> Any:
@@ -207,13 +220,19 @@ class PretendAccelerator(Accelerator):
 
 
 @contextmanager
-def pretend_device() -> Iterator[torch.device]:
-    """Make the device, which is there until the context ends."""
+def pretend_device(*, doubles: bool = True) -> Iterator[torch.device]:
+    """Make the device, which is there until the context ends.
+
+    Args:
+        doubles: Whether it has float64, which Apple's MPS has not.
+    """
     fused = [*optimizer._get_fused_kernels_supported_devices(), DEVICE.type]
     with (
         patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: fused),
         patch.object(torch, "Generator", _Generator),
         patch.object(_Generator, "away", []),
+        patch.object(PretendTensor, "doubles", doubles),
+        patch.object(precision, "_WITHOUT_DOUBLES", set() if doubles else {DEVICE.type}),
         patch.object(torch.accelerator, "synchronize", lambda device=None: None),
         _Functions(),
         _Dispatch(),

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import ColorJitter
 from anomalib_flowood import OneClass
 from anomalib_flowood.explain import explain
 from anomalib_flowood.models.components import backbone_pre_processor, rotations
-from anomalib_flowood.scores import SCORES, Ensemble, LocalIntrinsicDimension
+from anomalib_flowood.scores import SCORES, DensityOfStates, Ensemble, LocalIntrinsicDimension
 from benchmarks.contest.baselines import MODELS, Baseline
 
 TINY = {"max_epochs": 1}
@@ -161,6 +161,33 @@ def test_kinds_of_images_and_turned_copies_are_fitted_there(kind, turned, away, 
     assert explain(detector, module, tmp_path / "page", max_images=8).is_file()
 
 
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    [*(("pixel_flow", score) for score in SCORES), ("embedding_flow", "nll"), ("feature_map_flow", None)],
+)
+def test_a_device_needs_no_float64(kind, score, images, two_products, tmp_path, monkeypatch):
+    """Apple's MPS has none."""
+    monkeypatch.setattr(LocalIntrinsicDimension, "fit_images", 8)
+    monkeypatch.setattr(Ensemble, "size", 2)
+    of_kinds = {} if kind == "pixel_flow" else {"image_size": (48, 48), "kind_images": 10}
+    module = two_products if of_kinds else images
+    torch.manual_seed(0)
+    detector = BUILD[kind](**({"score": score} if score else {}), **of_kinds)
+    with pretend_device(doubles=False) as device:
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(3, device=device).double()
+        run = engine(tmp_path, accelerator=PretendAccelerator(), strategy=SingleDeviceStrategy(device))
+        run.fit(detector, datamodule=module)
+        run.test(detector, datamodule=module)
+        assert all(batch.p_value is not None for batch in run.predict(detector, dataloaders=module.test_dataloader()))
+        there = outputs(detector.to(device), batch_of(module))
+        if score in ("nll", None):
+            assert explain(detector, module, tmp_path / "page", max_images=8).is_file()
+        detector.cpu()
+    for name, value in outputs(detector, batch_of(module)).items():
+        torch.testing.assert_close(there[name], value, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("kind", ["pixel_flow", "embedding_flow"])
 def test_a_score_is_fitted_there_without_training(kind, away, images, tmp_path):
     detector, module = BUILD[kind](score="typicality"), images
@@ -169,6 +196,18 @@ def test_a_score_is_fitted_there_without_training(kind, away, images, tmp_path):
     detector.to(away.device).fit_score(module.train_dataloader())
     assert detector.model.scorer.mean.device.type == away.device.type
     torch.testing.assert_close(detector.model.scorer.mean.cpu(), mean, rtol=1e-3, atol=1e-4)
+
+
+def test_a_score_learns_in_main_memory(away, images, tmp_path, monkeypatch):
+    """CUDA's median, which comes with a place, is refused where a trainer is to be deterministic."""
+    seen = []
+    learn = DensityOfStates.fit_statistics
+    monkeypatch.setattr(
+        DensityOfStates, "fit_statistics", lambda self, found: (seen.append(found.device.type), learn(self, found))
+    )
+    detector = BUILD["pixel_flow"](score="density_of_states")
+    engine(tmp_path, **away.trainer()).fit(detector, datamodule=images)
+    assert seen == ["cpu"]
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -71,7 +71,7 @@ def score(detector: FlowModule, images: ImageSet, advance: Callable[[], None]) -
             log_prob, found = model.log_prob_of(prepared), model.predict(prepared)
         assert found.pred_score is not None  # every detector scores images
         log_probs.append(log_prob.cpu())
-        bits.append(model.bits_per_dim(chunk, log_prob=log_prob).double().cpu())
+        bits.append(model.bits_per_dim(chunk, log_prob=log_prob).cpu().double())
         scores.append(found.pred_score.cpu())
         advance()
     adapted, records = None, []

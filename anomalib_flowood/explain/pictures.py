@@ -73,7 +73,7 @@ def draw_histograms(log_probs: Mapping[str, Tensor], aurocs: Mapping[str, float]
         aurocs: AUROC by outside set.
         path: File to write.
     """
-    numbers = {name: part.double().cpu().numpy() for name, part in log_probs.items()}
+    numbers = {name: part.cpu().double().numpy() for name, part in log_probs.items()}
     values = {name: np.where(np.isnan(part), -np.inf, part) for name, part in numbers.items()}
     inside, *outside = values
     with mpl.rc_context(_STYLE):

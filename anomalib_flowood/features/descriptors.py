@@ -91,7 +91,7 @@ class Descriptors(nn.Module):
         for start, chunk in zip(range(0, n, _CHUNK), maps.split(_CHUNK), strict=True):
             inside = drawn[(drawn >= start * positions) & (drawn < (start + len(chunk)) * positions)]
             described = _describe(chunk.to(self.scale)).permute(0, 2, 3, 1).flatten(0, 2)
-            found[filled : filled + len(inside)] = described[inside - start * positions]
+            found[filled : filled + len(inside)] = described[inside - start * positions].cpu()
             filled += len(inside)
         return found
 

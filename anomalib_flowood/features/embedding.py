@@ -161,7 +161,7 @@ class Layout(nn.Module):
         drawn = draw(images * height * width, _FIT_POSITIONS)
         image, place = drawn // (height * width), drawn % (height * width)
         vectors = layer[image, :, place // width, place % width]
-        pca = PCA(svd_solver="covariance_eigh").fit(vectors.double().cpu().numpy())
+        pca = PCA(svd_solver="covariance_eigh").fit(vectors.cpu().double().numpy())
         count = len(self.directions)
         variances = torch.from_numpy(pca.explained_variance_[:count])
         scale = variances.clamp(min=max(1e-6 * float(variances[0]), 1e-12)) ** -0.25

@@ -133,9 +133,9 @@ def _fused(convolution: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias of both, in the weight's memory format; computed in float64."""
     weight, bias = convolution.weight, convolution.bias
     of_norm = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    exact: Any = [part.double() if isinstance(part, Tensor) else part for part in (weight, bias, *of_norm)]
+    exact: Any = [part.cpu().double() if isinstance(part, Tensor) else part for part in (weight, bias, *of_norm)]
     fused = fuse_conv_bn_weights(*exact)
-    new_weight, new_bias = (nn.Parameter(part.detach().to(weight.dtype), requires_grad=False) for part in fused)
+    new_weight, new_bias = (nn.Parameter(part.detach().to(weight), requires_grad=False) for part in fused)
     new_weight.data = torch.empty_like(weight).copy_(new_weight)  # empty_like keeps the memory format
     return new_weight, new_bias
 

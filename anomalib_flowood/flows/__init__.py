@@ -27,7 +27,7 @@ from .pixels import (
 )
 from .position_couplings import PositionCoupling, QuadrantContextCoupling, encode_places
 from .positions import CONTEXTS, PositionFlow, draw_positions, position_flow
-from .precision import full_precision
+from .precision import full_precision, with_doubles
 from .rows import Computed, Moments, Rows, draw, in_turn, take
 from .shrunk import ShrunkGaussian
 from .subnets import (
@@ -114,4 +114,5 @@ __all__ = [
     "subnet_constructor",
     "take",
     "vector_flow",
+    "with_doubles",
 ]

@@ -155,8 +155,12 @@ class GaussianMixture(ForEachKind):
         return covariance
 
     def transform(self, matrix: Tensor) -> None:
-        """Move the means to where points ``x`` become ``x @ matrix``, ``(k, k)``, and have a covariance of I."""
-        self.centres = (self.centres.to(matrix) @ matrix).to(self.centres)
+        """Move the means to where points ``x`` become ``x @ matrix``, and have a covariance of I.
+
+        Args:
+            matrix: ``(k, k)``, in main memory.
+        """
+        self.centres = (self.centres.cpu().to(matrix) @ matrix).to(self.centres)
 
     def log_prob(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
         """Log-density of latents, ``(N, k)``, each by the fit to its kind, ``(N,)``, if there are several; nats."""
@@ -248,7 +252,7 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
     ):
         clusterings = list(threads.map(find, range(runs)))
         for part in in_turn(points):
-            exact = part.double().cpu()
+            exact = part.cpu().double()
             single = exact.float().numpy()
             moments.add(exact)
             list(threads.map(count_in, clusterings, sums, sizes))

@@ -22,6 +22,14 @@ _depth: Counter[str] = Counter()
 _before: dict[str, list[tuple[Any, str]]] = {}
 
 
+_WITHOUT_DOUBLES = {"mps"}
+
+
+def with_doubles(device: torch.device) -> torch.device:
+    """Where numbers of a device are computed in float64: there, or on the CPU where the device has none."""
+    return torch.device("cpu") if device.type in _WITHOUT_DOUBLES else device
+
+
 def full_precision(method: _Method) -> _Method:
     """Decorate what a density is computed by, so that it works in the precision of its tensors, and no less.
 

@@ -94,7 +94,7 @@ class Moments:
         """Count some points in, ``(n, D)``."""
         if not len(points):
             return
-        points = points.double().cpu()
+        points = points.cpu().double()
         self.count += len(points)
         if self._scatter is None:
             self._kept.append(points)

@@ -131,11 +131,11 @@ class ShrunkGaussian(ForEachKind):
         Returns:
             The matrix that brings these coordinates to the standardised ones of :meth:`forward`, ``(k, k)``.
         """
-        k, tail = self.directions, self.tail_variance.double().cpu()
+        k, tail = self.directions, self.tail_variance.cpu().double()
         variances, turn = (
-            torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(covariance.double().cpu().numpy())
+            torch.from_numpy(part).flip(-1) for part in np.linalg.eigh(covariance.cpu().double().numpy())
         )
-        variances = self._kept(noise).cpu() * variances.clamp(min=0) + tail
+        variances = self._kept(noise) * variances.clamp(min=0) + tail
         self.components[:k] = (turn.T.to(self.components) @ self.components[:k]).to(self.components)
         self.variances[:k] = variances.to(self.variances)
         return turn / variances.sqrt()
@@ -202,8 +202,8 @@ class ShrunkGaussian(ForEachKind):
 
     def _kept(self, noise: float) -> Tensor:
         """What is kept of the sample covariance, 1 - s: shrinking leaves its mean as it is, noise adds to that."""
-        tail, dims = self.tail_variance.double(), len(self.mean)
-        level = (self.variances.double().sum() + (dims - len(self.variances)) * tail) / dims
+        tail, dims = self.tail_variance.cpu().double(), len(self.mean)
+        level = (self.variances.cpu().double().sum() + (dims - len(self.variances)) * tail) / dims
         return 1 - (tail - noise) / (level - noise)
 
 
@@ -218,9 +218,9 @@ def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:
 @full_precision
 def _completed(components: Tensor, missing: int) -> Tensor:
     """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``."""
-    seed = torch.Generator().manual_seed(0)
-    added = torch.randn(missing, components.shape[1], dtype=components.dtype, generator=seed).to(components)
+    given = components.cpu()  # MPS has no QR decomposition
+    added = torch.randn(missing, given.shape[1], dtype=given.dtype, generator=torch.Generator().manual_seed(0))
     for _ in range(2):  # twice, since the first projection leaves what rounding leaves
-        added = added - (added @ components.T) @ components
+        added = added - (added @ given.T) @ given
         added = torch.linalg.qr(added.T)[0].T
-    return torch.cat([components, added])
+    return torch.cat([components, added.to(components)])

@@ -16,7 +16,7 @@ from torch.nn import functional
 from .fitted import principal_directions
 from .kinds import ForEachKind
 from .layers import Layer
-from .precision import full_precision
+from .precision import full_precision, with_doubles
 
 _POINTS_PER_DIRECTION = 2
 """With fewer points for each direction, whitening would learn them by heart."""
@@ -226,7 +226,7 @@ class PositionMoments:
     @property
     def mean(self) -> Tensor:
         """``(h * w, D)``, float64."""
-        return self.around + self._sum / self.count
+        return self.around.to(self._sum.device) + self._sum / self.count
 
     @property
     def scatter(self) -> Tensor:
@@ -238,14 +238,14 @@ class PositionMoments:
 def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and scatter of vectors, ``(h * w, n, D)``, around others, ``(h * w, D)``; float64."""
     positions, _, dims = vectors.shape
-    empty = partial(torch.empty, dtype=torch.float64, device=vectors.device)
+    empty = partial(torch.empty, dtype=torch.float64, device=with_doubles(vectors.device))
     total, scatter = empty(positions, dims), empty(positions, dims, dims)
     for some, centre, *filled in zip(
         *(part.split(_POSITIONS) for part in (vectors, around, total, scatter)), strict=True
     ):
         centred = some - centre[:, None]
         for part, values in zip(filled, (centred.sum(1), centred.mT @ centred), strict=True):
-            part.copy_(values)
+            part.copy_(values.to(part.device))
     return total, scatter
 
 

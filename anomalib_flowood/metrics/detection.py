@@ -19,6 +19,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from anomalib_flowood.flows import with_doubles
+
 from . import bins
 from .functional import (
     INSIDE,
@@ -97,7 +99,8 @@ class _Scores(Metric):
             return {}
         names = os.fsdecode(source.cpu().numpy().tobytes()).split("\0")[:-1]
         values = self._measure_sets(preds, target, names)
-        return {name: torch.tensor(value, dtype=torch.float64, device=preds.device) for name, value in values.items()}
+        place = with_doubles(preds.device)
+        return {name: torch.tensor(value, dtype=torch.float64, device=place) for name, value in values.items()}
 
     def _measure_sets(self, scores: Tensor, labels: Tensor, sources: Sequence[str]) -> dict[str, float]:
         return per_set(self.measure, scores, labels, sources)
@@ -299,7 +302,7 @@ class F1Score(AnomalibF1Score):
 
 
 def _of_label(middle: Callable[[Tensor], float], values: Tensor, labels: Tensor, label: int) -> float:
-    chosen = values.double()[labels == label]
+    chosen = values[labels == label].cpu().double()
     if len(chosen) == 0:
         return not_defined("BitsPerDim", outside=not label, stacklevel=4)
     return middle(chosen)

@@ -71,7 +71,9 @@ class DensityOfStates(Score):
 
     def _raised(self, statistics: Tensor) -> Tensor:
         """Statistics, those on the good side brought to the median."""
-        return statistics.clamp(min=self.floor.to(statistics)) if self.has_good_side else statistics
+        if not self.has_good_side:
+            return statistics
+        return statistics.clamp(min=self.floor.to(statistics.device).to(statistics.dtype))
 
     def combine(self, statistics: Tensor) -> Tensor:
         """−log of the product of the statistics' densities, nats, ``(N,)``."""

@@ -53,7 +53,7 @@ class Evidence(ForEachKind):
         if not bool(torch.isfinite(statistics).all()):
             msg = "A statistic of a normal image is NaN or infinite: has the flow diverged? Lower learning_rate."
             raise ValueError(msg)
-        statistics = statistics.double()
+        statistics = statistics.cpu().double()
         location = statistics.mean(0)
         size = location.abs().clamp(min=1e-12)
         own = (statistics.std(0) / size).square()

@@ -7,6 +7,8 @@ import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
+from anomalib_flowood.flows import with_doubles
+
 from .score import FlowDensity, Inputs, Score
 
 _IMAGES_AT_ONCE = 4
@@ -36,12 +38,12 @@ def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -
     def latents(point: Tensor) -> Tensor:
         return flow(point[None])[0].flatten()
 
-    parts = []
+    parts, place = [], with_doubles(x.device)
     # Tensors made in inference mode have no derivatives, in whatever mode they are used.
     with torch.inference_mode(mode=False), torch.no_grad():
         for chunk in x.clone().split(_IMAGES_AT_ONCE):
-            jacobian = torch.func.vmap(torch.func.jacrev(latents))(chunk).flatten(2).double()
-            z = flow(chunk)[0].flatten(1).double()
+            jacobian = torch.func.vmap(torch.func.jacrev(latents))(chunk).flatten(2).to(place).double()
+            z = flow(chunk)[0].flatten(1).to(place).double()
             gram = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) + scale**2 * jacobian @ jacobian.mT
             factor, failed = torch.linalg.cholesky_ex(gram)
             factor[failed > 0] = torch.nan
@@ -49,7 +51,7 @@ def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -
             solved = (inverse @ z[:, :, None])[:, :, 0]
             trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
             parts.append(trace + (z * solved).sum(1) - solved.square().sum(1))
-    return torch.cat(parts).to(x.dtype)
+    return torch.cat(parts).to(x.dtype).to(x.device)
 
 
 class LocalIntrinsicDimension(Score):

@@ -123,7 +123,7 @@ class Score(nn.Module):
         if count < _FEWEST_IMAGES:
             msg = f"The score {self.name!r} is fitted on at least {_FEWEST_IMAGES} training images, got {count}."
             raise ValueError(msg)
-        statistics = torch.cat(rows).double()
+        statistics = torch.cat(rows).cpu().double()
         refuse_infinite(statistics, "training", "statistic", f"the score {self.name!r} cannot be fitted")
         self.fit_statistics(statistics)
         self.fitted.fill_(True)
@@ -133,7 +133,7 @@ class Score(nn.Module):
         raise NotImplementedError
 
     def fit_statistics(self, statistics: Tensor) -> None:
-        """Learn from the statistics of all training images, ``(n, S)``, float64 and finite."""
+        """Learn from the statistics of all training images, ``(n, S)``, float64 and finite, in main memory."""
         raise NotImplementedError
 
     def combine(self, statistics: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class KeptEpoch(_Base):
     def _bits(self, batch: Any, losses: Tensor) -> Tensor:
         """Bits per dimension of the normal images of a batch, from −log p per dimension of all, nats, ``(N,)``."""
         normal = slice(None) if batch.gt_label is None else ~batch.gt_label.bool()
-        exact = losses[normal].double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
+        exact = losses[normal].cpu().double().nan_to_num(nan=math.inf, posinf=math.inf)
         return flows.bits_per_dim(-exact * self.model.dims, self.model.dims, self.model.levels)
 
     def _held_out(self) -> Iterator[Any]:

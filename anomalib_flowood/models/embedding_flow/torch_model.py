@@ -172,7 +172,7 @@ class EmbeddingFlowModel(FlowModel):
             self.fit_embeddings(_some_of(embeddings, rows))
 
         fit_to_each(of_kinds, fit, [*self.gaussians, self.base, self.unseen])
-        shares = (self.dims * self.unseen.location[:, 0].double()).log_softmax(0)
+        shares = (self.dims * self.unseen.location[:, 0].cpu().double()).log_softmax(0)
         self.base.weigh(shares)
         self.unseen.location = self.unseen.location - (shares / self.dims).to(self.unseen.location)[:, None]
 
