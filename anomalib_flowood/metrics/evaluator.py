@@ -52,7 +52,8 @@ class PerSetEvaluator(Evaluator):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move metrics as anomalib does; let the table at the end of a test name what is not defined."""
         asked = self.compute_on_cpu
-        self.compute_on_cpu = asked and trainer.num_devices == 1  # of several anomalib moves nothing, and warns of it
+        # Of several anomalib moves nothing, and warns of it; but it counts those of one machine alone.
+        self.compute_on_cpu = asked and trainer.world_size == 1
         super().setup(trainer, pl_module, stage)
         self.compute_on_cpu = asked
         if stage == "test":

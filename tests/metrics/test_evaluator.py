@@ -303,8 +303,10 @@ def test_the_table_says_what_is_not_defined(
 def test_of_several_devices_nothing_is_said_and_one_later_has_its_metrics_in_main_memory(caplog) -> None:
     evaluator = PerSetEvaluator()
     with patch.object(evaluator, "metrics_to_cpu") as moved:
-        evaluator.setup(SimpleNamespace(num_devices=2), None, "validate")
+        evaluator.setup(SimpleNamespace(num_devices=2, world_size=2), None, "validate")
         assert not moved.called
-        evaluator.setup(SimpleNamespace(num_devices=1), None, "validate")
+        evaluator.setup(SimpleNamespace(num_devices=1, world_size=2), None, "validate")  # of each of two machines
+        assert not moved.called
+        evaluator.setup(SimpleNamespace(num_devices=1, world_size=1), None, "validate")
         assert moved.called
     assert not caplog.records
