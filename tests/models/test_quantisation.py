@@ -9,9 +9,10 @@ import torch
 from anomalib.deploy.export import CompressionType
 from model_helpers import DETECTORS, data, engine
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from anomalib_flowood import OneClass, load
-from anomalib_flowood.models.components import export
+from anomalib_flowood.models.components import export, quantisation
 
 pytest.importorskip("nncf", reason="INT8 export is the extra anomalib-flowood[int8]")
 
@@ -32,6 +33,18 @@ def case(tmp_path_factory):
 
 def images_of(loader):
     return torch.cat([batch.image for batch in loader])
+
+
+def test_images_are_drawn_alike_and_no_other_random_number_is_touched(monkeypatch):
+    seeded, state = [], torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    loader = DataLoader(range(100), shuffle=True, collate_fn=np.array)
+    first = [int(number[0]) for number in quantisation._first(loader, 20)]
+    assert first != sorted(first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    assert [int(number[0]) for number in quantisation._first(loader, 20)] == first
+    assert not seeded
 
 
 @pytest.mark.parametrize("kind", ["int8_ptq", "int8_acq"])

@@ -71,10 +71,7 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
     import nncf
 
     kept = nncf.IgnoredScope(names=_outside(model, nodes), validate=False)
-    # The graph that gives the calibration is to be quantised by the same images: loaders draw their order.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        samples = list(islice(images, _IMAGES))
+    samples = _first(images, _IMAGES)
     # On a thread of its own, as every inference by OpenVINO: see openvino_runtime().
     with ThreadPoolExecutor(1) as thread:
         # Weights of 7 bits: CPUs without VNNI add products of 8 bits up in 16, which overflow.
@@ -86,6 +83,16 @@ def quantised(model: Any, nodes: Set[str], images: Iterable[np.ndarray]) -> Any:
         shape[0] = 1
         found.reshape({found.input(0): shape})
     return found
+
+
+def _first(images: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
+    """Take so many images, always the same, though loaders draw their order.
+
+    The graph that gives the calibration is to be quantised by the same images as the one that is kept.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # that of the CPU alone, which is put back
+        return list(islice(images, count))
 
 
 def with_small_weights(model: Any, nodes: Set[str]) -> Any:
