@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import ColorJitter
 
 from anomalib_flowood import OneClass
 from anomalib_flowood.explain import explain
+from anomalib_flowood.flows import Whitening
 from anomalib_flowood.models.components import backbone_pre_processor, rotations
 from anomalib_flowood.scores import SCORES, DensityOfStates, Ensemble, LocalIntrinsicDimension
 from benchmarks.contest.baselines import MODELS, Baseline
@@ -271,6 +272,19 @@ def test_a_forgotten_move_fails_there(away):
     assert (there + here.sum() == there * 4).all()
     assert there[torch.tensor([0, 2])].shape == (2,)
     assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_of_maps_their_blocks_alone_are_brought_to_main_memory(block, away, monkeypatch):
+    maps = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    here, there = (Whitening([(3, 8, 8)], 4, block=block) for _ in range(2))
+    here.fit(maps)
+    brought, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (brought.append(self.numel()), cpu(self))[1])
+    there.to(away.device).fit(maps.to(away.device))
+    assert max(brought) == maps.numel() // block**2
+    monkeypatch.undo()
+    torch.testing.assert_close(there.whitened(maps.to(away.device)).cpu(), here.whitened(maps))
 
 
 # -- precision ----------------------------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ class Whitening(ForEachKind, Layer):
             msg = f"Whitening is fitted to at least 2 samples, got {n}."
             raise ValueError(msg)
         centre = samples.mean(0)
-        centred = (samples.sub_(centre) if overwrite else samples - centre).cpu()
-        blocks = self._blocks(centred)
+        centred = samples.sub_(centre) if overwrite else samples - centre
+        blocks = self._blocks(centred).cpu()
         variances, directions = principal_directions(blocks, min(self.most, n // _POINTS_PER_DIRECTION))
         variances = variances.to(samples) * n / (n - 1)
-        left = torch.linalg.vector_norm(centred).square().to(samples) / (n - 1) - variances.sum()
+        left = torch.linalg.vector_norm(centred).square() / (n - 1) - variances.sum()
         rest = (left / max(1, centre.numel() - len(variances))).clamp(min=1e-6)
         self.mean = centre.to(self.mean)
         self.rest = rest.to(self.mean)
