@@ -9,6 +9,7 @@ and forgets across checkpoints whether it has started.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from FrEIA.framework import SequenceINN
@@ -215,6 +216,8 @@ class ActNorm(_ImageLayer):
 
     initialized: Tensor
     """Whether the start has happened; a buffer."""
+    _seen = False
+    """Whether it was seen to have happened: then nobody waits for the device, which knows, in every step."""
 
     def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
@@ -229,9 +232,17 @@ class ActNorm(_ImageLayer):
         self.log_scale.copy_(-torch.where(std > _CONSTANT, std, torch.ones_like(std)).log().reshape(-1, 1, 1))
         self.initialized.fill_(True)
 
+    def _has_started(self) -> bool:
+        self._seen = self._seen or bool(self.initialized)
+        return self._seen
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._seen = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Shift and scale ``x``, or undo it."""
-        if self.training and not rev and not self.initialized and len(x):  # nothing has no mean
+        if self.training and not rev and len(x) and not self._has_started():  # nothing has no mean
             self._initialize(x)
         log_det = (self.shape[1] * self.shape[2] * self.log_scale.sum()).expand(x.shape[0])
         if rev:

@@ -189,6 +189,18 @@ def test_a_checkpoint_remembers_whether_actnorm_has_started():
     torch.testing.assert_close(call(again)(x)[0], y)
 
 
+def test_actnorm_asks_its_device_once_whether_it_has_started(monkeypatch):
+    module, x = ActNorm([SHAPE]), torch.randn(4, *SHAPE) * 3 + 1
+    never = saved(module)
+    expected = call(module)(x)[0]
+    call(module)(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("waits for the device"))
+        assert torch.equal(call(module)(x)[0], expected)
+    module.load_state_dict(never)  # and here it begins anew
+    torch.testing.assert_close(call(module)(x + 7)[0], expected)
+
+
 # -- invertible 1×1 convolution --------------------------------------------------------------------------------------
 
 
