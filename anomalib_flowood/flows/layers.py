@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invertible layers beside the couplings: squeeze, factoring out, ActNorm, 1×1 convolution, whitening.
+"""Invertible layers beside the couplings: squeeze, factoring out, ActNorm, 1×1 convolution.
 
 FrEIA has some of them, which do not fit here: its squeeze is a convolution, which GPUs compute in reduced precision
 (TF32) by default, so that a reordering would round; its ActNorm starts in evaluation and in the inverse direction,
