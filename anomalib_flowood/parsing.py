@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
@@ -72,6 +72,19 @@ def with_config(parser: FlowoodParser) -> FlowoodParser:
     """Let a parser take configuration files."""
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file, in YAML or JSON.")
     return parser
+
+
+def whole_numbers_first(parser: ArgumentParser) -> None:
+    """Let an argument that is an integer or a float read ``1`` as the integer, in whichever order its type names them.
+
+    To Lightning ``limit_val_batches: 1`` is a batch, and 1.0 all of them. It names the integer first, and Python may
+    give it another library's union all the same, in which the float is: to its cache of types both are equal.
+    """
+    for action in parser._actions:
+        kind: Any = getattr(action, "_typehint", None)
+        kinds = get_args(kind) if get_origin(kind) is Union else ()
+        if {int, float} <= {*kinds}:
+            action._typehint = Union[tuple(sorted(kinds, key=lambda one: one is not int))]  # type: ignore[attr-defined]  # noqa: UP007
 
 
 def mended(message: str, parser: ArgumentParser) -> str:

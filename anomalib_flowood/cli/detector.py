@@ -11,6 +11,7 @@ from typing import Any
 
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.models import AnomalibModule
+from jsonargparse import ArgumentParser
 
 from anomalib_flowood import models
 from anomalib_flowood.cli.folders import with_data_modules
@@ -23,6 +24,7 @@ from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoint_files import CLASS
 from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
 from anomalib_flowood.models.components.restoring import scored_anew
+from anomalib_flowood.parsing import whole_numbers_first
 
 TRAINING = ("fit", "train")
 """Subcommands that train."""
@@ -55,6 +57,14 @@ class DetectorCLI(AnomalibCLI):
             builder: Any = self._build_detector
             parser.add_instantiator(builder, AnomalibModule)  # type: ignore[type-abstract]
         self._take_settings()
+
+    @staticmethod
+    def _add_trainer_arguments_to_parser(
+        parser: ArgumentParser, add_optimizer: bool = False, add_scheduler: bool = False
+    ) -> None:
+        """Add the trainer's arguments, of which those that count batches take whole numbers for such."""
+        AnomalibCLI._add_trainer_arguments_to_parser(parser, add_optimizer, add_scheduler)
+        whole_numbers_first(parser)
 
     def before_instantiate_classes(self) -> None:
         """Refuse to go on without a detector, or without images."""
