@@ -6,11 +6,12 @@ import os
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch, ImageItem
+from anomalib.data import ImageBatch, ImageItem, InferenceBatch
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
 from model_helpers import DETECTORS, data, engine, pixel_flow
 from signal_stack import disable_signal_stack, has_signal_stack
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood import PixelFlow, exported
-from anomalib_flowood.models.components import ExportCheckError, export_check, export_images
+from anomalib_flowood.models.components import ConformalPostProcessor, ExportCheckError, export_check, export_images
 from anomalib_flowood.models.components.export_check import (
     BOUND,
     Runtime,
@@ -218,18 +219,62 @@ def test_what_rounding_does_is_not_held_against_an_export(pixels):
     center = float(detector.raw_scores(images).median())
     detector.post_processor.calibrate(center * (1 + torch.linspace(-1e-6, 1e-6, 40)))  # a few steps of float32
 
-    def scaled(factor):
+    def moved(step):
         return compare_runtime(
-            detector, Runtime(lambda images: export_check.reference(detector, torch.tensor(images), factor))
+            detector, Runtime(lambda images: export_check.reference(detector, torch.tensor(images), step))
         )
 
-    differences, count, kept = scaled(1 + 2e-7)
+    differences, count, kept = moved(2e-7)
     assert kept
     assert differences["pred_score"] > BOUND
     assert count == 10
-    assert not scaled(1 + 1e-3)[2]
+    assert not moved(1e-3)[2]
     fixed = list(export_check.batches(detector.check_images, (3, 3, 8, 8)))
     assert [tuple(batch.shape) for batch in fixed] == [(3, 3, 8, 8)] * 2
+
+
+def test_a_score_that_passes_through_zero_has_the_rounding_of_its_terms():
+    scores = torch.tensor([0.04, -0.0003, 0.0])
+    processor = ConformalPostProcessor()
+    processor.calibrate(torch.linspace(-0.0004, 0.0004, 40))
+    detector = SimpleNamespace(
+        dtype=torch.float32,
+        pre_processor=None,
+        model=lambda images: InferenceBatch(pred_score=images.flatten(1).mean(1)),
+        post_processor=processor,
+    )
+    images = scores[:, None, None, None].expand(3, 3, 4, 4)
+    expected = export_check.reference(detector, images)
+    slack = export_check.rounding(detector, images, expected, pixels=False)
+
+    def within(error):
+        got = {**expected, "raw_score": expected["raw_score"] + np.float32(error)}
+        batch = processor(InferenceBatch(pred_score=torch.tensor(got["raw_score"])))
+        return agree(compare({**got, "pred_score": batch.pred_score.numpy()}, expected, slack))
+
+    assert within(0)
+    assert within(5e-7)  # what ONNX Runtime was off by
+    assert within(-5e-7)
+    assert not within(1e-5)
+    assert not within(-1e-5)
+
+
+@pytest.mark.parametrize(("compression", "images"), [(None, 10), ("int8_ptq", 5)])
+def test_a_compressed_model_is_compared_in_its_own_size(compression, images, pixels, tmp_path, monkeypatch, capsys):
+    detector = PixelFlow.load_from_checkpoint(pixels.checkpoint).eval()
+    sizes = set()
+
+    def run(given):
+        sizes.add(given.shape[-2:])
+        return export_check.reference(detector, torch.tensor(given))
+
+    monkeypatch.setattr(export_check, "onnx_runtime", lambda path: Runtime(run))
+    found = check_export(detector, tmp_path / "model.onnx", ExportType.ONNX, compression)
+    own = tuple(detector.check_images.shape[-2:])
+    assert found["images"] == images
+    assert (sizes == {own}) == (compression is not None)
+    of = " of {} x {} pixels".format(*own) if compression else ""
+    assert f"on {images} normal images{of}: " in capsys.readouterr().out
 
 
 def test_a_pixel_between_two_levels_may_go_either_way(pixels):

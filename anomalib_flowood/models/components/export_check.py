@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -82,11 +82,19 @@ def check_export(
         ExportType.OPENVINO: partial(openvino_runtime, raw=raw),
     }[export_type]
     try:
-        found, images, passed = compare_runtime(detector, load(path))
+        runtime = load(path)
+        if compression is not None:
+            # It is calibrated on images that were scaled down to the detector's size: ones that were enlarged before
+            # are none that it has seen.
+            own = (side or size for side, size in zip(runtime.shape[2:], detector.check_images.shape[2:], strict=True))
+            runtime = replace(runtime, shape=[*runtime.shape[:2], *own])
+        found, images, passed = compare_runtime(detector, runtime)
     except ModuleNotFoundError as error:
         print(f"Check of {target}: nothing could be checked, for {error.name} is not installed.")
         return {"images": 0}
-    print(f"Check of {target}: largest differences from PyTorch on {images} normal images: {readable(found, images)}.")
+    size = "" if compression is None else f" of {runtime.shape[3]} x {runtime.shape[2]} pixels"
+    said = readable(found, images)
+    print(f"Check of {target}: largest differences from PyTorch on {images} normal images{size}: {said}.")
     result: dict[str, Any] = {"images": images, "bound": BOUND, "largest_differences": found}
     if compression is not None:
         logger.warning("Compression (%s) changes scores: no bound is asked of it.", compression)
@@ -215,13 +223,14 @@ def raw_onnx_path(path: Path) -> Path:
 
 
 @torch.no_grad()
-def reference(detector: AnomalibModule, images: Tensor, factor: float = 1.0) -> Outputs:
+def reference(detector: AnomalibModule, images: Tensor, step: float = 0.0) -> Outputs:
     """What the detector gives in PyTorch, pre-processing the images as it does when it is tested.
 
     Args:
         detector: In evaluation mode.
         images: In [0, 1], ``(N, 3, H, W)``; of 8 bits where the detector takes them so.
-        factor: Number to multiply raw scores and maps by before they are post-processed.
+        step: How far raw scores and maps are moved before they are post-processed, relative to their absolute value,
+            or to 1 where that is less.
 
     Returns:
         The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
@@ -230,7 +239,8 @@ def reference(detector: AnomalibModule, images: Tensor, factor: float = 1.0) -> 
         images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
     raw: InferenceBatch = detector.model(images if transform is None else transform(images))
-    raw = InferenceBatch(*(value if value is None or factor == 1 else value * factor for value in raw))
+    if step:
+        raw = InferenceBatch(*(value if value is None else value + step * value.abs().clamp(min=1) for value in raw))
     done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
     outputs = {name: value.numpy() for name, value in done._asdict().items() if value is not None}
     if done.pred_score is not raw.pred_score:
@@ -262,8 +272,9 @@ def batches(images: Tensor, shape: Sequence[int | None]) -> Iterator[Tensor]:
 def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs, *, pixels: bool) -> Outputs:
     """How far PyTorch's own outputs move with the last digits of numbers in single precision.
 
-    Normal scores that lie close together, in comparison to their size, have normalised scores that move with the last
-    digits of the raw ones, which are moved by a millionth.
+    Normal scores that lie close together have normalised scores that move with the last digits of the raw ones, which
+    are moved by a millionth; of 1, where they are smaller: a log-density that passes through 0 is a sum of numbers that
+    do not, and its last digits are theirs.
 
     Args:
         detector: In evaluation mode.
@@ -274,7 +285,7 @@ def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs, *, pix
             along.
     """
     small = 1e-6
-    moved = [reference(detector, images, 1 - small), reference(detector, images, 1 + small)]
+    moved = [reference(detector, images, step) for step in (-small, small)]
     if pixels:
         moved += [reference(detector, (images + step).clamp(0, 1)) for step in (-small, small)]
     with np.errstate(invalid="ignore"):
