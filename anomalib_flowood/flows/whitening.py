@@ -100,8 +100,11 @@ class Whitening(ForEachKind, Layer):
     def fit(self, samples: Tensor, *, overwrite: bool = False) -> None:
         """Fit mean, directions and variances to samples, ``(n, ...)``.
 
+        The mean variance of the rest is 1e-6 at least. That is for numbers of about variance 1, as standardised
+        coordinates and what :class:`PositionWhitening` leaves have: others have to be scaled before.
+
         Args:
-            samples: The samples.
+            samples: The samples; each counts as one of n, turned copies of others, too.
             overwrite: Whether they may be overwritten, which saves a copy.
 
         Raises:
@@ -263,7 +266,8 @@ class PositionWhitening(ForEachKind, Layer):
 
     with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1.
     What is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
-    position's own. Before a fit it is the identity.
+    position's own. Turned copies of an image, where they are fitted to, count as images, too: n is the number of maps.
+    Before a fit it is the identity.
 
     Args:
         dims_in: One map shape, ``[(D, h, w)]``.

@@ -136,7 +136,8 @@ class EmbeddingFlowModel(FlowModel):
 
         Args:
             features: What :meth:`extract` returns for all training images; in main memory, if they are many.
-            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+            copies: Rows of each image, one after the other: itself, and copies that are not independent of it. To the
+                moments of a density each counts as an image; kinds, and what is left out of a fit, are of images.
 
         Returns:
             The number of images of each kind.
