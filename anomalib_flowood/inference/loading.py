@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from anomalib_flowood.exported import read_description
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
@@ -23,12 +25,13 @@ _NAMED = 5
 """Files that a message names at most."""
 
 
-def load(path: str | Path) -> Detector:
-    """Load a trained detector to score images with, on the CPU.
+def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+    """Load a trained detector to score images with.
 
     Args:
         path: A checkpoint (``model.ckpt``), an export (``model.xml``, ``model.onnx``, ``model.pt``, or the
             ``model.json`` beside it), or the folder of an export. OpenVINO computes in single precision.
+        device: Where PyTorch computes, ``"cuda"`` say: that of a checkpoint or a torch export. Others are for the CPU.
 
     Returns:
         The detector, which reads and resizes images as its training did, and has its calibration. Pickled, it is the
@@ -37,7 +40,8 @@ def load(path: str | Path) -> Detector:
     Raises:
         FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it.
         ValueError: If a folder holds several exports; if a file is none of these; if a torch export is to be loaded,
-            which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule.
+            which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if
+            an export for the CPU is to be loaded for another device.
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
@@ -47,16 +51,16 @@ def load(path: str | Path) -> Detector:
         raise FileNotFoundError(msg)
     if path.is_dir():
         path = _export_in(path)
-    again = load, (path.absolute(),)
+    again = load, (path.absolute(), device)
     if path.suffix == ".ckpt":
-        return of_module(open_checkpoint(path), again)
+        return of_module(open_checkpoint(path).to(device), again)
     if path.suffix not in _SUFFIXES:
         msg = f"{path} is neither a checkpoint (.ckpt) nor an export (.xml, .onnx, .pt, or the .json beside it)."
         raise ValueError(msg)
     known = read_description(path)
     size = known["image_size"]
     return Detector(
-        _runtime(path.with_name(known["file"]), known),
+        _runtime(path.with_name(known["file"]), known, device),
         tuple(size) if size else None,
         known["calibration_scores"],
         known["level"],
@@ -69,10 +73,10 @@ def of_module(module: Any, again: Any = None) -> Detector:
     """Score with a trained detector that is in memory.
 
     Args:
-        module: One of the detectors of this package. It is put into evaluation mode, and onto the CPU.
+        module: One of the detectors of this package. It is put into evaluation mode, and computes where it is.
         again: See :class:`Detector`; by default this function and the module.
     """
-    module = module.eval().to("cpu")
+    module = module.eval()
     post_processor = module.post_processor
     calibrated = isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated
     size: Any = module.input_size
@@ -106,9 +110,9 @@ def _is_export(file: Path) -> bool:
     return file.suffix in _SUFFIXES - {".json"} and not (file.suffix == ".onnx" and file.stem.endswith("_raw"))
 
 
-def _runtime(path: Path, known: dict[str, Any]) -> Runtime:
+def _runtime(path: Path, known: dict[str, Any], device: str | torch.device) -> Runtime:
     try:
-        return _computing(path, known)
+        return _computing(path, known, device)
     except (ValueError, ModuleNotFoundError, FileNotFoundError):
         raise
     except Exception as error:  # every runtime has its own for a file that is not whole
@@ -117,7 +121,7 @@ def _runtime(path: Path, known: dict[str, Any]) -> Runtime:
         raise ValueError(msg) from error
 
 
-def _computing(path: Path, known: dict[str, Any]) -> Runtime:
+def _computing(path: Path, known: dict[str, Any], device: str | torch.device) -> Runtime:
     if known["export_type"] == "torch":
         if os.environ.get("TRUST_REMOTE_CODE", "0").lower() not in {"1", "true"}:
             msg = (
@@ -125,7 +129,11 @@ def _computing(path: Path, known: dict[str, Any]) -> Runtime:
                 "the environment, as for anomalib's TorchInferencer; a checkpoint holds no code."
             )
             raise ValueError(msg)
-        return torch_runtime(path)
+        return torch_runtime(path, device)
+    if torch.device(device).type != "cpu":
+        msg = f"{path} is loaded for the CPU, not for {device}: load the checkpoint that it was exported from, or leave"
+        msg += " device out."
+        raise ValueError(msg)
     if known["export_type"] == "onnx":
         return onnx_runtime(path)
     return openvino_runtime(path, raw=known["raw_score"]["tensor"] == "raw_score")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from model_helpers import engine
 from PIL import Image
+from pretend_device import pretend_device
 
 import anomalib_flowood
 from anomalib_flowood import exported
@@ -20,9 +21,15 @@ from anomalib_flowood.data import read_image
 from anomalib_flowood.inference import Detector, images
 from anomalib_flowood.inference.images import each_image
 from anomalib_flowood.inference.loading import of_module
+from anomalib_flowood.models.components import open_checkpoint
 from anomalib_flowood.models.components.export_check import Runtime
 
 SIZE = (60, 41)
+
+
+def near(got, want):
+    for name in ("score", "raw_score", "p_value", "label", "anomaly_map"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +223,8 @@ def test_what_cannot_be_loaded_is_named(case, tmp_path, monkeypatch):
     assert "_raw.onnx" not in str(refused.value)
     with pytest.raises(ValueError, match="TRUST_REMOTE_CODE=1"):
         anomalib_flowood.load(case.export("torch"))
+    with pytest.raises(ValueError, match="is loaded for the CPU, not for cuda: load the checkpoint"):
+        anomalib_flowood.load(case.export("onnx"), "cuda")
     for name in ("a.xml", "b.onnx", "b_raw.onnx"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"several exported models .*: a\.xml, b\.onnx"):
@@ -229,3 +238,17 @@ def test_what_cannot_be_loaded_is_named(case, tmp_path, monkeypatch):
 def test_the_package_loads_nothing_for_it():
     code = "import sys, anomalib_flowood; sys.exit(any(m in sys.modules for m in ('torch', 'anomalib', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_checkpoint_is_scored_with_on_another_device(case, folder, expected):
+    with pretend_device() as device:
+        detector = anomalib_flowood.load(case.checkpoint, device)
+        near(detector.score(folder), expected)
+        near(pickle.loads(pickle.dumps(detector)).score(folder), expected)
+
+
+def test_a_detector_in_memory_is_scored_with_where_it_is(case, folder, expected):
+    module = open_checkpoint(case.checkpoint)
+    with pretend_device() as device:
+        near(of_module(module.to(device)).score(folder), expected)
+        assert module.device == device

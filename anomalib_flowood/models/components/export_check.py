@@ -127,16 +127,16 @@ def compare_runtime(detector: KeepsImages, runtime: Runtime) -> tuple[dict[str, 
     return worst(found), images, kept
 
 
-def torch_runtime(path: Path) -> Runtime:
-    """Load a torch export that this process has just written."""
-    return module_runtime(torch.load(path, map_location="cpu", weights_only=False)["model"].eval())
+def torch_runtime(path: Path, device: str | torch.device = "cpu") -> Runtime:
+    """Load a torch export that this process has just written, or whose code is trusted."""
+    return module_runtime(torch.load(path, map_location="cpu", weights_only=False)["model"].eval().to(device))
 
 
 def module_runtime(detector: Any) -> Runtime:
     """Compute in PyTorch; one image after the other with a detector that takes no more at once.
 
     Args:
-        detector: In evaluation mode, on the CPU.
+        detector: In evaluation mode; it computes where it is.
     """
     count = 1 if detector.images_at_once == 1 else None
 
@@ -235,6 +235,7 @@ def reference(detector: AnomalibModule, images: Tensor, step: float = 0.0) -> Ou
     Returns:
         The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
     """
+    images = images.to(detector.device)
     if images.dtype != torch.uint8:
         images = images.to(detector.dtype)  # weights may have 64 bits
     transform = getattr(detector.pre_processor, "transform", None)
@@ -242,10 +243,10 @@ def reference(detector: AnomalibModule, images: Tensor, step: float = 0.0) -> Ou
     if step:
         raw = InferenceBatch(*(value if value is None else value + step * value.abs().clamp(min=1) for value in raw))
     done: InferenceBatch = detector.post_processor(raw) if detector.post_processor else raw
-    outputs = {name: value.numpy() for name, value in done._asdict().items() if value is not None}
+    outputs = {name: value.cpu().numpy() for name, value in done._asdict().items() if value is not None}
     if done.pred_score is not raw.pred_score:
         assert raw.pred_score is not None  # every detector scores images
-        outputs["raw_score"] = raw.pred_score.numpy()
+        outputs["raw_score"] = raw.pred_score.cpu().numpy()
     return outputs
 
 
