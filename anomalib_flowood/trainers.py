@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Sampler
 
 from anomalib_flowood.files import whole_file
@@ -89,6 +90,28 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
     if not trainer.enable_validation:
         return []
     return _listed(_source(trainer.fit_loop.epoch_loop.val_loop).dataloader())
+
+
+def check_validation_images(trainer: Trainer) -> None:
+    """Refuse to validate where the data module has no images for it; anomalib's then lack an attribute.
+
+    Raises:
+        ValueError: If it has none; the message names the option that says so.
+    """
+    try:
+        if trainer.validating:
+            _source(trainer.validate_loop).dataloader()
+        elif trainer.state.fn == TrainerFn.FITTING:
+            validation_loaders(trainer)
+    except AttributeError as error:
+        if error.name != "val_data":
+            raise
+        msg = (
+            f"{type(error.obj).__name__} has no validation images (val_split_mode none): set val_split_mode from_train "
+            "(--data.val_split_mode from_train), so that normal images calibrate p-values and labels; or "
+            "limit_val_batches 0 (--trainer.limit_val_batches 0) for raw scores alone."
+        )
+        raise ValueError(msg) from None
 
 
 def prediction_loaders(trainer: Trainer) -> list[Any]:

@@ -179,6 +179,47 @@ def pixel_flow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return config, checkpoint
 
 
+def test_images_that_set_the_threshold_are_no_others_that_it_is_tried_on(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, trained = pixel_flow_run
+    checkpoint = Path(shutil.copy(trained, tmp_path))
+    main(["test", "--config", str(config), "--default_root_dir", str(tmp_path), "--ckpt_path", str(checkpoint)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "of 20 normal images raise an alarm (" in out
+    assert "Validation and test images are the same (val_split_mode same_as_test): the threshold is from them" in out
+    assert "expected" not in out
+    assert "held-out" not in out
+    (results,) = tmp_path.rglob("results.csv")
+    (row,) = pd.read_csv(results).to_dict("records")
+    assert row["judged_twice"] == 20
+    assert "level" not in row
+    assert "are the same" in json.loads(results.with_name("run.json").read_text())["settings"]["decision"]
+
+
+def test_data_without_validation_images_say_which_option_gives_some(
+    pixel_flow_run: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, checkpoint = pixel_flow_run
+    given = ["--config", str(config), "--default_root_dir", str(tmp_path), "--data.val_split_mode", "none"]
+    said = "Folder has no validation images (val_split_mode none): set val_split_mode from_train"
+    for command in (
+        ["train"],
+        ["train", "--data.test_split_mode", "none"],
+        ["validate", "--ckpt_path", str(checkpoint)],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([command[0], *given, *command[1:]])
+        assert ended.value.code == 1
+        assert said in capsys.readouterr().err
+    main(["fit", *given, "--trainer.limit_val_batches", "0"])
+    assert "Next: flowood predict" in capsys.readouterr().out
+    assert "The fit ended without a calibration" in caplog.text
+
+
 def test_explain_writes_a_page(
     pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from anomalib.data import Folder, PredictDataset
 from model_helpers import TRAINER, data, engine, feature_map_flow, pixel_flow
 from PIL import Image
 
+from anomalib_flowood import open_checkpoint
 from anomalib_flowood.cli import main
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
 
@@ -57,6 +58,26 @@ def test_a_failed_fit_leaves_latest_as_it_was(command, tmp_path, monkeypatch):
         run_engine(tmp_path / "results").fit(late, datamodule=sets)
     assert latest.resolve() == runs / "v1"
     assert (latest / "weights/lightning/model.ckpt").is_file()
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+def test_a_fit_that_no_validation_followed_leaves_a_checkpoint(command, tmp_path):
+    engine = run_engine(tmp_path / "results", check_val_every_n_epoch=5)
+    getattr(engine, command)(pixel_flow(max_epochs=2), datamodule=data(tmp_path))
+    runs = tmp_path / "results/PixelFlow/CrossDataset/ramps-squares"
+    checkpoint = runs / "v0/weights/lightning/model.ckpt"
+    assert engine.best_model_path == str(checkpoint)
+    assert (runs / "latest").resolve() == runs / "v0"
+    assert not open_checkpoint(checkpoint).post_processor.calibrated
+    # It is of a training that can go on.
+    longer = run_engine(tmp_path / "results")
+    longer.fit(pixel_flow(max_epochs=3), datamodule=data(tmp_path), ckpt_path=checkpoint)
+    assert open_checkpoint(longer.best_model_path).post_processor.calibrated
+
+
+def test_a_trial_leaves_no_checkpoint(tmp_path):
+    run_engine(tmp_path / "results", fast_dev_run=True).fit(pixel_flow(), datamodule=data(tmp_path))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_folder_called_latest_is_no_link(tmp_path):

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_flowood import processes
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
-from anomalib_flowood.report.decisions import decision_of
+from anomalib_flowood.report.decisions import decision_of, without_expectation
 from anomalib_flowood.report.maps import MapKeeper, shown_images
 
 
@@ -83,10 +83,11 @@ class ScoreRecorder(Callback):
 
         Of several processes each gets the scores of all.
         """
-        del trainer
         self.seconds = time.perf_counter() - self._start - getattr(pl_module, "bits_seconds", 0.0)
-        self.decision = decision_of(getattr(pl_module, "post_processor", None))
+        processor = getattr(pl_module, "post_processor", None)
+        self.decision = decision_of(processor)
         self._parts = [processes.in_data_set_order(self.scores)]
+        self.decision = without_expectation(self.decision, _judged_twice(trainer, processor, self.scores))
         paths = [path for rows in shown_images(self.scores).values() for path in rows["image_path"]]
         self.shown_maps = {
             path: kept for some in processes.gathered_objects(self._keeper.of(paths)) for path, kept in some.items()
@@ -98,6 +99,24 @@ class ScoreRecorder(Callback):
         if not self._parts:
             return pd.DataFrame(columns=["image_path", "source", "label", "score"])
         return pd.concat(self._parts, ignore_index=True)
+
+
+def _judged_twice(trainer: Trainer, post_processor: Any, scores: pd.DataFrame) -> int:
+    """How many of the normal test images are among those that have set the threshold, as far as the data say.
+
+    Args:
+        trainer: Lightning's, whose data module may have both.
+        post_processor: The detector's.
+        scores: All test images.
+    """
+    samples = getattr(getattr(getattr(trainer, "datamodule", None), "val_data", None), "samples", None)
+    if samples is None or not {"image_path", "label_index"} <= {*samples}:
+        return 0
+    validated = {str(path) for path in samples.loc[samples["label_index"] == 0, "image_path"]}
+    tested = scores.loc[scores["label"] == 0, "image_path"]
+    # A checkpoint may have been calibrated on other images than those that these data validate on.
+    of_others = len(getattr(post_processor, "calibration", ())) > len(validated)
+    return 0 if of_others else sum(path in validated and Path(path).is_file() for path in tested)
 
 
 def measure(recorder: ScoreRecorder) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Decision:
         false_positives: Inside images with one.
         false_negatives: Outside images that are missed.
         true_positives: Outside images that are found.
+        judged_twice: Inside images that are among those which have set the threshold.
     """
 
     threshold: float
@@ -41,6 +42,7 @@ class Decision:
     false_positives: int
     false_negatives: int
     true_positives: int
+    judged_twice: int = 0
 
     @property
     def inside(self) -> int:
@@ -71,7 +73,16 @@ class Decision:
         if self.outside:
             share = percent(self.true_positives / self.outside)
             parts.append(f"{self.true_positives:,} of {self.outside:,} {outside} images are found ({share})")
-        return f"{', '.join(parts)}."
+        return f"{', '.join(parts)}.{self._once_more(inside)}"
+
+    def _once_more(self, inside: str) -> str:
+        """Say that images are judged which have set the threshold, where there are any."""
+        if not self.judged_twice:
+            return ""
+        same = "Validation and test images are the same (val_split_mode same_as_test)"
+        some = f"{self.judged_twice:,} of the {inside} ones are validation images, too"
+        which = same if self.judged_twice == self.inside else some
+        return f" {which}: the threshold is from them, so that this does not say how many other ones raise an alarm."
 
     def sentence(self) -> str:
         """What comes of it, by normal and anomalous images, and at which level."""
@@ -147,6 +158,23 @@ def decision_of(post_processor: Any) -> dict[str, float]:
     return {} if math.isnan(numbers.get("threshold", math.nan)) else numbers
 
 
+JUDGED_TWICE = "judged_twice"
+"""The column of ``results.csv`` that counts inside test images among those which have set the threshold."""
+
+
+def without_expectation(decision: Mapping[str, float], judged_twice: int) -> dict[str, float]:
+    """Leave out of a decision what is expected of fresh images, where test images are none.
+
+    Args:
+        decision: What :func:`decision_of` returns.
+        judged_twice: How many of the inside test images have set the threshold.
+    """
+    if not judged_twice:
+        return dict(decision)
+    kept = {name: value for name, value in decision.items() if name not in {"level", "calibration_images"}}
+    return {**kept, JUDGED_TWICE: judged_twice}
+
+
 def decide(job: Mapping[str, Any] | pd.Series, scores: pd.DataFrame) -> Decision | None:
     """Label a job's test images.
 
@@ -162,10 +190,12 @@ def decide(job: Mapping[str, Any] | pd.Series, scores: pd.DataFrame) -> Decision
     threshold, alpha, level, calibration_images = (float(job.get(name, math.nan)) for name in names)
     if math.isnan(threshold):
         return None
+    twice = float(job.get(JUDGED_TWICE, math.nan))
     alarm = (scores["score"] > threshold).to_numpy()
     outside = (scores["label"] == 1).to_numpy()
     counts = (~outside & ~alarm, ~outside & alarm, outside & ~alarm, outside & alarm)
-    return Decision(threshold, alpha, level, calibration_images, *(int(count.sum()) for count in counts))
+    numbers = [int(count.sum()) for count in counts] + [0 if math.isnan(twice) else int(twice)]
+    return Decision(threshold, alpha, level, calibration_images, *numbers)
 
 
 def kinds(scores: pd.DataFrame, threshold: float) -> pd.DataFrame:

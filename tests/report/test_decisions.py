@@ -23,7 +23,7 @@ from anomalib_flowood.benchmark import Results
 from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.report.curves import roc_chart
-from anomalib_flowood.report.decisions import decide, decision_of, expectation, kinds
+from anomalib_flowood.report.decisions import decide, decision_of, expectation, kinds, without_expectation
 from anomalib_flowood.report.markup import script_json
 from anomalib_flowood.report.predictions import keep_predictions
 
@@ -85,6 +85,21 @@ def test_the_matrix_is_scikit_learns():
     alone = decide(pd.Series({"threshold": 0.5}), scores[scores["label"] == 0])
     assert "found" not in str(alone)
     assert "expected" not in str(alone)
+
+
+def test_of_images_that_have_set_the_threshold_nothing_is_expected():
+    scores = images().assign(score=np.random.default_rng(1).normal(size=80))
+    found = {"threshold": 0.5, "alpha": 0.05, "level": 0.04, "calibration_images": 40}
+    assert without_expectation(found, 0) == found
+    row = pd.Series(without_expectation(found, 40))
+    assert {*row.index} == {"threshold", "alpha", "judged_twice"}
+    text = decide(row, scores).sentence()
+    assert text.startswith("At alpha = 0.05: ")
+    assert text.endswith("so that this does not say how many other ones raise an alarm.")
+    assert "expected" not in text
+    assert "Validation and test images are the same" in text
+    some = decide(pd.Series(without_expectation(found, 3)), scores).sentence()
+    assert "3 of the normal ones are validation images, too: the threshold is from them" in some
 
 
 def test_kinds_are_measured_against_all_inside_images():

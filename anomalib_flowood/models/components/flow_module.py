@@ -28,7 +28,13 @@ from anomalib_flowood.data.path_dataset import resize_of
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.names import alternatives
-from anomalib_flowood.trainers import prediction_loaders, save_whole, trainer_of, training_loaders
+from anomalib_flowood.trainers import (
+    check_validation_images,
+    prediction_loaders,
+    save_whole,
+    trainer_of,
+    training_loaders,
+)
 
 from .averaging import Averaging
 from .export import CheckedExport
@@ -85,6 +91,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
         check_loading(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_workers(self.trainer.datamodule)  # type: ignore[attr-defined]
+        check_validation_images(self.trainer)
         super().setup(stage)
         if processes.ranks() > 1:  # Lightning asks for one device, lest images count twice; here the second is left out
             warnings.filterwarnings("ignore", message=".*`DistributedSampler` that replicates some samples")
