@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -123,22 +124,26 @@ class RunEngine(Engine):
                 latest.symlink_to(self._previous, target_is_directory=True)
 
 
-def run_folder(checkpoint: Path | None, root: Path, detector: str) -> Path:
+def run_folder(checkpoint: Path | None, root: Path, detector: str, *, chosen: bool = True) -> Path:
     """Return the folder that what a checkpoint gives belongs to.
 
     Args:
         checkpoint: The checkpoint, if there is one.
         root: Where results go (``default_root_dir``).
         detector: The detector's name.
+        chosen: Whether somebody has said so; else a run's own folder counts, wherever it lies.
 
     Returns:
-        The folder of the run that wrote the checkpoint, if it lies below ``root``; else the detector's in ``root``.
+        The folder of the run that wrote the checkpoint, if it lies below ``root``, or elsewhere where that was not
+        chosen, and files can be written there; else the detector's in ``root``.
     """
     root = root.resolve()
     if checkpoint is not None:
         folder = checkpoint.resolve().parent
-        if folder.parts[-2:] == _WEIGHTS and root in folder.parents:
-            return folder.parents[1]
+        if folder.parts[-2:] == _WEIGHTS:
+            run = folder.parents[1]
+            if root in folder.parents or (not chosen and os.access(run, os.W_OK)):
+                return run
     return root / detector
 
 

@@ -33,6 +33,16 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
     return ValueError(f"{message} {hint}".strip())
 
 
+def counted(number: int, what: str) -> str:
+    """A number and what it counts: ``1 image``, ``2,000 images``.
+
+    Args:
+        number: How many.
+        what: What one of them is called.
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     """Find those of known names that one may have meant, whatever their case: the nearest first, three at most."""
     by_small = {other.lower(): other for other in sorted(known)}

@@ -97,11 +97,29 @@ def mended(message: str, parser: ArgumentParser) -> str:
     Returns:
         What is wrong, with the nearest names where one is unknown.
     """
-    for say in (_unknown_option, _missing, _unknown_argument, _unknown_class, _unknown_key):
+    for say in (_linked, _unknown_option, _missing, _unknown_argument, _unknown_class, _unknown_key):
         said = say(message, parser)
         if said:
             return said
     return _plain(message)
+
+
+def _linked(message: str, parser: ArgumentParser) -> str | None:
+    """An option that another one sets, which jsonargparse names both of."""
+    del parser
+    found = re.search(r"argument (\S+) --> (\S+):.* value: '?(.*?)'?$", message)
+    return said_by_another(found[2], found[1], found[3]) if found else None
+
+
+def said_by_another(name: str, other: str, value: object) -> str:
+    """Say which option is to be given in the place of one that it sets.
+
+    Args:
+        name: The option that was given.
+        other: The one that counts.
+        value: What was given.
+    """
+    return f"--{name} is what --{other} says: give --{other} {value} in its place."
 
 
 def _unknown_option(message: str, parser: ArgumentParser) -> str | None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from anomalib_flowood import OneClass, PixelFlow
+from anomalib_flowood import OneClass, PixelFlow, open_checkpoint
 from anomalib_flowood.benchmark import Benchmark
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.commands import FlowoodCLI
@@ -218,6 +219,37 @@ def test_data_without_validation_images_say_which_option_gives_some(
     main(["fit", *given, "--trainer.limit_val_batches", "0"])
     assert "Next: flowood predict" in capsys.readouterr().out
     assert "The fit ended without a calibration" in caplog.text
+
+
+def test_a_validation_calibrates_a_checkpoint_that_had_none(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, trained = pixel_flow_run
+    content = torch.load(trained, weights_only=False)
+    empty = {name: value[:0] for name, value in content["state_dict"].items() if "post_processor.calib" in name}
+    content["state_dict"].update(empty)
+    bare, written = tmp_path / "bare.ckpt", tmp_path / "bare-calibrated.ckpt"
+    torch.save(content, bare)
+    given = ["validate", "--config", str(config), "--default_root_dir", str(tmp_path), "--ckpt_path"]
+    main([*given, str(bare)])
+    assert f"Checkpoint, with the calibration: {os.path.relpath(written)}\n" in capsys.readouterr().out
+    calibration = open_checkpoint(written).post_processor.calibration
+    torch.testing.assert_close(calibration, open_checkpoint(trained).post_processor.calibration)
+    main([*given, str(written)])
+    assert "with the calibration" not in capsys.readouterr().out
+    assert not (tmp_path / "bare-calibrated-calibrated.ckpt").exists()
+
+
+def test_a_logger_of_its_own_does_not_take_the_configuration_away(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, _ = pixel_flow_run
+    logger = json.dumps({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}})
+    root = tmp_path / "results"
+    main(["fit", "--config", str(config), "--default_root_dir", str(root), "--trainer.logger", logger])
+    (kept,) = root.rglob("v0/config.yaml")
+    (of_logger,) = (tmp_path / "lightning_logs").rglob("config.yaml")
+    assert kept.read_text() == of_logger.read_text()
 
 
 def test_explain_writes_a_page(

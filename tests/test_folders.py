@@ -87,7 +87,7 @@ def test_a_folder_called_latest_is_no_link(tmp_path):
         run_engine(tmp_path / "results").fit(pixel_flow(), datamodule=data(tmp_path))
 
 
-def test_the_folder_that_a_checkpoint_belongs_to(tmp_path):
+def test_the_folder_that_a_checkpoint_belongs_to(tmp_path, monkeypatch):
     run = tmp_path / "results/PixelFlow/tiny/v3"
     checkpoint = run / "weights/lightning/model.ckpt"
     checkpoint.parent.mkdir(parents=True)
@@ -98,6 +98,10 @@ def test_the_folder_that_a_checkpoint_belongs_to(tmp_path):
     assert run_folder(checkpoint, tmp_path / "other", "PixelFlow") == tmp_path / "other/PixelFlow"
     assert run_folder(tmp_path / "results/model.ckpt", root, "PixelFlow") == root / "PixelFlow"
     assert run_folder(None, root, "PixelFlow") == root / "PixelFlow"
+    default = tmp_path / "other"
+    assert run_folder(checkpoint, default, "PixelFlow", chosen=False) == run
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert run_folder(checkpoint, default, "PixelFlow", chosen=False) == default / "PixelFlow"
 
 
 def test_a_new_folder_is_new(tmp_path):
@@ -143,6 +147,18 @@ def trained(two_runs, tmp_path, monkeypatch):
     (runs / "latest").symlink_to(runs / "v1")
     monkeypatch.chdir(tmp_path / "copy")
     return runs
+
+
+def test_predictions_go_to_the_run_wherever_it_lies(trained, tmp_path, monkeypatch):
+    write_images(tmp_path / "elsewhere/new", 3, 90)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = ["predict", "--data", "new", "--ckpt_path", str(trained / "v0/weights/lightning/model.ckpt")]
+    main([*given, "--trainer.accelerator", "cpu"])
+    (folder,) = (trained / "v0/predict").iterdir()
+    assert (folder / "predictions.csv").is_file()
+    assert [path.name for path in Path.cwd().iterdir()] == ["new"]
+    main([*given, "--trainer.accelerator", "cpu", "--default_root_dir", "chosen"])
+    assert len(list(Path("chosen").rglob("predictions.csv"))) == 1
 
 
 def test_predictions_say_which_run_they_belong_to(trained, capsys):

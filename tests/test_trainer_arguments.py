@@ -8,6 +8,7 @@ from typing import Union
 import pytest
 from lightning.pytorch import Trainer
 
+from anomalib_flowood.cli import main
 from anomalib_flowood.cli.commands import FlowoodCLI
 from anomalib_flowood.data import OneClass
 
@@ -38,3 +39,32 @@ def test_a_whole_number_of_batches_is_one(in_file: bool, tmp_path: Path) -> None
     }
     options = cli.subcommand_parsers["fit"]._option_string_actions
     assert all("[int, float" in str(options[f"--trainer.{name}"]._typehint) for name in LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status", "message"),
+    [
+        ("default_root_dir", "X", (2, 1), "is what --default_root_dir says: give --default_root_dir X in its place."),
+        ("enable_checkpointing", "false", (1, 1), "A checkpoint is always kept, in the run's folder: leave"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_others_decide_is_said(
+    name: str,
+    value: str,
+    status: tuple[int, int],
+    message: str,
+    in_file: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    Path("file.yaml").write_text(f"trainer: {{{name}: {value}}}\n")
+    given = ["--config", "file.yaml"] if in_file else [f"--trainer.{name}", value]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--data", "parts", "--model", "PixelFlow", *given])
+    said = capsys.readouterr().err
+    assert message in said
+    assert ended.value.code == status[in_file]

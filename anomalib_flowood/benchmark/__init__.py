@@ -20,7 +20,7 @@ detector's scores are taken before that happens, and all metrics are computed fr
 several out-of-distribution sets, each of them has its own (``AUROC/mnist``), and ``AUROC/mean`` is their average.
 """
 
-from .building import build, built_at_once, can_be_mended, find_class, out_of_memory, readable
+from .building import another_process_ended, build, built_at_once, can_be_mended, find_class, out_of_memory, readable
 from .jobs import BenchmarkJob, BenchmarkJobGenerator, check_seed
 from .recording import ScoreRecorder, measure
 from .results import Results
@@ -34,6 +34,7 @@ __all__ = [
     "BenchmarkRunner",
     "Results",
     "ScoreRecorder",
+    "another_process_ended",
     "build",
     "built_at_once",
     "can_be_mended",

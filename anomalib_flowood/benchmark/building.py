@@ -157,9 +157,21 @@ def _out_of_shared_memory(error: BaseException) -> str:
     return ""
 
 
+_LEFT_ALONE = re.compile(
+    r"gloo.*(Connection (closed|reset) by peer|Broken pipe)|NCCL.*remote process exited", re.DOTALL
+)
+"""What PyTorch says of several processes where one of the others is no longer there."""
+
+
+def another_process_ended(error: BaseException) -> bool:
+    """Whether a process waits in vain for another one, which has ended before it could answer."""
+    return isinstance(error, RuntimeError) and bool(_LEFT_ALONE.search(str(error)))
+
+
 def can_be_mended(error: BaseException) -> bool:
     """Whether a user can mend an error of a type that may as well be a mistake of ours: a machine that is full, say."""
-    return _is_of_the_machine(error) or _is_of_pandas_3(error) or str(error).startswith(_NOT_MONITORED)
+    known = _is_of_the_machine(error) or _is_of_pandas_3(error) or another_process_ended(error)
+    return known or str(error).startswith(_NOT_MONITORED)
 
 
 def _is_of_the_machine(error: BaseException) -> bool:
@@ -221,6 +233,8 @@ def readable(error: BaseException) -> str:
         return no_shared_memory(reason.removeprefix("RuntimeError: "))
     if _is_of_pandas_3(error):
         return _PANDAS_3
+    if another_process_ended(error):
+        return f"Another process ended (killed? out of memory?): {str(error).strip().splitlines()[0]}"
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     message = str(error).strip()

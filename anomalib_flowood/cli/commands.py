@@ -36,7 +36,7 @@ from anomalib_flowood.benchmark import Benchmark, ScoreRecorder, built_at_once, 
 from anomalib_flowood.checks import check_workers
 from anomalib_flowood.cli.detector import TRAINING, DetectorCLI
 from anomalib_flowood.cli.folders import FolderParser
-from anomalib_flowood.cli.results import ResultsCLI
+from anomalib_flowood.cli.results import ConfigurationKeeper, ResultsCLI
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
@@ -270,14 +270,22 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
 
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""
-        if self.subcommand in {"test", "train", "predict"}:
+        if self.subcommand in {"test", "fit", "train", "predict"}:
             self.recorder, self.predicted = ScoreRecorder(), PredictionKeeper()
             trainer = self._get(self.config_init, "trainer")
             given = trainer["callbacks"] or []
-            ours = [ReadAsTrained(), self.predicted] if self.subcommand == "predict" else [self.recorder]
+            ours: list[Any] = [ReadAsTrained(), self.predicted] if self.subcommand == "predict" else [self.recorder]
+            if self.subcommand in TRAINING and not trainer["fast_dev_run"]:
+                ours.append(ConfigurationKeeper(self._save_configuration))
             trainer["callbacks"] = [*(given if isinstance(given, list) else [given]), *ours]
         super().instantiate_engine()
         self.engine = RunEngine(**self.engine._cache.args)  # anomalib's names its class itself
+
+    def _save_configuration(self, path: Path) -> None:
+        """Write what the subcommand was given, as Lightning does."""
+        self._parser(self.subcommand).save(
+            self.config[self.subcommand], path, skip_none=False, overwrite=True, multifile=False
+        )
 
     def _run_subcommand(self) -> None:
         if self.subcommand in {"test", "predict"} and self.engine.folder is None:
@@ -301,7 +309,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         elif SUBCOMMANDS[self.subcommand].ours:  # anomalib would build the data module a second time
             getattr(self, self.subcommand)()
         else:
-            with self.told_how_to_go_on() if self.subcommand in TRAINING else nullcontext():
+            around = self.keeping_calibration() if self.subcommand == "validate" else nullcontext()
+            with self.told_how_to_go_on() if self.subcommand in TRAINING else around:
                 super()._run_subcommand()
             if self.subcommand in {"test", "train"} and not self.recorder.scores.empty:
                 self.keep_results()

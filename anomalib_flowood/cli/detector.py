@@ -24,7 +24,7 @@ from anomalib_flowood.models.components.capabilities import takes_scores
 from anomalib_flowood.models.components.checkpoint_files import CLASS
 from anomalib_flowood.models.components.checkpoints import check_version, imported_class, saved_arguments
 from anomalib_flowood.models.components.restoring import scored_anew
-from anomalib_flowood.parsing import whole_numbers_first
+from anomalib_flowood.parsing import said_by_another, whole_numbers_first
 
 TRAINING = ("fit", "train")
 """Subcommands that train."""
@@ -74,7 +74,20 @@ class DetectorCLI(AnomalibCLI):
         if self.subcommand in {*TRAINING, "validate", "test"} and config["data"] is None:
             msg = f"There are no images to {self.subcommand} on: name their folder (--data FOLDER). {LAYOUTS_OF_PARTS}"
             raise ValueError(msg)
+        self._check_trainer()
         super().before_instantiate_classes()
+
+    def _check_trainer(self) -> None:
+        """Refuse what is asked of the trainer, and is decided elsewhere."""
+        config = self.config[self.subcommand]
+        trainer = config.get("trainer") or {}
+        if trainer.get("enable_checkpointing") is False and not trainer.get("barebones"):
+            msg = "A checkpoint is always kept, in the run's folder: leave enable_checkpointing of the trainer out."
+            raise ValueError(msg)
+        for given in _given(self._arguments, "trainer"):
+            root = given.get("default_root_dir") if isinstance(given, dict) else None
+            if root is not None and str(root) != str(config["default_root_dir"]):  # which the parser would pass over
+                raise ValueError(said_by_another("trainer.default_root_dir", "default_root_dir", root))
 
     def _take_settings(self) -> None:
         """Make class and settings of the checkpoint, if one is named, the defaults of ``--model``."""

@@ -8,25 +8,45 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from anomalib_flowood import processes
-from anomalib_flowood.benchmark import Results, ScoreRecorder, measure
+from anomalib_flowood.benchmark import Results, ScoreRecorder, another_process_ended, measure
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
-from anomalib_flowood.models.components import FlowModule
+from anomalib_flowood.models.components import ConformalPostProcessor, FlowModule
 from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 from anomalib_flowood.started import was_started
+
+
+class ConfigurationKeeper(Callback):
+    """Keeps the configuration in the run's folder, too, where a logger has a folder of its own for it.
+
+    Args:
+        save: Writes it to a path.
+    """
+
+    def __init__(self, save: Callable[[Path], None]) -> None:
+        self._save = save
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it before anything is trained."""
+        del pl_module
+        folder, of_logger = Path(trainer.default_root_dir), trainer.log_dir  # asked for in every process
+        elsewhere = of_logger is not None and Path(of_logger).resolve() != folder.resolve()
+        if stage == TrainerFn.FITTING and elsewhere and trainer.is_global_zero:
+            self._save(folder / "config.yaml")
 
 
 class ResultsCLI(AnomalibCLI):
@@ -41,7 +61,9 @@ class ResultsCLI(AnomalibCLI):
         config = self.config[self.subcommand]
         output = config.get("output")
         if output is None:
-            run = run_folder(self._checkpoint(), Path(str(config["default_root_dir"])), self.model.name)
+            root = str(config["default_root_dir"])
+            chosen = root != str(self.subcommand_parsers[self.subcommand].get_default("default_root_dir"))
+            run = run_folder(self._checkpoint(), Path(root), self.model.name, chosen=chosen)
             made = processes.agreed_folder(self.subcommand, lambda: new_folder(run / self.subcommand))
             # Another process than that of rank 0 leaves nothing in it.
             with contextlib.nullcontext(made) if was_started() else used_folder(made) as folder:
@@ -112,20 +134,42 @@ class ResultsCLI(AnomalibCLI):
         print(f"      flowood export --export_type openvino {rest}")
 
     @contextlib.contextmanager
+    def keeping_calibration(self) -> Iterator[None]:
+        """Write a validated detector beside its checkpoint, where that had no calibration and it has one now."""
+        given, processor = self._checkpoint(), self.model.post_processor
+        had = not isinstance(processor, ConformalPostProcessor) or processor.calibrated
+        yield
+        if given is None or had or not processor.calibrated:  # the last of a trial
+            return
+        output = given.with_name(f"{given.stem}-calibrated.ckpt")
+        self.engine.trainer.save_checkpoint(output, weights_only=True)
+        if not processes.rank():
+            print(f"Checkpoint, with the calibration: {os.path.relpath(output)}")
+
+    @contextlib.contextmanager
     def told_how_to_go_on(self) -> Iterator[None]:
-        """Where Ctrl-C or SIGTERM end a training, or its test, say which checkpoint to go on with, if there is one."""
+        """Where Ctrl-C, SIGTERM or the end of another process end a training, or its test, say how to go on."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            kept = self.engine.kept_checkpoint()
-            if kept is not None and not processes.rank():
-                path = shlex.quote(os.path.relpath(kept))
-                if self.engine.trainer.state.fn is TrainerFn.TESTING:
-                    rest = f"The training had ended: `flowood test` tests its detector with --ckpt_path {path}"
-                else:
-                    rest = f"The same command goes on from there with --ckpt_path {path}"
-                print(f"Interrupted. {rest}", file=sys.stderr)
+            self._say_how_to_go_on()
             raise
+        except RuntimeError as error:
+            if another_process_ended(error):
+                self._say_how_to_go_on()
+            raise
+
+    def _say_how_to_go_on(self) -> None:
+        """Name the checkpoint to go on with, if there is one."""
+        kept = self.engine.kept_checkpoint()
+        if kept is None or processes.rank():
+            return
+        path = shlex.quote(os.path.relpath(kept))
+        if self.engine.trainer.state.fn is TrainerFn.TESTING:
+            rest = f"The training had ended: `flowood test` tests its detector with --ckpt_path {path}"
+        else:
+            rest = f"The same command goes on from there with --ckpt_path {path}"
+        print(f"Interrupted. {rest}", file=sys.stderr)
 
     def _pixel_metrics(self) -> dict[str, float]:
         """The metrics of pixels that the detector's evaluator has logged."""

@@ -89,9 +89,16 @@ class PrincipalSubspace(nn.Module):
         largest = float(explained[0])
         if float(explained[-1]) <= _LEAST * largest or largest <= 1e-12:
             rank = int((explained > _LEAST * largest).sum()) if largest > 1e-12 else 0
+            different = _different(precise)
+            if different <= n // 2:
+                msg = (
+                    f"Many training images are the same, or constant: of {n} {what} only {different} differ, and vary "
+                    f"in {rank} directions, fewer than subspace_dim={k}. Give more varied images."
+                )
+                raise ValueError(msg)
             msg = (
-                f"The {n} {what} vary in {rank} directions only, fewer than subspace_dim={k}: are many training images "
-                "the same, or constant? Set subspace_dim lower, or give more varied images."
+                f"The {n} {what} vary in {rank} directions only, fewer than subspace_dim={k}: set subspace_dim lower, "
+                "or give more varied images."
             )
             raise ValueError(msg)
         squares = torch.linalg.vector_norm(precise, dtype=torch.float64).square()
@@ -142,3 +149,9 @@ class PrincipalSubspace(nn.Module):
         """
         directions = self.components * self.variances.rsqrt()[:, None]
         return functional.conv2d(points, (directions * scale)[:, :, None, None], -(directions @ self.mean))
+
+
+def _different(points: Tensor) -> int:
+    """How many of points, ``(n, D)``, differ by more than the last digits of numbers in single precision."""
+    unit = 1e-5 * points.abs().amax().clamp(min=1e-30)
+    return len(torch.unique((points / unit).round(), dim=0))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from anomalib_flowood import conformal
 from anomalib_flowood.metrics import auroc
+from anomalib_flowood.names import counted
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class Decision:
         parts = []
         if self.inside:
             expected = expectation(self.level, self.calibration_images)
-            alarms = f"{self.false_positives:,} of {self.inside:,} {inside} images raise an alarm"
+            verb = "raises" if self.inside == 1 else "raise"
+            alarms = f"{self.false_positives:,} of {counted(self.inside, f'{inside} image')} {verb} an alarm"
             parts.append(f"{alarms} ({percent(self.false_positives / self.inside)}{expected and f'; {expected}'})")
         if self.outside:
             share = percent(self.true_positives / self.outside)
-            parts.append(f"{self.true_positives:,} of {self.outside:,} {outside} images are found ({share})")
+            verb = "is" if self.outside == 1 else "are"
+            parts.append(
+                f"{self.true_positives:,} of {counted(self.outside, f'{outside} image')} {verb} found ({share})"
+            )
         return f"{', '.join(parts)}.{self._once_more(inside)}"
 
     def _once_more(self, inside: str) -> str:
@@ -128,8 +133,7 @@ def expectation(level: float, calibration_images: float) -> str:
         return expected
     images = int(calibration_images)
     low, high = conformal.rate_interval(images, round(level * (images + 1)))
-    counted = "1 image" if images == 1 else f"{images:,} images"
-    return f"{expected}, {100 * low:.2g} to {percent(high)} in 90 of 100 calibrations on {counted}"
+    return f"{expected}, {100 * low:.2g} to {percent(high)} in 90 of 100 calibrations on {counted(images, 'image')}"
 
 
 def percent(share: float) -> str:

@@ -17,6 +17,7 @@ from anomalib.data import AnomalibDataModule
 
 from anomalib_flowood.files import write_text
 from anomalib_flowood.metrics import MOST_SETS
+from anomalib_flowood.names import counted
 
 from .charts import Chart, bundle, histogram_chart, speed_chart
 from .curves import precision_chart, roc_chart
@@ -121,20 +122,16 @@ def _title(run: Run) -> str:
     return f"Benchmark {run.folder.resolve().name}"
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _introduction(run: Run) -> str:
     results = run.results
     counts = [
-        _counted(results[column].nunique(), what) for column, what in (("detector", "detector"), ("data", "data set"))
+        counted(results[column].nunique(), what) for column, what in (("detector", "detector"), ("data", "data set"))
     ]
     text = f"{counts[0]} on {counts[1]}"
     text += f", {results['seed'].nunique()} seeds." if several_seeds(results) else "."
     failed = int((results["error"] != "").sum())
     if failed:
-        text += f" {failed} of {_counted(len(results), 'job')} failed: the table has their errors."
+        text += f" {failed} of {counted(len(results), 'job')} failed: the table has their errors."
     if "date" in run.record:
         text += f" Run on {run.record['date'].replace('T', ' ')}."
     return text

@@ -22,6 +22,7 @@ from torch import nn
 from anomalib_flowood import conformal, processes
 from anomalib_flowood.files import whole_file, write_table
 from anomalib_flowood.models.components import ConformalPostProcessor
+from anomalib_flowood.names import counted
 
 from .decisions import decide, decision_of, expectation, percent
 
@@ -145,7 +146,7 @@ def keep_predictions(
 def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Console) -> dict[str, Any]:
     """Print the most anomalous images, and what is found of all together: drift, and what labels are worth."""
     worst = frame.sort_values("pred_score", ascending=False, kind="stable").head(_SHOWN_PREDICTIONS)
-    table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {len(frame)} images", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"Most anomalous of {counted(len(frame), 'image')}", title_justify="left")
     table.add_column("image", overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
     if "p_value" in frame:
@@ -188,7 +189,7 @@ def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, conso
     expected = expectation(numbers.get("level", math.nan), numbers.get("calibration_images", math.nan))
     if_normal = f"; if all were normal, {expected}" if expected else ""
     share = percent(flagged / len(frame))
-    text = f"Called anomalous: {flagged:,} of {len(frame):,} images ({share}){if_normal}."
+    text = f"Called anomalous: {flagged:,} of {counted(len(frame), 'image')} ({share}){if_normal}."
     lines = [text, conformal.more_images(len(post_processor.kept))]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return text

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,15 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from anomalib.models import Padim
-from model_helpers import data, engine, pixel_flow
+from lightning.pytorch.trainer.states import TrainerFn
+from model_helpers import DETECTORS, data, engine, pixel_flow
 from PIL import Image
 from safetensors.torch import save_file
 
-from anomalib_flowood import EmbeddingFlow, load
-from anomalib_flowood.benchmark import out_of_memory, readable
+from anomalib_flowood import EmbeddingFlow, OneClass, load
+from anomalib_flowood.benchmark import can_be_mended, out_of_memory, readable
 from anomalib_flowood.cli import commands, configs, main
+from anomalib_flowood.cli.results import ResultsCLI
 from anomalib_flowood.configuration import check_arguments, read_configuration
 from anomalib_flowood.data import decoding, read_image
 from anomalib_flowood.features import create_backbone
@@ -281,3 +284,53 @@ def test_an_image_that_pillow_suspects_is_read_and_named_once(tmp_path, monkeypa
         "The image that was given has 1,600 pixels, above 1,000, from"[:60],
     ]
     assert "with more than 2,000 it would be refused" in said[0]
+
+
+LEFT_ALONE = {
+    "gloo": "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.1.1]:45678",
+    "NCCL": "NCCL error in: ProcessGroupNCCL.cpp:2251, remote process exited or there was a network error, NCCL 2.27",
+}
+
+
+@pytest.mark.parametrize("backend", LEFT_ALONE)
+def test_a_process_whose_other_was_killed_says_so_and_how_to_go_on(backend, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = RuntimeError(f"{LEFT_ALONE[backend]}\nException raised from readComplete")
+    assert can_be_mended(error)
+    assert readable(error) == f"Another process ended (killed? out of memory?): {LEFT_ALONE[backend]}"
+    assert not can_be_mended(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    cli = object.__new__(ResultsCLI)
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    cli.engine = SimpleNamespace(kept_checkpoint=lambda: tmp_path / "model.ckpt", trainer=trainer)
+    with pytest.raises(RuntimeError, match="Exception raised"), cli.told_how_to_go_on():
+        raise error
+    assert capsys.readouterr().err == "Interrupted. The same command goes on from there with --ckpt_path model.ckpt\n"
+    with pytest.raises(RuntimeError, match="shapes"), cli.told_how_to_go_on():
+        raise RuntimeError("shapes")
+    assert capsys.readouterr().err == ""
+
+
+def test_several_products_are_told_where_they_belong(tmp_path):
+    for number in range(30):
+        (tmp_path / f"train/p{number:02}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"train/p{number:02}/0.png")
+    with pytest.raises(ValueError, match=r"Which class .* belong below train/good \(train/good/p29/…\)\."):
+        OneClass(tmp_path).setup()
+
+
+@pytest.mark.parametrize("build", DETECTORS.values())
+def test_a_single_image_is_no_batch(build):
+    detector = build(coupling_layers=0) if build is not pixel_flow else build()
+    with pytest.raises(ValueError, match=r"Expected (a batch of )?images.*got \(3, \d+, \d+\)"):
+        detector.eval()(torch.rand(3, 20, 20))
+
+
+def test_images_that_are_all_the_same_are_told_of(tmp_path, caplog):
+    (tmp_path / "same").mkdir()
+    for number in range(30):
+        Image.new("RGB", (16, 16), (90, 80, 70)).save(tmp_path / f"same/{number}.png")
+    engine(tmp_path, max_epochs=1).fit(pixel_flow(), datamodule=OneClass(tmp_path / "same"))
+    assert caplog.text.count("images of the first batch are the same, or constant") == 1
+    caplog.clear()
+    engine(tmp_path, max_epochs=1).fit(pixel_flow(), datamodule=data(tmp_path))
+    assert "are the same" not in caplog.text

@@ -88,8 +88,15 @@ def test_it_follows_to_and_loads_what_it_saved():
     ("x", "message"),
     [
         (points(3), "3 principal directions need more than 3 images, got 3: give more images, at least 4"),
-        (torch.ones(50, 7), "50 images vary in 0 directions only, fewer than subspace_dim=3"),
-        (points(50)[:, :2] @ torch.ones(2, 7).double(), "vary in 1 directions only"),
+        (torch.ones(50, 7), "^Many training images are the same, or constant: of 50 images only 1 differ"),
+        (
+            points(3).repeat(20, 1),
+            "of 60 images only 3 differ, and vary in 2 .*subspace_dim=3. Give more varied images.$",
+        ),
+        (
+            points(50)[:, :2] @ torch.ones(2, 7).double(),
+            "50 images vary in 1 directions only, .*: set subspace_dim lower",
+        ),
     ],
 )
 def test_too_few_points_and_too_few_directions(x, message):

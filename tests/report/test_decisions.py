@@ -243,7 +243,7 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
     if labels:
         assert table["label"].tolist() == [0, 0, 1]
         assert "At alpha = 0.05: 1 of 2 normal images raise an alarm (50" in out
-        assert "1 of 1 anomalous images are found (100" in out
+        assert "1 of 1 anomalous image is found (100" in out
     else:
         assert "label" not in table
         assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out

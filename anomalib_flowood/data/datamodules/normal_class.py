@@ -73,7 +73,8 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
             raise ValueError(msg)
         normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
         return normal[0], _all_of(normal[0], train), _all_of(normal[0], test) if test.classes is None else test
-    names = sorted(set(train.classes), key=_natural)
+    both = () if test.classes is None else test.classes
+    names = sorted(set(train.classes) or set(both), key=_natural)
     called_normal = _normal_names(names)
     if not called_normal:
         refuse_products(folder, names)
@@ -85,7 +86,8 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     flat = f" {NO_FOLDER!r} is the images beside these folders." if NO_FOLDER in names else ""
     msg = (
         f"Which class of {folder} is normal: {alternatives(names)}? Say so with normal_class (--data.normal_class "
-        f"NAME).{flat} {LAYOUTS_OF_PARTS}"
+        f"NAME).{flat} If all are, of several products that one model is to judge, they belong below train/good "
+        f"(train/good/{names[-1]}/…). {LAYOUTS_OF_PARTS}"
     )
     raise ValueError(msg)
 

@@ -21,6 +21,8 @@ from anomalib.deploy.export import ExportType
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from anomalib_flowood.names import counted
+
 if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
@@ -94,7 +96,7 @@ def check_export(
         return {"images": 0}
     size = "" if compression is None else f" of {runtime.shape[3]} x {runtime.shape[2]} pixels"
     said = readable(found, images)
-    print(f"Check of {target}: largest differences from PyTorch on {images} normal images{size}: {said}.")
+    print(f"Check of {target}: largest differences from PyTorch on {counted(images, 'normal image')}{size}: {said}.")
     result: dict[str, Any] = {"images": images, "bound": BOUND, "largest_differences": found}
     if compression is not None:
         logger.warning("Compression (%s) changes scores: no bound is asked of it.", compression)
@@ -345,5 +347,5 @@ def readable(differences: Mapping[str, float], images: int) -> str:
     """Put differences in words: ``raw score 3e-07, score 2e-06, labels of 0 of 10 images``."""
     parts = [f"{_TITLES[name]} {value:.1g}" for name, value in differences.items() if name != "labels"]
     if "labels" in differences:
-        parts.append(f"labels of {differences['labels']} of {images} images")
+        parts.append(f"labels of {differences['labels']} of {counted(images, 'image')}")
     return ", ".join(parts)

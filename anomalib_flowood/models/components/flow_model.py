@@ -183,10 +183,14 @@ def check_images(images: Tensor, *, unit_range: bool = False, size: tuple[int, i
         size: Height and width that a model on a backbone was built for.
 
     Raises:
-        ValueError: If a value is NaN or infinite, or outside of the range, or the images have another size.
+        ValueError: If a value is NaN or infinite, or outside of the range, or the images have another size, or are no
+            batch.
     """
     if torch.compiler.is_compiling():
         return
+    if images.ndim != 4:
+        msg = f"Expected a batch of images, (N, C, H, W), got {tuple(images.shape)}; of one image that is image[None]."
+        raise ValueError(msg)
     if size is not None and tuple(images.shape[2:]) != size:
         height, width = images.shape[2:]
         msg = (

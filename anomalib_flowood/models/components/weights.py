@@ -114,8 +114,8 @@ class CheckedWeights(_Base):
             logger.warning(
                 "The fit ended without a calibration, since no validation followed the last weights (max_steps or "
                 "max_time in the midst of an epoch, limit_val_batches=0, check_val_every_n_epoch): there are raw "
-                "scores alone, no labels and no p-values. `flowood validate --ckpt_path`, or Engine.validate, "
-                "calibrates."
+                "scores alone, no labels and no p-values. `flowood validate --ckpt_path` calibrates, and writes a "
+                "checkpoint with the calibration; Engine.validate calibrates the detector in memory."
             )
         self.check_weights()
 

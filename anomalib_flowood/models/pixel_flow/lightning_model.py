@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -21,6 +22,8 @@ from anomalib_flowood.names import lists_names
 from anomalib_flowood.scores import SCORES
 
 from .torch_model import PixelFlowModel
+
+logger = logging.getLogger(__name__)
 
 _EPOCHS_OF_ONE = 900
 _MOST_EPOCHS = 100
@@ -149,6 +152,17 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         had the fewest bits per dimension after about 40 to 80, 30 to 50 and 10 to 20 epochs.
         """
         return max(1, min(_MOST_EPOCHS, round(_EPOCHS_OF_ONE / math.sqrt(max(1, images)))))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Say so where the images to train on are all the same, of which a flow learns no density."""
+        images = batch.image
+        if self.trainer.global_step == batch_idx == 0 and len(images) > 1 and bool((images == images[:1]).all()):
+            logger.warning(
+                "All %d images of the first batch are the same, or constant: what else is normal cannot be learned "
+                "from them. Give more varied images.",
+                len(images),
+            )
+        return super().on_train_batch_start(batch, batch_idx)
 
     def training_inputs(self, batch: Any) -> tuple[Tensor]:
         """Images dequantised with noise, ``(N, C, H, W)``."""
