@@ -152,7 +152,7 @@ def test_scales_are_those_of_images_that_the_whitening_has_not_seen():
     assert score(trained) < score(others) - 1
 
 
-@pytest.mark.parametrize(("bank_size", "within"), [(0, 0.01), (100, 0.3)])
+@pytest.mark.parametrize(("bank_size", "within"), [(0, 0.01), (1000, 0.3)])
 def test_the_whitening_does_not_depend_on_chunks_or_precision_of_what_is_stored(bank_size, within):
     """Of positions that are as far apart the bank may keep others, with noise for images."""
     density = model(bank_size=bank_size)
@@ -214,10 +214,12 @@ def test_finer_maps_count_more(bank_size):
     shown = [layer.standardise(part) for layer, part in zip(density.layers, density.layer_maps(reduced), strict=True)]
     assert [part.shape[1] for part in shown] == [10, 5]
     if bank_size:
-        nearest = density.layers[0].nearest
-        shown.append(nearest.standardise(nearest(reduced[0])))
-        assert density.layers[1].nearest is None
-    weights = (2, 1, 1)  # the map of distances half
+        fine, coarse = (layer.nearest for layer in density.layers)
+        shown.append(fine.standardise(fine(reduced[0])))
+        averaged = functional.avg_pool2d(reduced[0], 2)
+        shown.append(coarse.standardise(coarse(torch.cat([averaged, reduced[2]], dim=1))))
+        assert [len(fine.bank), len(coarse.bank)] == [100, 400]  # a fourth of the positions, four times the bank
+    weights = (2, 1, 1, 0.5)  # maps of distances half
     enlarged = [functional.interpolate(part[:, None], (40, 56), mode="bicubic") for part in shown]
     expected = sum(weight * part for weight, part in zip(weights, enlarged, strict=False)) / sum(weights[: len(shown)])
     torch.testing.assert_close(density(images).anomaly_map, expected)

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
@@ -18,7 +21,7 @@ _CHUNK = 64
 """Images that are whitened at once in a fit."""
 
 _SHARE = 0.5
-"""What the map of distances counts for beside the anomaly map, which knows what belongs where."""
+"""What a map of distances counts for beside the anomaly map, which knows what belongs where."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
@@ -35,11 +38,12 @@ class MapLayer(flows.ForEachKind):
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
-        finest: Whether it is the finest that is shown. Directions of its whole maps are constant over blocks of
-            positions, as light and texture are, if its mean over all positions, which sees what whitening leaves, is no
-            evidence; and it has a bank.
-        bank_size: The most normal positions that are kept, for the distance to the nearest of them
-            (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. 0 for none.
+        finer: ``(D, h, w)`` of each finer map that is shown. Directions of whole maps of the finest are constant over
+            blocks of positions, as light and texture are, if its mean over all positions, which sees what whitening
+            leaves, is no evidence.
+        bank_size: The most positions of the finest shown layer that are kept, for the distance to the nearest of them
+            (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. A shown layer with
+            fewer positions keeps as many more, which takes as long. 0 for none.
     """
 
     of_kind = ("location", "spread")
@@ -58,7 +62,7 @@ class MapLayer(flows.ForEachKind):
         *,
         top: bool,
         whole: bool,
-        finest: bool,
+        finer: Sequence[tuple[int, int, int]],
         top_fraction: float,
         bank_size: int,
     ) -> None:
@@ -70,8 +74,11 @@ class MapLayer(flows.ForEachKind):
         self.descriptors = Descriptors(channels, name)
         self.subspace = flows.PrincipalSubspace(2 * channels, shape[0])
         self.positions = flows.PositionWhitening([shape])
-        self.layout = flows.Whitening([shape], layout_dims, block=_block(self.size) if finest and not whole else 1)
-        self.nearest = NearestPatches(shape[0], bank_size) if finest and bank_size else None
+        block = _block(self.size) if top and not finer and not whole else 1
+        self.layout = flows.Whitening([shape], layout_dims, block=block)
+        compared = [*finer, shape]
+        size = bank_size * math.prod(compared[0][1:]) // math.prod(self.size)
+        self.nearest = NearestPatches(sum(dims for dims, *_ in compared), size) if top and bank_size else None
         self.shaped_by_fit = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -102,6 +109,7 @@ class MapLayer(flows.ForEachKind):
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
+    @flows.full_precision
     def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Fit the whitening to what the flow gives for training images.
 
@@ -162,9 +170,31 @@ class MapLayer(flows.ForEachKind):
         """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for a kind."""
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
-    def distances(self, reduced: Tensor, kind: Tensor | None = None) -> Tensor | None:
-        """Distances of the positions of reduced maps, ``(N, D, h, w)``, to the nearest normal one; see above."""
-        return None if self.nearest is None else self.nearest(reduced, kind)
+    def fit_nearest(self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1) -> Tensor | None:
+        """Choose the normal positions that are kept, of reduced maps of training images in any precision.
+
+        Arguments and what it returns are those of :meth:`NearestPatches.fit`, but for the maps, which are those of the
+        finer shown layers and of this one, and nothing is returned where no positions are kept.
+        """
+        if self.nearest is None:
+            return None
+        chunks = zip(*(maps.split(_CHUNK) for maps in shown), strict=True)
+        parts = [self._compared([maps.to(self.location) for maps in some]).to(shown[-1]) for some in chunks]
+        return self.nearest.fit(torch.cat(parts), scored, copies)
+
+    def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> Tensor | None:
+        """Distances of positions to the nearest normal one, ``(N, h, w)``; ``None`` where none are kept.
+
+        Args:
+            shown: Reduced maps of the finer shown layers, and of this one, ``(N, D, h, w)`` each.
+            kind: The number of each image's kind, ``(N,)``, where there are several.
+        """
+        return None if self.nearest is None else self.nearest(self._compared(shown), kind)
+
+    def _compared(self, shown: Sequence[Tensor]) -> Tensor:
+        """What positions are compared by, ``(N, sum of D, h, w)``: finer maps are averaged to this one's size."""
+        *finer, own = shown
+        return torch.cat([*(functional.adaptive_avg_pool2d(maps, self.size) for maps in finer), own], dim=1)
 
     def fit_scale(self, maps: Tensor) -> None:
         """Set location and spread from anomaly maps of normal images, ``(n, h, w)``."""
@@ -208,6 +238,30 @@ class MapLayer(flows.ForEachKind):
             *([f"{self.name}: its patch that is least like any normal one"] * (self.nearest is not None)),
             *([f"{self.name}: its whole map"] * self.whole),
         ]
+
+
+def new_layers(
+    names: Sequence[str],
+    channels: Sequence[int],
+    shapes: Sequence[tuple[int, int, int]],
+    roles: Sequence[tuple[bool, bool]],
+    **arguments: Any,
+) -> list[MapLayer]:
+    """Return layers, from the finest, by their names, channels, shapes and roles, ``(top, whole)``."""
+    layers: list[MapLayer] = []
+    finer: list[tuple[int, int, int]] = []
+    for name, own, shape, (top, whole) in zip(names, channels, shapes, roles, strict=True):
+        layers.append(MapLayer(name, own, shape, finer=finer, top=top, whole=whole, **arguments))
+        finer = [*finer, shape] if top else finer
+    return layers
+
+
+def shown_before(layers: Iterable[MapLayer], reduced: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield what each layer's positions are compared by: reduced maps of shown layers up to it, from the finest."""
+    shown: list[Tensor] = []
+    for layer, maps in zip(layers, reduced, strict=True):
+        shown = [*shown, maps] if layer.top else shown
+        yield shown
 
 
 def _block(size: tuple[int, int]) -> int:

@@ -14,7 +14,7 @@ from anomalib_flowood import flows
 
 from .coreset import farthest_first
 
-_CANDIDATES = 50_000
+_CANDIDATES = 100_000
 """Positions of training images among which those of the memory bank are chosen: more take longer, and tell
 little more, if anything (docs/decisions.md)."""
 _PART = 128
@@ -54,6 +54,7 @@ class NearestPatches(flows.ForEachKind):
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
+    @flows.full_precision
     def fit(self, maps: Tensor, scored: Tensor, copies: int = 1) -> Tensor:
         """Choose the positions that are kept, and set the scale of distances.
 

@@ -24,7 +24,7 @@ from anomalib_flowood.scores.score import Inputs
 
 from .extraction import MAP_STRIDES, SCORE_STRIDES, MapExtraction, indices_of
 from .layer_flows import DRAWN, POSITION, coupled, draws_positions, new_flow, transformed
-from .map_layer import MapLayer
+from .map_layer import MapLayer, new_layers, shown_before
 from .mean_features import MeanFeatures
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
@@ -121,11 +121,10 @@ class FeatureMapFlowModel(MapExtraction):
             maps = run_backbone(network, torch.zeros(1, 3, *size))
         names = network.feature_info.module_name()  # type: ignore[operator, union-attr]
         shapes = [(min(subspace_dim, 2 * layer.shape[1]), *layer.shape[2:]) for layer in maps]
-        new_layer = partial(MapLayer, layout_dims=layout_dims, top_fraction=score_fraction, bank_size=bank_size)
-        layers = [
-            new_layer(name, layer.shape[1], shape, top=index in tops, whole=index in wholes, finest=index == min(tops))
-            for name, layer, shape, index in zip(names, maps, shapes, indices, strict=True)
-        ]
+        channels = [layer.shape[1] for layer in maps]
+        roles = [(index in tops, index in wholes) for index in indices]
+        sizes = {"layout_dims": layout_dims, "top_fraction": score_fraction, "bank_size": bank_size}
+        layers = new_layers(names, channels, shapes, roles, **sizes)
         arguments = {"subnet": subnet, "bottleneck_dim": bottleneck_dim, "coupling_layers": coupling_layers}
         arguments |= {"hidden_channels": hidden_channels, "scale": scale}
         new_flows = partial(new_flow, shapes, mask, context, **arguments)
@@ -136,7 +135,7 @@ class FeatureMapFlowModel(MapExtraction):
         self.tiles = tiles
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
-        self.means = MeanFeatures(sum(layer.shape[1] for layer in maps))
+        self.means = MeanFeatures(sum(channels))
         self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers) + 1)
         self.kinds = Kinds(0 if tiles else kind_images)
         shown, shares = zip(*((layer.size, share) for layer in layers for share in layer.shares), strict=True)
@@ -201,7 +200,7 @@ class FeatureMapFlowModel(MapExtraction):
         alone = flows.independent(
             [
                 flows.density(side, self.base, reduced, rest.flatten(1).sum(1), after=partial(layer.whiten, kind=kind))
-                for layer, side, reduced, rest in self._sides(inputs, flow)
+                for layer, side, reduced, rest, _ in self._sides(inputs, flow)
             ]
         )
         if self.tiles is None:
@@ -212,12 +211,12 @@ class FeatureMapFlowModel(MapExtraction):
 
     def _sides(
         self, inputs: Inputs, flow: InvertibleModule | None = None
-    ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor]]:
-        """Yield, layer by layer, what belongs to it: itself, its flow, and what :meth:`reduce` returns of it."""
+    ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor, list[Tensor]]]:
+        """Yield, layer by layer: itself, its flow, what :meth:`reduce` returns of it, and what positions compare."""
         sides = (self.flow if flow is None else flow).flows
         reduced, rest = ([self.alone(part) for part in inputs[start : 2 * len(self.layers) : 2]] for start in (0, 1))
-        # A list of modules has modules of any kind to mypy.
-        return zip(self.layers, sides, reduced, rest, strict=True)  # type: ignore[arg-type]
+        layers = cast("Sequence[MapLayer]", self.layers)
+        return zip(layers, sides, reduced, rest, shown_before(layers, reduced), strict=True)
 
     def epoch_steps(self, images: int) -> int | None:
         """Return the steps in which training sees as many positions as the coarsest shown map has in so many images.
@@ -238,7 +237,7 @@ class FeatureMapFlowModel(MapExtraction):
             noise: Standard deviation of the noise.
         """
         losses = []
-        for _, flow, reduced, _ in self._sides(inputs):
+        for _, flow, reduced, *_ in self._sides(inputs):
             z, log_det = transformed(flow, reduced, noise, self.dtype)
             losses.append(-(self.base.log_prob(z) + log_det).mean() / z[0].numel())
         return torch.stack(losses).mean()
@@ -246,7 +245,7 @@ class FeatureMapFlowModel(MapExtraction):
     def layer_maps(self, inputs: Inputs) -> Iterator[Tensor]:
         """Yield the anomaly map of each layer, ``(N, h, w)``, nats, from what :meth:`prepare` returns."""
         kind = self.kinds(inputs[-1])
-        for layer, flow, maps, _ in self._sides(inputs):
+        for layer, flow, maps, *_ in self._sides(inputs):
             yield layer.anomaly_map(*coupled(flow, maps), kind)
 
     @property
@@ -265,11 +264,11 @@ class FeatureMapFlowModel(MapExtraction):
             raise ValueError(msg)
         found, statistics, inputs = [], [], self.inputs(images)
         kind = self.kinds(inputs[-1])
-        for layer, flow, reduced, _ in self._sides(inputs):
+        for layer, flow, reduced, _, shown in self._sides(inputs):
             latents, scales = coupled(flow, reduced)
             maps = layer.anomaly_map(latents, scales, kind)
             found.append((layer, reduced, layer.whitened(latents, kind), maps))
-            statistics += layer.statistics(maps, layer.distances(reduced, kind))
+            statistics += layer.statistics(maps, layer.distances(shown, kind))
         statistics.append(self.means(inputs[-1], kind))
         *parts, of_means = self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1)
         of_layers = iter(parts)
@@ -311,7 +310,7 @@ class FeatureMapFlowModel(MapExtraction):
     def _fit_whitening(self, inputs: Inputs, copies: int) -> None:
         """Fit it to images of one kind."""
         statistics: list[Tensor] = []
-        for layer, flow, maps, _ in self._sides(inputs):
+        for layer, flow, maps, _, shown in self._sides(inputs):
             like = layer.location
             latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
             scales = like.new_empty(len(maps), *layer.size)
@@ -321,8 +320,7 @@ class FeatureMapFlowModel(MapExtraction):
                     part.copy_(values)
             rows, unseen = layer.fit_whitening(latents, scales, copies)
             layer.fit_scale(unseen)
-            distances = None if layer.nearest is None else layer.nearest.fit(maps, rows, copies)
-            statistics += layer.statistics(unseen, distances)
+            statistics += layer.statistics(unseen, layer.fit_nearest(shown, rows, copies))
         statistics.append(self.means.fit(self.alone(inputs[-1]), copies))
         self.evidence.fit(torch.stack(statistics, dim=1))
 
@@ -389,9 +387,11 @@ class FeatureMapFlowModel(MapExtraction):
         kind = self.kinds(means)
         shown: list[Tensor] = []
         statistics: list[Tensor] = []
-        flows_of = zip(self.layers, self.flow.flows, reduced, strict=True)
-        for layer, flow, latents in cast("Iterator[tuple[MapLayer, SequenceINN, Tensor]]", flows_of):
-            maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(latents, kind)
+        layers = cast("Sequence[MapLayer]", self.layers)
+        for layer, flow, latents, compared in zip(
+            layers, self.flow.flows, reduced, shown_before(layers, reduced), strict=True
+        ):
+            maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(compared, kind)
             statistics += layer.statistics(maps, distances)
             shown += layer.shown(maps, distances, kind)
         statistics.append(self.means(means, kind))
