@@ -66,8 +66,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
         score_fraction: The share of a map's positions that are its most anomalous ones.
-        bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank: the distance of the
-            position of an image that has the farthest way to any of them is evidence. 0 for none.
+        bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank, of a coarser one as
+            many more as its map has fewer: the distance of the position of an image that has the farthest way to any of
+            them is evidence. 0 for none.
         kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
             of images that have nothing to do with each other by what the backbone sees, and each is whitened on its
             own. They are found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.

@@ -178,9 +178,12 @@ class MapLayer(flows.ForEachKind):
         """
         if self.nearest is None:
             return None
-        chunks = zip(*(maps.split(_CHUNK) for maps in shown), strict=True)
-        parts = [self._compared([maps.to(self.location) for maps in some]).to(shown[-1]) for some in chunks]
-        return self.nearest.fit(torch.cat(parts), scored, copies)
+        own = compared = shown[-1]
+        if len(shown) > 1:
+            chunks = zip(*(maps.split(_CHUNK) for maps in shown), strict=True)
+            parts = [self._compared([maps.to(self.location) for maps in some]).to(own) for some in chunks]
+            compared = torch.cat(parts)
+        return self.nearest.fit(compared, scored, copies)
 
     def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> Tensor | None:
         """Distances of positions to the nearest normal one, ``(N, h, w)``; ``None`` where none are kept.

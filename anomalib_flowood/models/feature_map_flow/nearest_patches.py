@@ -15,8 +15,8 @@ from anomalib_flowood import flows
 from .coreset import farthest_first
 
 _CANDIDATES = 100_000
-"""Positions of training images among which those of the memory bank are chosen: more take longer, and tell
-little more, if anything (docs/decisions.md)."""
+"""Positions of training images among which those of the memory bank are chosen: more take longer, and tell a little
+more (docs/decisions.md)."""
 _PART = 128
 """Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
 _DISTANCES = 2**20

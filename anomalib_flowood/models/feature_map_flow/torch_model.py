@@ -56,8 +56,8 @@ class FeatureMapFlowModel(MapExtraction):
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
     other directions. The maps of ``map_layers`` are shown. The image score is the mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
-    small defects, the position of the finest that is least like any normal one (:class:`NearestPatches`), the mean of
-    the whole map of each of ``score_layers``, which sees what is wrong as a whole, and −log p of what is in the image,
+    small defects, the position of each that is least like any normal one (:class:`NearestPatches`), the mean of the
+    whole map of each of ``score_layers``, which sees what is wrong as a whole, and −log p of what is in the image,
     wherever it is: of the mean features of all layers, by a shrunk Gaussian. Their scales are those of training images
     to which nothing of this was fitted: it is fitted to some, and scores the others.
 
@@ -351,8 +351,8 @@ class FeatureMapFlowModel(MapExtraction):
         """Score pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`.
 
         Returns:
-            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and that of the distances to the
-            nearest normal positions, in units of their standard deviations over normal images, up-sampled and averaged
+            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and those of the distances to
+            the nearest normal positions, in units of their standard deviations over normal images, up-sampled and averaged
             (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the combined evidence. Of a model with tiles the map is
             stitched, and the score the highest of a tile.
         """
