@@ -62,4 +62,5 @@ def directions_of(square: Tensor, most: int | None = None) -> tuple[Tensor, Tens
     # In NumPy, where eigensolvers are faster on the CPU.
     values, vectors = (torch.from_numpy(part).flip(-1)[..., :most] for part in np.linalg.eigh(square.numpy()))
     kept = values > _LEAST * max(float(values[0]), 0.0) if len(values) else values > 0
-    return values[kept], vectors[:, kept].T
+    # As a checkpoint holds them: products with them round alike before and after.
+    return values[kept], vectors[:, kept].T.contiguous()

@@ -5,6 +5,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from anomalib_flowood.flows import Computed, GaussianMixture, Moments, ShrunkGaussian, draw, in_turn
+from anomalib_flowood.flows.fitted import principal_directions
 from anomalib_flowood.flows.rows import AT_ONCE, take
 
 
@@ -76,3 +77,10 @@ def test_every_point_counts_in_a_mixture_however_many_there_are():
     kinds = torch.stack([x[x[:, 0] > 1.5].mean(0), x[x[:, 0] < 1.5].mean(0)])
     torch.testing.assert_close(base.centres[base.centres[:, 0].argsort(descending=True)], kinds)
     torch.testing.assert_close(covariance, 0.01 * torch.eye(2).double(), atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("points", [4, 40])
+def test_directions_lie_in_memory_as_a_checkpoint_holds_them(points):
+    some = torch.randn(points, 9, dtype=torch.float64)
+    _, directions = principal_directions(some - some.mean(0))
+    assert directions.is_contiguous()
