@@ -352,9 +352,9 @@ class FeatureMapFlowModel(MapExtraction):
 
         Returns:
             A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and those of the distances to
-            the nearest normal positions, in units of their standard deviations over normal images, up-sampled and averaged
-            (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the combined evidence. Of a model with tiles the map is
-            stitched, and the score the highest of a tile.
+            the nearest normal positions, in units of their standard deviations over normal images, up-sampled and
+            averaged (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the combined evidence. Of a model with tiles the
+            map is stitched, and the score the highest of a tile.
         """
         if self.tiles is None:
             return self._judge_maps(self.extract(images))
