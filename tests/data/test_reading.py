@@ -207,6 +207,7 @@ def test_predict_goes_on_where_a_file_cannot_be_read(
     arguments = ["predict", "--model", "PixelFlow", "--model.image_size", "[12, 12]", "--model.channels", "1"]
     arguments += ["--model.coupling_layers", "4", "--model.hidden_channels", "16", "--model.bottleneck_dim", "3"]
     arguments += ["--ckpt_path", str(trained["12.png"]), "--trainer.accelerator", "cpu"]
+    arguments += ["--default_root_dir", str(tmp_path / "results")]
     with pytest.raises(SystemExit) as info:
         main([*arguments, "--data", str(folder)])
     assert info.value.code == 3
@@ -252,6 +253,7 @@ def test_predict_on_a_data_module_goes_on_too_and_a_test_does_not(
         "trainer: {accelerator: cpu, enable_progress_bar: false}\n"
     )
     arguments = ["--config", str(config), "--ckpt_path", str(trained["12.png"])]
+    arguments += ["--default_root_dir", str(tmp_path / "results")]
     with pytest.raises(SystemExit) as info:
         main(["predict", *arguments])
     assert info.value.code == 3

@@ -63,7 +63,7 @@ def test_shares_sum_to_the_score_and_directions_to_the_map(maps):
     shares = [share for view in views for share in view.shares.values()]
     names = [name for view in views for name in view.shares]
     # Two maps, one of them as a whole, distances of the finer one, and mean features.
-    assert len(names) == len(set(names)) == 5
+    assert len(names) == len(set(names)) == 6
     predicted = maps.model(inputs)
     torch.testing.assert_close(sum(shares), predicted.pred_score)
     for view, layer, anomaly_map in zip(

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -76,17 +78,19 @@ def test_bfloat16_is_off_on_the_cpu_within_and_as_it_was_behind_it():
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("asked", ["none", "tf32"])
 def test_what_is_set_for_all_devices_behind_it_holds(kind, asked):
-    """What it found was inherited, and is not set for good."""
-    try:
-        torch.backends.fp32_precision = asked
-        before = multiplies_in(kind)[0]
-        with _exactly(kind), _exactly(kind):
-            assert multiplies_in(kind) == ("ieee", "ieee")
-        assert multiplies_in(kind)[0] == before
-        torch.backends.fp32_precision = "ieee"
+    """What it found was inherited, and is not set for good; in a process in which nobody has set any precision."""
+    subprocess.run([sys.executable, __file__, kind, asked], check=True)
+
+
+def set_for_all_devices(kind, asked):
+    torch.backends.fp32_precision = asked
+    before = multiplies_in(kind)[0]
+    with _exactly(kind), _exactly(kind):
         assert multiplies_in(kind) == ("ieee", "ieee")
-    finally:
-        torch.backends.fp32_precision = "none"
+    assert multiplies_in(kind)[0] == before
+    torch.backends.fp32_precision = "ieee"
+    assert multiplies_in(kind) == ("ieee", "ieee")
+    torch.backends.fp32_precision = "none"
     if asked == "none":
         assert multiplies_in(kind)[0] == before
 
@@ -128,3 +132,7 @@ class Exported(nn.Module):
 
     def forward(self, x):
         return self.product.exact(x)
+
+
+if __name__ == "__main__":
+    set_for_all_devices(*sys.argv[1:])

@@ -239,6 +239,7 @@ def test_a_score_that_passes_through_zero_has_the_rounding_of_its_terms():
     processor.calibrate(torch.linspace(-0.0004, 0.0004, 40))
     detector = SimpleNamespace(
         dtype=torch.float32,
+        device=torch.device("cpu"),
         pre_processor=None,
         model=lambda images: InferenceBatch(pred_score=images.flatten(1).mean(1)),
         post_processor=processor,
