@@ -109,7 +109,8 @@ class ShrunkGaussian(ForEachKind):
         padded = []
         for mean, components, variances, tail in fits:
             missing = most - len(variances)
-            components = _completed(components, missing) if missing else components
+            # In main memory: MPS has no QR decomposition.
+            components = _completed(components.cpu(), missing).to(components) if missing else components
             padded.append((mean, components, torch.cat([variances, tail.expand(missing)]), tail))
         super().join(padded)
 
@@ -217,10 +218,10 @@ def _oas(variances: Tensor, dims: int, count: int) -> tuple[float, float]:
 
 @full_precision
 def _completed(components: Tensor, missing: int) -> Tensor:
-    """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``."""
-    given = components.cpu()  # MPS has no QR decomposition
-    added = torch.randn(missing, given.shape[1], dtype=given.dtype, generator=torch.Generator().manual_seed(0))
+    """Add directions that are orthogonal to given ones, ``(r, D)``: ``(r + missing, D)``; both in main memory."""
+    seed = torch.Generator().manual_seed(0)
+    added = torch.randn(missing, components.shape[1], dtype=components.dtype, generator=seed)
     for _ in range(2):  # twice, since the first projection leaves what rounding leaves
-        added = added - (added @ given.T) @ given
+        added = added - (added @ components.T) @ components
         added = torch.linalg.qr(added.T)[0].T
-    return torch.cat([components, added.to(components)])
+    return torch.cat([components, added])

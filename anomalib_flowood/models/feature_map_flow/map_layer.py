@@ -43,7 +43,7 @@ class MapLayer(flows.ForEachKind):
             leaves, is no evidence.
         bank_size: The most positions of the finest shown layer that are kept, for the distance to the nearest of them
             (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. A shown layer with
-            fewer positions keeps as many more, which takes as long. 0 for none.
+            fewer positions keeps as many more: there are as many distances. 0 for none.
     """
 
     of_kind = ("location", "spread")
@@ -109,7 +109,6 @@ class MapLayer(flows.ForEachKind):
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
-    @flows.full_precision
     def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Fit the whitening to what the flow gives for training images.
 

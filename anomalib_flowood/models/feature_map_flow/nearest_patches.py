@@ -54,7 +54,6 @@ class NearestPatches(flows.ForEachKind):
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
-    @flows.full_precision
     def fit(self, maps: Tensor, scored: Tensor, copies: int = 1) -> Tensor:
         """Choose the positions that are kept, and set the scale of distances.
 
