@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anomalib_flowood import flows
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import PixelDensity
 
@@ -34,11 +35,10 @@ def latents(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture
         inputs = part.images.inputs[:CHUNK].to(detector.device)
         places = spread(len(inputs), _LATENTS_PER_SET)
         few = inputs[places]
-        with torch.random.fork_rng([detector.device] if detector.device.type == "cuda" else []):
-            torch.manual_seed(_SEED)
-            repeated = few.repeat_interleave(DRAWS, dim=0).split(CHUNK)
-            draws = torch.cat([_latents(model, chunk, noisy=True) for chunk in repeated])
-        latents = {"latent": _latents(model, few), f"mean of\n{DRAWS} draws": draws.unflatten(0, (-1, DRAWS)).mean(1)}
+        # Noise of a generator of its own: no other random number depends on a picture.
+        noises = flows.dequantization_noise(model.pixels(few).shape[1:], DRAWS, _SEED)
+        draws = torch.stack([_latents(model, few, noise) for noise in noises])
+        latents = {"latent": _latents(model, few), f"mean of\n{DRAWS} draws": draws.mean(0)}
         if normalised:
             # A copy: training mode moves running statistics.
             latents["training\nmode"] = _latents(copy.deepcopy(model).train(), inputs)[places]
@@ -57,15 +57,11 @@ def latents(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture
     return Picture("latents.png", "Latents", caption)
 
 
-def _latents(model: PixelDensity, images: Tensor, *, noisy: bool = False) -> Tensor:
-    """Latents, mean over the colours: ``(N, H, W)``."""
-    found: list[Tensor] = []
-    handle = model.flow.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
-    try:
-        model.log_prob(images, noisy=noisy)
-    finally:
-        handle.remove()
-    return found[0].mean(1).cpu()
+def _latents(model: PixelDensity, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Latents, mean over the colours, ``(N, H, W)``; of images with the same noise, ``(C, H, W)``, or with its mean."""
+    pixels = model.pixels(images)
+    z, _ = model.flow(flows.dequantize(pixels, None if noise is None else noise.to(pixels)))
+    return z.mean(1).cpu()
 
 
 def scales(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture:

@@ -58,11 +58,8 @@ class Pixels(ColourModel):
     def pixels(self, images):
         return images
 
-    def inputs(self, images, *, noisy=False):
-        return (flows.dequantize(self.pixels(images), torch.rand_like(images) if noisy else None),)
-
-    def log_prob(self, images, *, noisy=False):
-        return self.log_prob_of(self.inputs(images, noisy=noisy))
+    def inputs(self, images):
+        return (flows.dequantize(self.pixels(images)),)
 
 
 class Layered(ColourModel):

@@ -157,9 +157,11 @@ def test_batch_norm_in_training_mode_leaves_the_detector_as_it_is(tmp_path, monk
     detector.model.flow.module_list[1].eval()  # a mode of its own, to be kept
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     modes = [module.training for module in detector.modules()]
-    state = torch.get_rng_state()
+    state, seeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     shown = check_page(explain(detector, sets, tmp_path), PIXEL_PICTURES)
     assert "training mode" in shown.text
+    assert not seeded  # generators of other devices, which nothing puts back
     assert [module.training for module in detector.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     after = detector.state_dict()

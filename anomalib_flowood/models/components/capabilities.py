@@ -38,8 +38,8 @@ class PixelDensity(Protocol):
         """Check pre-processed images, ``(N, 3, H, W)``, and bring them to the flow's channels, ``(N, C, H, W)``."""
         ...
 
-    def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
-        """Log-density of images, nats, ``(N,)``; dequantised with noise, or with its mean."""
+    def log_prob(self, images: Tensor) -> Tensor:
+        """Log-density of images, nats, ``(N,)``, dequantised with the mean of the noise."""
         ...
 
 
