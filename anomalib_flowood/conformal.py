@@ -16,7 +16,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
@@ -323,38 +322,6 @@ def price_of_trimming(images: int, contamination: float, rank_of: Callable[[int]
         f"{100 * trimmed_bound(images, contamination, rank):.3g} % of normal images are labelled anomalous in "
         f"expectation; {100 * rank / (images - dropped + 1):.3g} % if these are"
     )
-
-
-def false_alarm_rates(
-    scores: ArrayLike, calibration_images: int, alpha: float = 0.05, splits: int = 200, seed: int = 0
-) -> np.ndarray:
-    """Measure the false-alarm rate: calibrate on random images of one distribution, decide on the others.
-
-    Args:
-        scores: Scores of in-distribution images that the detector was not trained on, ``(N,)``.
-        calibration_images: How many of them calibrate in each split.
-        alpha: The level, in (0, 1).
-        splits: Number of random splits.
-        seed: Seed of the splits.
-
-    Returns:
-        Share of flagged images in each split, ``(splits,)``. Its mean estimates the rate that is at most ``alpha``;
-        single splits scatter about it, since m / (n + 1) is a mean over
-        calibration sets too.
-
-    Raises:
-        ValueError: If a score is NaN, the level cannot be reached, or no image is left to decide on.
-    """
-    values = np.asarray(scores)
-    refuse_nan(values)
-    if calibration_images >= len(values):
-        msg = f"calibration_images={calibration_images} leaves none of {len(values)} images to decide on."
-        raise ValueError(msg)
-    rank = threshold_rank(calibration_images, alpha)
-    drawn = np.random.default_rng(seed).permuted(np.tile(values, (splits, 1)), axis=1)
-    calibration, test = drawn[:, :calibration_images], drawn[:, calibration_images:]
-    thresholds = np.partition(calibration, -rank, axis=1)[:, -rank]
-    return (test > thresholds[:, None]).mean(axis=1)
 
 
 def _percent(share: float) -> str:

@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from anomalib.engine import Engine
 from lightning import seed_everything
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
 from anomalib_flowood import CrossDataset, PixelFlow
 from anomalib_flowood.benchmark import ScoreRecorder
-from anomalib_flowood.conformal import false_alarm_rates
+from anomalib_flowood.checks import refuse_nan
+from anomalib_flowood.conformal import threshold_rank
 from benchmarks.fits import TimeLimit, quiet
 
 CALIBRATION_IMAGES = (100, 1000, 5000)
@@ -46,6 +49,37 @@ def in_distribution_scores(seconds: float) -> torch.Tensor:
         engine.test(detector, datamodule=datamodule, verbose=False)
     scores = recorder.scores
     return torch.tensor(scores.loc[scores["label"] == 0, "score"].to_numpy())
+
+
+def false_alarm_rates(
+    scores: ArrayLike, calibration_images: int, alpha: float = 0.05, splits: int = 200, seed: int = 0
+) -> np.ndarray:
+    """Measure the false-alarm rate: calibrate on random images of one distribution, decide on the others.
+
+    Args:
+        scores: Scores of in-distribution images that the detector was not trained on, ``(N,)``.
+        calibration_images: How many of them calibrate in each split.
+        alpha: The level, in (0, 1).
+        splits: Number of random splits.
+        seed: Seed of the splits.
+
+    Returns:
+        Share of flagged images in each split, ``(splits,)``. Its mean estimates the rate that is at most ``alpha``;
+        single splits scatter about it, since m / (n + 1) is a mean over calibration sets too.
+
+    Raises:
+        ValueError: If a score is NaN, the level cannot be reached, or no image is left to decide on.
+    """
+    values = np.asarray(scores)
+    refuse_nan(values)
+    if calibration_images >= len(values):
+        msg = f"calibration_images={calibration_images} leaves none of {len(values)} images to decide on."
+        raise ValueError(msg)
+    rank = threshold_rank(calibration_images, alpha)
+    drawn = np.random.default_rng(seed).permuted(np.tile(values, (splits, 1)), axis=1)
+    calibration, test = drawn[:, :calibration_images], drawn[:, calibration_images:]
+    thresholds = np.partition(calibration, -rank, axis=1)[:, -rank]
+    return (test > thresholds[:, None]).mean(axis=1)
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomalib_flowood import FeatureMapFlow
-from anomalib_flowood.conformal import false_alarm_rates
 from anomalib_flowood.models.components import ConformalPostProcessor
 from benchmarks.contest.data import HELD_OUT, IndustrialFolder
+from benchmarks.false_alarms import false_alarm_rates
 from benchmarks.fits import quiet
 
 
