@@ -188,6 +188,15 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             help="Folder for predictions.csv and pictures; made if missing. By default a new one in the run's folder.",
         )
 
+    @staticmethod
+    def _add_device_argument(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--device",
+            type=str,
+            default="cpu",
+            help="Where PyTorch computes, cuda say: that of a checkpoint or a torch export.",
+        )
+
     def add_watch_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``watch``."""
         parser.add_argument("detector", type=Path, help="Checkpoint, or file or folder of an exported model.")
@@ -198,6 +207,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         parser.add_argument("--aside", type=Path, default=None, help="Folder that anomalous images are moved to.")
         parser.add_argument("--link", type=bool, default=False, help="Link to them from there in the place of moving.")
         parser.add_argument("--interval", type=PositiveFloat, default=1.0, help="Seconds between two looks.")
+        self._add_device_argument(parser)
 
     def watch(self) -> None:
         """Score what arrives in a folder, until the process is stopped."""
@@ -208,7 +218,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         folder = Path(str(arguments["folder"]))
         table = Path(str(arguments["output"] or folder / "watch.csv"))
         aside = arguments["aside"] and Path(str(arguments["aside"]))
-        detector = load(str(arguments["detector"]))
+        detector = load(str(arguments["detector"]), arguments["device"])
         with only_writer(table) if folder.is_dir() else nullcontext():  # else the watcher says what is missing
             watcher = Watcher(detector, folder, table, aside, link=arguments["link"])
             print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
@@ -224,6 +234,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         parser.add_argument(
             "--drift_images", type=PositiveInt, default=100, help="Of how many of the last images drift is tested."
         )
+        self._add_device_argument(parser)
         parser.add_class_arguments(Limits)
 
     def serve(self) -> None:
@@ -233,7 +244,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
 
         given = self.config["serve"]
         limits = Limits(**{field.name: given[field.name] for field in fields(Limits)})
-        serve(Path(str(given["detector"])), given["host"], given["port"], limits, given["drift_images"])
+        model = Path(str(given["detector"]))
+        serve(model, given["host"], given["port"], limits, given["drift_images"], given["device"])
 
     def add_backbone_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``backbone``."""

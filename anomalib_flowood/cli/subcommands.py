@@ -101,6 +101,7 @@ _ALPHA = Argument(
 )
 _OUTPUT = Argument("--output", FOLDER, "Folder to write to. By default a new one in the run's folder.")
 _TRAINED = Argument("detector", f"{FILE}|{FOLDER}", "Checkpoint, or exported model.")
+_DEVICE = Argument("--device", "NAME", "Where a checkpoint computes: cuda, say. Default: cpu.")
 
 _PRINTED = Argument("--print_config", "", "Print the configuration, and do nothing.")
 _DESCRIBED = (
@@ -240,6 +241,7 @@ SUBCOMMANDS = {
             Argument("--aside", FOLDER, "Folder that anomalous images are moved to."),
             Argument("--link", "true|false", "Link to them from there instead. Default: False.", ("true", "false")),
             Argument("--interval", "SECONDS", "Time between two looks. Default: 1.0."),
+            _DEVICE,
         ),
         (("weights/openvino ./arriving --aside ./anomalous", "until Ctrl-C; it goes on from there"),),
         ours=True,
@@ -252,6 +254,7 @@ SUBCOMMANDS = {
             Argument("--host", "ADDRESS", "Address to listen on; 0.0.0.0 for all. Default: 127.0.0.1."),
             Argument("--port", NUMBER, "Port to listen on; 0 for one that is free. Default: 8000."),
             Argument("--drift_images", NUMBER, "Of how many of the last images drift is tested. Default: 100."),
+            _DEVICE,
         ),
         (("weights/openvino", "then http://127.0.0.1:8000 in a browser"),),
         ours=True,

@@ -41,7 +41,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it.
         ValueError: If a folder holds several exports; if a file is none of these; if a torch export is to be loaded,
             which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if
-            an export for the CPU is to be loaded for another device.
+            an export for the CPU is to be loaded for another device, or PyTorch has no such device here.
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
@@ -53,6 +53,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         path = _export_in(path)
     again = load, (path.absolute(), device)
     if path.suffix == ".ckpt":
+        _check_device(device)
         return of_module(open_checkpoint(path).to(device), again)
     if path.suffix not in _SUFFIXES:
         msg = f"{path} is neither a checkpoint (.ckpt) nor an export (.xml, .onnx, .pt, or the .json beside it)."
@@ -129,11 +130,32 @@ def _computing(path: Path, known: dict[str, Any], device: str | torch.device) ->
                 "the environment, as for anomalib's TorchInferencer; a checkpoint holds no code."
             )
             raise ValueError(msg)
+        _check_device(device)
         return torch_runtime(path, device)
-    if torch.device(device).type != "cpu":
+    if _named(device).type != "cpu":
         msg = f"{path} is loaded for the CPU, not for {device}: load the checkpoint that it was exported from, or leave"
         msg += " device out."
         raise ValueError(msg)
     if known["export_type"] == "onnx":
         return onnx_runtime(path)
     return openvino_runtime(path, raw=known["raw_score"]["tensor"] == "raw_score")
+
+
+def _named(device: str | torch.device) -> torch.device:
+    """The device of a name, whether it is there or not."""
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        msg = f"{device!r} is no device of PyTorch's: name cpu, cuda, cuda:1, mps or the like, or leave device out."
+        raise ValueError(msg) from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Refuse a device that is not there, of which each kind of it has an error of its own, before a model is read."""
+    named = _named(device)
+    try:
+        torch.empty(1, device=named)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        msg = f"PyTorch cannot compute on {device} here ({reason}). Name another device, or leave it out for the CPU."
+        raise ValueError(msg) from error

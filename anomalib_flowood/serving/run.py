@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import torch
 import uvicorn
 
 from anomalib_flowood.inference import load
@@ -15,7 +16,9 @@ from anomalib_flowood.serving.limits import Limits
 from anomalib_flowood.serving.metrics import total
 
 
-def serve(model: str | Path, host: str, port: int, limits: Limits, drift_images: int) -> None:
+def serve(
+    model: str | Path, host: str, port: int, limits: Limits, drift_images: int, device: str | torch.device = "cpu"
+) -> None:
     """Serve a detector until the process is stopped; what was accepted is answered first.
 
     Args:
@@ -24,10 +27,11 @@ def serve(model: str | Path, host: str, port: int, limits: Limits, drift_images:
         port: Port; 0 for one that is free.
         limits: What requests may ask.
         drift_images: Of how many of the last images drift is tested.
+        device: As for :func:`anomalib_flowood.load`.
 
     Raises:
         OSError: If the address is not to be had; before the detector is loaded.
-        ValueError: If there is no such port.
+        ValueError: If there is no such port; what else :func:`anomalib_flowood.load` raises.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Its protocol is named: asyncio turns Nagle's algorithm off for sockets that have one alone, and with it the end of
@@ -42,7 +46,7 @@ def serve(model: str | Path, host: str, port: int, limits: Limits, drift_images:
         except OverflowError as error:
             msg = f"There is no port {port}: --port takes 0 to 65535."
             raise ValueError(msg) from error
-        detector = load(model)
+        detector = load(model, device)
         if detector.size is not None:  # the first image prepares a graph, and shows what is missing
             detector.score(np.full((*detector.size, 3), 128, np.uint8))
         app = create_app(detector, limits, drift_images)

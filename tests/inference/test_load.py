@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaded detectors: any kind of image, any runtime, the same decisions as the engine's predictions."""
 
+import csv
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from pretend_device import pretend_device
 
 import anomalib_flowood
 from anomalib_flowood import exported
+from anomalib_flowood.cli import main
 from anomalib_flowood.data import read_image
 from anomalib_flowood.inference import Detector, images
 from anomalib_flowood.inference.images import each_image
@@ -245,6 +249,41 @@ def test_a_checkpoint_is_scored_with_on_another_device(case, folder, expected):
         detector = anomalib_flowood.load(case.checkpoint, device)
         near(detector.score(folder), expected)
         near(pickle.loads(pickle.dumps(detector)).score(folder), expected)
+
+
+def test_commands_score_on_the_device_that_is_named(case, folder, expected, tmp_path, monkeypatch):
+    def stopped(seconds):
+        if (tmp_path / "watch.csv").read_text().count("\n") > 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", stopped)
+    table = ["--output", str(tmp_path / "watch.csv")]
+    with pretend_device() as device, pytest.raises(SystemExit, match="130"):
+        main(["watch", str(case.checkpoint), str(folder), *table, "--device", device.type])
+    with (tmp_path / "watch.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("score", "raw_score", "p_value"):
+        np.testing.assert_allclose([float(row[name]) for row in rows], getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["serve", "watch"])
+@pytest.mark.parametrize(
+    ("kind", "device", "says"),
+    [
+        ("checkpoint", "cuda:9", r"PyTorch cannot compute on cuda:9 here \(.+\)\. Name another device, or leave"),
+        ("torch", "cuda:9", r"PyTorch cannot compute on cuda:9 here \(.+\)\. Name another device, or leave"),
+        ("onnx", "cuda", r"model\.onnx is loaded for the CPU, not for cuda: load the checkpoint"),
+        ("checkpoint", "gpu", r"'gpu' is no device of PyTorch's: name cpu, cuda, "),
+        ("onnx", "gpu", r"'gpu' is no device of PyTorch's: name cpu, cuda, "),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(command, kind, device, says, case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    path = case.checkpoint if kind == "checkpoint" else case.export(kind)
+    where = ["--port", "0"] if command == "serve" else [str(tmp_path)]
+    with pytest.raises(SystemExit, match="1"):
+        main([command, str(path), *where, "--device", device])
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_a_detector_in_memory_is_scored_with_where_it_is(case, folder, expected):

@@ -152,7 +152,7 @@ def test_the_command_watches_until_it_is_stopped(detector, folder, tmp_path, mon
             raise KeyboardInterrupt
 
     aside = tmp_path / "aside"
-    monkeypatch.setattr(inference, "load", lambda path: {"model.ckpt": detector}[path])
+    monkeypatch.setattr(inference, "load", lambda path, device: {("model.ckpt", "cpu"): detector}[path, device])
     monkeypatch.setattr(time, "sleep", nap)
     with pytest.raises(SystemExit, match="130"):
         main(["watch", "model.ckpt", str(folder), "--aside", str(aside), "--interval", "0.5"])
@@ -233,7 +233,7 @@ def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, mon
     command = [sys.executable, "-c", code, str(folder / "watch.csv")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
-        monkeypatch.setattr(inference, "load", lambda _: detector)
+        monkeypatch.setattr(inference, "load", lambda path, device: detector)
         with pytest.raises(SystemExit, match="1"):
             main(["watch", "model.ckpt", str(folder)])
         other.kill()  # which gives it back

@@ -43,7 +43,7 @@ def served(folder, monkeypatch, *arguments: str):
     """A server of a slow detector; its address, process and what it says."""
     detector = Detector(Runtime(slow_mean), (8, 8), list(np.linspace(0.1, 0.4, 20)), 1 / 21)
     said = folder / "said.txt"
-    monkeypatch.setattr(run, "load", lambda path: {"model.ckpt": detector}[str(path)])
+    monkeypatch.setattr(run, "load", lambda path, device: {("model.ckpt", "cpu"): detector}[str(path), device])
     child = os.fork()
     if not child:
         status = 99
@@ -140,13 +140,19 @@ def test_who_dawdles_or_sends_too_much_is_answered(tmp_path, monkeypatch):
 
 
 def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(run, "load", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr(run, "load", lambda path, device: pytest.fail(f"{path} was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(SystemExit) as end:
             main(["serve", "model.ckpt", "--port", str(port)])
     assert end.value.code == 1
     assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+def test_it_computes_on_the_device_that_is_named(monkeypatch):
+    monkeypatch.setattr(run, "load", lambda path, device: pytest.fail(f"loaded on {device}"))
+    with pytest.raises(pytest.fail.Exception, match="loaded on cuda:1"):
+        main(["serve", "model.ckpt", "--port", "0", "--device", "cuda:1"])
 
 
 def test_an_answer_waits_for_no_acknowledgement(tmp_path, monkeypatch):
