@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anomalib_flowood.exported import read_description
+from anomalib_flowood.exported import description_path, read_description
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
 from anomalib_flowood.models.components.export_check import (
@@ -17,6 +17,7 @@ from anomalib_flowood.models.components.export_check import (
     module_runtime,
     onnx_runtime,
     openvino_runtime,
+    raw_onnx_path,
     torch_runtime,
 )
 
@@ -38,7 +39,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         file's absolute path, from which it is loaded again.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it.
+        FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it, nor
+            ``model_raw.onnx``, which gives an ONNX export's raw scores.
         ValueError: If a folder holds several exports; if a file is none of these; if a torch export is to be loaded,
             which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if
             an export for the CPU is to be loaded for another device, or PyTorch has no such device here.
@@ -61,7 +63,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
     known = read_description(path)
     size = known["image_size"]
     return Detector(
-        _runtime(path.with_name(known["file"]), known, device),
+        _runtime(_described(path, known), known, device),
         tuple(size) if size else None,
         known["calibration_scores"],
         known["level"],
@@ -109,6 +111,24 @@ def _export_in(folder: Path) -> Path:
 def _is_export(file: Path) -> bool:
     """Whether it holds a model: not what describes one, nor the graph of raw scores beside an ONNX model."""
     return file.suffix in _SUFFIXES - {".json"} and not (file.suffix == ".onnx" and file.stem.endswith("_raw"))
+
+
+def _described(path: Path, known: dict[str, Any]) -> Path:
+    """The export that a description is of: the file of its name, be both called otherwise than when they were made."""
+    kind = Path(known["file"]).suffix
+    if path.suffix not in {kind, ".json"}:
+        msg = f"{description_path(path)} describes a {kind} file, and not {path}: has that of another export replaced"
+        msg += " its own? Export the model again."
+        raise ValueError(msg)
+    path = path.with_suffix(kind)
+    needed = [path]
+    if known["export_type"] == "onnx" and known["raw_score"]["output"] == "raw_score":
+        needed.append(raw_onnx_path(path))  # without it p-values would be of another score
+    for file in needed:
+        if not file.exists():
+            msg = f"There is no {file}, which belongs to {description_path(path)}: copy it there, or export again."
+            raise FileNotFoundError(msg)
+    return path
 
 
 def _runtime(path: Path, known: dict[str, Any], device: str | torch.device) -> Runtime:

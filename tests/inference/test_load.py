@@ -5,6 +5,7 @@ import csv
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -206,6 +207,38 @@ def test_every_export_decides_as_the_checkpoint_does(export_type, case, expected
     assert np.array_equal(got.label, expected.label)
     assert np.array_equal(got.p_value, exported.p_values(path, got.raw_score))
     assert detector.drift_p_value(got.raw_score) == exported.drift_p_value(path, got.raw_score)
+
+
+@pytest.mark.parametrize("export_type", ["torch", "openvino"])
+def test_an_export_may_be_renamed_beside_another(export_type, case, cases, folder, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    for name, exported_case in (("model", cases("embedding_flow")), ("camera", case)):
+        path = exported_case.export(export_type)
+        for file in path.parent.glob("model.*"):
+            shutil.copy(file, tmp_path / f"{name}{file.suffix}")
+    for way in (f"camera{path.suffix}", "camera.json"):
+        near(anomalib_flowood.load(tmp_path / way).score(folder), expected)
+
+
+def test_an_onnx_model_may_be_renamed(case, folder, expected, tmp_path):
+    for file in case.export("onnx").parent.iterdir():  # graphs name the file of their weights
+        shutil.copy(file, tmp_path / (file.name if file.suffix == ".data" else file.name.replace("model", "camera")))
+    near(anomalib_flowood.load(tmp_path).score(folder), expected)
+
+
+def test_an_onnx_model_without_its_raw_scores_is_refused(case, tmp_path):
+    """Its p-values would be of scores in [0, 1], and its calibration is of raw ones."""
+    for file in case.export("onnx").parent.glob("model.*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no .*model_raw\.onnx, which belongs to .*model\.json: copy it there"):
+        anomalib_flowood.load(tmp_path)
+
+
+def test_the_description_of_another_export_is_told(case, tmp_path):
+    shutil.copytree(case.export("onnx").parent, tmp_path, dirs_exist_ok=True)
+    shutil.copy(case.export("openvino").with_suffix(".json"), tmp_path)
+    with pytest.raises(ValueError, match=r"model\.json describes a \.xml file, and not .*model\.onnx"):
+        anomalib_flowood.load(tmp_path / "model.onnx")
 
 
 def test_a_name_that_is_empty_is_not_the_folder_of_the_process(tmp_path, monkeypatch):
