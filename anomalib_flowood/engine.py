@@ -13,9 +13,9 @@ from typing import Any
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from anomalib_flowood.started import was_started
+from anomalib_flowood.trainers import keep_end
 
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""
@@ -37,7 +37,7 @@ class RunEngine(Engine):
         """Fit as anomalib's engine does; a checkpoint is left in any case."""
         with self._latest_has_weights():
             super().fit(*args, **kwargs)
-            self._keep_end()
+            keep_end(self.trainer)
 
     def train(
         self,
@@ -51,7 +51,7 @@ class RunEngine(Engine):
         """Fit and test as anomalib's engine does, which after a resumed fit would test what that began with."""
         with self._latest_has_weights():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
-            self._keep_end()
+            keep_end(self.trainer)
             return self.trainer.test(model, test_dataloaders, datamodule=datamodule)
 
     def _setup_trainer(self, model: AnomalibModule) -> None:
@@ -94,17 +94,6 @@ class RunEngine(Engine):
                     with contextlib.suppress(OSError):  # what it holds says what failed
                         self._new.rmdir()
                         self._new.parent.rmdir()  # of these data, if there is no other run
-
-    def _keep_end(self) -> None:
-        """Write a checkpoint of a fit that has ended without one, as where no validation followed its last epoch."""
-        trainer: Any = self.trainer
-        callback = self.checkpoint_callback
-        if self.is_trial or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
-            return
-        trained = trainer.current_epoch or trainer.global_step
-        if trained and not callback.best_model_path and not callback.last_model_path:
-            callback.best_model_path = str(Path(str(callback.dirpath)) / "model.ckpt")
-            trainer.save_checkpoint(callback.best_model_path)
 
     def kept_checkpoint(self) -> Path | None:
         """The newest checkpoint that this training has written so far; ``None`` if there is none."""

@@ -2,8 +2,8 @@
 """Lightning's trainers: which loaders they have, before they are asked for a batch, and others in their place.
 
 What Lightning gives is reached by its public names. It has none for the loaders of a fit as they were made, before each
-device got its share of them, none for others in their place once the fit has begun, none for the table of a test, and
-none for averaged weights.
+device got its share of them, none for others in their place once the fit has begun, none for the table of a test, none
+for averaged weights, and none for whether a fit has left a checkpoint.
 (``trainer.datamodule`` does not do: it stays that of an earlier run where a later one gets loaders.) These are reached
 here and nowhere else, and the versions that have them bound those that this package takes.
 """
@@ -18,7 +18,7 @@ import lightning
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -74,6 +74,29 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_option
             if not isinstance(reason, OSError):
                 raise
             raise OSError(reason.errno, reason.strerror, str(path)) from error
+
+
+def keep_end(trainer: Trainer) -> None:
+    """Write a checkpoint of a fit that has ended without one, as where no validation followed its last epoch.
+
+    None of a fit that had nothing to train, nor where the callback chooses by a metric, and has chosen. What a resumed
+    fit began with is none of its own, though the callback names it.
+
+    Args:
+        trainer: The trainer of the fit, in each of its processes.
+
+    Raises:
+        RuntimeError: If this version of Lightning knows elsewhere what has been done.
+    """
+    callback: Any = trainer.checkpoint_callback
+    trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    if trial or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
+        return
+    began, saved = _field(callback, "_last_time_checked") is not None, _field(callback, "_last_checkpoint_saved")
+    if began and not saved and callback.best_model_path not in callback.best_k_models:
+        metrics = _field(callback, "_monitor_candidates")(trainer)
+        callback.best_model_path = _field(callback, "_get_metric_interpolated_filepath_name")(metrics, trainer)
+        _field(callback, "_save_checkpoint")(trainer, callback.best_model_path)
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:

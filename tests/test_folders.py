@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder, PredictDataset
 from model_helpers import TRAINER, data, engine, feature_map_flow, pixel_flow
 from PIL import Image
@@ -73,6 +75,41 @@ def test_a_fit_that_no_validation_followed_leaves_a_checkpoint(command, tmp_path
     longer = run_engine(tmp_path / "results")
     longer.fit(pixel_flow(max_epochs=3), datamodule=data(tmp_path), ckpt_path=checkpoint)
     assert open_checkpoint(longer.best_model_path).post_processor.calibrated
+
+
+@pytest.mark.parametrize("resumed_by", [engine, run_engine])
+@pytest.mark.parametrize("limits", [{"check_val_every_n_epoch": 5}, {"check_val_every_n_epoch": 5, "max_steps": 4}])
+def test_so_does_one_that_was_resumed(resumed_by, limits, tmp_path):
+    first = run_engine(tmp_path / "results")
+    first.fit(pixel_flow(max_epochs=1), datamodule=data(tmp_path))
+    longer = resumed_by(tmp_path if resumed_by is engine else tmp_path / "results", **limits)
+    detector = pixel_flow(max_epochs=2)
+    longer.fit(detector, datamodule=data(tmp_path), ckpt_path=first.best_model_path)
+    runs = tmp_path / "results/PixelFlow/CrossDataset/ramps-squares"
+    assert longer.best_model_path == str(runs / "v1/weights/lightning/model.ckpt")
+    assert (runs / "latest").resolve() == runs / "v1"
+    kept = open_checkpoint(longer.best_model_path)
+    assert not kept.post_processor.calibrated
+    for name, value in detector.model.state_dict().items():
+        assert torch.equal(value, kept.model.state_dict()[name]), name
+    # One that had ended leaves none, and says so.
+    over = resumed_by(tmp_path if resumed_by is engine else tmp_path / "results")
+    over.fit(pixel_flow(max_epochs=1), datamodule=data(tmp_path), ckpt_path=first.best_model_path)
+    assert over.best_model_path == first.best_model_path
+    assert not list((runs / "v2").rglob("*.ckpt"))
+
+
+def test_what_a_callback_has_chosen_before_a_resumed_fit_stays_chosen(tmp_path):
+    def chosen(**limits):
+        return run_engine(
+            tmp_path / "results", callbacks=[ModelCheckpoint(tmp_path / "kept", "best", monitor="val_loss")], **limits
+        )
+
+    first = chosen()
+    first.fit(pixel_flow(max_epochs=1), datamodule=data(tmp_path))
+    longer = chosen(check_val_every_n_epoch=5)
+    longer.fit(pixel_flow(max_epochs=2), datamodule=data(tmp_path), ckpt_path=first.best_model_path)
+    assert longer.best_model_path == first.best_model_path == str(tmp_path / "kept/best.ckpt")
 
 
 def test_a_trial_leaves_no_checkpoint(tmp_path):

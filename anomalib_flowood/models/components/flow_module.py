@@ -30,6 +30,7 @@ from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian,
 from anomalib_flowood.names import alternatives
 from anomalib_flowood.trainers import (
     check_validation_images,
+    keep_end,
     prediction_loaders,
     save_whole,
     trainer_of,
@@ -165,6 +166,11 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         self.max_value = checkpoint.get(_MAX_VALUE)
         if trainer_of(self) is not None:
             self._read_alike()
+
+    def on_fit_end(self) -> None:
+        """Leave a checkpoint in any case: none is written where no validation follows the last epoch."""
+        super().on_fit_end()
+        keep_end(self.trainer)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
