@@ -76,15 +76,17 @@ def drift_p_value(model: str | Path, raw_scores: ArrayLike) -> float:
 
     Arguments and errors as for :func:`p_values`, ``(N,)`` scores; no scores at all are an error, too.
     """
-    return conformal.drift_p_value(_calibration(model), _tensor(raw_scores))
+    return conformal.drift_p_value(_calibration(model, "left_out_scores"), _tensor(raw_scores))
 
 
-def _calibration(model: str | Path) -> Tensor:
-    scores = read_description(model)["calibration_scores"]
+def _calibration(model: str | Path, *others: str) -> Tensor:
+    """The scores that p-values count, and others that a description may have."""
+    known = read_description(model)
+    scores = known["calibration_scores"]
     if not scores:
         msg = f"{model} was exported without calibration scores: validate the detector, and export it again."
         raise ValueError(msg)
-    return torch.tensor(scores, dtype=torch.float64)
+    return torch.tensor(sum((known.get(name, []) for name in others), scores), dtype=torch.float64)
 
 
 def _tensor(scores: ArrayLike) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import data, engine, pixel_flow
 
-from anomalib_flowood import conformal, exported
+from anomalib_flowood import conformal, exported, load
 from anomalib_flowood.conformal import trimmed, trimmed_bound, trimmed_number
 from anomalib_flowood.models.components import ConformalPostProcessor
 
@@ -132,7 +132,7 @@ def test_the_warning_names_the_files(caplog):
     assert "Look at them and take out" in said
 
 
-def test_an_export_and_a_checkpoint_decide_as_the_detector_does(tmp_path):
+def test_an_export_and_a_checkpoint_decide_as_the_detector_does(tmp_path, monkeypatch):
     detector = pixel_flow(max_epochs=1, post_processor=ConformalPostProcessor(contamination=0.1))
     run = engine(tmp_path)
     run.fit(detector, datamodule=data(tmp_path))
@@ -145,3 +145,8 @@ def test_an_export_and_a_checkpoint_decide_as_the_detector_does(tmp_path):
     path = again.to_torch(tmp_path / "export")
     scores = torch.linspace(float(post_processor.calibration[0]) - 1, float(post_processor.calibration[-1]) + 1, 50)
     assert np.array_equal(exported.p_values(path, scores), post_processor.p_values(scores))
+    drift = post_processor.drift_p_value(scores)  # with all of them: without the highest ones normal images drift
+    assert drift != conformal.drift_p_value(post_processor.kept, scores)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    loaded = [load(run.trainer.checkpoint_callback.best_model_path), load(path)]
+    assert {exported.drift_p_value(path, scores), *(one.drift_p_value(scores.numpy()) for one in loaded)} == {drift}

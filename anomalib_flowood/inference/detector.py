@@ -61,6 +61,7 @@ class Detector:
         calibration: Raw scores of normal images, ``(n,)``; nothing where there are none.
         level: The largest p-value that is labelled anomalous.
         max_value: What white was in files of 16 bits in training.
+        left_out: Raw scores of images that were held out, too, and may be anomalies: drift alone is tested with them.
         again: A function and its arguments that make the same detector, by which it is pickled: no runtime can be.
     """
 
@@ -72,11 +73,13 @@ class Detector:
         level: float | None = None,
         max_value: int | None = None,
         again: tuple[Callable[..., Detector], tuple[Any, ...]] | None = None,
+        left_out: Sequence[float] = (),
     ) -> None:
         self.runtime = runtime
         self.size = size
         self.calibration = torch.tensor(calibration, dtype=torch.float64)
         self._ascending = np.sort(self.calibration.numpy())
+        self._held_out = torch.tensor([*calibration, *left_out], dtype=torch.float64)
         self.level = level
         self.max_value = max_value
         self.again = again
@@ -177,7 +180,7 @@ class Detector:
 
     def drift_p_value(self, raw_scores: np.ndarray) -> float:
         """Whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""
-        return conformal.drift_p_value(self.calibration, torch.from_numpy(np.asarray(raw_scores, dtype=np.float64)))
+        return conformal.drift_p_value(self._held_out, torch.from_numpy(np.asarray(raw_scores, dtype=np.float64)))
 
     def _scores(self, paths: tuple[str, ...], images: np.ndarray) -> Scores:
         given = len(images)

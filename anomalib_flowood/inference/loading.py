@@ -69,6 +69,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         known["level"],
         known["max_value"],
         again,
+        known.get("left_out_scores", ()),
     )
 
 
@@ -90,6 +91,7 @@ def of_module(module: Any, again: Any = None) -> Detector:
         post_processor.level if calibrated else None,
         getattr(module, "max_value", None),
         again or (of_module, (module,)),
+        post_processor.left_out.tolist() if calibrated else (),
     )
 
 

@@ -45,12 +45,13 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         compression: How it is compressed, if it is.
     """
     post_processor = detector.post_processor
-    alpha, level, threshold, calibration = None, None, None, []
+    alpha, level, threshold, calibration, left_out = None, None, None, [], []
     if isinstance(post_processor, ConformalPostProcessor):
         alpha = post_processor.alpha
         if post_processor.calibrated:
             level = post_processor.level
             threshold, calibration = float(post_processor.image_threshold), post_processor.kept.tolist()
+            left_out = post_processor.left_out.tolist()
     outputs = reference(detector, torch.zeros(1, 3, 32, 32))
     raw = "raw_score" if "raw_score" in outputs else "pred_score"
     where = {
@@ -72,6 +73,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         "level": level,
         "threshold": threshold,
         "calibration_scores": calibration,
+        "left_out_scores": left_out,
         "versions": _versions(),
     }
 

@@ -297,6 +297,11 @@ class ConformalPostProcessor(PostProcessor):
         """The calibration scores that decide, ascending: all but the highest, where some may be of anomalies."""
         return conformal.trimmed(self.calibration, self.contamination)
 
+    @property
+    def left_out(self) -> Tensor:
+        """Those that do not, since they may be of anomalies; drift is tested with them, too, ascending."""
+        return self.calibration[len(self.kept) :]
+
     def _rank(self, images: int, remedy: str = conformal.HOLD_OUT) -> int:
         """Which of the largest calibration scores is the threshold; what helps where there are too few, for errors."""
         rank = conformal.nearest_rank if self.alpha == conformal.DEFAULT_ALPHA else conformal.threshold_rank
