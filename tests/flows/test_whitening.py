@@ -168,3 +168,13 @@ def test_samples_that_may_be_overwritten_give_the_same(block):
     assert not torch.equal(taken, samples)
     for one, other in zip(*(whitening.buffers() for whitening in whitenings), strict=True):
         assert torch.equal(one, other)
+
+
+def test_many_numbers_are_summed_up_exactly():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    samples = torch.randn(100, 100_000, generator=torch.Generator().manual_seed(0))
+    whitening = Whitening([(100_000,)], 0)
+    whitening.fit(samples)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(whitening.rest.double(), samples.double().var(0).mean(), rtol=2e-5, atol=0)
