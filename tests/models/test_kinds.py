@@ -45,6 +45,16 @@ def test_a_group_that_is_too_small_is_no_kind():
     assert np.bincount(kinds_of(groups(20, LEAST), LEAST)).tolist() == [20, LEAST]
 
 
+def test_copies_of_one_point_are_no_kind():
+    """As black images are, or what was photographed over and over: nothing can be fitted to them alone."""
+    points = groups(20, 20)
+    copied = torch.cat([points, points[:1].expand(30, -1) + 1e-6 * groups(30, seed=1), points[20:24].repeat(3, 1)])
+    assert kinds_of(copied, LEAST).tolist() == [0] * 20 + [1] * 20 + [0] * 30 + [1] * 12
+    far = torch.cat([points, 100 * torch.eye(4)[2:3].expand(30, -1)])  # to no other point nearer than others to theirs
+    assert np.bincount(kinds_of(far, LEAST)).tolist() in ([50, 20], [20, 50], [70])
+    assert kinds_of(points[:3].repeat(20, 1), LEAST).max() == 0
+
+
 def test_one_cloud_is_one_kind():
     assert kinds_of(groups(200), 20).max() == 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ _LOOKED_AT = 10_000
 
 _FITTED = 1000
 """Images of a kind that others are compared with, and a whitening is fitted to; more change nothing but the time."""
+
+_SAME = 1e-5
+"""Of the length of points: those that are no farther apart differ by rounding alone, which batches make."""
 
 
 def pooled(features: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -44,7 +48,8 @@ def kinds_of(points: Tensor, least: int) -> np.ndarray:
     They are the connected components of the graph that joins each point with its ``least - 1`` nearest ones, the
     symmetric k-nearest-neighbour graph (Maier et al. 2009, "Optimal construction of k-nearest-neighbor graphs for
     identifying noisy clusters", section 2): two groups are one as soon as a single point has a neighbour in the other.
-    Each has ``least`` points at least, therefore, and there is no distance to choose.
+    Each has ``least`` points at least, therefore, and there is no distance to choose. Points that are the same count as
+    one: to nothing but copies of an image nothing can be fitted.
 
     Args:
         points: ``(n, P)``.
@@ -56,7 +61,16 @@ def kinds_of(points: Tensor, least: int) -> np.ndarray:
     values = points.cpu().numpy()
     if len(values) < 2 * least:
         return np.zeros(len(values), dtype=np.int64)
-    graph = NearestNeighbors(n_neighbors=least - 1).fit(values).kneighbors_graph()
+    distances, nearest = NearestNeighbors(n_neighbors=least - 1).fit(values).kneighbors()
+    same = _connected(nearest, distances <= _SAME * np.linalg.norm(values, axis=1).max())
+    firsts = np.unique(same, return_index=True)[1]
+    return kinds_of(points[firsts], least)[same] if len(firsts) < len(values) else _connected(nearest)
+
+
+def _connected(nearest: np.ndarray, joined: np.ndarray | bool = True) -> np.ndarray:
+    """Number of the connected component of each point, ``(n,)``, from its nearest ones, ``(n, k)``, or some of them."""
+    rows, places = np.nonzero(np.broadcast_to(joined, nearest.shape))
+    graph = coo_array((np.ones(len(rows)), (rows, nearest[rows, places])), shape=(len(nearest), len(nearest)))
     return connected_components(graph, directed=False)[1]
 
 
