@@ -36,6 +36,9 @@ _SHARED = 2
 _RIDGE = 1e-6
 """Of the mean variance, added to every variance: a number that is constant stays invertible."""
 
+_ROUNDING = 1e-6
+"""What float32 may lose of a sum, and of a mean."""
+
 
 class Whitening(ForEachKind, Layer):
     """Remove what varies from sample to sample as a whole, and keep the shape: a vector stays a vector, a map a map.
@@ -122,8 +125,9 @@ class Whitening(ForEachKind, Layer):
         # Of each sample, and then in float64: a single sum of squares in float32 is too small on a CPU, of 100 million
         # numbers by 1 % on one core and of 200 million by a third.
         squares = torch.linalg.vector_norm(centred.flatten(1), dim=1).cpu().double().square()
-        left = (squares.sum() / (n - 1)).to(samples) - variances.sum()
-        rest = (left / max(1, centre.numel() - len(variances))).clamp(min=1e-6)
+        left, others = (squares.sum() / (n - 1)).to(samples) - variances.sum(), centre.numel() - len(variances)
+        # Where there are no others, what is left is rounding alone, and their variance counts for nothing.
+        rest = (left / others if others else variances[-1]).clamp(min=1e-6)
         self.mean = centre.to(self.mean)
         self.rest = rest.to(self.mean)
         self.directions = directions.to(self.mean)
@@ -221,6 +225,7 @@ class PositionMoments:
         self.count = vectors.shape[1]
         self.around = vectors.mean(1) if around is None else around
         self._sum, self._scatter = _sums(vectors, self.around)
+        self._unsure = _ROUNDING * self._total + self.count * float((_ROUNDING * self.around).square().sum())
 
     def without(self, others: PositionMoments) -> PositionMoments:
         """Return those of all maps but some, whose sums were taken around the same."""
@@ -228,6 +233,16 @@ class PositionMoments:
         rest.count, rest._sum = self.count - others.count, self._sum - others._sum
         rest._scatter = self._scatter - others._scatter
         return rest
+
+    @property
+    def _total(self) -> float:
+        """The scatter of all numbers at all positions."""
+        return float(self._scatter.diagonal(dim1=1, dim2=2).sum() - self._sum.square().sum() / self.count)
+
+    @property
+    def vary(self) -> bool:
+        """Whether the vectors differ by more than rounding; not where a value is NaN or infinite."""
+        return self._unsure < self._total < math.inf
 
     @property
     def mean(self) -> Tensor:
@@ -312,11 +327,14 @@ class PositionWhitening(ForEachKind, Layer):
             msg = f"A Gaussian for each position is fitted to at least 2 images, got {n}."
             raise ValueError(msg)
         known = samples if isinstance(samples, PositionMoments) else PositionMoments(samples.to(self.mean.dtype))
+        if not known.vary:
+            msg = (
+                f"The maps of {n} training images hold NaN or infinite values, or are all the same: give more varied "
+                "images."
+            )
+            raise ValueError(msg)
         covariances = known.scatter
         shared = covariances.mean(0) / (n - 1)
-        if not bool(shared.isfinite().all()) or float(shared.trace()) <= 0:
-            msg = f"The {n} maps hold NaN or infinite values, or are all the same."
-            raise ValueError(msg)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
         count, mean = max(dims, _SHARED * (n - 1)), known.mean
         steps = self._steps(mean)

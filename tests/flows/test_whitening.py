@@ -178,3 +178,29 @@ def test_many_numbers_are_summed_up_exactly():
     whitening.fit(samples)
     torch.set_num_threads(threads)
     torch.testing.assert_close(whitening.rest.double(), samples.double().var(0).mean(), rtol=2e-5, atol=0)
+
+
+def test_directions_that_span_everything_leave_nothing_to_rounding():
+    samples, new = torch.randn(2, 200, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    whitening = Whitening([(64, 1, 1)], 256)
+    whitening.fit(samples)
+    deviations = (new - samples.mean(0)).flatten(1).double()
+    covariance = torch.cov(samples.flatten(1).T.double())
+    expected = (deviations @ torch.linalg.inv(covariance) * deviations).sum(1)
+    found = whitening.whitened(new).flatten(1).square().sum(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("copies", [2, 4, 19])
+def test_maps_that_are_all_the_same_but_for_rounding_are_refused(copies, seed):
+    """Also where they are what is left of others, whose sums were larger."""
+    other, one = torch.randn(2, 1, 8, 6, 6, generator=torch.Generator().manual_seed(seed))
+    same = one.expand(copies, -1, -1, -1)
+    everything = PositionMoments(torch.cat([other, same]))
+    rest = everything.without(PositionMoments(other, everything.around))
+    layer = PositionWhitening([(8, 6, 6)])
+    for samples in (same, rest, same.new_full((2, 8, 6, 6), torch.nan), same.new_full((2, 8, 6, 6), torch.inf)):
+        with pytest.raises(ValueError, match="maps of .* are all the same: give more varied images"):
+            layer.fit(samples)
+    layer.fit(everything)
