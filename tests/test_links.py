@@ -107,3 +107,19 @@ def test_pages_of_docstrings_name_what_there_is():
             parent, _, member = name.rpartition(".")
             source = (ROOT / (parent.replace(".", "/") + ".py")).read_text(encoding="utf-8")
             assert re.search(rf"^(class|def) {member}\b", source, re.MULTILINE), name
+
+
+def test_links_to_pages_of_docstrings_find_there_what_they_name():
+    """A class by its name, or by the words that it is made of: a shrunk Gaussian is `ShrunkGaussian`."""
+    named = [
+        (page, shown, (ROOT / page).parent / target)
+        for page in PAGES
+        for shown, target in re.findall(r"\[([^\]]*)\]\(([^)#\s]*api/\w+\.md)\)", text_of(page))
+    ]
+    assert named
+    for page, shown, target in named:
+        name = re.sub(r"(?:^| )(\w)", lambda found: found[1].upper(), shown.strip("`"))
+        modules = re.findall(r"^::: (\S+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        files = [ROOT / (module.replace(".", "/") + ".py") for module in modules]
+        source = "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
+        assert re.search(rf"^class {name}\b", source, re.MULTILINE), f"{page}: {shown}"
