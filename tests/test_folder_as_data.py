@@ -361,10 +361,16 @@ def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(h
         (["--data="], "The data have no name: give a folder."),
         (["--data=OneClas"], "Did you mean 'OneClass'"),
         ([], "There are no images to train on: name their folder (--data FOLDER)"),
+        (["--data", "parts/0.png"], "parts/0.png is a file, and no configuration of a data module: give a folder."),
+        (["--data=parts/list.csv"], "parts/list.csv is a file, and no configuration of a data module: give a folder."),
+        (["--config", "parts/image.yaml"], "0.png is a file, and no configuration of a data module: give a folder."),
     ],
 )
 def test_what_is_no_folder_is_said_before_anything_is_loaded(arguments, message, here, capsys):
     (here / "parts").mkdir()
+    Image.new("L", (4, 4)).save(here / "parts/0.png")
+    (here / "parts/list.csv").write_text("image,label\n0.png,0\n")
+    (here / "parts/image.yaml").write_text("data: 0.png\n")
     with pytest.raises(SystemExit) as caught:
         main(["train", *arguments])
     assert caught.value.code == 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
 
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
+from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.data import OneClass
 from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
 from anomalib_flowood.names import subclasses, unknown_name
@@ -22,6 +24,7 @@ from anomalib_flowood.parsing import FlowoodParser
 DATA = "--data"
 _OF_FOLDERS = "predict"
 """The subcommand that takes a folder as it is."""
+_CONFIGURATIONS = (".yaml", ".yml", ".json")
 _READER = f"{OneClass.__module__}.{OneClass.__name__}"
 
 
@@ -37,6 +40,7 @@ class FolderParser(FlowoodParser):
 
         Raises:
             FileNotFoundError: If what is written as a path leads nowhere.
+            ValueError: If it leads to a file that describes no data module.
         """
         if self.prog.split()[-1] != _OF_FOLDERS:
             cfg_str = _with_data_module(cfg_str, self._here)
@@ -50,8 +54,10 @@ def _with_data_module(text: str, here: Path) -> str:
     except yaml.YAMLError:  # which the parser says, too
         return text
     for key, value in top.value if isinstance(top, yaml.MappingNode) else ():
-        # A file is the configuration of a data module, beside this one.
-        if key.value != "data" or value.tag != "tag:yaml.org,2002:str" or Path(value.value).is_file():
+        if key.value != "data" or value.tag != "tag:yaml.org,2002:str":
+            continue
+        if Path(value.value).is_file():  # beside this one
+            _check_configuration(Path(value.value))
             continue
         folder = _folder(value.value, here)
         if folder is not None:
@@ -73,6 +79,7 @@ def with_data_modules(arguments: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: If what is written as a path leads nowhere.
+        ValueError: If it leads to a file that describes no data module.
     """
     subcommand = next((argument for argument in arguments if argument in SUBCOMMANDS), "")
     if subcommand == _OF_FOLDERS:
@@ -95,6 +102,20 @@ def _data_module(value: str) -> list[str] | None:
     return None if folder is None else [DATA, _READER, f"{DATA}.dataset={folder}"]
 
 
+def _check_configuration(file: Path) -> None:
+    """Refuse, as data, a file that describes no data module, such as an image or a list of them.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if file.suffix.lower() not in _CONFIGURATIONS:
+        with contextlib.suppress(ValueError):
+            if isinstance(read_configuration(file), dict):
+                return
+        msg = f"{file} is a file, and no configuration of a data module: give a folder. {LAYOUTS_OF_PARTS}"
+        raise ValueError(msg)
+
+
 def _folder(value: str, here: Path) -> Path | None:
     """The folder that is meant, seen from another one, as it was given; nothing where the value is something else."""
     if not value:  # as of a variable of a shell that is not set: not this very folder
@@ -106,6 +127,8 @@ def _folder(value: str, here: Path) -> Path | None:
     if path.is_dir() and value not in modules:
         return given
     if path.exists() or value in modules:
+        if path.is_file() and value not in modules:
+            _check_configuration(path)
         return None
     if re.fullmatch(r"[\w-]+", value) and value != "null":
         folders = [entry.name for entry in here.iterdir() if entry.is_dir() and entry.name[0] != "."]
