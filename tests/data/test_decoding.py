@@ -167,6 +167,11 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     upright = read_image(tmp_path / "a.png").permute(1, 2, 0).numpy()
     assert upright.shape[:2] == ((10, 6) if orientation > 4 else (6, 10))
     assert (orientation == 1) == (upright.shape == pixels.shape and np.array_equal(upright, pixels))
+    grey = np.ascontiguousarray(pixels[..., 0])
+    for array in (grey, grey * np.uint16(257)):  # which Pillow may map into memory
+        tifffile.imwrite(tmp_path / "grey.tif", array, extratags=[(274, 3, 1, orientation, True)])
+        assert np.array_equal(read_image(tmp_path / "grey.tif")[0], upright[..., 0])
+        assert read_header(tmp_path / "grey.tif")[:2] == upright.shape[:2]
     for array in (COLOURS, RAMP):
         tifffile.imwrite(tmp_path / "deep.tif", array, extratags=[(274, 3, 1, orientation, True)])
         eight = np.rint(array / 4095 * 255).astype(np.uint8)
