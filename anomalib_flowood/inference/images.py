@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -148,9 +149,13 @@ def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
 
     Of colours of 16 bits Pillow has kept the upper 8; their files are read with all.
     """
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF that was opened; its copy has none
+    bits, inverted = max(tags.get(BITSPERSAMPLE, (16,))), tags.get(PHOTOMETRIC_INTERPRETATION) == 0  # white is
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        return _of_array(np.asarray(image).astype(np.uint16)[None], max_value)
+        white = max_value if bits >= 16 else 2**bits - 1
+        pixels = _of_array(np.asarray(image).astype(np.uint16)[None], white)
+        return 255 - pixels if inverted else pixels
     if image.mode == "F":
         return _of_array(np.asarray(image)[None], max_value)
     if image.mode == "I":

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -132,6 +133,19 @@ def test_grey_images_and_16_bits_are_read_as_files_are(tmp_path):
         with Image.open(file) as opened:
             ways = [next(each_image(given, 4103))[1] for given in (file, file.read_bytes(), deep, opened)]
         assert all(np.array_equal(way, ways[0]) for way in ways)
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 0), (16, 1), (12, 1)])
+def test_an_opened_tiff_says_what_white_is_as_its_file_does(bits, photometric, tmp_path):
+    packed = bytes([0x00, 0x0F, 0xFF]) if bits == 12 else np.array([0, 2**15], np.uint16).tobytes()
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1), (278, 1), (279, 4)]
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+    file = tmp_path / "deep.tif"
+    file.write_bytes(content.ljust(134, b"\0") + packed)
+    with Image.open(file) as opened:
+        ((_, image),) = each_image(opened)
+    assert np.array_equal(image, next(each_image(file))[1])
+    assert len(np.unique(image)) == 2
 
 
 def test_the_masks_of_a_folder_are_no_images(tmp_path):
