@@ -119,7 +119,7 @@ class Watcher:
                 continue
             if key in self._anomalous:
                 if self._anomalous[key]:  # killed before it was set aside
-                    self._set_aside(path)
+                    self._set_aside(path, key)
                 continue
             before, since = self._seen.get(path, (None, 0.0))
             if before == key and self._score(path, key, since):
@@ -167,10 +167,10 @@ class Watcher:
         self._append((*key, stamp, float(found.score[0]), float(found.raw_score[0]), p_value, label, ""))
         self._anomalous[key] = anomalous
         if anomalous:
-            self._set_aside(path)
+            self._set_aside(path, key)
         return True
 
-    def _set_aside(self, path: Path) -> None:
+    def _set_aside(self, path: Path, key: Key) -> None:
         if self.aside is None:
             return
         target = self.aside / path.relative_to(self.folder)
@@ -181,20 +181,26 @@ class Watcher:
             if path.exists():
                 raise
             # Somebody else has taken it: it has its row.
+        self._anomalous[key] = False  # what somebody takes out of there, or puts back, stays so
 
     def _move(self, path: Path, target: Path) -> None:
         """Move an image, or link to it, where no other one is."""
         stem, number = target.stem, 2
         while os.path.lexists(target):  # of an earlier image of this name
-            if self.link and target.is_symlink() and target.resolve() == path.resolve():
-                return
+            if target.is_symlink() and target.resolve() == path.resolve():
+                if self.link:
+                    return
+                target.unlink()  # and the image takes its place
+                break
             if not self.link and _is_copy(target, path):  # killed before the image was removed
                 path.unlink()
                 return
             target = target.with_stem(f"{stem}-{number}")
             number += 1
-        if self.link:
+        if self.link or path.is_symlink():  # which, moved, might lead elsewhere
             target.symlink_to(path.resolve())
+            if not self.link:
+                path.unlink()
         else:
             shutil.move(path, target, copy_function=_copy_whole)
 

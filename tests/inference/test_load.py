@@ -139,7 +139,8 @@ def test_grey_images_and_16_bits_are_read_as_files_are(tmp_path):
 def test_an_opened_tiff_says_what_white_is_as_its_file_does(bits, photometric, tmp_path):
     packed = bytes([0x00, 0x0F, 0xFF]) if bits == 12 else np.array([0, 2**15], np.uint16).tobytes()
     tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1), (278, 1), (279, 4)]
-    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     file = tmp_path / "deep.tif"
     file.write_bytes(content.ljust(134, b"\0") + packed)
     with Image.open(file) as opened:

@@ -26,6 +26,10 @@ class KilledError(BaseException):
     """What no handler of errors stops."""
 
 
+def killed(*_: object, **__: object) -> None:
+    raise KilledError
+
+
 @pytest.fixture
 def detector() -> Detector:
     """The mean is the score, and more than that of all of 20 normal images is anomalous."""
@@ -183,6 +187,44 @@ def test_a_table_that_was_killed_in_its_first_line_begins_anew(detector, folder,
     table.write_bytes(b"path,size,modi")
     looks(Watcher(detector, folder, table))
     assert len(rows(table)) == 4
+
+
+def test_what_is_taken_out_or_put_back_stays_so(detector, folder, tmp_path):
+    aside = tmp_path / "aside"
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", aside)
+    looks(watcher)
+    (aside / "1.png").rename(folder / "1.png")  # no defect, after all
+    looks(watcher)
+    assert [path.name for path in aside.iterdir()] == ["3.png"]
+    links = tmp_path / "links"
+    watcher = Watcher(detector, folder, tmp_path / "other.csv", links, link=True)
+    looks(watcher)
+    (links / "1.png").unlink()  # which somebody has looked at
+    looks(watcher)
+    assert not list(links.iterdir())
+
+
+def test_a_link_that_is_moved_leads_where_it_led(detector, folder, tmp_path, monkeypatch):
+    save(tmp_path / "store" / "far.png", 250)
+    (folder / "near.png").symlink_to("../store/far.png")
+    table, aside = tmp_path / "table.csv", tmp_path / "another" / "place" / "aside"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)  # after the link aside, before that which arrived is gone
+        watcher = Watcher(detector, folder, table, aside)
+        watcher.look()
+        with pytest.raises(KilledError):
+            watcher.look()
+    looks(Watcher(detector, folder, table, aside))
+    assert sorted(path.name for path in aside.iterdir()) == ["1.png", "3.png", "near.png"]
+    assert (aside / "near.png").resolve() == tmp_path / "store" / "far.png"
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "2.png"]
+
+
+def test_an_image_takes_the_place_of_a_link_to_it(detector, folder, tmp_path):
+    table, aside = tmp_path / "table.csv", tmp_path / "aside"
+    looks(Watcher(detector, folder, table, aside, link=True))
+    looks(Watcher(detector, folder, table, aside))
+    assert sorted((path.name, path.is_symlink()) for path in aside.iterdir()) == [("1.png", False), ("3.png", False)]
 
 
 def test_an_image_that_somebody_else_has_taken_ends_nothing(detector, folder, tmp_path, monkeypatch):
