@@ -216,7 +216,7 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
         if kind.white is None and image.mode in _COLOUR_MODES:
             return _upright(_deep_values(path, image.format), orientation), None, False
         if image.format == "TIFF" and orientation >= 5:
-            image.filename = ""  # or Pillow (13) maps the file into memory in rows as long as those of the upright image
+            image.filename = ""  # or Pillow (13) maps the file in rows as long as those of the upright image
         image.load()
         if image.format in {"TIFF", "PNG"}:  # a PNG may tell behind its pixels; Pillow turns a TIFF itself
             orientation = _orientation(image)
