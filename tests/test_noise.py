@@ -3,12 +3,15 @@
 
 import logging
 import warnings
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from anomalib_flowood.noise import quieten
+from anomalib_flowood.report import score_histograms
 
 
 class _Kept(logging.Handler):
@@ -83,3 +86,13 @@ def test_warnings_of_lightning_are_those_that_it_gives(kept: _Kept, tmp_path: ob
     assert "in eval mode" not in quiet
     assert "no optimizer" not in quiet
     assert "Something of the user's." in quiet
+
+
+def test_names_in_scripts_that_matplotlib_has_no_letters_of(kept: _Kept, tmp_path: Path) -> None:
+    columns = {"detector": "a", "data": "日本", "seed": 0, "source": ["b"] * 3 + ["c"] * 3, "label": [0] * 3 + [1] * 3}
+    scores = pd.DataFrame(columns | {"score": range(6)})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quieten(kept)
+        score_histograms(scores, tmp_path / "scores.png")
+    assert not said
