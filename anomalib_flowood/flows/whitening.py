@@ -123,7 +123,7 @@ class Whitening(ForEachKind, Layer):
         variances, directions = principal_directions(blocks, min(self.most, n // _POINTS_PER_DIRECTION))
         variances = variances.to(samples) * n / (n - 1)
         # Of each sample, and then in float64: a single sum of squares in float32 is too small on a CPU, of 100 million
-        # numbers by 1 % on one core and of 200 million by a third.
+        # numbers by 2 %, of 200 million by 6 %.
         squares = torch.linalg.vector_norm(centred.flatten(1), dim=1).cpu().double().square()
         left, others = (squares.sum() / (n - 1)).to(samples) - variances.sum(), centre.numel() - len(variances)
         # Where there are no others, what is left is rounding alone, and their variance counts for nothing.
