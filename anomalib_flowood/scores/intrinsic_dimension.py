@@ -7,7 +7,7 @@ import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
-from anomalib_flowood.flows import with_doubles
+from anomalib_flowood.flows import full_precision, with_doubles
 
 from .score import FlowDensity, Inputs, Score
 
@@ -34,24 +34,28 @@ def local_intrinsic_dimension(flow: InvertibleModule, x: Tensor, scale: float) -
         Dimensions, ``(N,)``: near 0 where the density is narrower than the noise in all directions, near D where it
         is wider in all of them. NaN where the flow overflowed.
     """
+    # Tensors made in inference mode have no derivatives, in whatever mode they are used.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        return torch.cat([_dimensions(some, flow, scale) for some in x.clone().split(_IMAGES_AT_ONCE)])
+
+
+@full_precision  # derivatives, too, which are computed behind what the flow computes in full precision
+def _dimensions(x: Tensor, flow: InvertibleModule, scale: float) -> Tensor:
+    """The same of some points."""
 
     def latents(point: Tensor) -> Tensor:
         return flow(point[None])[0].flatten()
 
-    parts, place = [], with_doubles(x.device)
-    # Tensors made in inference mode have no derivatives, in whatever mode they are used.
-    with torch.inference_mode(mode=False), torch.no_grad():
-        for chunk in x.clone().split(_IMAGES_AT_ONCE):
-            jacobian = torch.func.vmap(torch.func.jacrev(latents))(chunk).flatten(2).to(place).double()
-            z = flow(chunk)[0].flatten(1).to(place).double()
-            gram = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) + scale**2 * jacobian @ jacobian.mT
-            factor, failed = torch.linalg.cholesky_ex(gram)
-            factor[failed > 0] = torch.nan
-            inverse = torch.cholesky_inverse(factor)
-            solved = (inverse @ z[:, :, None])[:, :, 0]
-            trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
-            parts.append(trace + (z * solved).sum(1) - solved.square().sum(1))
-    return torch.cat(parts).to(x.dtype).to(x.device)
+    place = with_doubles(x.device)
+    jacobian = torch.func.vmap(torch.func.jacrev(latents))(x).flatten(2).to(place).double()
+    z = flow(x)[0].flatten(1).to(place).double()
+    gram = torch.eye(z.shape[1], dtype=z.dtype, device=z.device) + scale**2 * jacobian @ jacobian.mT
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor[failed > 0] = torch.nan
+    inverse = torch.cholesky_inverse(factor)
+    solved = (inverse @ z[:, :, None])[:, :, 0]
+    trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
+    return (trace + (z * solved).sum(1) - solved.square().sum(1)).to(x.dtype).to(x.device)
 
 
 class LocalIntrinsicDimension(Score):

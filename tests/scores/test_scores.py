@@ -657,6 +657,19 @@ def test_the_dimension_works_in_inference_mode():
     assert not dimension.requires_grad
 
 
+@pytest.mark.parametrize("name", SCORES)
+def test_autocast_leaves_scores_alone(name):
+    model = pixel_flow(architecture="glow", score=name).eval().model
+    randomise_flow(model)
+    images = torch.rand(4, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    model.scorer.fit(model, [model.inputs(images)])
+    with torch.no_grad():
+        expected = model(images).pred_score
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(images).pred_score
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_an_overflow_has_no_dimension_and_leaves_the_other_images_theirs():
     class Overflow(nn.Module):
         def forward(self, x):
