@@ -118,6 +118,26 @@ def test_the_table_of_images_is_searched_filtered_and_saved(browser, page: str, 
     assert "0–0 of 0" in browser.find_element("css selector", ".images [role=status]").text
 
 
+def test_infinite_scores_are_the_most_anomalous(browser, tmp_path: Path) -> None:
+    """A detector gives them to images that have no density."""
+    label = np.arange(30) % 3 > 0
+    source = np.array(["good", "hole", "scratch"])[np.arange(30) % 3]
+    score = np.where(source == "hole", np.inf, np.random.default_rng(0).normal(size=30) + 2 * label)
+    samples = pd.DataFrame({"image_path": [f"{n}.png" for n in range(30)], "source": source, "label": label + 0})
+    row, scores = job({"detector": "one", "data": "parts", "seed": 0}, samples.assign(score=score))
+    Results(tmp_path).add({**row, "threshold": 1.0, "alpha": 0.05, "level": 0.04}, scores)
+    show(browser, report(tmp_path).as_uri())
+    shown = rows_of(browser)
+    assert [row[1:] for row in shown[:10]] == [["hole", "outside", "Infinity", "found"]] * 10
+    assert [float(row[3].replace("−", "-")) for row in shown] == pytest.approx(sorted(score, reverse=True), rel=1e-4)
+    assert saved(browser)["score"].tolist() == sorted(score, reverse=True)
+    kinds = "[...[...document.querySelectorAll('table.sortable')].at(-1).tBodies[0].rows]"
+    *_, median = browser.find_elements("css selector", "table.sortable thead button")
+    for expected in (["scratch", "hole"], ["hole", "scratch"]):
+        browser.execute_script("arguments[0].click()", median)
+        assert browser.execute_script(f"return {kinds}.map(row => row.cells[1].textContent)") == expected
+
+
 def test_images_open_by_keyboard(browser, page: str) -> None:
     from selenium.webdriver.common.keys import Keys
 

@@ -10,6 +10,10 @@ const drawing = (tag, attributes) => {
   return element;
 };
 
+// Python writes "inf", which is no number here.
+const numberOf = (value) => Number(String(value).replace("inf", "Infinity"));
+const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+
 // ---- Tables that are sorted by their headings ----
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -29,7 +33,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const order = (a, b) => {
         const x = key(a), y = key(b);
         if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);
-        return sign * (number ? x - y : x.localeCompare(y, undefined, { numeric: true }));
+        return sign * (number ? compare(numberOf(x), numberOf(y)) : x.localeCompare(y, undefined, { numeric: true }));
       };
       body.append(...[...body.rows].sort(order));
     });
@@ -123,7 +127,7 @@ const outcome = (label, score, threshold) => {
 const rowsOf = (data, { list, scores, threshold }) => {
   const { start, paths, sources, source, label } = data.lists[list];
   return paths.map((path, row) => {
-    const score = Number(scores[row]);
+    const score = numberOf(scores[row]);
     return { row, shown: path, image: start + path, source: sources[source[row]], label: label[row] ? "outside" : "inside", score, outcome: outcome(label[row], score, threshold) };
   });
 };
@@ -200,8 +204,7 @@ const setUp = (box, number) => {
     found = rows.filter((item) => (!source.value || item.source === source.value)
       && (!result.value || item.outcome === result.value) && item.image.toLowerCase().includes(words));
     const [name, way] = sorted, sign = way === "ascending" ? 1 : -1;
-    const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
-    found.sort((a, b) => sign * order(a[name], b[name]) || a.row - b.row);
+    found.sort((a, b) => sign * compare(a[name], b[name]) || a.row - b.row);
     page = 0;
     draw();
   };
