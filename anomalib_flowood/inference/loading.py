@@ -22,6 +22,8 @@ from anomalib_flowood.models.components.export_check import (
 )
 
 _SUFFIXES = {".pt", ".onnx", ".xml", ".json"}
+_NEEDED = {"export_type", "file", "image_size", "level", "max_value", "raw_score"}
+"""Keys of a description that 0.1.0 did not write all of."""
 _NAMED = 5
 """Files that a message names at most."""
 
@@ -41,9 +43,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
     Raises:
         FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it, nor
             ``model_raw.onnx``, which gives an ONNX export's raw scores.
-        ValueError: If a folder holds several exports; if a file is none of these; if a torch export is to be loaded,
-            which runs the code in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if
-            an export for the CPU is to be loaded for another device, or PyTorch has no such device here.
+        ValueError: If a folder holds several exports; if a file is none of these, or an export of an earlier version;
+            if a torch export is to be loaded, which runs the code in it, and the environment variable
+            ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if an export for the CPU is to be loaded for another
+            device, or PyTorch has no such device here.
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
@@ -61,9 +64,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         msg = f"{path} is neither a checkpoint (.ckpt) nor an export (.xml, .onnx, .pt, or the .json beside it)."
         raise ValueError(msg)
     known = read_description(path)
+    path = _described(path, known)
     size = known["image_size"]
     return Detector(
-        _runtime(_described(path, known), known, device),
+        _runtime(path, known, device),
         tuple(size) if size else None,
         known["calibration_scores"],
         known["level"],
@@ -117,6 +121,9 @@ def _is_export(file: Path) -> bool:
 
 def _described(path: Path, known: dict[str, Any]) -> Path:
     """The export that a description is of: the file of its name, be both called otherwise than when they were made."""
+    if missing := sorted(_NEEDED - known.keys()):
+        msg = f"{description_path(path)} is of an earlier version, without {', '.join(missing)}: export the model anew."
+        raise ValueError(msg)
     kind = Path(known["file"]).suffix
     if path.suffix not in {kind, ".json"}:
         msg = f"{description_path(path)} describes a {kind} file, and not {path}: has that of another export replaced"

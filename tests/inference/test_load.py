@@ -2,6 +2,7 @@
 """Loaded detectors: any kind of image, any runtime, the same decisions as the engine's predictions."""
 
 import csv
+import json
 import os
 import pickle
 import re
@@ -254,6 +255,15 @@ def test_the_description_of_another_export_is_told(case, tmp_path):
     shutil.copy(case.export("openvino").with_suffix(".json"), tmp_path)
     with pytest.raises(ValueError, match=r"model\.json describes a \.xml file, and not .*model\.onnx"):
         anomalib_flowood.load(tmp_path / "model.onnx")
+
+
+def test_an_export_of_an_earlier_version_is_told(case, tmp_path):
+    path = case.export("openvino")
+    known = json.loads(path.with_suffix(".json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({name: known[name] for name in known.keys() - {"level"}}))
+    shutil.copy(path, tmp_path)
+    with pytest.raises(ValueError, match=r"model\.json is of an earlier version, without level: export"):
+        anomalib_flowood.load(tmp_path)
 
 
 def test_a_name_that_is_empty_is_not_the_folder_of_the_process(tmp_path, monkeypatch):
