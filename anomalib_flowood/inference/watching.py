@@ -73,7 +73,8 @@ class Watcher:
     Raises:
         NotADirectoryError: If there is no such folder, or the one for anomalous images is a file.
         ValueError: If the table is something else, or damaged; if the folder for anomalous images is the folder itself,
-            or holds it: all that arrives would have been set aside already.
+            or holds it: all that arrives would have been set aside already; if there is one, and the detector, without
+            a calibration, calls nothing anomalous.
     """
 
     def __init__(
@@ -98,6 +99,12 @@ class Watcher:
         if self.aside is not None and self.aside.exists() and not self.aside.is_dir():
             msg = f"{self.aside}, where anomalous images are to go, is no folder."
             raise NotADirectoryError(msg)
+        if self.aside is not None and not len(detector.calibration):
+            msg = (
+                f"Nothing would ever be set aside to {self.aside}: the detector has no calibration, and calls no image "
+                "anomalous. `flowood validate` calibrates a checkpoint; export that, or name no folder."
+            )
+            raise ValueError(msg)
         if self.aside is not None and self.folder.resolve().is_relative_to(self.aside.resolve()):
             msg = f"Anomalous images are to go to {self.aside}, in which {self.folder} itself lies: name another."
             raise ValueError(msg)

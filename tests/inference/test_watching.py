@@ -189,6 +189,14 @@ def test_a_table_that_was_killed_in_its_first_line_begins_anew(detector, folder,
     assert len(rows(table)) == 4
 
 
+def test_a_detector_that_calls_nothing_anomalous_has_nothing_to_set_aside(detector, folder, tmp_path):
+    raw = Detector(detector.runtime, (8, 8))
+    with pytest.raises(ValueError, match="Nothing would ever be set aside to .*aside: the detector has no calibration"):
+        Watcher(raw, folder, tmp_path / "table.csv", tmp_path / "aside")
+    looks(Watcher(raw, folder, tmp_path / "table.csv"))
+    assert [row["label"] for row in rows(tmp_path / "table.csv")] == [""] * 4
+
+
 def test_what_is_taken_out_or_put_back_stays_so(detector, folder, tmp_path):
     aside = tmp_path / "aside"
     watcher = Watcher(detector, folder, tmp_path / "table.csv", aside)
