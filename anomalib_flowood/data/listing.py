@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ def image_files(folder: str | Path, *, tell: bool = True) -> list[Path]:
         NotADirectoryError: If there is no such folder.
     """
     found = find(folder)
+    tell_of_closed(found.closed)
     if found.odd and tell:
         logger.warning("Left out: %s.", _some(found.odd, "that is no regular file", "that are no regular files"))
     if tell:
@@ -80,12 +81,14 @@ class Found:
         unread: Images by endings that are not read.
         odd: What is no regular file, though it is called as an image.
         again: How many links lead to images that are there already.
+        closed: Folders that cannot be looked into, and why.
     """
 
     images: list[Path]
     unread: list[Path]
     odd: list[Path]
     again: int
+    closed: dict[Path, str]
 
 
 def find(folder: str | Path) -> Found:
@@ -98,7 +101,8 @@ def find(folder: str | Path) -> Found:
     odd: list[Path] = []
     unread: list[Path] = []
     again = 0
-    for _, path in sorted(_walk(top)):
+    closed: dict[Path, str] = {}
+    for _, path in sorted(_walk(top, closed)):
         if not path.name.lower().endswith(IMG_EXTENSIONS):
             unread.append(path)
             continue
@@ -110,7 +114,13 @@ def find(folder: str | Path) -> Found:
             again += found.setdefault(os.path.realpath(path), path) is not path
         else:
             odd.append(path)
-    return Found(sorted(found.values()), unread, odd, again)
+    return Found(sorted(found.values()), unread, odd, again, closed)
+
+
+def tell_of_closed(folders: Mapping[Path, str]) -> None:
+    """Warn of folders that cannot be looked into, each with its reason."""
+    for folder, reason in folders.items():
+        logger.warning("Left out: the folder %s (%s).", folder, reason)
 
 
 def tell_of_unread(paths: list[Path]) -> None:
@@ -120,10 +130,10 @@ def tell_of_unread(paths: list[Path]) -> None:
         logger.warning("Left out: %s. Convert to one of %s, or rename.", what, " ".join(IMG_EXTENSIONS))
 
 
-def _walk(top: Path) -> Iterator[tuple[int, Path]]:
+def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
     """Names of images below a folder, read or not, with the number of links on the way to each.
 
-    No folder is entered twice.
+    No folder is entered twice; those that cannot be entered are added to ``closed``.
     """
     seen: set[tuple[int, int]] = set()
     links, folders = 0, [top]
@@ -139,7 +149,7 @@ def _walk(top: Path) -> Iterator[tuple[int, Path]]:
                 with os.scandir(folder) as entries:
                     visible = [entry for entry in entries if not entry.name.startswith(".")]
             except OSError as error:
-                logger.warning("Left out: the folder %s (%s).", folder, error.strerror)
+                closed[folder] = str(error.strerror)
                 continue
             for entry in visible:
                 path = folder / entry.name

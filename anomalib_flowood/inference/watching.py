@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from anomalib_flowood.data.listing import find, tell_of_unread
+from anomalib_flowood.data.listing import find, tell_of_closed, tell_of_unread
 from anomalib_flowood.files import NAMES, escaped, quoting, unescaped, whole_file
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.look import shorten
@@ -139,7 +139,8 @@ class Watcher:
     def _images(self) -> list[Path]:
         found = find(self.folder)
         tell_of_unread([path for path in found.unread if path not in self._told])  # once, and not every second
-        self._told = set(found.unread)
+        tell_of_closed({path: reason for path, reason in found.closed.items() if path not in self._told})
+        self._told = {*found.unread, *found.closed}
         files = found.images
         if self.aside is None:
             return files

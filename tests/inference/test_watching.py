@@ -327,6 +327,22 @@ def test_files_whose_endings_are_not_read_are_named_once(detector, folder, tmp_p
     ]
 
 
+def test_a_folder_that_cannot_be_looked_into_is_named_once(detector, folder, tmp_path, monkeypatch, caplog):
+    (folder / "closed").mkdir()
+    scan = os.scandir
+
+    def denied(path: Path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    looks(Watcher(detector, folder, tmp_path / "table.csv"))
+    said = f"Left out: the folder {folder / 'closed'} (Permission denied)."
+    assert [record.getMessage() for record in caplog.records] == [said]
+    assert len(rows(tmp_path / "table.csv")) == 4
+
+
 def test_on_another_disk_an_image_set_aside_appears_whole(detector, folder, tmp_path, monkeypatch):
     aside = tmp_path / "aside"
 
