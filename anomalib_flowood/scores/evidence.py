@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from anomalib_flowood.flows import ForEachKind
 
@@ -13,18 +17,21 @@ _PRIOR_IMAGES = 4
 
 
 class Evidence(ForEachKind):
-    """The mean of several statistics of an image, each in units of its standard deviation over normal images.
+    """The weighted mean of several statistics of an image, each by how far it is above what it is of normal images.
 
-    Each statistic is higher for what is more anomalous, and sees other things: what one image shows in all of them adds
-    up, what is far out in a single one still counts by how far. The normal images are to be such that nothing else was
-    fitted to, otherwise their statistics are too small, and more so those that were fitted with more numbers.
+    Each statistic is higher for what is more anomalous, and sees other things. With its mean m and standard deviation s
+    over normal images, a statistic x counts as ``softplus((x - m) / s) - log 2``: 0 where it is what it is of normal
+    images in the mean, and by how far it is off, where it is far above. What one image shows in all of them adds up,
+    what is far out in a single one still counts by how far, and no statistic that is lower than usual makes up for it:
+    it takes ``log 2`` at most. The normal images are to be such that nothing else was fitted to, otherwise their
+    statistics are too small, and more so those that were fitted with more numbers.
 
     From n images a standard deviation is uncertain by 1 / sqrt(2 n) of itself. It is a mean, therefore, of the
     statistic's own and of a common one, relative to what is normal, that counts as much as 4 images. A statistic whose
     mean is less than its spread, so that it has no size to compare, has no part in that.
 
     Args:
-        kinds: E, the number of statistics.
+        weights: What each of the E statistics counts for.
     """
 
     of_kind = ("location", "spread")
@@ -33,12 +40,15 @@ class Evidence(ForEachKind):
     """Mean of each statistic over normal images, ``(E,)``; a buffer, as the other."""
     spread: Tensor
     """Their standard deviations, ``(E,)``."""
+    shares: Tensor
+    """Their weights, whose sum is 1, ``(E,)``."""
 
-    def __init__(self, kinds: int) -> None:
+    def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.shaped_by_fit = {"location": 1, "spread": 1}
-        self.register_buffer("location", torch.zeros(kinds))
-        self.register_buffer("spread", torch.ones(kinds))
+        self.register_buffer("location", torch.zeros(len(weights)))
+        self.register_buffer("spread", torch.ones(len(weights)))
+        self.register_buffer("shares", torch.tensor(weights) / sum(weights), persistent=False)
 
     def fit(self, statistics: Tensor) -> None:
         """Set locations and spreads from the statistics of normal images, ``(n, E)``.
@@ -69,13 +79,14 @@ class Evidence(ForEachKind):
         self.location, self.spread = self.location.new_zeros(kinds), self.spread.new_ones(kinds)
 
     def forward(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 is the mean of normal images, of their kind."""
-        return self._standardised(statistics, kind).mean(1)
+        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 where all are as of normal ones of the kind."""
+        return self.parts(statistics, kind).sum(1)
 
     def parts(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """What each statistic, ``(N, E)``, adds to the combination: ``(N, E)``, which sum to it."""
-        return self._standardised(statistics, kind) / statistics.shape[1]
+        return self.shares * (functional.softplus(self.standardised(statistics, kind)) - math.log(2))
 
-    def _standardised(self, statistics: Tensor, kind: Tensor | None) -> Tensor:
+    def standardised(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
+        """Bring statistics, ``(N, E)``, to standard deviations from the mean of normal images, of their kind."""
         location, spread = ((part if kind is None else part[kind]) for part in (self.location, self.spread))
         return (statistics - location) / spread

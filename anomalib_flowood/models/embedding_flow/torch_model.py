@@ -100,7 +100,7 @@ class EmbeddingFlowModel(FlowModel):
         self.feature_noise = feature_noise
         self.gaussians = nn.ModuleList(gaussians)
         self.kinds = Kinds(kind_images)
-        self.unseen = Evidence(1)
+        self.unseen = Evidence([1.0])
         """−log p per dimension of images that were left out of a fit, of each kind where there are several."""
 
     @property
@@ -241,7 +241,7 @@ class EmbeddingFlowModel(FlowModel):
         if len(inputs) == 2 or not isinstance(scorer or self.scorer, NegativeLogLikelihood):
             return found
         assert found.pred_score is not None
-        return InferenceBatch(pred_score=self.unseen(found.pred_score[:, None], inputs[2]))
+        return InferenceBatch(pred_score=self.unseen.standardised(found.pred_score[:, None], inputs[2])[:, 0])
 
     def contributions(self, images: Tensor) -> Contributions:
         """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.

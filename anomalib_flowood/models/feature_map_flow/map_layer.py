@@ -23,6 +23,9 @@ _CHUNK = 64
 _SHARE = 0.5
 """What a map of distances counts for beside the anomaly map, which knows what belongs where."""
 
+_SEEN_TWICE = 0.5
+"""What the most anomalous positions of a layer count for in the image score, where its memory bank sees them, too."""
+
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
 
@@ -231,6 +234,12 @@ class MapLayer(flows.ForEachKind):
         if distances is not None:
             found.append(distances.flatten(1).amax(1))
         return [*found, positions.mean(1)] if self.whole else found
+
+    @property
+    def weights(self) -> list[float]:
+        """What each of :meth:`statistics` counts for."""
+        seen_twice = self.nearest is not None
+        return [_SEEN_TWICE if seen_twice else 1.0] * self.top + [1.0] * seen_twice + [1.0] * self.whole
 
     @property
     def statistic_names(self) -> list[str]:
