@@ -97,7 +97,7 @@ def test_what_is_of_another_shape_is_refused(name):
 
 
 def test_evidence_is_in_units_of_the_spread_of_its_kind():
-    evidence, values = Evidence(2).double(), torch.rand(30, 2, dtype=torch.float64) + 1
+    evidence, values = Evidence([1.0, 1.0]).double(), torch.rand(30, 2, dtype=torch.float64) + 1
     fits = []
     for factor in (1.0, 10.0):
         evidence.fit(factor * values)

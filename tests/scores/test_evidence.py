@@ -14,14 +14,14 @@ def statistics(n: int, kinds: int = 3, seed: int = 0) -> torch.Tensor:
 
 
 def fitted(values: torch.Tensor) -> Evidence:
-    evidence = Evidence(values.shape[1]).double()
+    evidence = Evidence([1.0] * values.shape[1]).double()
     evidence.fit(values)
     return evidence
 
 
-def test_before_a_fit_it_is_the_mean():
+def test_before_a_fit_statistics_are_taken_as_they_are():
     values = torch.randn(5, 2)
-    torch.testing.assert_close(Evidence(2)(values), values.mean(1))
+    torch.testing.assert_close(Evidence([1.0, 1.0])(values), (1 + values.exp()).log().mean(1) - math.log(2))
 
 
 def test_from_many_images_each_kind_is_in_units_of_its_own_deviation():
@@ -29,13 +29,41 @@ def test_from_many_images_each_kind_is_in_units_of_its_own_deviation():
     evidence = fitted(values)
     torch.testing.assert_close(evidence.location, values.mean(0))
     torch.testing.assert_close(evidence.spread, values.std(0), rtol=0.02, atol=0)
-    scores = evidence(values)
-    torch.testing.assert_close(scores.mean(), torch.zeros_like(scores[0]), rtol=0, atol=1e-9)
-    assert float(scores.std()) == pytest.approx(3**-0.5, rel=0.03)  # kinds are independent here
+    standardised = evidence.standardised(values)
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(standardised.std(0), torch.ones(3).double(), rtol=0.02, atol=0)
+    assert float(evidence(values.mean(0)[None])) == pytest.approx(0, abs=1e-9)
     # A kind counts by how many of its deviations it is off, whatever its units.
     for kind in range(3):
-        moved = values.mean(0) + 6 * values.std(0) * (torch.arange(3) == kind)
-        assert float(evidence(moved[None])) == pytest.approx(2, rel=0.02)
+        moved = values.mean(0) + 9 * values.std(0) * (torch.arange(3) == kind)
+        assert float(evidence(moved[None])) == pytest.approx((9 - math.log(2)) / 3, rel=0.02)
+
+
+def test_what_is_lower_than_usual_makes_up_for_nothing():
+    evidence = fitted(statistics(50))
+    odd = evidence.location + evidence.spread * torch.tensor([5.0, 0.0, 0.0])
+    odd_and_low = evidence.location + evidence.spread * torch.tensor([5.0, -1e6, -1e6])
+    as_usual, lower, lowest = evidence(torch.stack([odd, odd_and_low, evidence.location - 1e6 * evidence.spread]))
+    assert float(as_usual - lower) == pytest.approx(math.log(2) * 2 / 3)
+    assert float(lowest) == pytest.approx(-math.log(2))
+
+
+def test_more_of_any_kind_is_more_anomalous():
+    evidence = fitted(statistics(50))
+    steps = torch.linspace(-20, 40, 61, dtype=torch.float64)
+    for kind in range(3):
+        values = evidence.location + evidence.spread * steps[:, None] * (torch.arange(3) == kind)
+        assert bool((evidence(values).diff() > 0).all())
+
+
+def test_weights_say_what_a_kind_counts_for():
+    values = statistics(50)
+    alike, weighted = fitted(values), Evidence([1.0, 0.5, 1.0]).double()
+    weighted.fit(values)
+    test = statistics(5, seed=1)
+    parts = alike.parts(test) * torch.tensor([1.0, 0.5, 1.0]) * 3 / 2.5
+    torch.testing.assert_close(weighted.parts(test), parts)
+    torch.testing.assert_close(weighted(test), parts.sum(1))
 
 
 def test_from_few_images_the_spread_is_drawn_to_what_is_common():
@@ -67,12 +95,12 @@ def test_it_does_not_depend_on_the_units_of_a_kind():
 
 def test_it_is_fitted_in_double_precision_and_travels_with_a_checkpoint():
     values = 1e5 + statistics(30)
-    evidence = Evidence(3)
+    evidence = Evidence([1.0, 0.5, 1.0])
     evidence.fit(values.float())
     torch.testing.assert_close(evidence.location.double(), values.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(evidence.spread.double(), fitted(values).spread, rtol=1e-3, atol=0)
     assert evidence.spread.dtype == torch.float32
-    again = Evidence(3)
+    again = Evidence([1.0, 0.5, 1.0])
     again.load_state_dict(evidence.state_dict())
     torch.testing.assert_close(again(values.float()), evidence(values.float()))
 
@@ -87,7 +115,7 @@ def test_it_is_fitted_in_double_precision_and_travels_with_a_checkpoint():
     ],
 )
 def test_what_has_no_spread_is_refused_and_changes_nothing(values, message):
-    evidence = Evidence(2)
+    evidence = Evidence([1.0, 1.0])
     with pytest.raises(ValueError, match=message):
         evidence.fit(values)
     assert evidence.location.tolist() == [0, 0]
