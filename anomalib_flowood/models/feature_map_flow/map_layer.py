@@ -23,8 +23,9 @@ _CHUNK = 64
 _SHARE = 0.5
 """What a map of distances counts for beside the anomaly map, which knows what belongs where."""
 
-_SEEN_TWICE = 0.5
-"""What the most anomalous positions of a layer count for in the image score, where its memory bank sees them, too."""
+_BESIDE_BANK = 0.5
+"""What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank:
+they tell less than those of a coarser one (docs/decisions.md)."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
@@ -82,6 +83,7 @@ class MapLayer(flows.ForEachKind):
         compared = [*finer, shape]
         size = bank_size * math.prod(compared[0][1:]) // math.prod(self.size)
         self.nearest = NearestPatches(sum(dims for dims, *_ in compared), size) if top and bank_size else None
+        self._of_top = _BESIDE_BANK if self.nearest is not None and not finer else 1.0
         self.shaped_by_fit = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -238,8 +240,7 @@ class MapLayer(flows.ForEachKind):
     @property
     def weights(self) -> list[float]:
         """What each of :meth:`statistics` counts for."""
-        seen_twice = self.nearest is not None
-        return [_SEEN_TWICE if seen_twice else 1.0] * self.top + [1.0] * seen_twice + [1.0] * self.whole
+        return [self._of_top] * self.top + [1.0] * (self.nearest is not None) + [1.0] * self.whole
 
     @property
     def statistic_names(self) -> list[str]:

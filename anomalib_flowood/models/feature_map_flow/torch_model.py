@@ -55,8 +55,8 @@ class FeatureMapFlowModel(MapExtraction):
 
     is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
     other directions. The maps of ``map_layers`` are shown. The image score is a mean of several kinds of evidence
-    (:class:`~anomalib_flowood.scores.Evidence`): the position of each of these that is least like any normal one
-    (:class:`NearestPatches`), the mean of its most anomalous positions, which counts half beside that, the mean of the
+    (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
+    small defects, the position of each that is least like any normal one (:class:`NearestPatches`), the mean of the
     whole map of each of ``score_layers``, which sees what is wrong as a whole, and −log p of what is in the image,
     wherever it is: of the mean features of all layers, by a shrunk Gaussian. Their scales are those of training images
     to which nothing of this was fitted: it is fitted to some, and scores the others.
