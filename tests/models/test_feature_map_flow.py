@@ -209,6 +209,13 @@ def test_the_score_is_made_of_tops_of_the_shown_maps_means_of_the_others_and_mea
     torch.testing.assert_close(batch.pred_score, (above * weights).sum(1) / weights.sum())
 
 
+@pytest.mark.parametrize(("bank_size", "weights"), [(0, [1, 1, 1, 1]), (100, [0.5, 1, 1, 1, 1, 1])])
+def test_most_anomalous_positions_count_half_beside_a_bank_of_the_finest_layer_alone(bank_size, weights):
+    density = model(map_layers=(1, 2), score_layers=(2,), bank_size=bank_size)
+    expected = torch.tensor(weights, dtype=density.evidence.shares.dtype)
+    torch.testing.assert_close(density.evidence.shares, expected / expected.sum())
+
+
 @pytest.mark.parametrize("bank_size", [0, 100])
 def test_finer_maps_count_more(bank_size):
     density = model(bank_size=bank_size)

@@ -24,8 +24,8 @@ _SHARE = 0.5
 """What a map of distances counts for beside the anomaly map, which knows what belongs where."""
 
 _BESIDE_BANK = 0.5
-"""What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank:
-they tell less than those of a coarser one (docs/decisions.md)."""
+"""What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank: of
+all evidence both tell least (docs/decisions.md)."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
