@@ -15,7 +15,7 @@ from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 
 from anomalib_flowood.started import was_started
-from anomalib_flowood.trainers import keep_end
+from anomalib_flowood.trainers import is_trial, keep_end
 
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""
@@ -85,7 +85,7 @@ class RunEngine(Engine):
         ended = False
         try:
             yield
-            ended = not self.is_trial
+            ended = not is_trial(self.trainer)
         finally:
             if self._new is not None and self.kept_checkpoint() is None:
                 if not ended or self.best_model_path:  # that of the run which was resumed, and had ended
@@ -99,11 +99,6 @@ class RunEngine(Engine):
         """The newest checkpoint that this training has written so far; ``None`` if there is none."""
         found = [] if self._new is None else [path for path in self._new.rglob("*.ckpt") if path.name[0] != "."]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether the trainer only tries each step (``fast_dev_run``), of which nothing is kept."""
-        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it elsewhere
 
     def _turn_latest_back(self, new: Path) -> None:
         latest = new.parent / "latest"

@@ -40,6 +40,14 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
+def is_trial(trainer: Any) -> bool:
+    """Whether a trainer runs a batch or two to see that everything works, of which nothing is kept.
+
+    Lightning does not declare the attribute.
+    """
+    return bool(trainer.fast_dev_run)
+
+
 def save_whole(trainer: Trainer) -> None:
     """Let a trainer's checkpoints appear whole or not at all, unless it was given a way of its own to write them.
 
@@ -89,8 +97,7 @@ def keep_end(trainer: Trainer) -> None:
         RuntimeError: If this version of Lightning knows elsewhere what has been done.
     """
     callback: Any = trainer.checkpoint_callback
-    trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it elsewhere
-    if trial or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
+    if is_trial(trainer) or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
         return
     began, saved = _field(callback, "_last_time_checked") is not None, _field(callback, "_last_checkpoint_saved")
     if began and not saved and callback.best_model_path not in callback.best_k_models:

@@ -28,6 +28,7 @@ from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
 from anomalib_flowood.started import was_started
+from anomalib_flowood.trainers import is_trial
 
 
 class ConfigurationKeeper(Callback):
@@ -95,7 +96,7 @@ class ResultsCLI(AnomalibCLI):
         """Keep the results of a test as a benchmark keeps its own, for ``report``; once for all processes."""
         if processes.rank():
             return
-        if self.engine.is_trial:
+        if is_trial(self.engine.trainer):
             print("Nothing is kept of a trial with fast_dev_run: no checkpoint, and no results.")
             return
         folder = Path(self.engine.trainer.default_root_dir)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from anomalib_flowood import flows, processes
-from anomalib_flowood.trainers import callbacks_of, trainer_of, validation_loaders
+from anomalib_flowood.trainers import callbacks_of, is_trial, trainer_of, validation_loaders
 
 from .flow_model import FlowModel
 
@@ -112,10 +112,9 @@ class KeptEpoch(_Base):
     def on_train_end(self) -> None:
         """Say which epoch was kept, and why."""
         super().on_train_end()
-        trainer: Any = self.trainer
         kept, last = self.kept_epoch, self._last
         self._best = None  # as much memory as the flow
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if is_trial(self.trainer) or not self.trainer.is_global_zero:
             return
         if kept is not None and last is not None:
             text = (
@@ -166,8 +165,8 @@ class KeptEpoch(_Base):
     @torch.no_grad()
     def _judge(self) -> None:
         """Rate the weights; where training ends, take the best ones."""
-        trainer: Any = self.trainer
-        if trainer.fast_dev_run or self._chosen_elsewhere():
+        trainer = self.trainer
+        if is_trial(trainer) or self._chosen_elsewhere():
             return
         bits = self._held_out_bits()
         self._judged_step = trainer.global_step

@@ -17,6 +17,7 @@ from torchmetrics import CatMetric
 
 from anomalib_flowood import conformal, processes
 from anomalib_flowood.checks import refuse_infinite, refuse_nan
+from anomalib_flowood.trainers import is_trial
 
 from .calibration_images import how_to_have_more, most_calibration_images
 from .squash import squash
@@ -207,7 +208,7 @@ class ConformalPostProcessor(PostProcessor):
         """Say what a validation set costs that is too small, or refuse it, before anything is trained."""
         del pl_module
         self._warned_of = 0
-        images = None if _trial_run(trainer) else most_calibration_images(trainer)
+        images = None if is_trial(trainer) else most_calibration_images(trainer)
         if images is not None:
             self.check_number(images, trainer)
 
@@ -254,7 +255,7 @@ class ConformalPostProcessor(PostProcessor):
             ValueError: As for :meth:`calibrate`.
         """
         del pl_module
-        if trainer.sanity_checking or _trial_run(trainer):
+        if trainer.sanity_checking or is_trial(trainer):
             return
         minima, maxima = _collected(self._validated_minima), _collected(self._validated_maxima)
         for files in processes.gathered_objects(self._files):
@@ -382,8 +383,3 @@ def _collected(metric: CatMetric) -> Tensor:
     """What a metric was given in all processes, ``(n,)``: nothing is a list to it, and a single value a number."""
     values: Any = metric.compute() if metric.update_called else []
     return processes.gathered(torch.as_tensor(values, dtype=metric.dtype, device=metric.device).reshape(-1))
-
-
-def _trial_run(trainer: Any) -> bool:
-    """Whether Lightning runs a batch or two to see that everything works; it does not declare the attribute."""
-    return bool(trainer.fast_dev_run)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from anomalib_flowood.trainers import is_trial
+
 from .checkpoints import check_finite, plain
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -107,10 +109,9 @@ class CheckedWeights(_Base):
     def on_fit_end(self) -> None:
         """Keep no calibration that is of other weights than the final ones; say so where there is none."""
         super().on_fit_end()
-        trainer: Any = self.trainer
         processor = self.post_processor
         missing = isinstance(processor, ConformalPostProcessor) and not processor.calibrated
-        if missing and not trainer.fast_dev_run and trainer.is_global_zero:
+        if missing and not is_trial(self.trainer) and self.trainer.is_global_zero:
             logger.warning(
                 "The fit ended without a calibration, since no validation followed the last weights (max_steps or "
                 "max_time in the midst of an epoch, limit_val_batches=0, check_val_every_n_epoch): there are raw "
