@@ -141,6 +141,33 @@ def _locked(folder: Path, wait: bool) -> int | None:
     return opened
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, as long as this one lives, be they on another machine.
+
+    Args:
+        folder: The folder. Where its disk or this system knows no locks on folders, nobody is kept out.
+
+    Raises:
+        BlockingIOError: If another process has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"Another process writes to {folder}: wait until it is through, or end it."
+            raise BlockingIOError(msg) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(opened)
+
+
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())

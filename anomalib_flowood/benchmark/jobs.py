@@ -7,6 +7,7 @@ import copy
 import inspect
 import time
 from collections.abc import Generator
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -227,6 +228,7 @@ def _labels(kind: str, entries: list[dict]) -> list[str]:
     distinct = {config_key(entry): entry for entry in entries}
     bases = {key: _base(kind, entry) for key, entry in distinct.items()}
     labels: dict[str, str] = {}
+    taken: set[str] = set()
     for key, entry in distinct.items():
         alike = [
             flatten_dict(distinct[other].get("init_args") or {}) for other in distinct if bases[other] == bases[key]
@@ -238,8 +240,9 @@ def _labels(kind: str, entries: list[dict]) -> list[str]:
             if any(name not in other or other[name] != value for other in alike)
         ]
         label = f"{bases[key]} ({', '.join(differing)})" if differing else bases[key]
-        taken = sum(existing.partition(" #")[0] == label for existing in labels.values())
-        labels[key] = f"{label} #{taken + 1}" if taken else label
+        numbered = (f"{label} #{number}" for number in count(2))
+        labels[key] = next(name for name in chain([label], numbered) if name not in taken)
+        taken.add(labels[key])
     return [labels[config_key(entry)] for entry in entries]
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.engine import new_folder
-from anomalib_flowood.files import NAMES, write_text
+from anomalib_flowood.files import NAMES, held, write_text
 from anomalib_flowood.metrics import rate_text
 from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser
@@ -144,6 +144,7 @@ class BenchmarkRunner(SerialRunner):
 
         Raises:
             ValueError: If any entry is wrong; nothing has been trained then.
+            BlockingIOError: If another process writes to the folder that is to go on.
             BenchmarkError: If jobs failed; the results of all others have been written.
         """
         console = Console(quiet=was_started())
@@ -152,54 +153,53 @@ class BenchmarkRunner(SerialRunner):
             with _logs_to(None):
                 jobs = [job for job in self.generator(args, prev_stage_results) if isinstance(job, BenchmarkJob)]
                 _check_jobs(jobs, progress)
-            record = self._record(args, jobs)
-            failed: list[str] = []
-            try:
-                with _logs_to(record.log if record.writes else None):
-                    for number, job in enumerate(jobs, start=1):
-                        if record.has(job.row()):
-                            continue
-                        progress.start_job(number, len(jobs), job.title)
-                        job.progress = progress
-                        error = _run_job(job, record, progress)
-                        if error:
-                            failed.append(f"{job.title}: {error}")
-            finally:  # an interrupted benchmark still shows what it has
-                progress.stage("writing")
-                progress.__exit__()
-                record.finish(console, self.images)
+            with self._record(args, jobs) as record:
+                try:
+                    failed = _run_jobs(jobs, record, progress)
+                finally:  # an interrupted benchmark still shows what it has
+                    progress.stage("writing")
+                    progress.__exit__()
+                    record.finish(console, self.images)
         if failed and record.writes:  # by whose status Lightning would kill the one that still writes
             listed = "\n".join(f"  {line}" for line in failed)
             msg = f"{len(failed)} of {len(jobs)} jobs failed:\n{listed}\nFull tracebacks: {record.log}"
             raise BenchmarkError(msg)
         return record.table
 
-    def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Results:
-        """Write down what is to run, in a new folder, or take in what has finished in that of an earlier run."""
+    @contextlib.contextmanager
+    def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Iterator[Results]:
+        """Take in what has finished in the folder of an earlier run, or make a new one; nobody else writes to it."""
         writes = not was_started()
-        if self.resumed is not None:
-            record = Results(self.resumed, writes=writes)
-            record.restore()
-            return record
-        if not writes:
-            return Results(Path(), writes=False)
-        record = Results(new_folder(Path("runs") / BenchmarkJob.name))
-        accelerators = list(dict.fromkeys(job.accelerator for job in jobs))
-        write_record(
-            record.folder,
-            BenchmarkJob.name,
-            detectors={job.detector: job.config["model"] for job in jobs},
-            data={job.data: job.config["data"] for job in jobs},
-            settings={
-                "seeds": list(dict.fromkeys(job.seed for job in jobs)),
-                "accelerators": accelerators,
-                "trainer": args.get("trainer") or {},
-            },
-        )
-        # By way of JSON, as in run.json: a path is a text.
-        config = json.loads(json.dumps({"accelerator": accelerators, "benchmark": args}, default=str))
-        write_text(record.folder / CONFIGURATION, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        return record
+        if self.resumed is None and not writes:
+            yield Results(Path(), writes=False)
+            return
+        folder = self.resumed or new_folder(Path("runs") / BenchmarkJob.name)
+        with held(folder) if writes else contextlib.nullcontext():
+            record = Results(folder, writes=writes)
+            if self.resumed is None:
+                _describe(folder, args, jobs)
+            else:
+                record.restore()
+            yield record
+
+
+def _describe(folder: Path, args: dict, jobs: list[BenchmarkJob]) -> None:
+    """Write down what is to run, and on what."""
+    accelerators = list(dict.fromkeys(job.accelerator for job in jobs))
+    write_record(
+        folder,
+        BenchmarkJob.name,
+        detectors={job.detector: job.config["model"] for job in jobs},
+        data={job.data: job.config["data"] for job in jobs},
+        settings={
+            "seeds": list(dict.fromkeys(job.seed for job in jobs)),
+            "accelerators": accelerators,
+            "trainer": args.get("trainer") or {},
+        },
+    )
+    # By way of JSON, as in run.json: a path is a text.
+    config = json.loads(json.dumps({"accelerator": accelerators, "benchmark": args}, default=str))
+    write_text(folder / CONFIGURATION, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
@@ -226,6 +226,21 @@ def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
         problems.catch(where, partial(job.check, counts))
     gc.collect()
     problems.refuse()
+
+
+def _run_jobs(jobs: list[BenchmarkJob], record: Results, progress: JobProgress) -> list[str]:
+    """Run those that have not finished; returns what failed."""
+    failed = []
+    with _logs_to(record.log if record.writes else None):
+        for number, job in enumerate(jobs, start=1):
+            if record.has(job.row()):
+                continue
+            progress.start_job(number, len(jobs), job.title)
+            job.progress = progress
+            error = _run_job(job, record, progress)
+            if error:
+                failed.append(f"{job.title}: {error}")
+    return failed
 
 
 def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:

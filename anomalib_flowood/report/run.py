@@ -7,7 +7,9 @@ which versions and settings, and how detectors and data were configured).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -30,6 +32,8 @@ SCORE_COLUMNS = ["detector", "data", "seed", "image_path", "source", "label", "s
 """Columns of ``scores.csv``."""
 
 _JOB_COLUMNS = ["detector", "data", "seed"]
+_SETTINGS = ("model.", "data.", "accelerator")
+"""What the names of columns begin with in which settings are."""
 _RECORDED = ("command", "date", "versions", "machine", "settings", "detectors", "data")
 _PACKAGES = ("anomalib-flowood", "anomalib", "torch", "torchvision", "lightning", "timm", "FrEIA")
 
@@ -110,7 +114,7 @@ def read_run(folder: Path) -> Run:
     if results.empty:
         msg = f"{folder / RESULTS} has no rows: no job has finished."
         raise ValueError(msg)
-    results["error"] = results["error"].fillna("") if "error" in results else ""
+    results = results.assign(error=results.get("error", ""))
     done = results[results["error"] == ""]
     scores = pd.DataFrame(columns=SCORE_COLUMNS)
     if not done.empty:
@@ -127,18 +131,21 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         msg = f"There is no {path.name} in {path.parent}: it is not the folder of a benchmark or a test."
         raise FileNotFoundError(msg)
     try:
-        # A class may be called "NA" or "None": in columns of text only what is empty is missing.
+        # A class may be called "nan" or "NA": in columns of text nothing is missing but what is empty.
+        header = [str(name) for name in pd.read_csv(path, nrows=0, encoding_errors=NAMES)]
+        settings = [name for name in header if name.startswith(_SETTINGS)]
+        texts = [*texts, *settings]
         frame = pd.read_csv(
             path,
             dtype=dict.fromkeys(texts, str),
             keep_default_na=False,
-            na_values=["", "nan", "NaN"],
+            na_values={name: ["", "nan", "NaN"] for name in header if name not in texts},
             encoding_errors=NAMES,
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         msg = f"{path} is no table that can be read: {error}"
         raise ValueError(msg) from error
-    only_failures = path.name == RESULTS and "error" in frame and frame["error"].notna().all()
+    only_failures = path.name == RESULTS and "error" in frame and (frame["error"] != "").all()
     missing = [name for name in (_JOB_COLUMNS if only_failures else columns) if name not in frame]
     if missing:
         msg = f"{path} lacks the columns {', '.join(missing)}. It has to be as `flowood benchmark` writes it."
@@ -147,9 +154,19 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         if name in frame and not frame.empty and not pd.api.types.is_numeric_dtype(frame[name]):
             msg = f"{path}: the column {name} has to hold numbers."
             raise ValueError(msg)
-    written = frame.select_dtypes(exclude=["number", "bool"])
-    frame = frame.assign(**{str(name): column.map(unescaped) for name, column in written.items()})
-    return frame.assign(**{name: frame[name].fillna("") for name in ("image_path", "source") if name in frame})
+    written = {str(name): frame[name].map(unescaped) for name in frame.select_dtypes(exclude=["number", "bool"])}
+    written |= {name: written[name].fillna("") for name in texts if name in written}  # of a row that is cut off
+    written |= {name: pd.Series(map(_setting, written[name]), frame.index, dtype=object) for name in settings}
+    return frame.assign(**written).copy()  # of hundreds of columns, laid out anew
+
+
+def _setting(text: str) -> int | float | str:
+    """What a setting was before it was written: a number, where that is written so, and no ``007`` or ``1e5``."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if str(kind(text)) == text and math.isfinite(kind(text)):
+                return kind(text)
+    return text
 
 
 def _check_scores(path: Path, scores: pd.DataFrame, done: pd.DataFrame) -> None:

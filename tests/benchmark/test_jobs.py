@@ -36,6 +36,12 @@ def test_labels_say_what_differs(images: Path) -> None:
     assert labels(*named) == ["mine (layer=layer1)", "mine (layer=layer2)"]
     long = [dfm(layer=start + "x" * 40) for start in "ab"]
     assert len(set(labels(*long))) == 2
+    # Two jobs of one name were one to `--resume`, and shared their scores.
+    padim = {"class_path": "Padim"}
+    alike = [{**dfm(), "name": "set #1"}, {**padim, "name": "set #1"}]
+    assert labels(*alike) == ["set #1", "set #1 #2"]
+    numbered = [{**padim, "name": "a #2"}, {**dfm(), "name": "a"}, {**padim, "name": "a"}]
+    assert labels(*numbered) == ["a #2", "a", "a #3"]
 
 
 def test_seeds_expand_and_the_trainer_reaches_every_job(images: Path) -> None:

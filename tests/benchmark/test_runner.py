@@ -27,6 +27,8 @@ from anomalib_flowood.benchmark import (
     results,
 )
 from anomalib_flowood.cli import main
+from anomalib_flowood.files import held
+from anomalib_flowood.report.run import read_run
 
 
 def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +331,63 @@ def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch:
     assert list(scores["seed"]) == [1, 1, 2, 2, 3, 3]
     main(["benchmark", "--resume", str(path)])
     assert len(seeds) == 5
+
+
+def test_names_that_look_like_nothing_outlive_an_interruption(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A detector called "nan" lost its name, was run again, and a class "007" was 7."""
+    ran, stops = [], True
+
+    def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
+        if stops and self.seed == 2:
+            raise KeyboardInterrupt
+        ran.append((self.detector, self.seed))
+        columns = {"image_path": ["nan", "b.png"], "source": ["NaN", " 1e5"], "label": [0, 1], "score": [0.0, 1.0]}
+        self.scores = pd.DataFrame(columns).assign(detector=self.detector, data=self.data, seed=self.seed)
+        return {**self.row(), "AUROC": 1.0, "FPR95": 0.0, "fit_duration": 1.0, "images_per_s": 5.0, **settings}
+
+    settings = {
+        "model.init_args.a": "007",
+        "data.init_args.b": "1e5",
+        "data.init_args.c": "nan",
+        "model.init_args.d": -1,
+    }
+    monkeypatch.setattr(BenchmarkJob, "run", run)
+    monkeypatch.setattr(BenchmarkJob, "check", lambda self, counts: None)
+    section = {
+        "seed": {"grid": [1, 2]},
+        "model": {"grid": [{**DFM, "name": "nan"}, {**DFM, "name": "1e5"}]},
+        "data": {**folder(images), "name": "NA"},
+    }
+    Path("bench.yaml").write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": section}))
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--config", "bench.yaml"])
+    (path,) = here.glob("runs/benchmark/*")
+    before = {file: (path / file).read_text() for file in ("results.csv", "scores.csv")}
+    stops = False
+    main(["benchmark", "--resume", str(path)])
+    assert ran == [("nan", 1), ("1e5", 1), ("nan", 2), ("1e5", 2)]
+    assert all((path / file).read_text().startswith(text) for file, text in before.items())
+    read = read_run(path)
+    assert list(read.results["detector"]) == ["nan", "1e5"] * 2
+    assert set(read.scores["source"]) == {"NaN", " 1e5"}
+    assert set(read.scores["image_path"]) == {"nan", "b.png"}
+
+
+def test_two_processes_do_not_write_to_one_folder(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each ran all jobs, and each image was in the scores twice."""
+    section = {"model": DFM, "data": folder(images)}
+    Path("there").mkdir()
+    Path("there/benchmark.yaml").write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": section}))
+    with held(Path("there")), pytest.raises(SystemExit) as exit_info:
+        main(["benchmark", "--resume", "there"])
+    assert exit_info.value.code == 1
+    assert "Another process writes to there" in capsys.readouterr().err
+    main(["benchmark", "--resume", "there"])
+    assert len(pd.read_csv("there/results.csv")) == 1
 
 
 def test_of_several_processes_the_first_alone_writes_and_speaks(
