@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anomalib_flowood.exported import description_path, read_description
+from anomalib_flowood.exported import description_path, digest_of, read_description
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
 from anomalib_flowood.models.components.export_check import (
@@ -43,8 +43,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
     Raises:
         FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it, nor
             ``model_raw.onnx``, which gives an ONNX export's raw scores.
-        ValueError: If a folder holds several exports; if a file is none of these, or an export of an earlier version;
-            if a torch export is to be loaded, which runs the code in it, and the environment variable
+        ValueError: If a folder holds several exports; if a file is none of these, or an export of an earlier or later
+            version; if files of an export are not those that it was made with, or its description was changed; if a
+            torch export is to be loaded, which runs the code in it, and the environment variable
             ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if an export for the CPU is to be loaded for another
             device, or PyTorch has no such device here.
         CheckpointError: If a checkpoint is broken.
@@ -131,13 +132,28 @@ def _described(path: Path, known: dict[str, Any]) -> Path:
         raise ValueError(msg)
     path = path.with_suffix(kind)
     needed = [path]
-    if known["export_type"] == "onnx" and known["raw_score"]["output"] == "raw_score":
+    if known["export_type"] == "onnx" and known["raw_score"].get("output") == "raw_score":
         needed.append(raw_onnx_path(path))  # without it p-values would be of another score
-    for file in needed:
+    digests = {_renamed(name, known["file"], path): digest for name, digest in known.get("files", {}).items()}
+    for file in [*needed, *digests]:
         if not file.exists():
             msg = f"There is no {file}, which belongs to {description_path(path)}: copy it there, or export again."
             raise FileNotFoundError(msg)
+    for file, digest in digests.items():
+        if digest_of(file) != digest:
+            msg = (
+                f"{file} is not the file that {description_path(path)} was written with: it was not copied whole, or "
+                "is of another export. Copy all files of the export once more, or export again."
+            )
+            raise ValueError(msg)
     return path
+
+
+def _renamed(name: str, model: str, path: Path) -> Path:
+    """Where a file of an export is that may be called otherwise now; an ONNX graph names the file of its weights."""
+    stem = Path(model).stem
+    kept = name.endswith(".onnx.data") or not name.startswith(stem)
+    return path.with_name(name if kept else path.stem + name.removeprefix(stem))
 
 
 def _runtime(path: Path, known: dict[str, Any], device: str | torch.device) -> Runtime:

@@ -163,7 +163,14 @@ def onnx_runtime(path: Path) -> Runtime:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
     if allowed < (os.cpu_count() or 1):
         options.intra_op_num_threads = int(allowed)
-    session = onnxruntime.InferenceSession(raw if raw.exists() else path, options, providers=["CPUExecutionProvider"])
+    graph = raw if raw.exists() else path
+    content = graph.read_bytes()
+    weights = [file for file in path.parent.glob("*.onnx.data") if file.name.encode() in content]
+    # Else they stay a file that is mapped: a copy of another export over it would change, or end, what computes.
+    if weights and hasattr(options, "add_external_initializers_from_files_in_memory"):
+        held = [file.read_bytes() for file in weights]
+        options.add_external_initializers_from_files_in_memory([file.name for file in weights], held, [*map(len, held)])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     (given,), names = session.get_inputs(), [output.name for output in session.get_outputs()]
     return Runtime(
         lambda images: dict(zip(names, session.run(None, {given.name: images}), strict=True)),
@@ -188,6 +195,7 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
     import openvino
 
     core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # a copy of another export over the file would change, or end, this one
     model = core.read_model(path)
     if raw:
         model.add_outputs("raw_score")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.deploy.export import ExportType
 
-from anomalib_flowood.exported import description_path
+from anomalib_flowood.exported import FORMAT, description_path, digest_of
 from anomalib_flowood.files import write_text
 
 from .export_check import raw_onnx_path, reference
@@ -40,7 +40,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
 
     Args:
         detector: In evaluation mode, on the CPU.
-        path: The exported model.
+        path: The exported model, in a folder that holds the files of this export alone.
         export_type: Its type.
         compression: How it is compressed, if it is.
     """
@@ -60,7 +60,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         ExportType.OPENVINO: {"file": path.name, "tensor": raw},
     }[export_type]
     return {
-        "format": 1,
+        "format": FORMAT,
         "file": path.name,
         "export_type": export_type.value,
         "compression": compression,
@@ -74,6 +74,7 @@ def describe(detector: CheckedWeights, path: Path, export_type: ExportType, comp
         "threshold": threshold,
         "calibration_scores": calibration,
         "left_out_scores": left_out,
+        "files": {file.name: digest_of(file) for file in sorted(path.parent.iterdir()) if file.is_file()},
         "versions": _versions(),
     }
 
