@@ -10,6 +10,7 @@ here and nowhere else, and the versions that have them bound those that this pac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Sampler
 
 from anomalib_flowood.files import whole_file
+
+logger = logging.getLogger(__name__)
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -100,10 +103,32 @@ def keep_end(trainer: Trainer) -> None:
     if is_trial(trainer) or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
         return
     began, saved = _field(callback, "_last_time_checked") is not None, _field(callback, "_last_checkpoint_saved")
-    if began and not saved and callback.best_model_path not in callback.best_k_models:
+    if not began or callback.best_model_path in callback.best_k_models:
+        return
+    if not saved:
         metrics = _field(callback, "_monitor_candidates")(trainer)
         callback.best_model_path = _field(callback, "_get_metric_interpolated_filepath_name")(metrics, trainer)
         _field(callback, "_save_checkpoint")(trainer, callback.best_model_path)
+    elif Path(callback.best_model_path).parent != Path(saved).parent:  # save_last has, and names no best one
+        callback.best_model_path = saved
+
+
+def say_if_kept_earlier(trainer: Trainer) -> None:
+    """Warn of a fit whose newest checkpoint is of an earlier step than the weights in memory.
+
+    Where the callback chooses by a metric that is meant.
+    """
+    callback: Any = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.monitor is not None or not trainer.is_global_zero:
+        return
+    step = _field(callback, "_last_global_step_saved")
+    if 0 < step < trainer.global_step:
+        logger.warning(
+            "The checkpoint %s is of step %d, the last that a validation followed; the detector in memory, and a test "
+            "of it, is of step %d. They are one where a validation follows the last epoch: with a max_epochs that is a "
+            "multiple of check_val_every_n_epoch.",
+            callback.best_model_path, step, trainer.global_step,
+        )  # fmt: skip
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
@@ -246,6 +271,18 @@ def put_before_end(loops: dict[str, Any]) -> None:
     progress = loops["fit_loop"]["epoch_progress"]
     for epoch in (progress["current"], progress["total"]):
         epoch["processed"] -= 1
+
+
+def epochs_done(trainer: Trainer) -> int:
+    """How many epochs a trainer has done, in an earlier fit, too, from which the next goes on."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
+def epochs_are_left(trainer: Trainer) -> bool:
+    """Whether its limit in epochs leaves any."""
+    limit = trainer.max_epochs
+    return limit is None or limit < 0 or epochs_done(trainer) < limit
 
 
 def no_epoch_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:

@@ -112,6 +112,52 @@ def test_what_a_callback_has_chosen_before_a_resumed_fit_stays_chosen(tmp_path):
     assert longer.best_model_path == first.best_model_path == str(tmp_path / "kept/best.ckpt")
 
 
+@pytest.mark.parametrize("made_by", [engine, run_engine])
+def test_the_checkpoint_that_save_last_leaves_without_a_validation_is_named(made_by, tmp_path):
+    last = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    run = made_by(tmp_path, callbacks=[last], check_val_every_n_epoch=5)
+    run.fit(pixel_flow(max_epochs=2), datamodule=data(tmp_path))
+    assert run.best_model_path == str(tmp_path / "kept/last.ckpt")
+    assert open_checkpoint(run.best_model_path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "earlier"),
+    [
+        ({"check_val_every_n_epoch": 2, "max_epochs": 3}, True),
+        ({"max_steps": 5}, False),
+        ({"check_val_every_n_epoch": 2, "max_epochs": 4}, False),
+        ({"check_val_every_n_epoch": 5, "max_epochs": 3}, False),  # the end itself is kept
+    ],
+)
+def test_that_a_checkpoint_is_of_earlier_weights_is_said(limits, earlier, tmp_path, caplog):
+    run = run_engine(tmp_path / "results", **limits)
+    detector = pixel_flow()
+    run.fit(detector, datamodule=data(tmp_path))
+    kept = torch.load(run.best_model_path, weights_only=False)["global_step"]
+    assert (kept < run.trainer.global_step) == earlier
+    said = [
+        text for text in caplog.messages if text.startswith(f"The checkpoint {run.best_model_path} is of step {kept}")
+    ]
+    assert len(said) == earlier
+    assert all(f"is of step {run.trainer.global_step}." in text for text in said)
+
+
+def test_an_engine_that_has_ended_a_fit_takes_no_other(tmp_path):
+    run = run_engine(tmp_path / "results")
+    first = pixel_flow(max_epochs=1)
+    run.fit(first, datamodule=data(tmp_path))
+    for detector in (pixel_flow(max_epochs=1), pixel_flow(max_epochs=3), first):
+        with pytest.raises(ValueError, match=r"would go on from its epoch 1: PixelFlow would not .* Make a new Engine"):
+            run.fit(detector, datamodule=data(tmp_path))
+    # Lightning's way to train on, which is no other fit.
+    run.trainer.fit_loop.max_epochs = 2
+    with pytest.raises(ValueError, match="Make a new Engine"):
+        run.fit(pixel_flow(), datamodule=data(tmp_path))
+    run.fit(first, datamodule=data(tmp_path))
+    assert run.trainer.current_epoch == 2
+
+
 def test_a_trial_leaves_no_checkpoint(tmp_path):
     run_engine(tmp_path / "results", fast_dev_run=True).fit(pixel_flow(), datamodule=data(tmp_path))
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -388,6 +388,8 @@ _BEGINNINGS = {
 def _unidentified_by_content(path: str | Path | bytes) -> str:
     with BytesIO(path) if isinstance(path, bytes) else Path(path).open("rb") as file:
         content = file.read(8)
+    if not content:
+        return "it is empty."
     for beginning, kind in _BEGINNINGS.items():
         if content.startswith(beginning):
             return f"it is {kind}."

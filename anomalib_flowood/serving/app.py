@@ -132,11 +132,15 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Tell Prometheus."""
         return Response(service.metrics.text(service.scorer), media_type=CONTENT_TYPE_LATEST)
 
+    # HEAD, too: balancers ask by it. The server leaves the body out.
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         """Say that the process answers."""
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
+    @app.head("/health", include_in_schema=False)
     @app.get("/health/ready")
     @app.get("/health")
     async def ready() -> JSONResponse:

@@ -294,6 +294,13 @@ def test_what_is_no_image_is_none_of_the_kinds_that_are_read(tmp_path: Path) -> 
         read_image(tmp_path / "a.jpg")
 
 
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    for given in (tmp_path / "a.png", b""):
+        with pytest.raises(UnreadableImageError, match="it is empty"):
+            read_image(given)
+
+
 def test_damaged_image_is_named(tmp_path: Path) -> None:
     path = write_images(tmp_path, 1, (64, 64), suffix=".jpg") / "000.jpg"
     path.write_bytes(path.read_bytes()[:1000])

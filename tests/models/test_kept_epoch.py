@@ -174,6 +174,11 @@ def test_a_callback_that_chooses_is_left_to_it(monitor, tmp_path, caplog):
     assert f"whichever was the best: {type(callback).__name__} of the trainer chooses weights" in caplog.text
 
 
+def test_callbacks_that_choose_are_named_together(tmp_path, caplog):
+    fit(tmp_path, ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss"))
+    assert "EarlyStopping and ModelCheckpoint of the trainer choose weights" in caplog.text
+
+
 # -- how long --------------------------------------------------------------------------------------------------------
 
 

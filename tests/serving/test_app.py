@@ -333,6 +333,13 @@ def test_health(client):
     assert client.get("/health/live").status_code == 200
 
 
+def test_health_without_a_body(client):
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert client.head(path).status_code == 200
+    client.app.state.service.scorer.stop()
+    assert client.head("/health").status_code == 503
+
+
 def test_the_description_names_every_address(client):
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths) == {"/score", "/map", "/drift", "/metrics", "/health", "/health/live", "/health/ready"}

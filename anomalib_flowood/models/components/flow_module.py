@@ -33,6 +33,7 @@ from anomalib_flowood.trainers import (
     keep_end,
     prediction_loaders,
     save_whole,
+    say_if_kept_earlier,
     trainer_of,
     training_loaders,
 )
@@ -171,6 +172,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         """Leave a checkpoint in any case: none is written where no validation follows the last epoch."""
         super().on_fit_end()
         keep_end(self.trainer)
+        say_if_kept_earlier(self.trainer)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.

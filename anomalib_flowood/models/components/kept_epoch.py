@@ -158,7 +158,8 @@ class KeptEpoch(_Base):
             for callback in callbacks_of(self.trainer)
             if getattr(callback, "monitor", None) or isinstance(callback, averaging)
         ]
-        return f"{' and '.join(names)} of the trainer chooses weights" if names else ""
+        verb = "chooses" if len(names) == 1 else "choose"
+        return f"{' and '.join(names)} of the trainer {verb} weights" if names else ""
 
     # Tensors made in inference mode, in which Lightning validates, could not be trained on.
     @torch.inference_mode(mode=False)

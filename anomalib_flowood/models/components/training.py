@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import callbacks_of, reduce_gradients, training_loaders
+from anomalib_flowood.trainers import callbacks_of, epochs_are_left, epochs_done, reduce_gradients, training_loaders
 
 from .flow_model import FlowModel, check_precision
 
@@ -121,6 +121,14 @@ class FlowTraining(_Base):
             if not trains:
                 msg = f"{name} has to be above 0: nothing would be trained, and an untrained flow scores at random."
                 raise ValueError(msg)
+        done = epochs_done(trainer)
+        if done and trainer.ckpt_path is None and not (bool(self.model.fitted) and epochs_are_left(trainer)):
+            msg = (
+                f"This engine has ended a fit already, and would go on from its epoch {done}: {type(self).__name__} "
+                "would not be fitted to these images. Make a new Engine (or Trainer) for each fit; ckpt_path goes on "
+                "with an earlier one."
+            )
+            raise ValueError(msg)
 
     def on_train_start(self) -> None:
         """Let the learning rate follow the length that the training has now, with all that was resumed."""
