@@ -62,6 +62,16 @@ def count(counts: Tensor, values: Tensor, labels: Tensor) -> None:
         counts.scatter_add_(0, bins_of(some) + BINS * of_some, torch.ones_like(of_some))
 
 
+def regions_of(masks: np.ndarray) -> Tensor:
+    """Number the regions of masks, ``(N, h, w)``, from 1 on through all of them: int32, 0 where nothing is anomalous.
+
+    A region is connected, corners included, and within one mask.
+    """
+    neighbours = np.zeros((3, 3, 3))
+    neighbours[1] = 1
+    return torch.from_numpy(ndimage.label(masks != 0, neighbours)[0])
+
+
 def count_overlap(counts: Tensor, maps: Tensor, masks: Tensor) -> int:
     """Count normal pixels, and sum up shares of regions.
 

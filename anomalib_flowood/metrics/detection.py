@@ -243,13 +243,18 @@ class _RegionOverlap(_AUPRO):
         self.add_state("regions", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Keep or count maps, ``(N, 1, H, W)``, and masks, ``(N, H, W)``."""
+        """Keep or count maps, ``(N, 1, H, W)``, and masks, ``(N, H, W)``; errors as for :func:`check_scores`."""
+        check_scores(preds.reshape(target.shape), target)
         if bins.are_large(preds):
-            check_scores(preds.reshape(target.shape), target)
             counts = _counts(self.counts, preds, torch.float64)
             self.regions += bins.count_overlap(counts, preds.detach(), target.detach())
         else:
             super().update(preds, target)
+
+    def perform_cca(self) -> Tensor:
+        """Number the regions of all masks, ``(N, H, W)``; anomalib takes a mask without a normal pixel for none."""
+        target = _cat(self.target)
+        return bins.regions_of(target.cpu().numpy()).to(target.device)
 
     def compute(self) -> Tensor:
         """Return the area, ``()``."""

@@ -5,12 +5,14 @@ import logging
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import AUPRO as AnomalibAUPRO
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from anomalib_flowood.metrics import AUPRO, AUROC, auroc, bins
 
@@ -100,6 +102,43 @@ def test_ties_and_limits(seed, levels, limit):
     metric = AnomalibAUPRO(fields=["anomaly_map", "gt_mask"], fpr_limit=limit)
     want = fill(metric, maps, masks).compute().item()
     assert bins.aupro_of(*counted_overlap(maps, masks), limit)[0] == pytest.approx(want, abs=1e-5)
+
+
+def overlap_of(maps, masks, limit=0.3):
+    """By its definition: one threshold after the other."""
+    regions = [
+        one[labels == number]
+        for one, (labels, count) in zip(maps, (ndimage.label(mask, np.ones((3, 3))) for mask in masks), strict=True)
+        for number in range(1, count + 1)
+    ]
+    thresholds = np.unique(maps)[::-1]
+    rates = np.array([0, *((maps[~masks] >= least).mean() for least in thresholds)])
+    overlap = np.array([0, *(np.mean([(region >= least).mean() for region in regions]) for least in thresholds)])
+    inside = rates <= limit
+    at_limit = np.interp(limit, [rates[inside][-1], rates[~inside][0]], [overlap[inside][-1], overlap[~inside][0]])
+    return np.trapezoid([*overlap[inside], at_limit], [*rates[inside], limit]) / limit
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 3))
+def test_overlap_is_what_it_is_by_definition(seed, share, whole):
+    """Also where some images are anomalous all over."""
+    numbers = np.random.default_rng(seed)
+    masks = numbers.random((4, 5, 6)) < share
+    masks[:whole], masks[3, 0, :2] = True, [True, False]
+    maps = numbers.normal(size=masks.shape).round(1).astype(np.float32)
+    want = overlap_of(maps, masks)
+    tensors = torch.from_numpy(maps)[:, None], torch.from_numpy(masks)
+    assert fill(of_pixels(AUPRO), *tensors).compute().item() == pytest.approx(want, abs=1e-5)
+    assert bins.aupro_of(*counted_overlap(*tensors), 0.3)[0] == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.parametrize("cls", [AUROC, AUPRO])
+def test_no_pixel_is_nan(cls):
+    maps = torch.rand(2, 1, 8, 8)
+    maps[1, 0, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 128 scores are NaN"):
+        fill(of_pixels(cls), maps, torch.zeros(2, 8, 8, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("cls", [AUROC, AUPRO])
