@@ -240,6 +240,24 @@ def test_a_validation_calibrates_a_checkpoint_that_had_none(
     assert not (tmp_path / "bare-calibrated-calibrated.ckpt").exists()
 
 
+def test_a_validation_on_other_images_calibrates_anew(
+    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new calibration was thrown away without a word."""
+    config, trained = pixel_flow_run
+    given, written = tmp_path / "model.ckpt", tmp_path / "model-calibrated.ckpt"
+    shutil.copy(trained, given)
+    common = ["--config", str(config), "--default_root_dir", str(tmp_path), "--ckpt_path", str(given)]
+    main(["validate", *common])
+    assert not written.exists()
+    main(["validate", *common, "--data.val_split_mode", "from_train", "--data.val_split_ratio", "0.5"])
+    before, now = (open_checkpoint(path).post_processor.calibration for path in (given, written))
+    assert len(now) == 10
+    said = capsys.readouterr().out
+    assert f"Checkpoint, with the calibration: {os.path.relpath(written)}\n" in said
+    assert f"It is by {len(now)} normal images, in the place of {len(before)}, and holds if the training had" in said
+
+
 def test_a_logger_of_its_own_does_not_take_the_configuration_away(
     pixel_flow_run: tuple[Path, Path], tmp_path: Path
 ) -> None:

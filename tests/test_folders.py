@@ -2,6 +2,7 @@
 """Where results go: beside the run that they are of, and over nothing."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from anomalib_flowood import open_checkpoint
 from anomalib_flowood.cli import main
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
+from anomalib_flowood.models.components import root_beside
 
 
 def run_engine(folder: Path, **kwargs) -> RunEngine:
@@ -350,3 +352,12 @@ def test_a_test_without_anomalies_says_so(trained, capsys):
     assert dict(zip(header.split(","), line.split(","), strict=True))["AUROC"] == ""
     main(["report", str(folder)])
     assert "not defined" in (folder / "report/index.html").read_text()
+
+
+@pytest.mark.parametrize("within", [".", "v0", "v0/weights", "v0/weights/lightning"])
+def test_an_export_lies_beside_its_checkpoint_wherever_the_command_runs(within, tmp_path, monkeypatch):
+    """From within `weights` it went to `lightning/weights`."""
+    (tmp_path / "v0/weights/lightning").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / within)
+    given = Path(os.path.relpath(tmp_path / "v0/weights/lightning/model.ckpt"))
+    assert root_beside(given).absolute() == tmp_path / "v0"

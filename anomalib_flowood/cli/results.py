@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from jsonargparse import Namespace
@@ -24,6 +25,7 @@ from anomalib_flowood.benchmark import Results, ScoreRecorder, another_process_e
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models.components import ConformalPostProcessor, FlowModule
+from anomalib_flowood.names import counted
 from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
 from anomalib_flowood.report.run import write_record
@@ -136,16 +138,22 @@ class ResultsCLI(AnomalibCLI):
 
     @contextlib.contextmanager
     def keeping_calibration(self) -> Iterator[None]:
-        """Write a validated detector beside its checkpoint, where that had no calibration and it has one now."""
+        """Write a validated detector beside its checkpoint, where its calibration is another one now."""
         given, processor = self._checkpoint(), self.model.post_processor
-        had = not isinstance(processor, ConformalPostProcessor) or processor.calibrated
+        conformal = isinstance(processor, ConformalPostProcessor)
+        before = processor.calibration.clone() if conformal else None
         yield
-        if given is None or had or not processor.calibrated:  # the last of a trial
+        if given is None or not conformal or not processor.calibrated:  # the last of a trial
             return
+        if _alike(before, processor.calibration):
+            return  # those of the training's own validation images
         output = given.with_name(f"{given.stem}-calibrated.ckpt")
         self.engine.trainer.save_checkpoint(output, weights_only=True)
         if not processes.rank():
             print(f"Checkpoint, with the calibration: {os.path.relpath(output)}")
+            if len(before):
+                images = counted(len(processor.calibration), "normal image")
+                print(f"It is by {images}, in the place of {len(before)}, and holds if the training had none of them.")
 
     @contextlib.contextmanager
     def told_how_to_go_on(self) -> Iterator[None]:
@@ -197,6 +205,13 @@ class ResultsCLI(AnomalibCLI):
             data={data: _plain(config["data"])},
             settings={"checkpoint": self._checkpoint(), "seed": config["seed_everything"], **settings},
         )
+
+
+def _alike(before: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether two calibrations are the same but for rounding, which another device does otherwise."""
+    if len(before) != len(now):
+        return False
+    return torch.allclose(before, now.to(before), atol=1e-3 * float(now.max() - now.min()))
 
 
 def _plain(entry: Any) -> Any:

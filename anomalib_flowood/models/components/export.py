@@ -364,8 +364,9 @@ def _out_of_place(module: nn.Module) -> Iterator[None]:
 def root_beside(checkpoint: Path | str) -> Path:
     """Return the ``export_root`` whose ``weights/`` lies beside a checkpoint: that of its run, or its own folder."""
     checkpoint = Path(checkpoint)
-    parts = checkpoint.parts[-3:-1]
-    return checkpoint.parents[2] if parts == ("weights", "lightning") else checkpoint.parent
+    if checkpoint.absolute().parts[-3:-1] != ("weights", "lightning"):
+        return checkpoint.parent
+    return (checkpoint if len(checkpoint.parts) > 2 else checkpoint.absolute()).parents[2]
 
 
 def _argument(name: str, place: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
