@@ -140,10 +140,12 @@ class ResultsCLI(AnomalibCLI):
     def keeping_calibration(self) -> Iterator[None]:
         """Write a validated detector beside its checkpoint, where its calibration is another one now."""
         given, processor = self._checkpoint(), self.model.post_processor
-        conformal = isinstance(processor, ConformalPostProcessor)
-        before = processor.calibration.clone() if conformal else None
+        if given is None or not isinstance(processor, ConformalPostProcessor):
+            yield
+            return
+        before = processor.calibration.clone()
         yield
-        if given is None or not conformal or not processor.calibrated:  # the last of a trial
+        if not processor.calibrated:  # after a trial
             return
         if _alike(before, processor.calibration):
             return  # those of the training's own validation images
