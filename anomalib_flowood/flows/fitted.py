@@ -14,6 +14,10 @@ from .precision import full_precision
 _LEAST = 1e-10
 """Variance, as a share of the largest, below which points do not vary in a direction."""
 
+_ROUNDING = 8
+"""By how many times the precision of a number the eigenvalues of a product of matrices are off, as a share of the
+largest: those of points of low rank in single precision were off by one or two."""
+
 
 class ShapedByFit(nn.Module):
     """Mixin for modules that keep as many directions as their fit finds, and take as many as a checkpoint has."""
@@ -61,6 +65,7 @@ def directions_of(square: Tensor, most: int | None = None) -> tuple[Tensor, Tens
     """
     # In NumPy, where eigensolvers are faster on the CPU.
     values, vectors = (torch.from_numpy(part).flip(-1)[..., :most] for part in np.linalg.eigh(square.numpy()))
-    kept = values > _LEAST * max(float(values[0]), 0.0) if len(values) else values > 0
+    least = max(_LEAST, _ROUNDING * torch.finfo(values.dtype).eps)
+    kept = values > least * max(float(values[0]), 0.0) if len(values) else values > 0
     # As a checkpoint holds them: products with them round alike before and after.
     return values[kept], vectors[:, kept].T.contiguous()

@@ -204,3 +204,18 @@ def test_maps_that_are_all_the_same_but_for_rounding_are_refused(copies, seed):
         with pytest.raises(ValueError, match="maps of .* are all the same: give more varied images"):
             layer.fit(samples)
     layer.fit(everything)
+
+
+@settings(max_examples=30)
+@given(n=st.integers(4, 40), rank=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_few_different_samples_in_single_precision_have_no_directions_of_rounding(n, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    different = torch.randn(rank + 1, 5, 3, 4, generator=generator)
+    samples = different[torch.arange(n) % (rank + 1)]
+    layer = Whitening([(5, 3, 4)], directions=64)
+    layer.fit(samples)
+    assert len(layer.directions) <= rank
+    torch.testing.assert_close(layer.directions @ layer.directions.T, torch.eye(len(layer.directions)))
+    map_of = lambda x: layer.double().whitened(x.reshape(1, 5, 3, 4)).flatten()
+    jacobian = torch.autograd.functional.jacobian(map_of, torch.zeros(60, dtype=torch.float64))
+    torch.testing.assert_close(layer.log_det, torch.linalg.slogdet(jacobian)[1], rtol=1e-3, atol=1e-2)

@@ -694,6 +694,14 @@ def test_lid_is_the_worse_of_two_one_sided_tests():
     assert simple[1] > 0 > simple[0]  # the likeliest point: simple
 
 
+def test_training_images_that_are_all_alike_give_lid_no_scale_of_rounding():
+    """A copy of them, which differs by the rounding of another batch, stays near 0."""
+    density = Gaussian(6, 4 * torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
+    score = LocalIntrinsicDimension(density)
+    score.fit_statistics(torch.tensor([[1.5, -0.8]], dtype=torch.float64).expand(9, 2))
+    assert score.combine(torch.tensor([[1.5 * (1 + 2e-7), -0.8]])).abs() < 1
+
+
 # -- density of states -------------------------------------------------------------------------------------------
 
 
