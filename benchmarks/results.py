@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: rows of results that outlive an interruption, and where they are shown."""
+"""What the benchmarks share: arguments, rows of results that outlive an interruption, and where they are shown."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
 import shutil
@@ -13,9 +14,45 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 
 KEY = ("part", "task", "detector", "seed")
 """What tells one row from another."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """Read an argument that says how many."""
+    if (value := int(text)) < 1:
+        msg = f"has to be 1 at least, not {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def seed(text: str) -> int:
+    """Read a seed, of 32 bits."""
+    if not 0 <= (value := int(text)) < 2**32:
+        msg = f"a seed lies from 0 to {2**32 - 1}, and {text} does not"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def seconds(text: str) -> float:
+    """Read for how long something may last."""
+    if not (value := float(text)) > 0:
+        msg = f"has to be more than 0, not {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def refused(error: Exception) -> int:
+    """Print why nothing is run; returns the exit status."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+    return 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,7 +65,10 @@ def read_rows(output: Path) -> pd.DataFrame:
     path = output / "results.csv"
     if not path.is_file():
         return pd.DataFrame(columns=[*KEY, "error"])
-    rows = pd.read_csv(path, dtype={"task": str, "detector": str, "error": str, "stopped_by": str})
+    texts = dict.fromkeys(("part", "task", "detector", "error", "stopped_by"), str)
+    # A folder may be called "NA": of what tells rows apart nothing is missing.
+    missing = {str(name): ["", "nan", "NaN"] for name in pd.read_csv(path, nrows=0) if name not in KEY}
+    rows = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=missing)
     return rows.drop_duplicates(list(KEY), keep="last", ignore_index=True)
 
 
@@ -167,6 +207,5 @@ def report_rows(write: Callable[[Path, Path], Sequence[Path]], output: Path, int
     try:
         written = write(output, into)
     except FileNotFoundError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-        return 2
+        return refused(error)
     return announce(output, written, console)

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from anomalib.data import ImageBatch, ImageItem
 from anomalib.engine import Engine
 from lightning import LightningDataModule, seed_everything
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch.utilities.seed import isolate_rng
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
@@ -24,7 +27,7 @@ from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.listing import image_files
-from anomalib_flowood.inference.images import CHANNELS, each_image, resized, single_images
+from anomalib_flowood.inference.images import CHANNELS, PATHS, each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import check_known
@@ -41,7 +44,8 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         arguments: Those of the detector, by name.
         alpha: The level of :meth:`predict`: the largest share of normal images that is called anomalous, in
             expectation; what others call contamination, but of images that ``fit`` has not seen.
-        random_state: Seed of the split into images to fit to and images to calibrate on, and of the training.
+        random_state: Seed of the split into images to fit to and images to calibrate on, and of the training; a
+            ``RandomState`` gives another one in each fit, and ``None`` leaves both to chance.
 
     Attributes:
         module_: The fitted detector.
@@ -54,7 +58,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         *,
         arguments: dict[str, Any] | None = None,
         alpha: float = DEFAULT_ALPHA,
-        random_state: int | None = 0,
+        random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.detector = detector
         self.arguments = arguments
@@ -74,12 +78,13 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
         Raises:
             FileNotFoundError: If there is no such folder.
-            ValueError: If the detector is unknown, there are fewer than two images, or too few for ``alpha``; if an
-                array has two axes; or if the folder holds normal images beside others, of defects or masks: all of it
-                would be fitted to.
+            ValueError: If the detector is unknown or ``random_state`` no seed, there are fewer than two images, or too
+                few for ``alpha``; if an array has two axes, or several columns of paths; or if the folder holds normal
+                images beside others, of defects or masks: all of it would be fitted to.
         """
         del y
         check_known("detector", [self.detector], models.__all__)
+        seed = _seed(self.random_state)
         if isinstance(X, str | Path):
             path = Path(X).expanduser()
             if not path.exists():
@@ -90,10 +95,10 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         if len(images) < 2:
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
             raise ValueError(msg)
-        train, val = train_and_val(np.arange(len(images)), None, None, self.random_state)
+        train, val = train_and_val(np.arange(len(images)), None, None, seed)
         with isolate_rng(), quiet_training(), TemporaryDirectory() as folder:
-            if self.random_state is not None:
-                seed_everything(self.random_state, verbose=False)
+            if seed is not None:
+                seed_everything(seed, verbose=False)
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
             module = getattr(models, self.detector)(**arguments | (self.arguments or {}))
             white = plain_max_value([image for image in images if isinstance(image, str | Path)])
@@ -133,13 +138,37 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         return tags
 
 
+def _seed(given: Any) -> int | None:
+    """The seed that scikit-learn's ``random_state`` stands for.
+
+    Raises:
+        ValueError: If it stands for none.
+    """
+    if isinstance(given, np.random.RandomState):
+        return int(given.randint(np.iinfo(np.int32).max))
+    if given is None:
+        return None
+    if isinstance(given, Integral) and min_seed_value <= int(given) <= max_seed_value:
+        return int(given)
+    msg = f"random_state is None, an integer of 32 bits from 0 on, or a numpy.random.RandomState, not {given!r}."
+    raise ValueError(msg)
+
+
 def _samples(given: Any) -> Any:
     """Tell grey images from one in colour: by scikit-learn's convention samples come first, however few they are.
 
     Raises:
-        ValueError: If an array is a table, whose rows would be those of one picture.
+        ValueError: If an array is a table, whose rows would be those of one picture, or has several columns of paths,
+            of which one label each would be more than there are samples.
     """
-    if not isinstance(given, np.ndarray | torch.Tensor) or (isinstance(given, np.ndarray) and given.dtype.kind in "UO"):
+    if isinstance(given, pd.DataFrame):  # which would be gone through by the names of its columns
+        given = given.to_numpy()
+    if isinstance(given, np.ndarray) and given.dtype.kind in PATHS:
+        if given.ndim == 2 and given.shape[1] != 1:
+            msg = f"X of shape {given.shape} has {given.shape[1]} columns: give the one that holds the images' paths."
+            raise ValueError(msg)
+        return given
+    if not isinstance(given, np.ndarray | torch.Tensor):
         return given
     if given.ndim == 2:
         msg = (

@@ -20,6 +20,8 @@ from anomalib_flowood.data.masks import without_masks
 from anomalib_flowood.data.resizing import resize_bytes
 
 CHANNELS = (1, 3, 4)
+PATHS = "UTO"
+"""Kinds of NumPy's arrays that hold paths."""
 _WHITE = {"uint8": 255, "uint16": 65535}
 
 SingleImage: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
@@ -80,7 +82,7 @@ def single_images(given: Any) -> Iterator[SingleImage]:
         yield from files
     elif isinstance(given, bytes | bytearray | memoryview | Image.Image):
         yield given if isinstance(given, Image.Image) else bytes(given)
-    elif isinstance(given, np.ndarray) and given.dtype.kind in "UO":  # of paths, as scikit-learn divides them
+    elif isinstance(given, np.ndarray) and given.dtype.kind in PATHS:  # of paths, as scikit-learn divides them
         for item in given.ravel():
             yield from single_images(item)
     elif isinstance(given, np.ndarray | Tensor):

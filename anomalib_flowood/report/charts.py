@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from html import escape
@@ -205,29 +205,31 @@ def speed_chart(summary: pd.DataFrame, column: str, label: str, detectors: Seque
     known = summary[summary["AUROC"].notna() & summary[column].gt(0)]
     if known.empty:
         return None
-    rows, spoken, colours, shapes = [], [], [], []
+    rows: dict[str, dict[str, Any]] = {}
+    spoken, colours, shapes = [], [], []
     for detector, area, value in known[["detector", "AUROC", column]].itertuples(index=False):
         place = detectors.index(detector)
         number = f"{value:,.{1 if value < 10 else 0}f}"
         spoken.append(f"{detector} {number}")
         colours.append(colour_of(place))
         shapes.append(_SHAPES[place % len(_SHAPES)])
-        name = f"{number}  {shorten(detector, NAME)}"
-        rows.append({"name": name, "cost": float(value), "AUROC": float(area), "detector": str(detector)})
+        name = legend_name(number, detector, place, rows)
+        rows[name] = {"name": name, "cost": float(value), "AUROC": float(area), "detector": str(detector)}
     ends = [known[column].min() / 1.7, known[column].max() * 1.7]
     cost: dict[str, Any] = {"field": "cost", "type": "quantitative", "title": label}
     auroc: dict[str, Any] = {"field": "AUROC", "type": "quantitative"}
     named: dict[str, Any] = {"field": "name", "type": "nominal"}
-    domain = [row["name"] for row in rows]
+    # Thousands are k; thousandths, which would be m, are what they are.
+    small = "datum.label && datum.value < 1 ? format(datum.value, '.2~g') : datum.label"
+    axis = {"format": "~s", "tickCount": 4, "labelExpr": small}
     layer = {
-        "data": {"values": rows},
+        "data": {"values": list(rows.values())},
         "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "aria": False},
         "encoding": {
-            "x": cost
-            | {"scale": {"type": "log", "domain": ends, "nice": False}, "axis": {"format": "~s", "tickCount": 4}},
+            "x": cost | {"scale": {"type": "log", "domain": ends, "nice": False}, "axis": axis},
             "y": auroc | {"scale": {"zero": False, "padding": 12}, "axis": {"tickCount": 5, "format": ".3~f"}},
-            "color": named | {"scale": {"domain": domain, "range": colours}},
-            "shape": named | {"scale": {"domain": domain, "range": shapes}},
+            "color": named | {"scale": {"domain": list(rows), "range": colours}},
+            "shape": named | {"scale": {"domain": list(rows), "range": shapes}},
             "tooltip": [{"field": "detector"}, auroc | {"format": ".3f"}, cost | {"format": ",.1f"}],
         },
     }
@@ -262,6 +264,19 @@ def pick(label: str, names: Mapping[str, str]) -> dict[str, Any]:
     options, labels = [None, *names], ["all", *names.values()]
     binding = {"input": "select", "options": options, "labels": labels, "name": f"{label}: "}
     return {"name": "pick", "select": {"type": "point", "fields": ["name"]}, "bind": {"name": binding}}
+
+
+def legend_name(number: str, detector: object, place: int, taken: Collection[str]) -> str:
+    """What a detector is called in a legend, after its number; of two that look alike, one has its place, too.
+
+    Args:
+        number: What is shown of it.
+        detector: Its name.
+        place: Where it is among those of the page, from 0.
+        taken: The names of others in the legend.
+    """
+    name = f"{number}  {shorten(detector, NAME)}"
+    return f"{name} #{place + 1}" if name in taken else name
 
 
 def colour_of(place: int) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
 
-from anomalib_flowood.look import PALETTE, shorten
+from anomalib_flowood.look import PALETTE
 
-from .charts import NAME, TEXT, Chart, chart_spec, colour_of, pick
+from .charts import TEXT, Chart, chart_spec, colour_of, legend_name, pick
 
 # Each colour, then all again, dashed.
 _DASHES = ((1, 0), (6, 3), (2, 2), (6, 2, 2, 2))
@@ -96,9 +96,8 @@ def _curves(
         values, areas = zip(*found, strict=True)
         area = f"{np.mean(areas):.3f}" + (f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else "")
         spoken.append(f"{detector} {area}")
-        name = f"{area}  {shorten(detector, NAME)}"
-        names[name if name not in names else f"{name} #{detectors.index(str(detector)) + 1}"] = str(detector)
-        name = list(names)[-1]
+        name = legend_name(area, detector, detectors.index(str(detector)), names)
+        names[name] = str(detector)
         lines += [{"x": x, "y": y, "name": name} for x, y in _bends(_RATES, np.mean(values, axis=0))]
         if str(detector) in thresholds:
             first = seeds[0]

@@ -91,7 +91,7 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
     Returns:
         Colours by name, the in-distribution images first.
     """
-    names = list(scores.loc[scores["label"] == 1, "source"].astype(str).value_counts(sort=True).index)
+    names = list(_set_names(scores.loc[scores["label"] == 1, "source"]).value_counts(sort=True).index)
     colours = {IN_DISTRIBUTION: _INSIDE_COLOUR}
     if len(names) > len(_OUTSIDE_COLOURS):
         names = [*names[: len(_OUTSIDE_COLOURS) - 1], OTHERS]
@@ -100,8 +100,14 @@ def source_colours(scores: pd.DataFrame) -> dict[str, str]:
 
 def shown_names(scores: pd.DataFrame, colours: Mapping[str, str]) -> pd.Series:
     """What each image is called in a legend: one of the names that :func:`source_colours` has given a colour."""
-    sources = scores["source"].astype(str)
+    sources = _set_names(scores["source"])
     return sources.where(sources.isin(list(colours)), OTHERS).where(scores["label"] == 1, IN_DISTRIBUTION)
+
+
+def _set_names(sources: pd.Series) -> pd.Series:
+    """Sources as text; one that is called as what is drawn beside them becomes, say, ``in-distribution (set)``."""
+    names = sources.astype(str)
+    return names.where(~names.isin([IN_DISTRIBUTION, OTHERS]), names + " (set)")
 
 
 def first_seed(scores: pd.DataFrame) -> pd.DataFrame:

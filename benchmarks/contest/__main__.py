@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.results import announce
+from benchmarks.results import announce, positive, refused, seconds, seed
 
 from . import contest, report
 from .detectors import DETECTORS
@@ -35,11 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     run.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=(), metavar="NAME", help="some only")
     run.add_argument("--tasks", nargs="+", default=(), metavar="TEXT", help="tasks with such words in their name")
-    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    run.add_argument("--seeds", nargs="+", type=seed, default=(0, 1, 2))
     run.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
     run.add_argument("--root", default="./datasets", help="folder of the data sets that are given by name")
-    run.add_argument("--cap", type=float, metavar="SECONDS", help="of trainings that end when they level off")
-    run.add_argument("--limit", type=int, help="a trial on about so many images, in OUTPUT/trial")
+    run.add_argument("--cap", type=seconds, metavar="SECONDS", help="of trainings that end when they level off")
+    run.add_argument("--limit", type=positive, help="a trial on about so many images, in OUTPUT/trial")
     reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
     for command in (run, reporting):
         command.add_argument("--output", type=Path, default=Path("runs/contest"))
@@ -61,8 +61,7 @@ def main() -> int:
             contest.run(Options(**arguments), console)
         written = report.write(output, into)
     except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-        return 2
+        return refused(error)
     return announce(output, written, console)
 
 

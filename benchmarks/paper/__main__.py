@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.results import report_rows
+from benchmarks.results import positive, refused, report_rows
 
 from . import report, study
 from .profiles import PARTS, PROFILES, trial
@@ -31,9 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run what is not finished yet, then report")
     run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     run.add_argument("--accelerator", help="Lightning's; cpu for laptop and gpu for full by default")
-    run.add_argument("--workers", type=int, help="fits at a time; 2 for laptop and 1 for full by default")
+    run.add_argument("--workers", type=positive, help="fits at a time; 2 for laptop and 1 for full by default")
     run.add_argument("--root", default="./datasets", help="folder of the data sets")
-    run.add_argument("--limit", type=int, help="a trial on so many training images, in OUTPUT/trial")
+    run.add_argument("--limit", type=positive, help="a trial on so many training images, in OUTPUT/trial")
     reporting = commands.add_parser("report", help="rebuild tables and pictures from the rows")
     for command in (run, reporting):
         command.add_argument("--profile", choices=list(PROFILES), default="laptop")
@@ -60,9 +60,8 @@ def main() -> int:
             profile = replace(profile, workers=arguments.workers)
         try:
             study.run(profile, output, arguments.root, arguments.parts, console)
-        except ValueError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-            return 2
+        except (ValueError, FileNotFoundError) as error:
+            return refused(error)
     return report_rows(report.write, output, into, console)
 
 

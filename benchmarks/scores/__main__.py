@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.results import report_rows
+from benchmarks.results import positive, refused, report_rows, seconds, seed
 
 from . import report, study
 
@@ -27,9 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--sets", nargs="+", choices=study.SETS, default=study.SETS, help="data sets to train on")
     names = (study.BITS, *study.SCORES)
     run.add_argument("--scores", nargs="+", choices=names, default=names, metavar="NAME", help="some only")
-    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    run.add_argument("--seconds", type=float, default=150.0, help="training time of a flow")
-    run.add_argument("--images", type=int, default=2000, help="the most test images of a set")
+    run.add_argument("--seeds", nargs="+", type=seed, default=(0, 1, 2))
+    run.add_argument("--seconds", type=seconds, default=150.0, help="training time of a flow")
+    run.add_argument("--images", type=positive, default=2000, help="the most test images of a set")
     run.add_argument("--root", default="./datasets", help="folder of the data sets")
     reporting = commands.add_parser("report", help="rebuild tables and picture from the rows")
     for command in (run, reporting):
@@ -47,9 +47,8 @@ def main() -> int:
     if command == "run":
         try:
             study.run(study.Options(**arguments), console)
-        except ValueError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-            return 2
+        except (ValueError, FileNotFoundError) as error:
+            return refused(error)
     return report_rows(report.write, output, into, console)
 
 

@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from benchmarks.contest import contest
 from benchmarks.contest.detectors import DETECTORS, ON_EMBEDDINGS
 from benchmarks.contest.tasks import MAP_SIZE, SUITE_PARTS, Options
-from benchmarks.results import announce_files
+from benchmarks.results import announce_files, positive, refused, seed
 
 from . import report
 
@@ -44,14 +44,16 @@ def _parser() -> argparse.ArgumentParser:
         "--detectors", nargs="+", choices=list(DETECTORS), default=QUICK, metavar="NAME",
         help=f"of {', '.join(DETECTORS)}; by default all but those that train for long",
     )  # fmt: skip
-    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    run.add_argument("--seeds", nargs="+", type=seed, default=(0, 1, 2))
     run.add_argument("--root", default="./datasets", help="folder of the data sets of small images")
-    run.add_argument("--limit", type=int, help="a trial on about so many images of each folder, in OUTPUT/trial")
+    run.add_argument("--limit", type=positive, help="a trial on about so many images of each folder, in OUTPUT/trial")
     run.add_argument("--again", action="store_true", help="run what is finished, too: after a change of --detectors")
     reporting = commands.add_parser("report", help="rebuild the tables from the rows")
     for command in (run, reporting):
         command.add_argument("--backbone", default="tf_efficientnet_lite0", help="a timm name or local-dir:FOLDER")
-        command.add_argument("--image-size", type=int, default=MAP_SIZE, help="height and width (default: %(default)s)")
+        command.add_argument(
+            "--image-size", type=positive, default=MAP_SIZE, help="height and width (default: %(default)s)"
+        )
         command.add_argument("--output", type=Path, default=Path("runs/suite"), help="default: %(default)s")
         command.add_argument(
             "--into", nargs="+", type=Path, default=(), metavar="README",
@@ -86,8 +88,7 @@ def main() -> int:
         others = sorted(path.parent for path in root.glob("*/results.csv") if path.parent != output)
         written = report.write([output, *others], into)
     except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}")
-        return 2
+        return refused(error)
     Console().print(Markdown((output / "tables.md").read_text(encoding="utf-8")))
     return announce_files(output, written, console)
 

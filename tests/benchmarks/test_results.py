@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import re
+import sys
 from importlib import import_module
 
 import pytest
 
-from benchmarks.results import KEY, append_rows, check_columns, failed, finished, read_rows
+from benchmarks.results import (
+    KEY,
+    append_rows,
+    check_columns,
+    failed,
+    finished,
+    positive,
+    read_rows,
+    refused,
+    seconds,
+    seed,
+)
 
 
 def row(detector, seed=0, **values):
@@ -23,6 +36,38 @@ def test_the_last_row_of_a_key_counts(tmp_path):
     check_columns(tmp_path, columns)
     with pytest.raises(ValueError, match=r"measured other things \(their order\)"):
         check_columns(tmp_path, columns[::-1])
+
+
+@pytest.mark.parametrize("name", ["NA", "nan", "None", "007"])
+def test_a_folder_of_any_name_is_finished_once(tmp_path, name):
+    """One that was called "NA" was run again each time."""
+    append_rows(tmp_path, [{**row("a", auroc=0.5), "task": name}], (*KEY, "auroc", "error"))
+    assert finished(tmp_path) == {("p", name, "a", 0)}
+
+
+@pytest.mark.parametrize("text", ["0", "-4"])
+@pytest.mark.parametrize("name", ["suite", "contest", "paper"])
+def test_a_trial_is_of_some_images(name, text, monkeypatch, capsys):
+    """Of none it was no trial: everything was run, for hours."""
+    monkeypatch.setattr(sys, "argv", [name, "run", f"--limit={text}"])
+    with pytest.raises(SystemExit) as exit_info:
+        import_module(f"benchmarks.{name}.__main__").main()
+    assert exit_info.value.code == 2
+    assert f"argument --limit: has to be 1 at least, not {text}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("read", "text"), [(seed, "-1"), (seed, str(2**32)), (seconds, "0"), (seconds, "nan"), (positive, "0")]
+)
+def test_arguments_that_nothing_can_be_run_with(read, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        read(text)
+
+
+def test_an_error_is_printed_as_it_is(capsys):
+    """A folder called "[/b]" ended in an error of the printer's."""
+    assert refused(ValueError("There is no [/b] or [red].")) == 2
+    assert capsys.readouterr().err == "error: There is no [/b] or [red].\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -77,7 +78,34 @@ def test_arrays_of_paths_are_images(fitted, tmp_path, kind):
     for number, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
     paths = np.array(sorted(map(str, tmp_path.iterdir())), dtype=kind)
-    assert np.allclose(fitted.score_samples(paths[1:]), fitted.score_samples(images[1:]), atol=1e-4)
+    expected = fitted.score_samples(images[1:])
+    assert np.allclose(fitted.score_samples(paths[1:]), expected, atol=1e-4)
+    frame = pd.DataFrame({"path": paths})
+    assert np.allclose(fitted.score_samples(frame[1:]), expected, atol=1e-4)  # it was the file "path"
+    assert np.allclose(fitted.score_samples(frame["path"][1:]), expected, atol=1e-4)
+
+
+def test_of_a_frame_with_several_columns_none_is_guessed(fitted):
+    """There were twice as many labels as rows."""
+    frame = pd.DataFrame({"path": ["a.png", "b.png", "c.png"], "mask": ["d.png", "e.png", "f.png"]})
+    for given in (frame, frame.to_numpy()):
+        with pytest.raises(ValueError, match=r"X of shape \(3, 2\) has 2 columns: give the one that holds the images'"):
+            fitted.predict(given)
+    with pytest.raises(ValueError, match=r"X of shape \(3, 4\) is a table"):
+        fitted.predict(pd.DataFrame(np.zeros((3, 4))))
+
+
+def test_a_random_state_is_what_it_is_in_scikit_learn():
+    detector = FlowOutlierDetector(arguments=SMALL, alpha=0.2)
+    offsets = [
+        clone(detector).set_params(random_state=state).fit(grey(30, 0)).offset_
+        for state in (np.random.RandomState(3), np.random.RandomState(3), np.random.RandomState(4), np.int64(3), 3)
+    ]
+    assert offsets[0] == offsets[1] != offsets[2]
+    assert offsets[3] == offsets[4]
+    for wrong in (-1, 2**40, 1.5, "a", np.random.default_rng(0)):
+        with pytest.raises(ValueError, match="random_state is None, an integer of 32 bits from 0 on, or"):
+            FlowOutlierDetector(random_state=wrong).fit(grey(30, 0))
 
 
 def test_a_fit_says_nothing_that_nobody_can_act_on():

@@ -15,7 +15,9 @@ from sklearn.metrics import roc_auc_score
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import CrossDataset
+from anomalib_flowood.report.charts import speed_chart
 from anomalib_flowood.report.curves import roc_chart
+from anomalib_flowood.report.plots import shown_names, source_colours
 from anomalib_flowood.report.thumbnails import SIDE
 
 
@@ -264,6 +266,29 @@ def test_the_roc_curve_of_several_seeds_has_their_mean_area() -> None:
     (left, bottom), (right, top) = next(path for path in paths if len(path) == 2 and (path[0] != path[1]).all())
     false, true = (curve[:, 0] - left) / (right - left), (curve[:, 1] - bottom) / (top - bottom)
     assert np.trapezoid(true, false) == pytest.approx(np.mean(areas), abs=0.005)
+
+
+def test_detectors_whose_names_begin_alike_have_points_of_their_own() -> None:
+    """Both had one colour, one shape and one name."""
+    names = ["x" * 60 + end for end in "ab"]
+    summary = pd.DataFrame({"detector": names, "AUROC": [0.9, 0.8], "fit_duration": [0.21, 0.24]})
+    chart = speed_chart(summary, "fit_duration", "seconds of fitting", names)
+    assert chart is not None
+    (layer,) = chart.spec["layer"]
+    shown = [row["name"] for row in layer["data"]["values"]]
+    assert len(set(shown)) == 2
+    assert layer["encoding"]["color"]["scale"]["domain"] == shown
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", chart.svg)
+    assert "0.2" in texts
+    assert "200m" not in texts
+
+
+def test_a_set_that_is_called_as_the_inside_is_drawn_beside_it() -> None:
+    rows = {"source": ["good"] * 4 + ["in-distribution"] * 4, "label": [0] * 4 + [1] * 4, "score": np.arange(8.0)}
+    frame = pd.DataFrame(rows)
+    colours = source_colours(frame)
+    assert list(colours) == ["in-distribution", "in-distribution (set)"]
+    assert shown_names(frame, colours).tolist() == ["in-distribution"] * 4 + ["in-distribution (set)"] * 4
 
 
 def broken(folder: Path, **changes: object) -> None:
