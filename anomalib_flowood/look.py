@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
 BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 """Okabe and Ito's colours, told apart by every common colour vision (https://jfly.uni-koeln.de/color)."""
@@ -28,6 +29,28 @@ def shorten(text: object, length: int, *, keep_end: bool = False) -> str:
     if len(line) <= length:
         return line
     return f"…{line[1 - length :]}" if keep_end else f"{line[: length - 1]}…"
+
+
+def short_names(names: Iterable[str], length: int) -> dict[str, str]:
+    """Shorten names that stand side by side, so that they still differ.
+
+    Args:
+        names: The names, in any order; equal ones are one.
+        length: The most characters of each, but for a number where nothing else would tell it from another.
+
+    Returns:
+        Each in short: those that begin alike keep their ends, and what looks the same even so gets its place, from 1.
+    """
+    names = list(dict.fromkeys(names))
+    short = [shorten(name, length) for name in names]
+    short = [
+        shorten(name, length, keep_end=True) if short.count(text) > 1 else text
+        for name, text in zip(names, short, strict=True)
+    ]
+    return {
+        name: f"{text} #{place}" if short.count(text) > 1 else text
+        for place, (name, text) in enumerate(zip(names, short, strict=True), start=1)
+    }
 
 
 def short_name(text: object, length: int) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from html import escape
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from anomalib_flowood.look import BLUE, PALETTE, shorten
+from anomalib_flowood.look import BLUE, PALETTE, short_names
 
 from .plots import shown_names, whiskers
 
@@ -28,8 +29,12 @@ VEGA_LITE = "6.1"
 
 TEXT = "currentColor"
 """The colour of the text around a chart."""
-NAME = 44
-"""Characters of a name in a legend."""
+_LEGEND = 46
+"""Characters of a line of a legend, in a wide font."""
+_TITLE = 44
+"""Characters of a line of a title, likewise."""
+_SET = 20
+"""Characters of a set's name, of which a line of a legend has two."""
 
 _WIDTH, _HEIGHT = 360, 190
 _BINS = 40
@@ -117,17 +122,20 @@ def histogram_chart(
     edges = np.linspace(low, high, _BINS + 1)
     names = shown_names(scores, colours)
     shown = {name: colour for name, colour in colours.items() if (names == name).any()}
+    short = short_names(shown, _SET)
     bins: list[dict[str, Any]] = []
     for name in shown:
         values = scores.loc[names == name, "score"].to_numpy(float)
         counts, _ = np.histogram(np.clip(values, low, high), edges)
         bins += [
-            {"name": name, "x": round(float(x), 6), "end": round(float(end), 6), "images": int(count)}
+            {"name": short[name], "x": round(float(x), 6), "end": round(float(end), 6), "images": int(count)}
             | {"share": round(int(count) / len(values), 6)}
             for x, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
             if count
         ]
-    layers = [_bars(bins, shown, (low, high))]
+    layers = [_bars(bins, {short[name]: colour for name, colour in shown.items()}, (low, high))]
+    if len(shown) > 1:
+        layers[0]["params"] = [pick("show", {short[name]: name for name in shown})]
     if math.isfinite(threshold):
         layers += _threshold_layers(threshold, alpha, (low, high))
     sides = {"inside": scores[scores["label"] == 0], "outside": scores[scores["label"] == 1]}
@@ -168,7 +176,6 @@ def _bars(bins: list[dict[str, Any]], colours: Mapping[str, str], ends: tuple[fl
         },
     }
     if len(colours) > 1:
-        bars["params"] = [pick("show", {name: name for name in colours})]
         bars["encoding"]["opacity"] = {"condition": {"param": "pick", "value": 1}, "value": 0.12}
     return bars
 
@@ -213,7 +220,7 @@ def speed_chart(summary: pd.DataFrame, column: str, label: str, detectors: Seque
         spoken.append(f"{detector} {number}")
         colours.append(colour_of(place))
         shapes.append(_SHAPES[place % len(_SHAPES)])
-        name = legend_name(number, detector, place, rows)
+        name = legend_name(number, detector, detectors)
         rows[name] = {"name": name, "cost": float(value), "AUROC": float(area), "detector": str(detector)}
     ends = [known[column].min() / 1.7, known[column].max() * 1.7]
     cost: dict[str, Any] = {"field": "cost", "type": "quantitative", "title": label}
@@ -244,9 +251,10 @@ def chart_spec(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
         title: Stands above them.
         layers: Specifications with data, mark and encoding each.
     """
+    lines = textwrap.wrap(title, _TITLE, max_lines=2, placeholder="…")
     return {
         "config": _CONFIG,
-        "title": shorten(title, 60),
+        "title": lines if len(lines) > 1 else title,
         "width": _WIDTH,
         "height": _HEIGHT,
         "autosize": {"type": "fit-x", "contains": "padding"},
@@ -266,17 +274,15 @@ def pick(label: str, names: Mapping[str, str]) -> dict[str, Any]:
     return {"name": "pick", "select": {"type": "point", "fields": ["name"]}, "bind": {"name": binding}}
 
 
-def legend_name(number: str, detector: object, place: int, taken: Collection[str]) -> str:
-    """What a detector is called in a legend, after its number; of two that look alike, one has its place, too.
+def legend_name(number: str, detector: object, detectors: Sequence[str]) -> str:
+    """What a detector is called in a legend, after its number.
 
     Args:
         number: What is shown of it.
         detector: Its name.
-        place: Where it is among those of the page, from 0.
-        taken: The names of others in the legend.
+        detectors: Those of the page, of which no two are called the same.
     """
-    name = f"{number}  {shorten(detector, NAME)}"
-    return f"{name} #{place + 1}" if name in taken else name
+    return f"{number}  {short_names(detectors, _LEGEND - 2 - len(number))[str(detector)]}"
 
 
 def colour_of(place: int) -> str:

@@ -96,7 +96,7 @@ def _curves(
         values, areas = zip(*found, strict=True)
         area = f"{np.mean(areas):.3f}" + (f" ± {np.std(areas, ddof=1):.3f}" if len(areas) > 1 else "")
         spoken.append(f"{detector} {area}")
-        name = legend_name(area, detector, detectors.index(str(detector)), names)
+        name = legend_name(area, detector, detectors)
         names[name] = str(detector)
         lines += [{"x": x, "y": y, "name": name} for x, y in _bends(_RATES, np.mean(values, axis=0))]
         if str(detector) in thresholds:

@@ -95,6 +95,15 @@ def test_the_table_is_sorted_by_keyboard(browser, page: str) -> None:
     )
 
 
+def test_a_long_name_in_a_list_does_not_widen_a_narrow_page(browser, tmp_path, monkeypatch) -> None:
+    for place, name in enumerate([*DETECTORS]):
+        monkeypatch.setitem(DETECTORS, f"{name}, {'with many words ' * 5}", DETECTORS.pop(name) + place)
+    entry = in_memory(tmp_path)
+    folder = write_run(tmp_path / "run", {"shapes": samples_of(entry)}, entries={"shapes": entry})
+    show(browser, report(folder).as_uri(), 360)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
 @pytest.mark.parametrize("width", [320, 360, 1280])
 def test_the_page_never_scrolls_sideways(browser, page: str, width: int) -> None:
     show(browser, page, width)

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.cli import main
 from anomalib_flowood.data import CrossDataset
-from anomalib_flowood.report.charts import speed_chart
+from anomalib_flowood.report.charts import histogram_chart, speed_chart
 from anomalib_flowood.report.curves import roc_chart
 from anomalib_flowood.report.plots import shown_names, source_colours
 from anomalib_flowood.report.thumbnails import SIDE
@@ -268,19 +268,28 @@ def test_the_roc_curve_of_several_seeds_has_their_mean_area() -> None:
     assert np.trapezoid(true, false) == pytest.approx(np.mean(areas), abs=0.005)
 
 
-def test_detectors_whose_names_begin_alike_have_points_of_their_own() -> None:
-    """Both had one colour, one shape and one name."""
-    names = ["x" * 60 + end for end in "ab"]
+def test_names_that_begin_alike_are_told_apart_in_charts() -> None:
+    """All had one name in the legends, and in the chart of speed one colour and one shape."""
+    names = ["A detector with a long name that is trained for " + end for end in ("twenty epochs", "thirty epochs")]
     summary = pd.DataFrame({"detector": names, "AUROC": [0.9, 0.8], "fit_duration": [0.21, 0.24]})
     chart = speed_chart(summary, "fit_duration", "seconds of fitting", names)
     assert chart is not None
-    (layer,) = chart.spec["layer"]
-    shown = [row["name"] for row in layer["data"]["values"]]
-    assert len(set(shown)) == 2
-    assert layer["encoding"]["color"]["scale"]["domain"] == shown
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", chart.svg)
     assert "0.2" in texts
     assert "200m" not in texts
+    legend = [text for text in texts if text.endswith("ty epochs")]
+    assert [text.split()[-2] for text in legend] == ["twenty", "thirty"]
+    assert {len(text.removeprefix("0.2")) for text in legend} <= set(range(44))
+    assert len(set(chart.spec["layer"][0]["encoding"]["color"]["scale"]["domain"])) == 2
+
+    sets = ["shapes corrupted by noise, strong", "shapes corrupted by noise, weak"]
+    rows = {"source": ["good"] * 4 + sets * 2, "label": [0] * 4 + [1] * 4, "score": np.arange(8.0)}
+    frame = pd.DataFrame(rows)
+    svg = histogram_chart(frame, f"{names[0]}: all", source_colours(frame)).svg
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    assert {text.split()[-1] for text in texts if text.startswith("…")} == {"strong", "weak"}
+    title = {"A detector with a long name that is trained", "for twenty epochs: all"}
+    assert title <= {*re.findall(r">([^<>]+)</t", svg)}
 
 
 def test_a_set_that_is_called_as_the_inside_is_drawn_beside_it() -> None:
