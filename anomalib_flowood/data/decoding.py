@@ -37,8 +37,9 @@ _MOST_LOOKED_AT = 1000
 _FEW_LEVELS = 4095
 """What white is in a camera of 12 bits; with 16 it is nearly black."""
 _FEW_LEVELS_TOLD = (
-    "%s has 16 bits, and no value above %d of 65535, which is taken for white: if a camera of fewer bits wrote it, it "
-    "looks nearly black. Set max_value of the data module to what white is (4095 for 12 bits), or train on such files."
+    "The image %s has 16 bits, and no value above %d of 65535, which is taken for white: if a camera of fewer bits "
+    "wrote it, it looks nearly black. Set max_value of the data module to what white is (4095 for 12 bits), or train "
+    "on such files."
 )
 _AT_ONCE = 2**20
 """Values that are scaled, and pixels that are fetched, at once."""
@@ -118,10 +119,8 @@ def read_image(path: str | Path | bytes, max_value: int | None = None) -> torch.
     if low < 0 and values.dtype.kind == "i":
         remedy = " Save such files without a sign, with the same number added to all values of all of them."
     if low < 0 or high > white or np.isnan(high):
-        msg = (
-            f"Cannot read the image {_named(path)}: its values run from {low} to {high}, where 0 to {white:.0f} is "
-            f"expected.{remedy}"
-        )
+        held = "some of its values are NaN" if np.isnan(high) else f"its values run from {low} to {high}"
+        msg = f"Cannot read the image {_named(path)}: {held}, where 0 to {white:.0f} is expected.{remedy}"
         raise UnreadableImageError(msg, _named(path))
     scaled = as_bytes(values, white)
     return torch.from_numpy(255 - scaled if inverted else scaled)
@@ -207,7 +206,7 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
             _tell_once(
                 "pages",
-                "%s has several pages: the first alone is read, of this file and of others like it.",
+                "The image %s has several pages: the first alone is read, of this file and of others like it.",
                 _named(path),
             )
         # Before the pixels are decoded, when Pillow forgets both.

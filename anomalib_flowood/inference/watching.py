@@ -189,6 +189,11 @@ class Watcher:
             if path.exists():
                 raise
             # Somebody else has taken it: it has its row.
+        except PermissionError as error:
+            if self.link or os.access(path.parent, os.W_OK):
+                raise
+            msg = f"{path} may not be taken out of its folder: --link true leaves it there, and links to it."
+            raise PermissionError(msg) from error
         self._anomalous[key] = False  # what somebody takes out of there, or puts back, stays so
 
     def _move(self, path: Path, target: Path) -> None:

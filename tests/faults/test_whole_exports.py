@@ -4,6 +4,7 @@
 import errno
 import os
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from torchvision.transforms.v2 import Resize
@@ -41,6 +42,21 @@ def test_an_export_that_fails_leaves_the_earlier_one(again, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         detector.to_torch(folder.parents[1])
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 320 vs 214"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        OSError("1536 requested and 0 written"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_disk_without_room_is_named_whatever_a_writer_says_of_it(error, cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "write_description", Mock(side_effect=error))
+    with pytest.raises(OSError, match=r"torch.model\.pt could not be written whole: is there room on the disk\?"):
+        PixelFlow.load_from_checkpoint(cases("pixel_flow").checkpoint).to_torch(tmp_path)
 
 
 def test_a_first_export_that_fails_leaves_nothing(cases, tmp_path, monkeypatch):

@@ -343,6 +343,22 @@ def test_a_folder_that_cannot_be_looked_into_is_named_once(detector, folder, tmp
     assert len(rows(tmp_path / "table.csv")) == 4
 
 
+def test_an_image_that_may_not_be_taken_away_is_named_with_what_helps(detector, folder, tmp_path, monkeypatch):
+    """Of a folder that may only be read: the remedy was another place for the table."""
+
+    def denied(*_args: object, **_kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "there")
+
+    monkeypatch.setattr(shutil, "move", denied)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", tmp_path / "aside")
+    with pytest.raises(PermissionError, match="may not be taken out of its folder: --link true leaves it") as refused:
+        looks(watcher)
+    assert refused.value.filename is None  # of which the command would say where to write elsewhere
+    looks(Watcher(detector, folder, tmp_path / "table.csv", tmp_path / "aside", link=True))
+    assert any((tmp_path / "aside").iterdir())
+
+
 def test_on_another_disk_an_image_set_aside_appears_whole(detector, folder, tmp_path, monkeypatch):
     aside = tmp_path / "aside"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Iterator, Sequence, Set
@@ -102,14 +103,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
         self._check_fitted()
         target = self._target(export_root, ExportType.TORCH, f"{model_file_name}.pt")
         with self._whole_export(target) as root:
-            try:
-                with _frozen(self):
-                    path = super().to_torch(root, model_file_name)
-            except RuntimeError as error:
-                if "unexpected pos" not in str(error):  # what PyTorch's writer says of a disk without room
-                    raise
-                msg = f"{target} could not be written whole: is there room on the disk? ({error})"
-                raise OSError(msg) from error
+            with _frozen(self):
+                path = super().to_torch(root, model_file_name)
             self._describe_and_check(path, target, ExportType.TORCH)
         return target
 
@@ -273,7 +268,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
     @contextmanager
     def _whole_export(self, target: Path) -> Iterator[Path]:
         """Let anomalib export below another root, from where all files take their places beside the target at once."""
-        with whole_files(target.parent, last=description_path(target).name) as folder:
+        with whole_files(target.parent, last=description_path(target).name) as folder, _told_of_room(target):
             yield folder
             made = folder / "weights"
             for file in (made / target.parent.name).iterdir():
@@ -330,6 +325,23 @@ class CheckedExport(CheckedWeights, KeepsImages):
                 "checkpoint another score; export type torch takes any."
             )
             raise ValueError(msg)
+
+
+_NO_ROOM = ("unexpected pos", "iostream error", "requested and")
+"""What PyTorch's, OpenVINO's and NumPy's writers say of a disk without room."""
+
+
+@contextmanager
+def _told_of_room(target: Path) -> Iterator[None]:
+    """Say of an export that could not be written what may be the reason."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        if not full and not any(said in str(error) for said in _NO_ROOM):
+            raise
+        msg = f"{target} could not be written whole: is there room on the disk? ({error})"
+        raise OSError(msg) from error
 
 
 @contextmanager
