@@ -60,6 +60,16 @@ def test_help_loads_neither_anomalib_nor_torch():
     assert done.stdout.count("usage: flowood ") == len(SUBCOMMANDS)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--print_completion", "bash"]])
+def test_help_that_is_read_in_part_ends_quietly(arguments):
+    """`flowood train --help | head -2` ended in a traceback."""
+    command = f"import time; from anomalib_flowood.cli import main; time.sleep(1); main({arguments})"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_knows_what_the_parser_does(name, parsers):
     actions = {option: action for action in parsers[name]._actions for option in action.option_strings or [action.dest]}

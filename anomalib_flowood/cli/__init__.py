@@ -61,7 +61,8 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     at_once = _at_once(given)
     if at_once is not None:
-        print(at_once)
+        with unheard():
+            print(at_once)
         return
     _refuse_empty(given)
     level = help_level(given)

@@ -91,12 +91,17 @@ class Decision:
 
     def sentence(self) -> str:
         """What comes of it, by normal and anomalous images, and at which level."""
-        at = ""
+        return self.at("alpha") + self.text("normal", "anomalous")
+
+    def at(self, alpha: str) -> str:
+        """At which level, to stand before what comes of it; nothing where nobody knows.
+
+        Args:
+            alpha: What to call the level that was asked for.
+        """
         if self.level > self.alpha:
-            at = f"At a level of {percent(self.level)} (alpha = {self.alpha:g} takes more images to calibrate on): "
-        elif not math.isnan(self.alpha):
-            at = f"At alpha = {self.alpha:g}: "
-        return at + self.text("normal", "anomalous")
+            return f"At a level of {percent(self.level)} ({alpha} = {self.alpha:g} takes more images to calibrate on): "
+        return "" if math.isnan(self.alpha) else f"At {alpha} = {self.alpha:g}: "
 
     def table(self) -> Table:
         """The confusion matrix."""

@@ -209,8 +209,12 @@ def test_the_decision_in_words_has_the_beta_interval_of_the_docs():
     assert re.search(r"normal +38 +2 *\n", said)
     assert re.search(r"anomalous +0 +40 *\n", said)
     assert said.endswith("100 held-out normal images allow no level below 0.99 %; 1,000 would allow 0.1 %.\n")
-    few = decide(known | {"level": 1 / 16, "calibration_images": 15}, scores).sentence()
-    assert few.startswith("At a level of 6.25\u00a0% (alpha = 0.05 takes more images to calibrate on): 2 of 40 normal")
+    few = decide(known | {"level": 1 / 16, "calibration_images": 15}, scores)
+    assert few.sentence().startswith(
+        "At a level of 6.25\u00a0% (alpha = 0.05 takes more images to calibrate on): 2 of 40 normal"
+    )
+    # As the page says it, on which it was at 0.05.
+    assert few.at("α") == "At a level of 6.25\u00a0% (α = 0.05 takes more images to calibrate on): "
 
 
 @pytest.mark.parametrize(
