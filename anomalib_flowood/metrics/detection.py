@@ -56,14 +56,16 @@ class _Scores(Metric):
         """Store one batch.
 
         Args:
-            preds: Raw scores, ``(N,)``; or of pixels, ``(N, 1, H, W)``, which belong to no set.
-            target: Labels, 0 or 1 (or booleans), of the same shape.
+            preds: Raw scores, ``(N,)``, or ``(N, 1)`` as those of anomalib's Padim; or of pixels, ``(N, 1, H, W)``,
+                which belong to no set.
+            target: Labels, 0 or 1 (or booleans), ``(N,)``; of pixels of the shape of their scores.
             source: The set that each image belongs to, N names. Images without belong to one set.
 
         Raises:
             ValueError: If a score is NaN, a label is neither 0 nor 1, the shapes differ, or there is not one source for
                 each score.
         """
+        preds = preds.squeeze(-1) if preds.shape == (*target.shape, 1) else preds
         check_scores(preds, target)
         self._keep(preds.detach(), target.detach())
         if preds.ndim != 1:

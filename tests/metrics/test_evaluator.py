@@ -14,6 +14,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.metrics import Evaluator
+from anomalib.models import Padim
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from model_helpers import embedding_flow, engine, feature_map_flow, idx_folder, pixel_flow
@@ -217,6 +218,18 @@ def test_barebones_returns_the_same(fitted: PixelFlow, folder: Path, tmp_path: P
     run.test(fitted, datamodule=module, verbose=False)
     values = {name: value.item() for name, value in run.trainer.callback_metrics.items()}
     assert values == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_detector_of_anomalib_may_have_its_scores_in_a_column(folder: Path, tmp_path: Path) -> None:
+    padim = Padim("test_resnet", layers=["layer1"], n_features=8, pre_trained=False, evaluator=PerSetEvaluator())
+    module = cross(folder, "squares", "others")
+    engine(tmp_path).fit(padim, datamodule=module)
+    metrics = run_test(padim, module, tmp_path)
+    batches = engine(tmp_path).predict(padim, dataloaders=module.test_dataloader())
+    scores, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("pred_score", "gt_label"))
+    assert scores.shape == (len(labels), 1)
+    assert metrics["image_AUROC"] == roc_auc_score(labels, scores)
+    assert metrics.keys() >= {"AUROC/squares", "AUROC/others", "AUROC/mean", "image_F1Score", "DetectionError/mean"}
 
 
 def test_a_config_file_takes_all_metrics_or_some() -> None:
