@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
@@ -58,8 +60,9 @@ class LikelihoodRatio(Score):
         return torch.stack(both, dim=1) / density.dims
 
     def combine(self, statistics: Tensor) -> Tensor:
-        """The log-ratio per dimension, ``(N,)``."""
-        return statistics[:, 0] - statistics[:, 1]
+        """The log-ratio per dimension, ``(N,)``; +∞ where one of the flows overflowed."""
+        ratio = statistics[:, 0] - statistics[:, 1]
+        return torch.where(ratio == -math.inf, torch.full_like(ratio, math.inf), ratio)
 
 
 class Ensemble(Score):

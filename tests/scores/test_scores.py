@@ -694,6 +694,16 @@ def test_lid_is_the_worse_of_two_one_sided_tests():
     assert simple[1] > 0 > simple[0]  # the likeliest point: simple
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("value", [1e25, 3e38])
+def test_where_either_flow_overflows_nothing_is_normal(which, value):
+    model = random_pixel_model("likelihood_ratio")
+    with torch.no_grad():
+        for parameter in model.trained_flows[which].parameters():
+            parameter.fill_(value)
+    assert (model(torch.rand(2, *model.shape)).pred_score == math.inf).all()
+
+
 def test_training_images_that_are_all_alike_give_lid_no_scale_of_rounding():
     """A copy of them, which differs by the rounding of another batch, stays near 0."""
     density = Gaussian(6, 4 * torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64))
