@@ -200,6 +200,15 @@ def test_a_detector_that_was_never_fitted_is_not_exported(name, export_type, tmp
         engine(tmp_path).export(DETECTORS[name](), export_type, export_root=tmp_path)
 
 
+@pytest.mark.parametrize("method", ["test", "validate", "predict"])
+@each_detector
+def test_a_detector_that_was_never_fitted_judges_nothing(name, method, tmp_path):
+    detector = DETECTORS[name]()
+    with pytest.raises(NotFittedError, match=f"was never fitted, so there is nothing to {method}.*ckpt_path"):
+        getattr(engine(tmp_path), method)(detector, datamodule=data(tmp_path))
+    assert not detector.post_processor.calibrated
+
+
 @each_detector
 def test_torch_export_agrees(name, cases):
     again = torch.load(cases(name).export("torch"), weights_only=False)["model"]

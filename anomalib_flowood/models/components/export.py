@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from anomalib.deploy.export import CompressionType, ExportType
-from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from anomalib_flowood.data.prediction import read_as_trained
@@ -100,7 +99,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
             ValueError: If the export of another model is there, or a weight is NaN.
             ExportCheckError: If the exported model gives other scores.
         """
-        self._check_fitted()
+        self.check_fitted("export")
+        self.check_weights()
         target = self._target(export_root, ExportType.TORCH, f"{model_file_name}.pt")
         with self._whole_export(target) as root:
             with _frozen(self):
@@ -126,7 +126,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
                 exported.
             ExportCheckError: If the exported model gives other scores.
         """
-        self._check_fitted()
+        self.check_fitted("export")
+        self.check_weights()
         self._check_exportable()
         kwargs.setdefault("opset_version", 18)  # What torch writes; converting it down fails on Pad.
         post_processor = self.post_processor
@@ -299,15 +300,6 @@ class CheckedExport(CheckedWeights, KeepsImages):
             write_description(path, description)
         finally:
             self.to(device)
-
-    def _check_fitted(self) -> None:
-        if not bool(self.model.fitted):
-            msg = (
-                f"This {type(self).__name__} was never fitted, so there is nothing to export. Train it first, or load "
-                "a checkpoint (`--ckpt_path`)."
-            )
-            raise NotFittedError(msg)
-        self.check_weights()
 
     def _check_exportable(self) -> None:
         if self.dtype == torch.float64:

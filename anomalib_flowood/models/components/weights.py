@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from anomalib_flowood.trainers import is_trial
@@ -83,6 +85,24 @@ class CheckedWeights(_Base):
             self.post_processor.check(self.fingerprint())
         self._seen = self._versions()
 
+    def check_fitted(self, what: str) -> None:
+        """Refuse a detector that was never fitted, whose scores mean nothing.
+
+        Tests, validations, predictions and exports do so by themselves.
+
+        Args:
+            what: What is about to be done with it, for the error.
+
+        Raises:
+            NotFittedError: If it was never fitted.
+        """
+        if not bool(self.model.fitted):
+            msg = (
+                f"This {type(self).__name__} was never fitted, so there is nothing to {what}. Train it first, or load "
+                "a checkpoint (`--ckpt_path`; ckpt_path of anomalib's Engine)."
+            )
+            raise NotFittedError(msg)
+
     def _versions(self) -> tuple[tuple[int, int], ...]:
         """Return what changes whenever a weight or the calibration does, at little cost."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -120,12 +140,20 @@ class CheckedWeights(_Base):
             )
         self.check_weights()
 
+    def on_validation_start(self) -> None:
+        """Calibrate a detector that was fitted, or is being fitted, alone."""
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self.check_fitted("validate")
+
     def on_test_start(self) -> None:
-        """Decide by the calibration of these weights alone."""
+        """Test a detector that was fitted, and decide by the calibration of these weights, alone."""
         super().on_test_start()
+        self.check_fitted("test")
         self.check_weights()
 
     def on_predict_start(self) -> None:
-        """Decide by the calibration of these weights alone."""
+        """Predict with a detector that was fitted, and decide by the calibration of these weights, alone."""
         super().on_predict_start()
+        self.check_fitted("predict with")
         self.check_weights()
