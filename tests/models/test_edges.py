@@ -100,3 +100,14 @@ def test_a_batch_without_images_has_no_p_values():
     batch = ImageBatch(image=torch.rand(0, 3, 2, 2), pred_score=torch.rand(0))
     post_processor.post_process_batch(batch)
     assert batch.p_value.shape == batch.pred_label.shape == (0,)
+
+
+# -- other images than floats ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [pixel_flow, embedding_flow, feature_map_flow])
+def test_a_detector_that_is_called_with_bytes_says_what_it_takes(build):
+    detector = build().eval()
+    images = torch.randint(256, (2, detector.hparams.get("channels", 3), 50, 40), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8: divide 8 bits by 255"):
+        detector(images)

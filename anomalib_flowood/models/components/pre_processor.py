@@ -67,9 +67,20 @@ class AntialiasedResize(nn.Module):
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Resize ``(N, C, H, W)``."""
-        if not torch.compiler.is_compiling() and tuple(images.shape[-2:]) == self.size:
-            return images  # a large one would be multiplied by two identities, and copied
+        """Resize ``(N, C, H, W)``.
+
+        Raises:
+            ValueError: If the images are no floats.
+        """
+        if not torch.compiler.is_compiling():
+            if tuple(images.shape[-2:]) == self.size:
+                return images  # a large one would be multiplied by two identities, and copied
+            if not images.is_floating_point():
+                msg = (
+                    f"Images have to be floats in [0, 1], got {images.dtype}: divide 8 bits by 255, or let "
+                    "anomalib_flowood.load(…).score read images of any kind."
+                )
+                raise ValueError(msg)
         rows, columns = (
             _weights(length, out, images) for length, out in zip(images.shape[-2:], self.size, strict=True)
         )
