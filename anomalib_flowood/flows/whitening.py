@@ -279,7 +279,8 @@ class PositionWhitening(ForEachKind, Layer):
     B_p that a shift would add: a part does not lie to the pixel, and what belongs to a position q around, of mean m_q,
     may come to lie at p. With the scatter S_p over n images, D numbers at each::
 
-        C_p = (S_p + a (W + B_p)) / (n - 1 + a),    a = max(D, 2 (n - 1)),    w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
+        C_p = (S_p + a (W + B_p)) / (n - 1 + a) + e I,    a = max(D, 2 (n - 1)),    e = 1e-6 tr(W) / D
+        w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
         B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T
 
     with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1.
