@@ -121,6 +121,20 @@ def test_small_weights_are_the_backbones(tmp_path):
     assert behind == {"MatMul": False, "Convolution": True, "GroupConvolution": True}
 
 
+def test_small_weights_are_calibrated_on_images_that_nobody_has_read_before(tmp_path, monkeypatch):
+    """With a folder (`flowood export --compression_type int8 --data FOLDER`) it ended in an AttributeError."""
+    detector = DETECTORS["embedding_flow"](coupling_layers=0)
+    engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+    for number in range(12):
+        pixels = np.full((40 + 8 * (number % 2), 50, 3), 20 * number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    parts = OneClass(tmp_path, val_split_ratio=0.5)
+    path = detector.to_openvino(tmp_path, compression_type="int8", datamodule=parts)
+    known = json.loads(path.with_suffix(".json").read_text())
+    scores = load(path).score([item.image_path for item in parts.val_data]).raw_score
+    np.testing.assert_allclose(np.sort(scores), known["calibration_scores"], rtol=1e-4)
+
+
 def test_int8_needs_a_backbone(tmp_path):
     detector = DETECTORS["pixel_flow"](max_epochs=1)
     engine(tmp_path).fit(detector, datamodule=data(tmp_path))

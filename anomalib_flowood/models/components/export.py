@@ -211,6 +211,8 @@ class CheckedExport(CheckedWeights, KeepsImages):
         try:
             with TemporaryDirectory() as folder, self._set("_within_calibration"):
                 runtime = openvino_runtime(super().to_openvino(folder, "model", *args, **kwargs), raw=False)
+            if not hasattr(data, "val_data"):  # INT8 weights take no look at images
+                _set_up(self, data)
             post_processor.calibrate(*raw_scores(runtime, normal_images(data.val_dataloader(), runtime.shape)))
             yield
         finally:
@@ -223,8 +225,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
         if compression == CompressionType.INT8:
             return with_small_weights(model, self._backbone_nodes)
         if compression == CompressionType.INT8_PTQ and (data := _argument("datamodule", 0, args, kwargs)) is not None:
-            data.setup("fit")
-            read_as_trained(self, data)  # no trainer has it
+            _set_up(self, data)
             shape = [size.get_length() if size.is_static else None for size in model.input(0).partial_shape]
             return quantised(model, self._backbone_nodes, normal_images(data.train_dataloader(), shape))
         return super()._compress_ov_model(model, compression, *args, **kwargs)
@@ -371,6 +372,12 @@ def root_beside(checkpoint: Path | str) -> Path:
     if checkpoint.absolute().parts[-3:-1] != ("weights", "lightning"):
         return checkpoint.parent
     return (checkpoint if len(checkpoint.parts) > 2 else checkpoint.absolute()).parents[2]
+
+
+def _set_up(detector: CheckedExport, data: Any) -> None:
+    """Have a data module read its images as those that a detector was trained on."""
+    data.setup("fit")
+    read_as_trained(detector, data)  # no trainer has it
 
 
 def _argument(name: str, place: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
