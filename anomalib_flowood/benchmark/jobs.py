@@ -158,7 +158,7 @@ class BenchmarkJobGenerator(JobGenerator):
             A job for every combination.
 
         Raises:
-            ValueError: If the section has unknown or missing keys.
+            ValueError: If the section has unknown or missing keys, or gives no job.
         """
         del prev_stage_result
         args = copy.deepcopy(args or {})
@@ -170,6 +170,9 @@ class BenchmarkJobGenerator(JobGenerator):
         trainer = args.pop("trainer", None) or {}
         _check_trainer(trainer)
         configs = [copy.deepcopy(config) for config in get_iterator_from_grid_dict({"seed": 42} | args)]
+        if not configs:
+            msg = "The benchmark has no jobs: a grid of its configuration is empty."
+            raise ValueError(msg)
         for config in configs:
             check_seed("benchmark.seed", config["seed"])
         for kind in KINDS:
@@ -182,7 +185,10 @@ class BenchmarkJobGenerator(JobGenerator):
                 yield BenchmarkJob(accelerator, detector + suffix, name, config, trainer)
 
 
-def _check_trainer(trainer: dict) -> None:
+def _check_trainer(trainer: object) -> None:
+    if not isinstance(trainer, dict):
+        msg = f"benchmark.trainer has to be arguments of Lightning's trainer by name, got {trainer!r}."
+        raise ValueError(msg)
     allowed = set(inspect.signature(Trainer.__init__).parameters) - {"self", *_RESERVED_TRAINER_ARGUMENTS}
     for key, value in trainer.items():
         if key in _RESERVED_TRAINER_ARGUMENTS:

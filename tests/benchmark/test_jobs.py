@@ -52,6 +52,20 @@ def test_seeds_expand_and_the_trainer_reaches_every_job(images: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"seed": {"grid": []}}, "has no jobs: a grid of its configuration is empty"),  # it ended without a word
+        ({"model": {"grid": []}}, "has no jobs: a grid of its configuration is empty"),
+        ({"trainer": ["max_epochs"]}, r"benchmark.trainer has to be arguments of .* by name, got \['max_epochs'\]"),
+        ({"trainer": "fast"}, "benchmark.trainer has to be arguments of .* by name, got 'fast'"),
+    ],
+)
+def test_what_is_no_benchmark_is_refused(images: Path, section: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        jobs(**{"model": DFM, "data": folder(images), **section})
+
+
 def test_the_same_seed_draws_the_same_weights(here: Path, images: Path) -> None:
     """anomalib builds the model before it sets the seed."""
     values = []
