@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.deploy.export import CompressionType
 from model_helpers import DETECTORS, data, engine
 from PIL import Image
@@ -133,6 +134,19 @@ def test_small_weights_are_calibrated_on_images_that_nobody_has_read_before(tmp_
     known = json.loads(path.with_suffix(".json").read_text())
     scores = load(path).score([item.image_path for item in parts.val_data]).raw_score
     np.testing.assert_allclose(np.sort(scores), known["calibration_scores"], rtol=1e-4)
+
+
+def test_what_is_quantised_again_is_fitted_to_the_same_images(tmp_path):
+    """An export with a calibration of its own is made twice, and anomalib's splits are drawn at random."""
+    (tmp_path / "good").mkdir()
+    for number in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / "good" / f"{number:02}.png")
+    parts = Folder("parts", "good", root=tmp_path, val_split_mode="from_train", num_workers=0)
+    detector, drawn = DETECTORS["embedding_flow"](), []
+    for _ in range(2):
+        export._set_up(detector, parts)
+        drawn.append(list(parts.val_data.samples.image_path))
+    assert drawn[0] == drawn[1]
 
 
 def test_int8_needs_a_backbone(tmp_path):

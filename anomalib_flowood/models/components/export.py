@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from anomalib.deploy.export import CompressionType, ExportType
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from anomalib_flowood.data.prediction import read_as_trained
@@ -376,7 +377,7 @@ def root_beside(checkpoint: Path | str) -> Path:
 
 def _set_up(detector: CheckedExport, data: Any) -> None:
     """Have a data module read its images as those that a detector was trained on."""
-    data.setup("fit")
+    data.setup(TrainerFn.FITTING)  # as a trainer does: anomalib's draw their splits anew at any other call
     read_as_trained(detector, data)  # no trainer has it
 
 
