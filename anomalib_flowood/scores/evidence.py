@@ -31,10 +31,10 @@ class Evidence(ForEachKind):
     mean is less than its spread, so that it has no size to compare, has no part in that.
 
     Args:
-        weights: What each of the E statistics counts for.
+        kinds: E, the number of statistics.
     """
 
-    of_kind = ("location", "spread")
+    of_kind = ("location", "spread", "shares")
 
     location: Tensor
     """Mean of each statistic over normal images, ``(E,)``; a buffer, as the other."""
@@ -43,15 +43,19 @@ class Evidence(ForEachKind):
     shares: Tensor
     """Their weights, whose sum is 1, ``(E,)``."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, kinds: int) -> None:
         super().__init__()
-        self.shaped_by_fit = {"location": 1, "spread": 1}
-        self.register_buffer("location", torch.zeros(len(weights)))
-        self.register_buffer("spread", torch.ones(len(weights)))
-        self.register_buffer("shares", torch.tensor(weights) / sum(weights), persistent=False)
+        self.shaped_by_fit = {"location": 1, "spread": 1, "shares": 1}
+        self.register_buffer("location", torch.zeros(kinds))
+        self.register_buffer("spread", torch.ones(kinds))
+        self.register_buffer("shares", torch.full((kinds,), 1 / kinds))
 
-    def fit(self, statistics: Tensor) -> None:
-        """Set locations and spreads from the statistics of normal images, ``(n, E)``.
+    def fit(self, statistics: Tensor, weights: Sequence[float]) -> None:
+        """Set locations and spreads.
+
+        Args:
+            statistics: Of normal images, ``(n, E)``.
+            weights: What each counts for.
 
         Raises:
             ValueError: If there are fewer than two images, or a statistic is NaN or infinite.
@@ -72,11 +76,13 @@ class Evidence(ForEachKind):
         shrunk = ((n - 1) * own + _PRIOR_IMAGES * common) / (n - 1 + _PRIOR_IMAGES)
         self.location = location.to(self.location)
         self.spread = (size * shrunk.sqrt()).clamp(min=1e-6).to(self.spread)
+        self.shares = (torch.tensor(weights, dtype=torch.float64) / sum(weights)).to(self.shares)
 
     def forget(self) -> None:
-        """Leave statistics as they are."""
+        """Leave statistics as they are, and take all alike."""
         kinds = self.location.shape[-1]
         self.location, self.spread = self.location.new_zeros(kinds), self.spread.new_ones(kinds)
+        self.shares = self.shares.new_full((kinds,), 1 / kinds)
 
     def forward(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 where all are as of normal ones of the kind."""
@@ -84,7 +90,8 @@ class Evidence(ForEachKind):
 
     def parts(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """What each statistic, ``(N, E)``, adds to the combination: ``(N, E)``, which sum to it."""
-        return self.shares * (functional.softplus(self.standardised(statistics, kind)) - math.log(2))
+        shares = self.shares if kind is None else self.shares[kind]
+        return shares * (functional.softplus(self.standardised(statistics, kind)) - math.log(2))
 
     def standardised(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
         """Bring statistics, ``(N, E)``, to standard deviations from the mean of normal images, of their kind."""

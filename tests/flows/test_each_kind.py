@@ -96,18 +96,19 @@ def test_what_is_of_another_shape_is_refused(name):
         other.load_state_dict(layer.state_dict())
 
 
-def test_evidence_is_in_units_of_the_spread_of_its_kind():
-    evidence, values = Evidence([1.0, 1.0]).double(), torch.rand(30, 2, dtype=torch.float64) + 1
-    fits = []
-    for factor in (1.0, 10.0):
-        evidence.fit(factor * values)
+def test_evidence_is_in_units_of_the_spread_of_its_kind_and_counts_as_in_that():
+    evidence, values = Evidence(2).double(), torch.rand(30, 2, dtype=torch.float64) + 1
+    fits, expected = [], []
+    for factor, weights in ((1.0, [1.0, 1.0]), (10.0, [1.0, 0.5])):
+        evidence.fit(factor * values, weights)
         fits.append(evidence.fit_state())
-    expected = evidence(10 * values)
+        expected.append(evidence(factor * values))
+    assert not torch.allclose(*expected)
     evidence.join(fits)
     for factor, number in ((1.0, 0), (10.0, 1)):
         kinds = torch.full((30,), number)
-        torch.testing.assert_close(evidence(factor * values, kinds), expected)
-        torch.testing.assert_close(evidence.parts(factor * values, kinds).sum(1), expected)
+        torch.testing.assert_close(evidence(factor * values, kinds), expected[number])
+        torch.testing.assert_close(evidence.parts(factor * values, kinds).sum(1), expected[number])
 
 
 DIMS = 30

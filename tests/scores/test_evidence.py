@@ -14,14 +14,14 @@ def statistics(n: int, kinds: int = 3, seed: int = 0) -> torch.Tensor:
 
 
 def fitted(values: torch.Tensor) -> Evidence:
-    evidence = Evidence([1.0] * values.shape[1]).double()
-    evidence.fit(values)
+    evidence = Evidence(values.shape[1]).double()
+    evidence.fit(values, [1.0] * values.shape[1])
     return evidence
 
 
 def test_before_a_fit_statistics_are_taken_as_they_are():
     values = torch.randn(5, 2)
-    torch.testing.assert_close(Evidence([1.0, 1.0])(values), (1 + values.exp()).log().mean(1) - math.log(2))
+    torch.testing.assert_close(Evidence(2)(values), (1 + values.exp()).log().mean(1) - math.log(2))
 
 
 def test_from_many_images_each_kind_is_in_units_of_its_own_deviation():
@@ -58,8 +58,8 @@ def test_more_of_any_kind_is_more_anomalous():
 
 def test_weights_say_what_a_kind_counts_for():
     values = statistics(50)
-    alike, weighted = fitted(values), Evidence([1.0, 0.5, 1.0]).double()
-    weighted.fit(values)
+    alike, weighted = fitted(values), Evidence(3).double()
+    weighted.fit(values, [1.0, 0.5, 1.0])
     test = statistics(5, seed=1)
     parts = alike.parts(test) * torch.tensor([1.0, 0.5, 1.0]) * 3 / 2.5
     torch.testing.assert_close(weighted.parts(test), parts)
@@ -95,12 +95,12 @@ def test_it_does_not_depend_on_the_units_of_a_kind():
 
 def test_it_is_fitted_in_double_precision_and_travels_with_a_checkpoint():
     values = 1e5 + statistics(30)
-    evidence = Evidence([1.0, 0.5, 1.0])
-    evidence.fit(values.float())
+    evidence = Evidence(3)
+    evidence.fit(values.float(), [1.0, 0.5, 1.0])
     torch.testing.assert_close(evidence.location.double(), values.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(evidence.spread.double(), fitted(values).spread, rtol=1e-3, atol=0)
     assert evidence.spread.dtype == torch.float32
-    again = Evidence([1.0, 0.5, 1.0])
+    again = Evidence(3)
     again.load_state_dict(evidence.state_dict())
     torch.testing.assert_close(again(values.float()), evidence(values.float()))
 
@@ -115,11 +115,12 @@ def test_it_is_fitted_in_double_precision_and_travels_with_a_checkpoint():
     ],
 )
 def test_what_has_no_spread_is_refused_and_changes_nothing(values, message):
-    evidence = Evidence([1.0, 1.0])
+    evidence = Evidence(2)
     with pytest.raises(ValueError, match=message):
-        evidence.fit(values)
+        evidence.fit(values, [1.0, 0.5])
     assert evidence.location.tolist() == [0, 0]
     assert evidence.spread.tolist() == [1, 1]
+    assert evidence.shares.tolist() == [0.5, 0.5]
 
 
 def test_nan_stays_nan():

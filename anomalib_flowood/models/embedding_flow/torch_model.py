@@ -100,7 +100,7 @@ class EmbeddingFlowModel(FlowModel):
         self.feature_noise = feature_noise
         self.gaussians = nn.ModuleList(gaussians)
         self.kinds = Kinds(kind_images)
-        self.unseen = Evidence([1.0])
+        self.unseen = Evidence(1)
         """−log p per dimension of images that were left out of a fit, of each kind where there are several."""
 
     @property
@@ -169,7 +169,7 @@ class EmbeddingFlowModel(FlowModel):
                 for some in flows.in_turn(_some_of(embeddings, rows[part])):
                     leading, rest = self.split(some)
                     unseen.append(self.base.log_prob(leading) + rest)
-            self.unseen.fit(-torch.cat(unseen)[:, None] / self.dims)
+            self.unseen.fit(-torch.cat(unseen)[:, None] / self.dims, [1.0])
             self.fit_embeddings(_some_of(embeddings, rows))
 
         fit_to_each(of_kinds, fit, [*self.gaussians, self.base, self.unseen])

@@ -27,6 +27,10 @@ _BESIDE_BANK = 0.5
 """What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank: of
 all evidence both tell least (docs/decisions.md)."""
 
+_IMAGES = 2
+"""Images for each number of a position from which its Gaussian is known well. Of fewer, the most anomalous positions
+count for less beside a bank, which all positions make up: for as much less as there are fewer (docs/decisions.md)."""
+
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
 
@@ -72,7 +76,7 @@ class MapLayer(flows.ForEachKind):
     ) -> None:
         super().__init__()
         self.name = name
-        self.top, self.whole = top, whole
+        self.top, self.whole, self.dims = top, whole, shape[0]
         self.size = shape[1:]
         self.most = max(1, round(top_fraction * math.prod(self.size)))
         self.descriptors = Descriptors(channels, name)
@@ -237,10 +241,11 @@ class MapLayer(flows.ForEachKind):
             found.append(distances.flatten(1).amax(1))
         return [*found, positions.mean(1)] if self.whole else found
 
-    @property
-    def weights(self) -> list[float]:
-        """What each of :meth:`statistics` counts for."""
-        return [self._of_top] * self.top + [1.0] * (self.nearest is not None) + [1.0] * self.whole
+    def weights(self, images: int) -> list[float]:
+        """What each of :meth:`statistics` counts for, of a fit to so many images."""
+        bank = self.nearest is not None
+        of_top = self._of_top * min(1.0, images / (_IMAGES * self.dims)) if bank else self._of_top
+        return [of_top] * self.top + [1.0] * bank + [1.0] * self.whole
 
     @property
     def statistic_names(self) -> list[str]:

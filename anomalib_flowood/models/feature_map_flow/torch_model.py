@@ -136,7 +136,7 @@ class FeatureMapFlowModel(MapExtraction):
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
         self.means = MeanFeatures(sum(channels))
-        self.evidence = Evidence([*(weight for layer in layers for weight in layer.weights), 1.0])
+        self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers) + 1)
         self.kinds = Kinds(0 if tiles else kind_images)
         shown, shares = zip(*((layer.size, share) for layer in layers for share in layer.shares), strict=True)
         self.shown_map = ShownMap(shown, shares, size)
@@ -309,7 +309,7 @@ class FeatureMapFlowModel(MapExtraction):
 
     def _fit_whitening(self, inputs: Inputs, copies: int) -> None:
         """Fit it to images of one kind."""
-        statistics: list[Tensor] = []
+        statistics, weights = list[Tensor](), list[float]()
         for layer, flow, maps, _, shown in self._sides(inputs):
             like = layer.location
             latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
@@ -321,8 +321,9 @@ class FeatureMapFlowModel(MapExtraction):
             rows, unseen = layer.fit_whitening(latents, scales, copies)
             layer.fit_scale(unseen)
             statistics += layer.statistics(unseen, layer.fit_nearest(shown, rows, copies))
+            weights += layer.weights(len(maps) // copies)
         statistics.append(self.means.fit(self.alone(inputs[-1]), copies))
-        self.evidence.fit(torch.stack(statistics, dim=1))
+        self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0])
 
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
@@ -385,8 +386,7 @@ class FeatureMapFlowModel(MapExtraction):
         """Score images by each layer's reduced maps, ``(N, D, h, w)``, and their mean features, ``(N, P)``."""
         *reduced, means = parts
         kind = self.kinds(means)
-        shown: list[Tensor] = []
-        statistics: list[Tensor] = []
+        shown, statistics = list[Tensor](), list[Tensor]()
         layers = cast("Sequence[MapLayer]", self.layers)
         for layer, flow, latents, compared in zip(
             layers, self.flow.flows, reduced, shown_before(layers, reduced), strict=True
