@@ -192,7 +192,7 @@ def embedding_state(model: EmbeddingFlowModel) -> dict[str, Tensor]:
 
 
 def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
-    state = {"score_location": model.evidence.location, "score_spread": model.evidence.spread}
+    state = {f"score_{name}": getattr(model.evidence, name) for name in model.evidence.of_kind}
     state |= {f"means_{name}_0": value for name, value in model.means.gaussian.state_dict().items()}
     for number, layer in enumerate(model.layers):
         state[f"scale_{number}"] = layer.descriptors.scale
