@@ -103,7 +103,7 @@ def bundle() -> str:
 
 
 def histogram_chart(
-    scores: pd.DataFrame, title: str, colours: Mapping[str, str], threshold: float = math.nan, alpha: float = math.nan
+    scores: pd.DataFrame, title: str, colours: Mapping[str, str], threshold: float = math.nan, level: str = ""
 ) -> Chart:
     """Draw one detector's histogram of scores inside and outside, and where its threshold is.
 
@@ -113,7 +113,7 @@ def histogram_chart(
         title: The detector.
         colours: A colour for each source, as :func:`.plots.source_colours` chooses them.
         threshold: Images with a higher score raise an alarm; NaN if there is none.
-        alpha: The level of the threshold; NaN if it has none.
+        level: That of the threshold, in words; empty if it has none.
     """
     low, high = whiskers(part.to_numpy(float) for _, part in scores.groupby(["label", "source"])["score"])
     if math.isfinite(threshold):
@@ -137,7 +137,7 @@ def histogram_chart(
     if len(shown) > 1:
         layers[0]["params"] = [pick("show", {short[name]: name for name in shown})]
     if math.isfinite(threshold):
-        layers += _threshold_layers(threshold, alpha, (low, high))
+        layers += _threshold_layers(threshold, level, (low, high))
     sides = {"inside": scores[scores["label"] == 0], "outside": scores[scores["label"] == 1]}
     spoken = [f"median {side} {rows['score'].median():.4g}" for side, rows in sides.items() if not rows.empty]
     if math.isfinite(threshold):
@@ -180,9 +180,9 @@ def _bars(bins: list[dict[str, Any]], colours: Mapping[str, str], ends: tuple[fl
     return bars
 
 
-def _threshold_layers(threshold: float, alpha: float, ends: tuple[float, float]) -> list[dict[str, Any]]:
+def _threshold_layers(threshold: float, level: str, ends: tuple[float, float]) -> list[dict[str, Any]]:
     """A line at the threshold, and its name on the side where there is room."""
-    name = "threshold" if math.isnan(alpha) else f"threshold, α = {alpha:g}"
+    name = f"threshold, {level}" if level else "threshold"
     right = threshold < (ends[0] + ends[1]) / 2
     x = {"x": {"field": "threshold", "type": "quantitative"}}
     tip = {"tooltip": [{"field": "threshold", "title": name, "format": ".5g", "type": "quantitative"}]}

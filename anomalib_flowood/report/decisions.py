@@ -100,8 +100,14 @@ class Decision:
             alpha: What to call the level that was asked for.
         """
         if self.level > self.alpha:
-            return f"At a level of {percent(self.level)} ({alpha} = {self.alpha:g} takes more images to calibrate on): "
-        return "" if math.isnan(self.alpha) else f"At {alpha} = {self.alpha:g}: "
+            return f"At a {self.level_in_words(alpha)} ({alpha} = {self.alpha:g} takes more images to calibrate on): "
+        return "" if math.isnan(self.alpha) else f"At {self.level_in_words(alpha)}: "
+
+    def level_in_words(self, alpha: str) -> str:
+        """Name the level that there is, which is above the one that was asked for where few images calibrate."""
+        if self.level > self.alpha:
+            return f"level of {percent(self.level)}"
+        return "" if math.isnan(self.alpha) else f"{alpha} = {self.alpha:g}"
 
     def table(self) -> Table:
         """The confusion matrix."""

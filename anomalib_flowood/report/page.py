@@ -292,7 +292,7 @@ def _views(scores: pd.DataFrame, detectors: list[str], decisions: dict[str, Deci
             charts += [draw(part, title, detectors, thresholds) for draw in (roc_chart, precision_chart)]
         for detector, group in part.groupby("detector", sort=False):
             decision = decisions.get(str(detector))
-            line = () if decision is None else (decision.threshold, decision.alpha)
+            line = () if decision is None else (decision.threshold, decision.level_in_words("α"))
             charts.append(histogram_chart(first_seed(group), f"{detector}: {title}", colours, *line))
         yield _View(title, charts)
 

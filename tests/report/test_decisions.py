@@ -102,6 +102,14 @@ def test_of_images_that_have_set_the_threshold_nothing_is_expected():
     assert "3 of the normal ones are validation images, too: the threshold is from them" in some
 
 
+def test_histograms_name_the_level_that_there_is(tmp_path: Path):
+    run_with_thresholds(tmp_path / "run", level=1 / 16, calibration_images=15)
+    charts = Page(report(tmp_path / "run")).charts()
+    lines = [layer["data"]["values"] for chart in charts for layer in chart["layer"] if layer["mark"]["type"] == "rule"]
+    names = {value["name"] for values in lines for value in values if "threshold" in value}
+    assert names == {"threshold, level of 6.25\u00a0%"}
+
+
 def test_kinds_are_measured_against_all_inside_images():
     samples = images()
     scores = samples.assign(score=np.random.default_rng(1).normal(size=80) + samples["label"])
