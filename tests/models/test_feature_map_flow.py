@@ -217,10 +217,10 @@ def test_most_anomalous_positions_count_half_beside_a_bank_of_the_finest_layer_a
 
 
 def test_of_few_images_most_anomalous_positions_count_less_beside_a_bank():
-    """Of 30 images, where a Gaussian of 16 numbers takes 32."""
+    """Of 30 images and positions of 32 numbers."""
     few = 30 / 32
     for bank_size, weights in ((0, [1.0, 1, 1, 1]), (100, [0.5 * few, 1, few, 1, 1, 1])):
-        density = model(map_layers=(1, 2), score_layers=(2,), subspace_dim=16, bank_size=bank_size)
+        density = model(map_layers=(1, 2), score_layers=(2,), subspace_dim=32, bank_size=bank_size)
         expected = torch.tensor(weights, dtype=density.evidence.shares.dtype)
         torch.testing.assert_close(density.evidence.shares, expected / expected.sum())
 

@@ -27,10 +27,6 @@ _BESIDE_BANK = 0.5
 """What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank: of
 all evidence both tell least (docs/decisions.md)."""
 
-_IMAGES = 2
-"""Images for each number of a position from which its Gaussian is known well. Of fewer, the most anomalous positions
-count for less beside a bank, which all positions make up: for as much less as there are fewer (docs/decisions.md)."""
-
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
 
@@ -242,9 +238,13 @@ class MapLayer(flows.ForEachKind):
         return [*found, positions.mean(1)] if self.whole else found
 
     def weights(self, images: int) -> list[float]:
-        """What each of :meth:`statistics` counts for, of a fit to so many images."""
+        """What each of :meth:`statistics` counts for, of a fit to so many images.
+
+        Of fewer images than a position has numbers its Gaussian is a guess, where a bank is made of all positions.
+        Beside a bank the most anomalous ones count for as much less as there are fewer images (docs/decisions.md).
+        """
         bank = self.nearest is not None
-        of_top = self._of_top * min(1.0, images / (_IMAGES * self.dims)) if bank else self._of_top
+        of_top = self._of_top * min(1.0, images / self.dims) if bank else self._of_top
         return [of_top] * self.top + [1.0] * bank + [1.0] * self.whole
 
     @property
