@@ -97,7 +97,7 @@ class LocalIntrinsicDimension(Score):
         """Learn means and standard deviations."""
         self.mean.copy_(statistics.mean(0))
         # A statistic that is the same for all images differs by its rounding, which is to say nothing.
-        self.std.copy_(torch.maximum(statistics.std(0), 1e-6 * self.mean.double().cpu().abs()).clamp(min=1e-12))
+        self.std.copy_(torch.maximum(statistics.std(0), 1e-6 * self.mean.cpu().double().abs()).clamp(min=1e-12))
 
     def combine(self, statistics: Tensor) -> Tensor:
         """The larger of the two, in standard deviations, ``(N,)``."""

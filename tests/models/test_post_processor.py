@@ -356,10 +356,12 @@ def test_at_the_default_level_few_validation_images_do_what_they_can(detector, t
 
 def test_loaders_of_another_data_module_are_not_spoken_of_in_its_words(tmp_path, caplog):
     run, module = engine(tmp_path), data(tmp_path, val_split_ratio=0.1)
-    run.fit(pixel_flow(max_epochs=1), datamodule=module)
+    detector = pixel_flow(max_epochs=1)
+    run.fit(detector, datamodule=module)
     caplog.clear()
     loader = DataLoader(module.val_data.subsample(range(7)), batch_size=7, collate_fn=module.val_data.collate_fn)
-    run.fit(pixel_flow(max_epochs=1), train_dataloaders=module.train_dataloader(), val_dataloaders=loader)
+    run.trainer.fit_loop.max_epochs = 2
+    run.fit(detector, train_dataloaders=module.train_dataloader(), val_dataloaders=loader)
     (said,) = warnings_of(caplog)
     assert said.endswith(
         "alpha = 0.05 takes 20 of them: hold out 13 more (val_split_ratio of the data module, of "
