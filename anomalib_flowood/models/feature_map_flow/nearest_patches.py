@@ -19,6 +19,9 @@ _CANDIDATES = 100_000
 more (docs/decisions.md)."""
 _PART = 128
 """Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
+_ALIKE = 1e-5
+"""Squared distance, as a share of a position's squared length, below which it is one of the bank: of two numbers that are
+the same but for rounding the difference is rounding, whose root is thousands of times as large."""
 _DISTANCES = 2**20
 """Distances that are in memory at a time, of some images to one part of the bank."""
 
@@ -114,7 +117,8 @@ class NearestPatches(flows.ForEachKind):
         half = 0.5 * bank.square().sum(-1)
         parts = zip(bank.split(_PART, dim=-2), half.split(_PART, dim=-1), strict=True)
         alike = reduce(torch.maximum, (NearestPatches._most_alike(maps, some, less) for some, less in parts))
-        return (maps.square().sum(1) - 2 * alike).clamp(min=0).sqrt()
+        square = maps.square().sum(1)
+        return torch.maximum(square - 2 * alike, _ALIKE * square).sqrt()
 
     @staticmethod
     def _most_alike(maps: Tensor, bank: Tensor, half: Tensor) -> Tensor:
