@@ -20,8 +20,8 @@ more (docs/decisions.md)."""
 _PART = 128
 """Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
 _ALIKE = 1e-5
-"""Squared distance, as a share of a position's squared length, below which it is one of the bank: of two numbers that are
-the same but for rounding the difference is rounding, whose root is thousands of times as large."""
+"""Squared distance, as a share of a position's squared length, below which it is one of the bank: the difference of two
+numbers that are the same is rounding, whose root is thousands of times as large."""
 _DISTANCES = 2**20
 """Distances that are in memory at a time, of some images to one part of the bank."""
 
