@@ -281,14 +281,18 @@ def epochs_done(trainer: Trainer) -> int:
 
 def epochs_are_left(trainer: Trainer) -> bool:
     """Whether its limit in epochs leaves any."""
-    limit = trainer.max_epochs
-    return limit is None or limit < 0 or epochs_done(trainer) < limit
+    return _are_left(trainer.max_epochs, epochs_done(trainer))
 
 
 def no_epoch_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
     """Whether a fit that is about to go on from a checkpoint has done all its epochs."""
-    done, limit = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], trainer.max_epochs
-    return limit is not None and 0 <= limit <= done
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return not _are_left(trainer.max_epochs, done)
+
+
+def _are_left(limit: int | None, done: int) -> bool:
+    """Whether a limit in epochs, ``None`` or -1 for none, leaves any."""
+    return limit is None or limit < 0 or done < limit
 
 
 def no_step_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:

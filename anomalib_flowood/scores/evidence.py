@@ -37,7 +37,7 @@ class Evidence(ForEachKind):
     of_kind = ("location", "spread", "shares")
 
     location: Tensor
-    """Mean of each statistic over normal images, ``(E,)``; a buffer, as the other."""
+    """Mean of each statistic over normal images, ``(E,)``; a buffer, as the others."""
     spread: Tensor
     """Their standard deviations, ``(E,)``."""
     shares: Tensor
