@@ -26,11 +26,9 @@ def test_table_says_what_is_not_as_it_should_be():
     assert "| EmbeddingFlow | 1,200 | 9.0 | 6.0 | 1.50 | **not held** | **no** | **5e-01** |" in text
 
 
-def test_difference_of_states():
-    nan = torch.nan
-    one = {"mean": torch.tensor([4.0, -2.0]), "empty": torch.empty(0), "unset": torch.tensor([nan, 0.0])}
-    assert difference(one, one) == 0
-    assert difference(one, {**one, "mean": torch.tensor([4.0, -1.0])}) == pytest.approx(0.25)
-    assert difference(one, {**one, "unset": torch.tensor([0.0, 0.0])}) == float("inf")
-    assert difference(one, {**one, "empty": torch.empty(1)}) == float("inf")
-    assert difference(one, {key: one[key] for key in ("mean", "empty")}) == float("inf")
+def test_difference_is_of_scores_in_their_spread():
+    key = "post_processor.calibration"
+    one = {key: torch.tensor([1.0, 2.0, 3.0]), "bank": torch.tensor([4.0, -2.0])}
+    assert difference(one, {**one, "bank": torch.tensor([-2.0, 4.0])}) == 0  # what is kept in another order
+    assert difference(one, {**one, key: torch.tensor([1.0, 2.25, 3.0])}) == pytest.approx(0.25)
+    assert difference(one, {**one, key: torch.tensor([1.0, 2.0])}) == float("inf")
