@@ -14,6 +14,7 @@ from anomalib_flowood.flows import ActNorm, AffineCoupling, InvertibleConv1x1, L
 from anomalib_flowood.models.components.capabilities import PixelDensity
 
 _CHUNK = 64
+_SEED = 0
 _CONSTANT = 1e-5
 """Values that vary by less than this share of their size are constant, for float32 leaves them no digits."""
 
@@ -111,11 +112,12 @@ def coadaptation(model: PixelDensity, images: Tensor) -> Coadaptation:
 
     Args:
         model: A trained flow on pixels, in evaluation mode.
-        images: Pre-processed images, ``(N, 3, H, W)`` or ``(N, C, H, W)``; each gets the pixels of the one before it.
+        images: Pre-processed images, ``(N, 3, H, W)`` or ``(N, C, H, W)``; each gets the pixels of another one, which
+            is drawn at random, and always alike: neighbours in a folder often show the same.
 
     Returns:
-        Numbers by layer, in order of application. 0 by construction for a layer in front of which the transformed
-        values have reached nothing that it sees: the first one, with a cycle mask the first three.
+        Numbers by layer, in order of application. 0 by construction, but for chance, for a layer in front of which the
+        transformed values have reached nothing that it sees: the first one, with a cycle mask the first three.
         NaN for fewer than two images, where values are not finite, and, for ``coadaptation`` alone, after a 1×1
         convolution (Glow), which leaves no pixels that a layer transforms and others that it sees.
 
@@ -125,12 +127,21 @@ def coadaptation(model: PixelDensity, images: Tensor) -> Coadaptation:
     pixels = model.pixels(images)
     regions = _transformed_pixels(model, pixels[:1])
     layers = [float("nan")] * len(regions)
+    others = _others(pixels)
     for region in {tuple(region.flatten().tolist()): region for region in regions if region is not None}.values():
-        mixed = torch.where(region, pixels.roll(1, dims=0), pixels)
+        mixed = torch.where(region, others, pixels)
         members = [i for i, other in enumerate(regions) if other is not None and torch.equal(other, region)]
         for member, value in zip(members, _predictions(model, mixed, members), strict=True):
             layers[member] = value
     return Coadaptation(layers, _predictions(model, pixels, range(len(regions))))
+
+
+def _others(images: Tensor) -> Tensor:
+    """Another image in the place of each, all of them once: the one before it in a random order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SEED))
+    before = torch.empty_like(order)
+    before[order] = order.roll(1)
+    return images[before.to(images.device)]
 
 
 def _predictions(model: PixelDensity, pixels: Tensor, layers: Sequence[int]) -> list[float]:

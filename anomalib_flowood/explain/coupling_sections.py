@@ -103,14 +103,16 @@ def _over_channels(values: Tensor, changed: Tensor) -> Tensor:
 
 def coadaptations(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture:
     """Draw the co-adaptation of every layer."""
-    del detector
+    model: Any = detector.model
     shown = {part.images.name: part.coadaptation for part in scored[:SHOWN_SETS] if part.coadaptation}
     draw_coadaptation(shown, folder / "coadaptation.png")
     caption = (
         "How well each layer's −t predicts the values that it transforms: squared correlation over the transformed "
-        "positions and images, the mean image taken out; 1 is a perfect prediction. Left, the transformed pixels come "
+        "positions and images, the mean image taken out; 1 is a perfect prediction. Above, the transformed pixels come "
         "from another image, so that what the image shows elsewhere says nothing about them: what is predicted all "
-        "the same, layers before have passed on. Right, on the images as they are: what an image shows elsewhere "
+        "the same, layers before have passed on. Below, on the images as they are: what an image shows elsewhere "
         "counts as well."
     )
+    if any(isinstance(module, flows.InvertibleConv1x1) for module in model.flow.modules()):
+        caption += " Above there is nothing here: 1×1 convolutions mix the pixels that a layer transforms with others."
     return Picture("coadaptation.png", "Co-adaptation", caption)

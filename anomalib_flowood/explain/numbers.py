@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -139,6 +140,7 @@ def table(numbers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{entry['auroc']:.3f}" if "auroc" in entry else "inside",
         ]
         if adapted:
-            row.append(f"{entry['coadaptation']['mean_from_layer_2']:.2f}")
+            mean = entry["coadaptation"]["mean_from_layer_2"]
+            row.append("–" if math.isnan(mean) else f"{mean:.2f}")
         rows.append(row)
     return [*header, *(["co-adaptation (mean from layer 2)"] if adapted else [])], rows

@@ -10,7 +10,7 @@ from torch import nn
 
 from anomalib_flowood import flows
 from anomalib_flowood.explain import coadaptation, record_couplings, squared_correlation
-from anomalib_flowood.explain.coadaptation import _transformed_pixels
+from anomalib_flowood.explain.coadaptation import _others, _transformed_pixels
 from anomalib_flowood.models.pixel_flow import PixelFlowModel
 
 SHAPE = (1, 6, 6)
@@ -78,6 +78,25 @@ def test_what_the_image_shows_elsewhere_is_no_coadaptation():
     numbers = coadaptation(model_of(horizontal(lambda fed: -swapped(fed))), torch.cat([upper, upper.flip(2)], dim=2))
     assert numbers.prediction == pytest.approx([1], abs=1e-5)
     assert numbers.coadaptation == pytest.approx([0], abs=0.01)
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 64])
+def test_images_that_are_sorted_by_what_they_show_are_no_coadaptation(kinds):
+    # As files in a folder are: kinds one after the other, or all of them a little brighter than the one before.
+    brightness = (torch.arange(64) * kinds // 64 / (kinds - 1)).reshape(64, 1, 1, 1)
+    x = (0.2 + 0.6 * brightness + 0.02 * torch.randn(64, *SHAPE)).clamp(0, 1)
+    numbers = coadaptation(model_of(horizontal(lambda fed: -swapped(fed))), x)
+    assert numbers.prediction[0] > 0.9
+    assert numbers.coadaptation[0] < 0.1  # 1 / 64 in expectation
+
+
+def test_every_image_lends_its_pixels_to_another_one_and_always_to_the_same():
+    for count in (2, 3, 64):
+        images = torch.arange(count)
+        others = _others(images)
+        assert torch.equal(others.sort().values, images)
+        assert not bool((others == images).any())
+        assert torch.equal(others, _others(images))
 
 
 def test_what_a_layer_before_has_written_is_coadaptation():

@@ -125,6 +125,25 @@ def test_sets_of_one_image_have_no_coadaptation(tmp_path):
     for kind in ("coadaptation", "prediction"):
         assert entry[kind] == {"layers": [None] * 4, "mean_from_layer_2": None}
     assert entry["log_likelihood"]["std"] is None
+    assert "nan" not in Page(page).text
+
+
+def test_where_convolutions_mix_pixels_the_page_says_why_there_is_no_coadaptation(tmp_path):
+    sets = {"inside": images(3), "outside": images(3, seed=1)}
+    texts = {}
+    for architecture in ("glow", "realnvp"):
+        page = explain(fitted(pixel_flow(architecture=architecture)), sets, tmp_path / architecture)
+        texts[architecture] = Page(page).text
+        assert "nan" not in texts[architecture]
+    assert "1×1 convolutions mix the pixels" in texts["glow"]
+    assert "1×1 convolutions" not in texts["realnvp"]
+
+
+def test_one_coupling_has_no_mean_from_the_second_on(tmp_path):
+    page = explain(fitted(pixel_flow(coupling_layers=1)), {"inside": images(3), "outside": images(3, seed=1)}, tmp_path)
+    entry = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))["sets"]["outside"]
+    assert entry["prediction"]["mean_from_layer_2"] is None
+    assert "nan" not in Page(page).text
 
 
 class Normalised(nn.Module):
