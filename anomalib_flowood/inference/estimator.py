@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +34,9 @@ from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import check_known
 from anomalib_flowood.noise import quiet_training
+
+_SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""Variables of the environment that Lightning sets with a seed."""
 
 
 class FlowOutlierDetector(OutlierMixin, BaseEstimator):
@@ -96,7 +101,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
             msg = f"A detector is fitted to two normal images at least, and got {len(images)}."
             raise ValueError(msg)
         train, val = train_and_val(np.arange(len(images)), None, None, seed)
-        with isolate_rng(), quiet_training(), TemporaryDirectory() as folder:
+        with _left_alone(), quiet_training(), TemporaryDirectory() as folder:
             if seed is not None:
                 seed_everything(seed, verbose=False)
             arguments = {"visualizer": False, "post_processor": ConformalPostProcessor(self.alpha)}
@@ -112,6 +117,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 enable_progress_bar=False,
             )
             engine.fit(module, datamodule=data)  # type: ignore[arg-type]  # not one of anomalib's
+        module.trainer = None  # which holds all images, and their features
         module.max_value = white  # which a fit takes from a data module
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)
@@ -136,6 +142,27 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         return tags
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Leave the process as it was: its random numbers, and the seed that Lightning takes for later trainers'.
+
+    Ctrl-C is a ``KeyboardInterrupt``, of which Lightning makes the end of the process.
+    """
+    before = {name: os.environ.get(name) for name in _SEEDS}
+    try:
+        with isolate_rng():
+            yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise end.__context__ from None
+        raise
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _seed(given: Any) -> int | None:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detectors as scikit-learn has them."""
 
+import gc
+import os
 import pickle
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -15,8 +18,9 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import check_estimator
 
-from anomalib_flowood import FlowOutlierDetector
+from anomalib_flowood import EmbeddingFlow, FlowOutlierDetector
 from anomalib_flowood.inference.loading import of_module
+from anomalib_flowood.models.components.stored_features import FeatureDataset
 
 SMALL = {"backbone": "test_efficientnet", "pre_trained": False, "image_size": (32, 32), "subspace_dim": 8}
 
@@ -188,3 +192,41 @@ def test_too_few_images_are_said_in_terms_of_a_fit(caplog):
     assert said.endswith("takes 20 of them: fit to 80 normal images, of which 20 are held out; there are 30.")
     with pytest.raises(ValueError, match=r"and there are 7\. Fit to 995 normal images, .*, or set alpha above 1/8"):
         FlowOutlierDetector(arguments=SMALL, alpha=0.01).fit(grey(30, 0))
+
+
+def test_a_fit_leaves_the_process_as_it_was(monkeypatch):
+    """A seed that Lightning keeps in the environment would be that of later trainers."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+    before = dict(os.environ)
+    numbers = torch.get_rng_state()
+    FlowOutlierDetector(arguments=SMALL).fit(grey(90, 0))
+    assert dict(os.environ) == before
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_a_fitted_one_holds_no_images():
+    images = grey(90, 0)
+    kept = weakref.ref(images)
+    fitted = FlowOutlierDetector("FeatureMapFlow", arguments={**SMALL, "map_layers": [1], "score_layers": []})
+    fitted.fit(images)
+    del images
+    gc.collect()
+    assert kept() is None
+    assert not [found for found in gc.get_objects() if type(found) is FeatureDataset]
+    assert len(fitted.predict(grey(3, 1))) == 3
+
+
+def test_ctrl_c_in_a_fit_is_a_keyboard_interrupt(monkeypatch, fitted):
+    """Lightning makes the end of the process of it, which no notebook and no ``except KeyboardInterrupt`` is for."""
+
+    def stopped(self, features, copies=1):
+        raise KeyboardInterrupt
+
+    detector = FlowOutlierDetector(arguments=SMALL).fit(grey(90, 0))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(EmbeddingFlow, "fit_features", stopped)
+        detector.fit(grey(60, 1))
+    images = grey(3, 3)
+    assert np.array_equal(detector.score_samples(images), fitted.score_samples(images))  # of the fit before
+    assert np.array_equal(detector.fit(grey(90, 0)).score_samples(images), fitted.score_samples(images))
