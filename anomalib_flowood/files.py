@@ -173,6 +173,11 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def at_home(path: str | Path) -> Path:
+    """Put the home folder in the place of ``~``, as a shell does: a name that begins so, and is no user's, stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises an error there, or without a home
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all; names of files with :data:`NAMES`."""
     with whole_file(path) as file:

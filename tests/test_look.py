@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Colours and texts have one place, and names that people give survive in pictures."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from anomalib_flowood import look
-from anomalib_flowood.look import heading, short_name, shorten
+from anomalib_flowood.look import from_here, heading, short_name, shorten, typed
 from anomalib_flowood.report import score_histograms
 
 REPOSITORY = Path(__file__).parents[1]
@@ -52,3 +53,19 @@ def test_no_other_module_has_colours_of_the_palette() -> None:
         and any(colour in path.read_text(encoding="utf-8").lower() for colour in colours)
     ]
     assert found == ["look.py"]
+
+
+def test_paths_are_said_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert from_here(tmp_path / "my results/v0") == "my results/v0"
+    assert typed("my results/v0") == "'my results/v0'"
+
+    def on_another_drive(path: object) -> str:
+        msg = f"path is on mount 'D:', start on mount 'C:': {path}"
+        raise ValueError(msg)
+
+    monkeypatch.setattr("os.path.relpath", on_another_drive)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert from_here(r"D:\my results\v0") == r"D:\my results\v0"
+    assert typed(r"D:\my results\v0") == r'"D:\my results\v0"'
+    assert typed(r"results\v0") == r"results\v0"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 from rich.console import Console
 
 from anomalib_flowood.files import whole_file, write_table, write_text
+from anomalib_flowood.look import typed
 from anomalib_flowood.report import (
     benchmark_markdown,
     benchmark_table,
@@ -126,7 +126,7 @@ class Results:
             numbers = " images, others on ".join(f"{count:,}" for count in counts)
             line = (
                 f"{data}: some jobs were tested on {numbers}, so that they cannot be compared. Has the folder changed? "
-                f"Then run all anew: flowood benchmark --config {shlex.quote(str(self.folder / CONFIGURATION))}"
+                f"Then run all anew: flowood benchmark --config {typed(self.folder / CONFIGURATION)}"
             )
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         names = [RECORD, RESULTS, "table.md"]
@@ -135,6 +135,6 @@ class Results:
             names += [SCORES, "scores.png"]
         for line in (
             f"In {self.folder}: {', '.join(names)}",
-            f"As a page: flowood report {shlex.quote(str(self.folder))}",
+            f"As a page: flowood report {typed(self.folder)}",
         ):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

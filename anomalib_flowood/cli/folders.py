@@ -18,6 +18,7 @@ from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.data import OneClass
 from anomalib_flowood.data.datamodules import LAYOUTS_OF_PARTS
+from anomalib_flowood.files import at_home
 from anomalib_flowood.names import subclasses, unknown_name
 from anomalib_flowood.parsing import FlowoodParser
 
@@ -62,7 +63,9 @@ def _with_data_module(text: str, here: Path) -> str:
         folder = _folder(value.value, here)
         if folder is not None:
             module = {"class_path": _READER, "init_args": {"dataset": str(folder)}}
-            return text[: value.start_mark.index] + json.dumps(module) + text[value.end_mark.index :]
+            # As it is: YAML knows no pairs of escapes, which JSON has for a 🎈.
+            written = json.dumps(module, ensure_ascii=False)
+            return text[: value.start_mark.index] + written + text[value.end_mark.index :]
     return text
 
 
@@ -121,7 +124,7 @@ def _folder(value: str, here: Path) -> Path | None:
     if not value:  # as of a variable of a shell that is not set: not this very folder
         msg = f"The data have no name: give a folder. {LAYOUTS_OF_PARTS}"
         raise FileNotFoundError(msg)
-    given = Path(value).expanduser()
+    given = at_home(value)
     path = here / given
     modules = {cls.__name__ for cls in subclasses(AnomalibDataModule)}
     if path.is_dir() and value not in modules:

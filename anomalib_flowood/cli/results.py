@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from rich.console import Console
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, another_process_ended, measure
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
+from anomalib_flowood.look import from_here, typed
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models.components import ConformalPostProcessor, FlowModule
 from anomalib_flowood.names import counted
@@ -118,21 +117,21 @@ class ResultsCLI(AnomalibCLI):
         Results(folder).add(row, self.recorder.scores.assign(**labels), self.recorder.shown_maps)
         if decision is not None:
             decision.show(Console())
-        print(f"As a page: flowood report {shlex.quote(str(folder))}")
+        print(f"As a page: flowood report {typed(folder)}")
 
     def say_what_is_next(self) -> None:
         """After a training: where its results lie, and what to type to use the detector."""
         kept = self.engine.best_model_path
         if processes.rank() or not kept:
             return
-        checkpoint = shlex.quote(os.path.relpath(kept))
+        checkpoint = typed(from_here(kept))
         # A checkpoint of this package says what detector it is of.
         model = [] if isinstance(self.model, FlowModule) else [f"--model {type(self.model).__name__}"]
         rest = " ".join([*model, f"--ckpt_path {checkpoint}"])
         root = self.engine.trainer.default_root_dir
         # A resumed training with nothing left to do writes none.
         resumed = not Path(kept).resolve().is_relative_to(Path(root).resolve())
-        print(f"{'Results' if resumed else 'Results and checkpoint'}: {os.path.relpath(root)}")
+        print(f"{'Results' if resumed else 'Results and checkpoint'}: {from_here(root)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")
 
@@ -152,7 +151,7 @@ class ResultsCLI(AnomalibCLI):
         output = given.with_name(f"{given.stem}-calibrated.ckpt")
         self.engine.trainer.save_checkpoint(output, weights_only=True)
         if not processes.rank():
-            print(f"Checkpoint, with the calibration: {os.path.relpath(output)}")
+            print(f"Checkpoint, with the calibration: {from_here(output)}")
             if len(before):
                 images = counted(len(processor.calibration), "normal image")
                 print(f"It is by {images}, in the place of {len(before)}, and holds if the training had none of them.")
@@ -175,7 +174,7 @@ class ResultsCLI(AnomalibCLI):
         kept = self.engine.kept_checkpoint()
         if kept is None or processes.rank():
             return
-        path = shlex.quote(os.path.relpath(kept))
+        path = typed(from_here(kept))
         if self.engine.trainer.state.fn is TrainerFn.TESTING:
             rest = f"The training had ended: `flowood test` tests its detector with --ckpt_path {path}"
         else:

@@ -135,7 +135,7 @@ def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
 
     No folder is entered twice; those that cannot be entered are added to ``closed``.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int] | str] = set()
     links, folders = 0, [top]
     while folders:
         linked: list[Path] = []
@@ -143,9 +143,11 @@ def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
             folder = folders.pop()
             try:
                 status = folder.stat()
-                if (status.st_dev, status.st_ino) in seen:
+                # Some drives, as those of clouds are on Windows, give all folders the number 0.
+                entered = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)
+                if entered in seen:
                     continue
-                seen.add((status.st_dev, status.st_ino))
+                seen.add(entered)
                 with os.scandir(folder) as entries:
                     visible = [entry for entry in entries if not entry.name.startswith(".")]
             except OSError as error:

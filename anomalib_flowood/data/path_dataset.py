@@ -17,6 +17,7 @@ from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 from anomalib_flowood.data.listing import image_files
 from anomalib_flowood.data.masks import without_masks
+from anomalib_flowood.files import at_home
 
 
 class PathDataset(PredictDataset):
@@ -44,7 +45,7 @@ class PathDataset(PredictDataset):
         resize: Resize | None = None,
         max_value: int | None = None,
     ) -> None:
-        path = Path(path).expanduser()
+        path = at_home(path)
         if not path.exists():
             msg = f"There is no file or folder {path} (looked for it from {Path.cwd()})."
             raise FileNotFoundError(msg)

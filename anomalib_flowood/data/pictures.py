@@ -143,7 +143,10 @@ def _common_folder(dataset: Any) -> Path:
     if isinstance(samples, pd.DataFrame) and "image_path" in samples:
         paths = samples["image_path"]
     folders = {_absolute(path).parent for path in paths}
-    common = Path(os.path.commonpath(folders or [os.sep]))
+    try:
+        common = Path(os.path.commonpath(folders or [os.sep]))
+    except ValueError:  # they are on several drives
+        common = Path(os.sep)
     if len(folders) == 1:
         common = common.parent
     if isinstance(dataset, Dataset):

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from anomalib_flowood.files import write_text
+from anomalib_flowood.files import at_home, write_text
 from anomalib_flowood.models.components import FlowModule, known_flows
 from anomalib_flowood.report.markup import finite
 
@@ -73,7 +73,7 @@ def explain(
     if max_images < 2:
         msg = f"max_images must be at least 2, got {max_images}."
         raise ValueError(msg)
-    folder = Path(output).expanduser()
+    folder = at_home(output)
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     try:

@@ -29,6 +29,7 @@ from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.files import at_home
 from anomalib_flowood.inference.images import CHANNELS, PATHS, each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
 from anomalib_flowood.models.components import ConformalPostProcessor
@@ -91,7 +92,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         check_known("detector", [self.detector], models.__all__)
         seed = _seed(self.random_state)
         if isinstance(X, str | Path):
-            path = Path(X).expanduser()
+            path = at_home(X)
             if not path.exists():
                 msg = f"There is no {path} (looked for it from {Path.cwd()})."
                 raise FileNotFoundError(msg)

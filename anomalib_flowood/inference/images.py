@@ -18,6 +18,7 @@ from anomalib_flowood.data import image_files, read_image
 from anomalib_flowood.data.decoding import as_bytes
 from anomalib_flowood.data.masks import without_masks
 from anomalib_flowood.data.resizing import resize_bytes
+from anomalib_flowood.files import at_home
 
 CHANNELS = (1, 3, 4)
 PATHS = "UTO"
@@ -74,7 +75,7 @@ def single_images(given: Any) -> Iterator[SingleImage]:
         if given == "":  # as a path it would be the folder of the process, and all below it
             msg = "The name of the images is empty: give a file or a folder."
             raise FileNotFoundError(msg)
-        path = Path(given).expanduser()
+        path = at_home(given)
         files = without_masks(image_files(path), path) if path.is_dir() else [path]
         if not files:
             msg = f"There are no images in {path}."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from anomalib_flowood.exported import description_path, digest_of, read_description
+from anomalib_flowood.files import at_home
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
 from anomalib_flowood.models.components.export_check import (
@@ -51,7 +52,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if not path.exists():
         msg = f"There is no {path} (looked for it from {Path.cwd()})."
         raise FileNotFoundError(msg)

@@ -80,6 +80,20 @@ def test_folders_that_link_to_each_other_do_not_multiply(tmp_path: Path) -> None
     assert len(image_files(tmp_path)) == 12
 
 
+def test_folders_without_numbers_are_all_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one/two").mkdir(parents=True)
+    write_images(tmp_path / "one", 1)
+    write_images(tmp_path / "one/two", 2)
+    (tmp_path / "one/again").symlink_to(tmp_path)
+    of_path = Path.stat
+
+    def without_number(path: Path, **kwargs: bool) -> os.stat_result:
+        return os.stat_result((of_path(path, **kwargs)[0], 0, 0, *of_path(path, **kwargs)[3:]))
+
+    monkeypatch.setattr(Path, "stat", without_number)
+    assert len(image_files(tmp_path)) == 3
+
+
 def test_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match=re.escape(f"There is no folder {tmp_path / 'x'}")):
         image_files(tmp_path / "x")

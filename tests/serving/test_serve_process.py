@@ -149,6 +149,18 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(monkeypatch,
     assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("platform", "shared"), [("linux", True), ("win32", False)])
+def test_no_two_servers_get_one_port(platform, shared, monkeypatch):
+    """On Windows a socket that may use an address again may do so while another one listens there."""
+    options = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(socket.socket, "setsockopt", lambda self, *given: options.append(given), raising=False)
+    monkeypatch.setattr(run, "load", lambda path, device: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception):
+        run.serve("model.ckpt", "127.0.0.1", 0, run.Limits(), 100)
+    assert ((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) in options) is shared
+
+
 def test_it_computes_on_the_device_that_is_named(monkeypatch):
     monkeypatch.setattr(run, "load", lambda path, device: pytest.fail(f"loaded on {device}"))
     with pytest.raises(pytest.fail.Exception, match="loaded on cuda:1"):

@@ -17,6 +17,7 @@ from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.sources.folder import FolderSource
 from anomalib_flowood.data.sources.layouts import kinds_of_folders
 from anomalib_flowood.data.sources.named import DATA_SETS, NamedSource
+from anomalib_flowood.files import at_home
 from anomalib_flowood.names import unknown_name
 
 
@@ -90,7 +91,7 @@ def find_sources(
 
 def _find_folder(item: str | Path, root: Path) -> Path:
     """The folder that a data set is given as; it need not exist if it is written as a path."""
-    folder = Path(item).expanduser()
+    folder = at_home(item)
     bare_word = isinstance(item, str) and "/" not in item and os.sep not in item and item not in ("", ".", "..")
     if not bare_word or folder.is_dir():
         return folder

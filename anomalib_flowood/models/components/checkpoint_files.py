@@ -15,6 +15,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor
 
+from anomalib_flowood.files import at_home
 from anomalib_flowood.names import subclasses
 
 CLASS = "anomalib_flowood_class"
@@ -44,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is empty, truncated, damaged, or something other than a checkpoint.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if not path.exists():
         msg = f"There is no checkpoint {path}. `flowood train` writes one, below its results folder."
         raise FileNotFoundError(msg)
