@@ -148,6 +148,21 @@ def rate_interval(images: int, rank: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def alarms_p_value(alarms: int, fresh: int, images: int, rank: int) -> float:
+    """Return how likely chance gives as many alarms, or more, among normal images that did not calibrate.
+
+    The share of fresh images that raise an alarm is Beta(m, n + 1 - m) distributed over calibrations, so that their
+    number is beta-binomial. It is small where the images are not like those that calibrate.
+
+    Args:
+        alarms: How many of them raise an alarm.
+        fresh: Their number.
+        images: Number n of calibration images.
+        rank: m, the rank among these that is the threshold, at least 1.
+    """
+    return float(stats.betabinom.sf(alarms - 1, fresh, rank, images + 1 - rank))
+
+
 def more_images(images: int) -> str:
     """Say what more calibration images would buy.
 

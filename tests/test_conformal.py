@@ -184,6 +184,16 @@ def test_the_cost_of_few_images_is_what_is_seen():
     assert (rates > high).mean() == pytest.approx(0.05, abs=0.03)
 
 
+@pytest.mark.parametrize(("images", "fresh", "rank"), [(5, 4, 1), (5, 4, 2), (3, 6, 3)])
+def test_chance_of_so_many_alarms_is_exact_over_all_orders(images, fresh, rank):
+    found = []
+    for places in itertools.combinations(range(images + fresh), images):  # of the calibration images, by their scores
+        found.append(images + fresh - 1 - places[-rank] - (rank - 1))  # fresh ones above the threshold
+    for alarms in range(fresh + 1):
+        share = np.mean(np.array(found) >= alarms)
+        assert conformal.alarms_p_value(alarms, fresh, images, rank) == pytest.approx(share)
+
+
 def test_the_drift_test_is_exact_over_all_orders():
     # Seven exchangeable scores, of which any three may be the batch.
     everything = torch.arange(7.0)

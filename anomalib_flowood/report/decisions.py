@@ -19,6 +19,10 @@ from anomalib_flowood.metrics import auroc
 from anomalib_flowood.names import counted
 
 
+_CHANCE = 1e-3
+"""Probability below which alarms are not taken for chance."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """By what a job labels images, and what comes of it.
@@ -78,7 +82,21 @@ class Decision:
             parts.append(
                 f"{self.true_positives:,} of {counted(self.outside, f'{outside} image')} {verb} found ({share})"
             )
-        return f"{', '.join(parts)}.{self._once_more(inside)}"
+        return f"{', '.join(parts)}.{self._beyond_chance(inside)}{self._once_more(inside)}"
+
+    def _beyond_chance(self, inside: str) -> str:
+        """Say that more inside images raise an alarm than chance explains, where that is so."""
+        if math.isnan(self.level) or math.isnan(self.calibration_images):
+            return ""
+        images = int(self.calibration_images)
+        rank = round(self.level * (images + 1))
+        chance = conformal.alarms_p_value(self.false_positives, self.inside, images, rank)
+        if chance >= _CHANCE:
+            return ""
+        return (
+            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that it was fitted "
+            f"to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
+        )
 
     def _once_more(self, inside: str) -> str:
         """Say that images are judged which have set the threshold, where there are any."""

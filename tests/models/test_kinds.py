@@ -142,6 +142,15 @@ def test_each_kind_is_judged_as_by_a_fit_to_it_alone():
 
 
 @torch.no_grad()
+def test_a_fit_tells_how_many_layers_of_all_kinds_are_fitted():
+    detector, told = model(), []
+    maps = detector.extract(products(20))
+    detector.fit_features(maps)
+    detector.fit_whitening(detector.prepare(maps), progress=lambda **done: told.append(done))
+    assert told == [{"completed": number, "total": 4} for number in (1, 2, 3, 4)]  # two kinds, two layers
+
+
+@torch.no_grad()
 def test_copies_of_an_image_are_of_its_kind():
     """Otherwise the nearest of each would be its own copies, and every image a kind."""
     detector, images = model(), products(12)

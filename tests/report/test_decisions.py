@@ -225,6 +225,18 @@ def test_the_decision_in_words_has_the_beta_interval_of_the_docs():
     assert few.at("α") == "At a level of 6.25\u00a0% (α = 0.05 takes more images to calibrate on): "
 
 
+def test_more_alarms_than_chance_gives_are_said_to_be_so():
+    scores = images().assign(score=1.0)
+    known = {"threshold": 0.5, "alpha": 0.05, "level": 5 / 101, "calibration_images": 100}
+    text = decide(known, scores).sentence()
+    assert "Chance does not give so many alarms (p = " in text
+    assert "these normal images are unlike those that it was fitted to and calibrated on" in text
+    scores.loc[scores.index[8:], "score"] = 0.0  # 8 of 40: 1 in 200 calibrations
+    assert "Chance" not in decide(known, scores).sentence()
+    twice = without_expectation(known, 40)
+    assert "Chance" not in decide(twice, images().assign(score=1.0)).sentence()
+
+
 @pytest.mark.parametrize(
     ("count", "said"),
     [

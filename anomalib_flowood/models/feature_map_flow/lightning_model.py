@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import Progress
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
@@ -308,7 +310,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             self._whitened = weights
             training = self.model.training
             self.model.eval()
-            images = self.model.fit_whitening(self._reference, self._copies)
+            with Progress(transient=True, disable=not self._shows_progress) as progress:
+                show = partial(progress.update, progress.add_task("Fitting the whitening", total=None), refresh=True)
+                images = self.model.fit_whitening(self._reference, self._copies, show)
             self.model.train(training)
             kinds.report(images, "the whitening")
         self.model.fitted.fill_(self._whitened is not None)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from FrEIA.framework import SequenceINN
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,10 +16,11 @@ from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
 from anomalib_flowood.models.components.folds import folds
 
+from .layer_flows import coupled
 from .nearest_patches import NearestPatches, standardised
 
 _CHUNK = 64
-"""Images that are whitened at once in a fit."""
+"""Images whose latents are computed, and whitened, at once in a fit."""
 
 _SHARE = 0.5
 """What a map of distances counts for beside the anomaly map, which knows what belongs where."""
@@ -113,6 +115,28 @@ class MapLayer(flows.ForEachKind):
     def reduced(self, maps: Tensor) -> Tensor:
         """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
+
+    def fit_behind(self, flow: SequenceINN, maps: Tensor, shown: Sequence[Tensor], copies: int = 1) -> list[Tensor]:
+        """Fit all that comes behind the flow: whitening, memory bank, scales.
+
+        Args:
+            flow: The layer's.
+            maps: Reduced maps of training images, ``(N, D, h, w)``, in any precision.
+            shown: As :meth:`fit_nearest` takes them.
+            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+
+        Returns:
+            The :meth:`statistics` of some of the images, ``(m,)`` each, by fits to others.
+        """
+        like = self.location
+        latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
+        scales = like.new_empty(len(maps), *self.size)
+        for some, *filled in zip(*(part.split(_CHUNK) for part in (maps, latents, scales)), strict=True):
+            for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
+                part.copy_(values)
+        rows, unseen = self.fit_whitening(latents, scales, copies)
+        self.fit_scale(unseen)
+        return self.statistics(unseen, self.fit_nearest(shown, rows, copies))
 
     def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Fit the whitening to what the flow gives for training images.

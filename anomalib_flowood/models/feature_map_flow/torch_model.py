@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import cast
 
 import torch
@@ -29,8 +30,6 @@ from .mean_features import MeanFeatures
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
 
-_CHUNK = 64
-"""Images whose latents are computed at once."""
 _MOST_STEPS = 500
 """Of an epoch: with thousands of images it need not see every position."""
 
@@ -287,7 +286,9 @@ class FeatureMapFlowModel(MapExtraction):
         return views
 
     @torch.no_grad()
-    def fit_whitening(self, inputs: Inputs, copies: int = 1) -> list[int]:
+    def fit_whitening(
+        self, inputs: Inputs, copies: int = 1, progress: Callable[..., object] = lambda **_: None
+    ) -> list[int]:
         """Fit the whitening behind the flow, and the scales of maps and evidence, with the flow's present weights.
 
         Each kind of image has its own (:class:`Kinds`).
@@ -295,35 +296,26 @@ class FeatureMapFlowModel(MapExtraction):
         Args:
             inputs: What :meth:`prepare` returns for training images, in main memory; reduced maps in any precision.
             copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+            progress: Told how many layers are fitted, of all kinds, as ``completed`` and ``total``.
 
         Returns:
             The number of images that were fitted to, of each kind.
         """
         images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies])
-        fit_to_each(
-            [rows_of(some, copies) for some in images],
-            lambda rows: self._fit_whitening(tuple(part[rows] for part in inputs), copies),
-            [module for module in self.modules() if isinstance(module, flows.ForEachKind)],
-        )
-        return [len(some) for some in images]
+        fitted = count(1)
 
-    def _fit_whitening(self, inputs: Inputs, copies: int) -> None:
-        """Fit it to images of one kind."""
-        statistics, weights = list[Tensor](), list[float]()
-        for layer, flow, maps, _, shown in self._sides(inputs):
-            like = layer.location
-            latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
-            scales = like.new_empty(len(maps), *layer.size)
-            parts = (part.split(_CHUNK) for part in (maps, latents, scales))
-            for some, *filled in zip(*parts, strict=True):
-                for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
-                    part.copy_(values)
-            rows, unseen = layer.fit_whitening(latents, scales, copies)
-            layer.fit_scale(unseen)
-            statistics += layer.statistics(unseen, layer.fit_nearest(shown, rows, copies))
-            weights += layer.weights(len(maps) // copies)
-        statistics.append(self.means.fit(self.alone(inputs[-1]), copies))
-        self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0])
+        def fit(rows: Tensor) -> None:
+            statistics, weights, some = list[Tensor](), list[float](), tuple(part[rows] for part in inputs)
+            for layer, flow, maps, _, shown in self._sides(some):
+                statistics += layer.fit_behind(flow, maps, shown, copies)
+                weights += layer.weights(len(maps) // copies)
+                progress(completed=next(fitted), total=len(images) * len(self.layers))
+            statistics.append(self.means.fit(self.alone(some[-1]), copies))
+            self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0])
+
+        kept = [module for module in self.modules() if isinstance(module, flows.ForEachKind)]
+        fit_to_each([rows_of(some, copies) for some in images], fit, kept)
+        return [len(some) for some in images]
 
     def forget_whitening(self) -> None:
         """Whiten nothing, as long as the weights of the flow change."""
