@@ -186,11 +186,10 @@ def test_the_cost_of_few_images_is_what_is_seen():
 
 @pytest.mark.parametrize(("images", "fresh", "rank"), [(5, 4, 1), (5, 4, 2), (3, 6, 3)])
 def test_chance_of_so_many_alarms_is_exact_over_all_orders(images, fresh, rank):
-    found = []
-    for places in itertools.combinations(range(images + fresh), images):  # of the calibration images, by their scores
-        found.append(images + fresh - 1 - places[-rank] - (rank - 1))  # fresh ones above the threshold
+    orders = itertools.combinations(range(images + fresh), images)  # places of the calibration images, by their scores
+    found = np.array([images + fresh - 1 - places[-rank] - (rank - 1) for places in orders])  # fresh ones above
     for alarms in range(fresh + 1):
-        share = np.mean(np.array(found) >= alarms)
+        share = np.mean(found >= alarms)
         assert conformal.alarms_p_value(alarms, fresh, images, rank) == pytest.approx(share)
 
 

@@ -18,7 +18,6 @@ from anomalib_flowood import conformal
 from anomalib_flowood.metrics import auroc
 from anomalib_flowood.names import counted
 
-
 _CHANCE = 1e-3
 """Probability below which alarms are not taken for chance."""
 
@@ -94,8 +93,8 @@ class Decision:
         if chance >= _CHANCE:
             return ""
         return (
-            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that it was fitted "
-            f"to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
+            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that it was "
+            f"fitted to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
         )
 
     def _once_more(self, inside: str) -> str:
