@@ -93,8 +93,8 @@ class Decision:
         if chance >= _CHANCE:
             return ""
         return (
-            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that it was "
-            f"fitted to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
+            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that "
+            f"it was fitted to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
         )
 
     def _once_more(self, inside: str) -> str:
