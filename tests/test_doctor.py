@@ -3,6 +3,7 @@
 
 import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,15 @@ def test_weights_in_caches_and_folders(requirements, monkeypatch):
     assert ["local-dir:backbones/mine"] in weights.values()
     monkeypatch.setenv("HF_HUB_CACHE", str(requirements / "elsewhere"))
     assert ["resnet18.a1_in1k"] not in doctor.examine().weights.values()
+
+
+def test_a_cache_of_another_user_is_none(requirements, monkeypatch):
+    def refuse(folder, pattern):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    monkeypatch.setattr(doctor, "_nvidia", list)
+    assert not any(where.startswith("cache") for where in doctor.examine().weights)
 
 
 @pytest.mark.parametrize(("built", "said"), [(True, "GPU: A Card"), (False, "GPU: A Card, for which PyTorch was not")])

@@ -159,12 +159,20 @@ def _weights() -> Iterator[tuple[str, Iterable[str]]]:
     cache = at_home(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     home = at_home(os.environ.get("HF_HOME", cache / "huggingface"))
     hub = at_home(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    names = [folder.parents[1].name for folder in hub.glob("models--timm--*/snapshots/*")]
+    names = [folder.parents[1].name for folder in _found(hub, "models--timm--*/snapshots/*")]
     yield f"cache of the model hub ({hub})", {name.split("--")[2] for name in names}
     torch_home = at_home(os.environ.get("TORCH_HOME", cache / "torch"))
-    yield f"cache of PyTorch ({torch_home})", [path.name for path in torch_home.glob("hub/checkpoints/*")]
-    folders = [path.parent for path in Path().glob("backbones/*/config.json")]
+    yield f"cache of PyTorch ({torch_home})", [path.name for path in _found(torch_home, "hub/checkpoints/*")]
+    folders = [path.parent for path in _found(Path(), "backbones/*/config.json")]
     yield "folders of `flowood backbone` here", [f"local-dir:{folder}" for folder in folders]
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """What there is in a folder; nothing where it may not be looked into, as in the home of another user."""
+    try:
+        return [*folder.glob(pattern)]
+    except OSError:
+        return []
 
 
 def _report(found: Examination) -> str:
