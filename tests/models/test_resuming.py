@@ -75,6 +75,15 @@ def test_a_training_goes_on_exactly_from_any_checkpoint(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pixels", "embeddings", "maps"])
+def test_in_double_precision_a_training_goes_on_exactly(kind, tmp_path):
+    each = ModelCheckpoint(tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(tmp_path, kind, each, precision="64-true")
+    again = fit(tmp_path, kind, seed=99, ckpt_path=tmp_path / "steps/step=3.ckpt", precision="64-true")
+    assert again.model.dtype == torch.float64
+    assert differing(whole, again) == []
+
+
+@pytest.mark.parametrize("kind", ["pixels", "embeddings", "maps"])
 @pytest.mark.parametrize(("step", "hook"), [(4, "on_train_batch_start"), (1, "on_before_zero_grad")])
 def test_a_training_goes_on_exactly_from_where_it_was_killed(kind, step, hook, tmp_path):
     whole = fit(tmp_path, kind)

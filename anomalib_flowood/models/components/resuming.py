@@ -212,6 +212,8 @@ class Resuming(_Base):
         self._drawn = None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or _KEY not in checkpoint:
             return
+        if trainer.precision == "64-true":
+            self.double()  # as Lightning does once the weights are loaded, which have lost half of their digits by then
         self._drawn = checkpoint[_KEY] | {name: checkpoint[name] for name in ("loops", "global_step")}
         before, now = self._drawn["processes"], trainer.world_size
         alike = before == now
