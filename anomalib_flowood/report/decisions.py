@@ -94,7 +94,8 @@ class Decision:
             return ""
         return (
             f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that "
-            f"it was fitted to and calibrated on (in camera, light or position, say), or not all of them are {inside}."
+            "it was fitted to and calibrated on (camera, light, position), those came in series of near copies, "
+            f"or not all of these are {inside}."
         )
 
     def _once_more(self, inside: str) -> str:
