@@ -185,7 +185,7 @@ def _unknown_argument(message: str, parser: ArgumentParser) -> str | None:
         return None
     cls, argument = _imported(found[1]), found[2]
     prefix = _keys_before(message[: found.start()])
-    keys = {name for kind in (cls, *subclasses(cls)) for name in _arguments_of(kind)} if cls else set()
+    keys = {name for kind in (cls, *subclasses(cls)) for name in arguments_of(kind)} if cls else set()
     if "NestedArg" in message and argument in keys:  # of a class that was not named before it
         return f"--{prefix}.{argument} has to follow --{prefix} CLASS."
     if "NestedArg" in message:
@@ -256,7 +256,8 @@ def _imported(path: str) -> Any:
     return found if isinstance(found, type) else None
 
 
-def _arguments_of(cls: type) -> list[str]:
+def arguments_of(cls: type) -> list[str]:
+    """The arguments that a class is built with, those that it passes on as ``**kwargs``, too."""
     try:
         return ArgumentParser().add_class_arguments(cls, fail_untyped=False)
     except AssertionError:  # jsonargparse cannot describe some generic classes of PyTorch, DataLoader among them

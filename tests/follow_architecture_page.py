@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from anomalib.models import get_model, list_models
-from model_helpers import data, engine, feature_map_flow
+from model_helpers import BACKBONE, data, engine, feature_map_flow
 from more.bases import Laplace
 from more.colour_flow import ColourFlow
+from more.small_flow import SmallFlow
 from scipy import stats
 
 from anomalib_flowood import CrossDataset, OneClass, PixelFlow, flows, open_checkpoint
@@ -53,6 +54,19 @@ def test_a_detector_with_a_score_through_anomalibs_engine_and_a_checkpoint(tmp_p
         expected, got = (model.eval()(images).pred_score for model in (detector.cpu().model, opened.model))
     assert torch.equal(got, expected)
     assert got.isfinite().all()
+
+
+def test_a_variant_of_a_detector(tmp_path, caplog):
+    detector = SmallFlow(backbone=BACKBONE, pre_trained=False, subspace_dim=8, rotations=False)
+    runner = engine(tmp_path)
+    runner.fit(detector, datamodule=data(tmp_path))
+    opened = open_checkpoint(runner.trainer.checkpoint_callback.best_model_path)
+    assert type(opened) is SmallFlow
+    assert opened.input_size == (128, 128)
+    assert opened.post_processor.alpha == 0.1
+    assert opened.post_processor.calibrated
+    assert opened.hparams == detector.hparams
+    assert "left out" not in caplog.text
 
 
 def test_a_data_set_by_its_name(tmp_path):

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/architecture.md"
@@ -28,7 +30,7 @@ def package(tmp_path: Path) -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
-    modules = sorted(Path(name).stem for name in blocks())
+    modules = sorted({Path(name).stem for name in blocks()} - {"__main__"})
     (tmp_path / "more/__init__.py").write_text("".join(f"from more import {module}\n" for module in modules))
     return tmp_path
 
@@ -49,6 +51,7 @@ def test_what_the_page_names_is_there():
         found = [root / (place + suffix) for root in (package, ROOT) for suffix in ("", ".py")]
         assert any(path.exists() for path in found), place
     names = set(re.findall(r"`(\w+)`", prose)) | set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", prose))
+    source += "".join(blocks().values())
     missing = {name for name in names if name not in source and not (package / f"{name}.py").exists()}
     assert not missing - {"more", "FrEIA", "BASES"}
 
@@ -84,3 +87,37 @@ def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
         "test_every_score_has_its_name_a_source_and_a_direction[surprise]",
     ):
         assert name in done.stdout
+
+
+def test_commands_know_a_checkpoint_of_ones_own(package: Path, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train/good", 60), ("test/good", 3), ("test/bad", 3)):
+        (tmp_path / "parts" / part).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / "parts" / part / f"{number}.png"
+            )
+
+    def command(module: str, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(ROOT)])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    small = ["--model.backbone", "test_efficientnet", "--model.pre_trained", "false", "--model.subspace_dim", "8"]
+    trained = command("more", "train", "--model", "SmallFlow", *small, "--data", "parts")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    checkpoint = "results/SmallFlow/OneClass/parts/v0/weights/lightning/model.ckpt"
+    named = f"--model more.small_flow.SmallFlow --ckpt_path {checkpoint}"
+    assert f"Next: flowood predict --data NEW_IMAGES {named}" in trained.stdout
+    predicted = ["predict", "--data", "parts/test", "--ckpt_path", checkpoint]
+    refused = command("anomalib_flowood", *predicted)
+    assert "written by SmallFlow, a class that is not imported here" in refused.stderr
+    assert "(--model more.small_flow.SmallFlow)" in refused.stderr
+    for done in (command("more", *predicted), command("anomalib_flowood", *predicted[:3], *named.split())):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "of 6 images" in done.stdout

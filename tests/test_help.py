@@ -23,7 +23,7 @@ from anomalib_flowood.cli.starting import loading
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS, detectors
 from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import subclasses
-from anomalib_flowood.parsing import LIBRARIES, _arguments_of
+from anomalib_flowood.parsing import LIBRARIES, arguments_of
 
 SCREEN = 40
 
@@ -118,9 +118,9 @@ def test_what_takes_seconds_is_named(monkeypatch, capsys):
     assert "loading anomalib for flowood train" in capsys.readouterr().err
 
 
-def test_arguments_of_every_class_that_can_be_named_are_known_or_left_out():
+def testarguments_of_every_class_that_can_be_named_are_known_or_left_out():
     for base in (AnomalibModule, AnomalibDataModule, DataLoader, Callback):
-        found = {cls: _arguments_of(cls) for cls in (base, *subclasses(base))}
+        found = {cls: arguments_of(cls) for cls in (base, *subclasses(base))}
         assert any(found.values()) or base is DataLoader
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
 
 from anomalib_flowood import models
+from anomalib_flowood.benchmark import find_class
 from anomalib_flowood.cli.folders import with_data_modules
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.configuration import read_configuration
@@ -96,6 +97,7 @@ class DetectorCLI(AnomalibCLI):
         takes_it = subcommand in SUBCOMMANDS and SUBCOMMANDS[subcommand].on_checkpoint
         if path is None or not (takes_it or subcommand in TRAINING):
             return
+        _import_named(self._arguments)
         checkpoint = read_checkpoint(path)
         if CLASS in checkpoint:
             self.subcommand_parsers[subcommand].set_defaults({"model": saved_arguments(path, checkpoint)})
@@ -156,6 +158,16 @@ def _with_detector(arguments: list[str]) -> list[str]:
 def _named_checkpoint(arguments: Sequence[str]) -> str | None:
     """Return the checkpoint that a command line names; the last one counts."""
     return next((str(path) for path in reversed([*_given(arguments, "ckpt_path")]) if path), None)
+
+
+def _import_named(arguments: Sequence[str]) -> None:
+    """Import the class that a command line names with its module, which may have written the checkpoint."""
+    for given in _given(arguments, "model"):
+        model = read_configuration(given) if isinstance(given, str) and Path(given).is_file() else given
+        name = str(model.get("class_path") if isinstance(model, dict) else model)
+        if "." in name and all(part.isidentifier() for part in name.split(".")):
+            with suppress(ValueError):  # of a class that is not there, as the parser will say
+                find_class("model", name)
 
 
 def _given(arguments: Sequence[str], name: str) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from anomalib_flowood.benchmark import Results, ScoreRecorder, another_process_e
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
 from anomalib_flowood.look import from_here, typed
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
-from anomalib_flowood.models.components import ConformalPostProcessor, FlowModule
+from anomalib_flowood.models.components import ConformalPostProcessor
 from anomalib_flowood.names import counted
 from anomalib_flowood.report.decisions import decide
 from anomalib_flowood.report.predictions import keep_predictions
@@ -125,8 +125,7 @@ class ResultsCLI(AnomalibCLI):
         if processes.rank() or not kept:
             return
         checkpoint = typed(from_here(kept))
-        # A checkpoint of this package says what detector it is of.
-        model = [] if isinstance(self.model, FlowModule) else [f"--model {type(self.model).__name__}"]
+        model = [f"--model {self._detector_name()}"] if self._detector_name() else []
         rest = " ".join([*model, f"--ckpt_path {checkpoint}"])
         root = self.engine.trainer.default_root_dir
         # A resumed training with nothing left to do writes none.
@@ -134,6 +133,14 @@ class ResultsCLI(AnomalibCLI):
         print(f"{'Results' if resumed else 'Results and checkpoint'}: {from_here(root)}")
         print(f"Next: flowood predict --data NEW_IMAGES {rest}")
         print(f"      flowood export --export_type openvino {rest}")
+
+    def _detector_name(self) -> str:
+        """What a command has to be told of the detector, whose checkpoint names it if it is of this package."""
+        cls = type(self.model)
+        package = cls.__module__.partition(".")[0]
+        if package == "anomalib":
+            return cls.__name__
+        return "" if package == "anomalib_flowood" else f"{cls.__module__}.{cls.__qualname__}"
 
     @contextlib.contextmanager
     def keeping_calibration(self) -> Iterator[None]:

@@ -19,7 +19,6 @@ capability             a detector has it if                            who asks
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -27,6 +26,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
 from anomalib_flowood.flows import AffineCoupling
+from anomalib_flowood.parsing import arguments_of
 
 
 class PixelDensity(Protocol):
@@ -154,4 +154,4 @@ def contributes(model: Any) -> TypeGuard[Contributes]:
 
 def takes_scores(detector: type) -> bool:
     """Whether a class of detectors is built with whatever score is named."""
-    return "score" in inspect.signature(detector).parameters
+    return "score" in arguments_of(detector)

@@ -20,6 +20,8 @@ from anomalib_flowood.names import subclasses
 
 CLASS = "anomalib_flowood_class"
 """Where a checkpoint names its detector's class."""
+MODULE = "anomalib_flowood_module"
+"""Where it names the module of that class."""
 
 _LIGHTNING = "pytorch-lightning_version"
 _ZIP = b"PK"

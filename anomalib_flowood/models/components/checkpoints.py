@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 from anomalib_flowood import __version__
 from anomalib_flowood.features import LOCAL_DIR
 from anomalib_flowood.names import subclasses
+from anomalib_flowood.parsing import arguments_of
 
-from .checkpoint_files import CLASS, CheckpointError, named, read_checkpoint
+from .checkpoint_files import CLASS, MODULE, CheckpointError, named, read_checkpoint
 
 SCORE = "anomalib_flowood_score"
 VERSION = "anomalib_flowood_version"
@@ -76,14 +76,24 @@ def detector_class(path: object, checkpoint: Mapping[str, Any]) -> Any:
         raise CheckpointError(path, "was not written by a detector of anomalib_flowood: load it with its own class.")
     cls = imported_class(checkpoint)
     if cls is None:
-        raise CheckpointError(path, f"was written by {writer}, a class that is not imported here: import its module.")
+        module = checkpoint.get(MODULE, "MODULE")
+        what = (
+            f"was written by {writer}, a class that is not imported here: import its module, or name it with that to a "
+            f"command that takes one (--model {module}.{writer})."
+        )
+        raise CheckpointError(path, what)
     check_version(path, checkpoint, cls)
     return cls
 
 
 def imported_class(checkpoint: Mapping[str, Any]) -> Any:
-    """Find the class that wrote a checkpoint among those that are imported; ``None`` if it is not there."""
-    return next((cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)), None)
+    """Find the class that wrote a checkpoint among those that are imported; ``None`` if it is not there.
+
+    Of several of the name it is that of the same module; where that has defined it anew, as notebooks do, the last.
+    """
+    named = [cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)]
+    written = [cls for cls in named if cls.__module__ == checkpoint.get(MODULE)]
+    return written[-1] if written else next(iter(named), None)
 
 
 def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) -> None:
@@ -123,7 +133,7 @@ def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, An
         CheckpointError: As for :func:`detector_class`.
     """
     cls = detector_class(path, checkpoint)
-    known = inspect.signature(cls.__init__).parameters.keys()
+    known = arguments_of(cls)
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     level = checkpoint.get("anomalib_post_processor_config") or {}
     if "alpha" in level and level.keys() <= _LEVEL and "post_processor" in known:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -28,6 +27,7 @@ from anomalib_flowood.data.path_dataset import resize_of
 from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.names import alternatives
+from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.trainers import (
     check_validation_images,
     keep_end,
@@ -273,7 +273,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
 
 
 def _takes_tiles(detector: type) -> bool:
-    return "tile_size" in inspect.signature(detector).parameters
+    return "tile_size" in arguments_of(detector)
 
 
 def known_flows(suits: Callable[[type], bool] | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib.data import Batch
+from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
@@ -156,6 +157,14 @@ class FrozenFeatures(_Base):
             features: As :meth:`fit_features` gets them.
             copies: How many rows each image has.
         """
+
+    def takes_default(self, pre_processor: Any) -> bool:
+        """Whether images are to be pre-processed as for the backbone: nothing else is given, nor what a subclass makes.
+
+        Args:
+            pre_processor: The argument.
+        """
+        return pre_processor is True and type(self).configure_pre_processor is AnomalibModule.configure_pre_processor
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, with the pre-processor kept away from stored features."""

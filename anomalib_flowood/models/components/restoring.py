@@ -16,9 +16,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_flowood import __version__
+from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.trainers import trainer_of
 
-from .checkpoint_files import CLASS, CheckpointError, read_checkpoint
+from .checkpoint_files import CLASS, MODULE, CheckpointError, read_checkpoint
 from .checkpoints import SCORE, VERSION, check_finite, check_fitted, check_settings, check_version, written_by
 from .weights import CheckedWeights
 
@@ -36,9 +37,9 @@ class Restoring(CheckedWeights):
     """Whether whoever loads fits the score and calibrates it, so that nothing is missing."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the names of class, score and version."""
+        """Add the names of class, module, score and version."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CLASS] = type(self).__name__
+        checkpoint[CLASS], checkpoint[MODULE] = type(self).__name__, type(self).__module__
         checkpoint[SCORE] = self.model.scorer.name
         checkpoint[VERSION] = __version__
         self._leave_callback_state(checkpoint)
@@ -140,7 +141,7 @@ class Restoring(CheckedWeights):
         check_fitted(checkpoint_path, checkpoint)
         check_finite(checkpoint_path, checkpoint["state_dict"])
         stored = checkpoint["hyper_parameters"]
-        allowed = ", ".join(sorted(cls.may_change & inspect.signature(cls.__init__).parameters.keys()))
+        allowed = ", ".join(sorted(cls.may_change.intersection(arguments_of(cls))))
         check_settings(
             checkpoint_path,
             stored,
@@ -148,7 +149,10 @@ class Restoring(CheckedWeights):
             cls.may_change,
             f"Leave them out, or train with them. What may change: {allowed}, and the post-processor's alpha.",
         )
-        unknown = sorted(stored.keys() - inspect.signature(cls.__init__).parameters.keys())
+        # Among those are what a class gives to the one that it is derived from.
+        inits = [vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)]
+        known = {name for init in inits for name in inspect.signature(init).parameters}
+        unknown = sorted(stored.keys() - known)
         if unknown:
             logger.warning(
                 "The checkpoint %s (%s) has settings that this version does not know, which are left out: %s.",

@@ -113,7 +113,9 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             feature_noise=feature_noise,
         )
         super().__init__(
-            pre_processor=backbone_pre_processor(backbone, image_size) if pre_processor is True else pre_processor,
+            pre_processor=(
+                backbone_pre_processor(backbone, image_size) if self.takes_default(pre_processor) else pre_processor
+            ),
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,

@@ -141,7 +141,9 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         check_sizes(subspace_dim=subspace_dim, layout_dims=layout_dims, bank_size=bank_size, kind_images=kind_images)
         check_sizes(feature_noise=feature_noise, cache_gib=cache_gib)
         super().__init__(
-            pre_processor=_pre_processor(backbone, image_size, tile_size) if pre_processor is True else pre_processor,
+            pre_processor=(
+                _pre_processor(backbone, image_size, tile_size) if self.takes_default(pre_processor) else pre_processor
+            ),
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
