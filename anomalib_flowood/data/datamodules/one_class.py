@@ -84,7 +84,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         memory_limit_mib: int = 512,
         max_value: int | None = None,
         train_batch_size: int = 128,
-        eval_batch_size: int = 256,
+        eval_batch_size: int = 32,
         num_workers: int = 0,
         train_augmentations: Transform | None = None,
         val_augmentations: Transform | None = None,
