@@ -122,6 +122,20 @@ def _where_masks_are_known(update: Callable) -> Callable:
     return update_where_masks_are_known
 
 
+def _naming_this_package(reduce: Callable) -> Callable:
+    @functools.wraps(reduce)
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        make, arguments, *state = reduce(self, protocol)
+        return _made, (make, arguments), *state
+
+    return __reduce_ex__
+
+
+def _made(make: Callable, arguments: tuple) -> Any:
+    """Make an object anew; whoever looks for this function imports this module, and so has replaced all of it."""
+    return make(*arguments)
+
+
 REPLACEMENTS = (
     Replacement(
         utils,
@@ -155,6 +169,13 @@ REPLACEMENTS = (
         "update",
         _where_masks_are_known,
         "it takes all pixels of an anomalous image without a mask for normal ones",
+    ),
+    Replacement(
+        data.AnomalibDataset,
+        "__reduce_ex__",
+        _naming_this_package,
+        "a worker process that is no fork of this one, as on macOS, Windows and from Python 3.14 on, imports what its "
+        "data set is made of alone, and would read images by anomalib's reader",
     ),
 )
 """All that is replaced."""

@@ -7,8 +7,10 @@ itself what it is for.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import pickle
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -108,6 +110,20 @@ def test_reading(tmp_path: Path) -> None:
     for item in (folder.train_data[1], data[1]):
         assert item.image_path == deep
         assert torch.equal(item.image[:, 0, 1], torch.full((3,), 20.0) / 255)
+
+
+def test_reading_in_other_processes(tmp_path: Path) -> None:
+    """What a worker that is spawned gets names this package, whose import replaces the reader there, too."""
+    deep = save(np.array([[0, 257 * 20]], np.uint16), tmp_path / "deep.png")
+    folder = Folder("a", tmp_path, val_split_mode="none", test_split_mode="none")
+    folder._setup()
+    make, arguments, *_ = BY_NAME["__reduce_ex__"].original(folder.train_data, pickle.DEFAULT_PROTOCOL)
+    assert replacements.__name__.encode() not in pickle.dumps((make, arguments)), NEEDLESS
+    sent = pickle.dumps(folder.train_data)
+    assert replacements.__name__.encode() in sent
+    for data in (pickle.loads(sent), copy.copy(folder.train_data), copy.deepcopy(folder.train_data)):
+        assert type(data) is type(folder.train_data)
+        assert data[0].image_path == deep
 
 
 def test_predicting_by_path(tmp_path: Path) -> None:
