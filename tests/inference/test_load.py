@@ -225,6 +225,19 @@ def test_every_export_decides_as_the_checkpoint_does(export_type, case, expected
     assert detector.drift_p_value(got.raw_score) == exported.drift_p_value(path, got.raw_score)
 
 
+def test_a_fork_is_told_to_load_an_openvino_model_itself(case, pixels):
+    detector = anomalib_flowood.load(case.export("openvino"))
+    detector.score(pixels[:1])  # which starts its thread
+    child = os.fork()
+    if not child:
+        try:
+            detector.score(pixels[:1])
+        except RuntimeError as error:
+            os._exit(7 if "load it in this process" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 @pytest.mark.parametrize("export_type", ["torch", "openvino"])
 def test_an_export_may_be_renamed_beside_another(export_type, case, cases, folder, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")

@@ -207,6 +207,7 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
     names = [output.any_name for output in compiled.outputs]
     shape = [size.get_length() if size.is_static else None for size in compiled.input(0).partial_shape]
     of_one: dict[tuple[int, ...], Any] = {}
+    loaded_by = os.getpid()
 
     def compute(images: np.ndarray) -> Any:
         if len(images) == 1 and None in shape and not of_one:
@@ -215,6 +216,9 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
         return of_one.get(images.shape, compiled)(images, share_inputs=True)
 
     def run(images: np.ndarray) -> Outputs:
+        if os.getpid() != loaded_by:  # without the thread, whose answer would be waited for
+            msg = f"{path} was loaded before a fork, and OpenVINO computes where it was: load it in this process."
+            raise RuntimeError(msg)
         return dict(zip(names, thread.submit(compute, images).result().values(), strict=True))
 
     return Runtime(run, shape)
