@@ -13,6 +13,7 @@ from anomalib.metrics import AUPRO as AnomalibAUPRO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.integrate import trapezoid
 
 from anomalib_flowood.metrics import AUPRO, AUROC, auroc, bins
 
@@ -116,7 +117,7 @@ def overlap_of(maps, masks, limit=0.3):
     overlap = np.array([0, *(np.mean([(region >= least).mean() for region in regions]) for least in thresholds)])
     inside = rates <= limit
     at_limit = np.interp(limit, [rates[inside][-1], rates[~inside][0]], [overlap[inside][-1], overlap[~inside][0]])
-    return np.trapezoid([*overlap[inside], at_limit], [*rates[inside], limit]) / limit
+    return trapezoid([*overlap[inside], at_limit], [*rates[inside], limit]) / limit
 
 
 @settings(max_examples=20, deadline=None)
