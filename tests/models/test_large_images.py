@@ -252,7 +252,7 @@ def test_other_detectors_get_floats_of_the_same_data(trained, photographs, tmp_p
     other = Padim(backbone="resnet18", pre_trained=False, n_features=10, visualizer=False, evaluator=False)
     engine(tmp_path).fit(other, datamodule=module)
     assert module.test_data[0].image.dtype == torch.float32
-    assert module.eval_batch_size == 256
+    assert module.eval_batch_size == 32
 
 
 def test_a_batch_of_bytes_and_floats_is_one_of_floats(photographs):
