@@ -79,7 +79,7 @@ def trained(photographs, tmp_path_factory):
 
 
 def test_a_fit_sees_bytes_one_image_at_a_time(trained):
-    """Whatever the batch size of the data, 256 here."""
+    """Whatever the batch size of the data, 32 here."""
     detector, _ = trained
     assert detector.seen[-20:] == [(torch.uint8, 1)] * 20
     assert [entry for entry in detector.seen if "prepared" in entry] == [("prepared", 1)] * 20
