@@ -124,11 +124,11 @@ def _where_masks_are_known(update: Callable) -> Callable:
 
 def _naming_this_package(reduce: Callable) -> Callable:
     @functools.wraps(reduce)
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+    def reduce_naming_this_package(self: Any, protocol: Any) -> Any:
         make, arguments, *state = reduce(self, protocol)
         return _made, (make, arguments), *state
 
-    return __reduce_ex__
+    return reduce_naming_this_package
 
 
 def _made(make: Callable, arguments: tuple) -> Any:
