@@ -175,7 +175,10 @@ def _sync(path: Path) -> None:
 
 def at_home(path: str | Path) -> Path:
     """Put the home folder in the place of ``~``, as a shell does: a name that begins so, and is no user's, stays."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path's own raises an error there, or without a home
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user, or no home
+        return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> None:

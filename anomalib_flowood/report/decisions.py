@@ -20,6 +20,8 @@ from anomalib_flowood.names import counted
 
 _CHANCE = 1e-3
 """Probability below which alarms are not taken for chance."""
+_TINY = 1e-9
+"""Below it nobody reads the digits, and rounding has them."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,14 @@ class Decision:
         images = int(self.calibration_images)
         rank = round(self.level * (images + 1))
         chance = conformal.alarms_p_value(self.false_positives, self.inside, images, rank)
-        if chance >= _CHANCE:
-            return ""
-        return (
-            f" Chance does not give so many alarms (p = {chance:.0e}): these {inside} images are unlike those that "
-            "it was fitted to and calibrated on (camera, light, position), those came in series of near copies, "
-            f"or not all of these are {inside}."
-        )
+        if chance < _CHANCE:
+            p = f"= {chance:.0e}" if chance >= _TINY else f"< {_TINY:.0e}"
+            return (
+                f" Chance does not give so many alarms (p {p}): these {inside} images are unlike those that "
+                "it was fitted to and calibrated on (camera, light, position), those came in series of near copies, "
+                f"or not all of these are {inside}."
+            )
+        return ""
 
     def _once_more(self, inside: str) -> str:
         """Say that images are judged which have set the threshold, where there are any."""

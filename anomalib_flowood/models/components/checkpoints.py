@@ -91,9 +91,9 @@ def imported_class(checkpoint: Mapping[str, Any]) -> Any:
 
     Of several of the name it is that of the same module; where that has defined it anew, as notebooks do, the last.
     """
-    named = [cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)]
-    written = [cls for cls in named if cls.__module__ == checkpoint.get(MODULE)]
-    return written[-1] if written else next(iter(named), None)
+    classes = [cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)]
+    written = [cls for cls in classes if cls.__module__ == checkpoint.get(MODULE)]
+    return written[-1] if written else next(iter(classes), None)
 
 
 def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) -> None:
