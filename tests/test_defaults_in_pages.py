@@ -36,8 +36,8 @@ def test_layers_are_chosen_by_the_strides_that_are_named():
 
 
 def test_memory_banks_are_chosen_among_as_many_positions_as_is_said():
-    decisions = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
+    tried = (ROOT / "docs/tried.md").read_text(encoding="utf-8")
     said = re.findall(r"out of ([\d,]+) positions that are drawn|chosen among ([\d,]+) positions", README)
-    said += re.findall(r"A fit chooses of ([\d,]+) positions()|What is built draws ([\d,]+) of either", decisions)
+    said += re.findall(r"A fit chooses of ([\d,]+) positions()|What is built draws ([\d,]+) of either", tried)
     assert len(said) == 3
     assert {"".join(one) for one in said} == {f"{nearest_patches._CANDIDATES:,}"}

@@ -27,7 +27,7 @@ _SHARE = 0.5
 
 _BESIDE_BANK = 0.5
 """What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank: of
-all evidence both tell least (docs/decisions.md)."""
+all evidence both tell least (docs/tried.md)."""
 
 _BLOCKS = (4, 2, 1)
 """Rows and columns over which the layout of the finest layer may be constant."""
@@ -265,7 +265,7 @@ class MapLayer(flows.ForEachKind):
         """What each of :meth:`statistics` counts for, of a fit to so many images.
 
         Of fewer images than a position has numbers its Gaussian is a guess, where a bank is made of all positions.
-        Beside a bank the most anomalous ones count for as much less as there are fewer images (docs/decisions.md).
+        Beside a bank the most anomalous ones count for as much less as there are fewer images (docs/tried.md).
         """
         bank = self.nearest is not None
         of_top = self._of_top * min(1.0, images / self.dims) if bank else self._of_top

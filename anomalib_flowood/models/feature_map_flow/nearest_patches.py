@@ -16,7 +16,7 @@ from .coreset import farthest_first
 
 _CANDIDATES = 100_000
 """Positions of training images among which those of the memory bank are chosen: more take longer, and tell a little
-more (docs/decisions.md)."""
+more (docs/tried.md)."""
 _PART = 128
 """Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
 _ALIKE = 1e-5
