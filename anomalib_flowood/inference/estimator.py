@@ -124,6 +124,10 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         self.offset_ = -float(module.post_processor.image_threshold)
         return self
 
+    def fit_predict(self, X: Any, y: Any = None, **arguments: Any) -> np.ndarray:  # noqa: N803
+        """Fit to images, and decide about the same ones, ``(N,)``; they may come from a generator."""
+        return super().fit_predict(list(X) if isinstance(X, Iterator) else X, y, **arguments)
+
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
         """Raw scores with the sign turned, ``(N,)``: higher is more normal."""
         check_is_fitted(self)

@@ -71,6 +71,12 @@ def test_samples_come_first_however_few_they_are(fitted, count):
     assert len(fitted.predict(images)) == count
 
 
+def test_images_of_a_generator_are_fitted_to_and_judged():
+    images = grey(12, 4)
+    one, other = FlowOutlierDetector(arguments=SMALL), FlowOutlierDetector(arguments=SMALL)
+    assert np.array_equal(one.fit_predict(image[None] for image in images), other.fit_predict(images))
+
+
 def test_a_table_is_no_image(fitted):
     with pytest.raises(ValueError, match=r"X of shape \(12, 1024\) is a table: images are"):
         fitted.predict(grey(12, 7).reshape(12, -1))
