@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +90,11 @@ class Found:
     closed: dict[Path, str]
 
 
-def find(folder: str | Path) -> Found:
-    """Find the images below a folder, and what is left out; arguments and errors as for :func:`image_files`."""
+def find(folder: str | Path, aside: Path | None = None) -> Found:
+    """Find the images below a folder, and what is left out.
+
+    Arguments and errors as for :func:`image_files`; a folder ``aside``, wherever links lead to it, is not looked into.
+    """
     top = Path(folder)
     if not top.is_dir():
         msg = f"There is no folder {top} (looked for it from {Path.cwd()})."
@@ -102,16 +104,11 @@ def find(folder: str | Path) -> Found:
     unread: list[Path] = []
     again = 0
     closed: dict[Path, str] = {}
-    for _, path in sorted(_walk(top, closed)):
+    for _, path, real in sorted(_walk(top, closed, aside and aside.resolve()), key=lambda one: (one[0], one[1].parts)):
         if not path.name.lower().endswith(IMG_EXTENSIONS):
             unread.append(path)
-            continue
-        try:
-            regular = stat.S_ISREG(path.stat().st_mode)
-        except OSError:  # a link that leads nowhere, or to itself
-            regular = False
-        if regular:
-            again += found.setdefault(os.path.realpath(path), path) is not path
+        elif real:
+            again += found.setdefault(real, path) is not path
         else:
             odd.append(path)
     return Found(sorted(found.values()), unread, odd, again, closed)
@@ -130,10 +127,13 @@ def tell_of_unread(paths: list[Path]) -> None:
         logger.warning("Left out: %s. Convert to one of %s, or rename.", what, " ".join(IMG_EXTENSIONS))
 
 
-def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
-    """Names of images below a folder, read or not, with the number of links on the way to each.
+def _walk(top: Path, closed: dict[Path, str], aside: Path | None) -> Iterator[tuple[int, Path, str]]:
+    """What is called as an image below a folder, read or not.
 
-    No folder is entered twice; those that cannot be entered are added to ``closed``.
+    Of each come the number of links on the way to it, its path, and its path without links, empty if it is no regular
+    file.
+
+    No folder is entered twice, and ``aside`` never; those that cannot be entered are added to ``closed``.
     """
     seen: set[tuple[int, int] | str] = set()
     links, folders = 0, [top]
@@ -148,7 +148,10 @@ def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
                 if entered in seen:
                     continue
                 seen.add(entered)
-                with os.scandir(folder) as entries:
+                real = folder.resolve()
+                if aside is not None and real.is_relative_to(aside):
+                    continue
+                with os.scandir(real) as entries:
                     visible = [entry for entry in entries if not entry.name.startswith(".")]
             except OSError as error:
                 closed[folder] = str(error.strerror)
@@ -158,7 +161,7 @@ def _walk(top: Path, closed: dict[Path, str]) -> Iterator[tuple[int, Path]]:
                 if _is_folder(entry):
                     (linked if entry.is_symlink() else folders).append(path)
                 elif entry.name.lower().endswith((*IMG_EXTENSIONS, *_UNREAD)):
-                    yield links + entry.is_symlink(), path
+                    yield links + entry.is_symlink(), path, _real(entry)
         # Those that links lead to come last, so that a file is found where it lies. Of two links, the first by name.
         links, folders = links + 1, sorted(linked, reverse=True)
 
@@ -168,6 +171,20 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def _real(entry: os.DirEntry) -> str:
+    """The path of a file without links, where its folder's has none; empty if it is no regular file.
+
+    The system is asked nothing that it said when it listed the folder: one that is watched may hold thousands of files.
+    """
+    try:
+        regular = entry.is_file()
+    except OSError:  # a link to itself
+        return ""
+    if not regular:
+        return ""
+    return os.path.realpath(entry) if entry.is_symlink() else entry.path
 
 
 def _some(paths: list[Path], one: str, many: str) -> str:

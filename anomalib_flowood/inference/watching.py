@@ -137,16 +137,11 @@ class Watcher:
         return done
 
     def _images(self) -> list[Path]:
-        found = find(self.folder)
+        found = find(self.folder, self.aside)
         tell_of_unread([path for path in found.unread if path not in self._told])  # once, and not every second
         tell_of_closed({path: reason for path, reason in found.closed.items() if path not in self._told})
         self._told = {*found.unread, *found.closed}
-        files = found.images
-        if self.aside is None:
-            return files
-        aside = self.aside.resolve()  # may lie below the folder, which may be a link
-        own = {folder for folder in {file.parent for file in files} if folder.resolve().is_relative_to(aside)}
-        return [file for file in files if file.parent not in own]
+        return found.images
 
     def _key(self, path: Path) -> Key | None:
         try:

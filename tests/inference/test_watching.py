@@ -189,6 +189,21 @@ def test_a_table_that_was_killed_in_its_first_line_begins_anew(detector, folder,
     assert len(rows(table)) == 4
 
 
+def test_the_files_of_a_large_folder_are_not_asked_for_one_by_one(detector, tmp_path, monkeypatch):
+    folder, aside = tmp_path / "arriving", tmp_path / "arriving" / "aside"
+    for number in range(30):
+        image = (aside if number % 3 else folder) / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.touch()
+    watcher = Watcher(detector, folder, tmp_path / "table.csv", aside)
+    asked = []
+    for name in ("stat", "lstat"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *a, own=own, **k: (asked.append(Path(path)), own(path, *a, **k))[1])
+    assert len(watcher._images()) == 10
+    assert not [path for path in asked if path.suffix == ".png"]
+
+
 def test_a_detector_that_calls_nothing_anomalous_has_nothing_to_set_aside(detector, folder, tmp_path):
     raw = Detector(detector.runtime, (8, 8))
     with pytest.raises(ValueError, match="Nothing would ever be set aside to .*aside: the detector has no calibration"):
