@@ -7,8 +7,13 @@ from itertools import chain
 
 import pytest
 import torch
+from anomalib.data import Folder
+from anomalib.metrics import AUPRO, Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from model_helpers import data, embedding_flow, engine, feature_map_flow
-from torchvision.transforms.v2 import RandomHorizontalFlip
+from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, RandomHorizontalFlip, Resize
 
 from anomalib_flowood import EmbeddingFlow
 from anomalib_flowood.models.components.stored_features import FeatureDataset, FeatureStore, feature_loader
@@ -163,9 +168,9 @@ def test_features_that_are_prepared_are_let_go(tmp_path, monkeypatch):
     def watching(self, loader, limit, what, turns=1):
         if what == "validation":
             alive.extend(reference() for reference in references if reference() is not None)
-        store, labels = extract_all(self, loader, limit, what, turns)
+        store, *known = extract_all(self, loader, limit, what, turns)
         references.extend(weakref.ref(column) for column in store._columns)
-        return store, labels
+        return store, *known
 
     references: list = []
     monkeypatch.setattr(EmbeddingFlow, "_extract_all", watching)
@@ -231,3 +236,31 @@ def test_features_that_are_not_finite_are_refused_with_the_images(what, tmp_path
         ValueError, match=rf"NaN or infinite features for 1 of {of} images \(.*ramps.*\).*weights whole"
     ):
         engine(tmp_path).fit(embedding_flow(), datamodule=module)
+
+
+@pytest.mark.parametrize("crop", [[], [CenterCrop(48)]])
+def test_a_fit_judges_pixels_of_validation_images_by_their_masks_as_a_validation_does(crop, tmp_path):
+    spots = 0.1 * torch.rand(40, 56, 64)
+    spots[32:, 20:28, 20:28] = 1
+    for number, image in enumerate((255 * spots).byte().numpy()):
+        folders = [tmp_path / ("normal" if number < 32 else "spot")] + [tmp_path / "masks"] * (number >= 32)
+        for folder, pixels in zip(folders, (image, image // 255 * 255), strict=False):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    module = Folder(
+        "spots", "normal", tmp_path, "spot", mask_dir="masks", val_split_mode="same_as_test", seed=0, num_workers=0
+    )
+    pre_processor = PreProcessor(Compose([Resize((60, 60) if crop else (48, 48)), *crop]))
+    evaluator = Evaluator(val_metrics=[AUPRO(fields=["anomaly_map", "gt_mask"])])
+    detector = feature_map_flow(
+        coupling_layers=0, pre_processor=pre_processor, post_processor=PostProcessor(), evaluator=evaluator
+    )
+    run = engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    fitted = {name: value.clone() for name, value in detector.post_processor.named_buffers()}
+    found = float(run.trainer.callback_metrics["AUPRO"])
+    (metrics,) = run.validate(detector, datamodule=module, verbose=False)
+    assert found == pytest.approx(metrics["AUPRO"], abs=1e-4)
+    for name, value in detector.post_processor.named_buffers():
+        assert bool(value.isfinite()), name
+        torch.testing.assert_close(fitted[name], value, rtol=1e-3, atol=1e-3)

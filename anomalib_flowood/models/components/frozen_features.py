@@ -190,7 +190,7 @@ class FrozenFeatures(_Base):
             return
         self._kept_gib = 0.0
         turns = 1 if random else self._turns_to_try(loader)
-        extracted, labels = self._extract_all(loader, trainer.limit_train_batches, "training", turns)
+        extracted, labels, _ = self._extract_all(loader, trainer.limit_train_batches, "training", turns)
         features, copies = self._with_turns_that_fit(extracted.features, turns)
         if anew:
             self.fit_features(features, copies)
@@ -260,12 +260,12 @@ class FrozenFeatures(_Base):
         if not loaders:
             return
         loader = _single(loaders, "validation")
-        extracted, labels = self._extract_all(loader, trainer.limit_val_batches, "validation")
+        extracted, labels, masks = self._extract_all(loader, trainer.limit_val_batches, "validation")
         room = self.cache_gib - self._kept_gib - extracted.taken_gib
         samples = getattr(loader.dataset, "samples", None)  # anomalib's table
         paths = None if samples is None else getattr(samples, "image_path", None)
         prepared = self._prepare_all(self.prepare_features, extracted.features, room).features
-        dataset = FeatureDataset(prepared, labels, None if paths is None else list(paths))
+        dataset = FeatureDataset(prepared, labels, None if paths is None else list(paths), masks)
         validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
@@ -278,7 +278,8 @@ class FrozenFeatures(_Base):
     @torch.no_grad()
     def _extract_all(
         self, loader: DataLoader, limit: float, what: str, turns: int = 1
-    ) -> tuple[FeatureStore, Tensor | None]:
+    ) -> tuple[FeatureStore, Tensor | None, Tensor | None]:
+        """Extract features of all images; return their labels, and the masks of validation images, where they have."""
         trainer: Trainer = self.trainer
         training = self.training
         self.eval()
@@ -287,7 +288,8 @@ class FrozenFeatures(_Base):
         total = len(counts)
         images = len(cast("Sized", loader.dataset))
         store = FeatureStore(turns * images, self.cache_gib - self._kept_gib)
-        labels: list[Any] = []
+        labels: list[Tensor | None] = []
+        masks: list[Tensor | None] = []
         batches: Iterable[Batch] = own
         watchers = [watch for callback in callbacks_of(trainer) if (watch := getattr(callback, "on_extract", None))]
         if trainer.progress_bar_callback is not None and trainer.is_global_zero:
@@ -296,22 +298,21 @@ class FrozenFeatures(_Base):
             for watch in watchers:
                 watch(what, number, total)
             batch = trainer.strategy.batch_to_device(batch)
-            image = batch.image
+            image, mask = batch.image, batch.gt_mask if what == "validation" else None
             transform = getattr(self.pre_processor, "transform", None)
             if transform is not None:
-                image = transform(image)
+                image, mask = transform(image, mask)
             extract = partial(self.extract_training, batch=number, total=images) if what == "training" else self.extract
             features = rotations.together([extract(turned) for turned in rotations.turned(image, turns)])
             _check_finite(features, turns, batch, what)
             store.append(tuple(processes.gathered(part[: turns * count]) for part in features))
-            label = batch.gt_label
-            labels.append(label if label is None else processes.gathered(label[:count].to(torch.uint8)).bool())
+            labels.append(_of_all(batch.gt_label, count))
+            masks.append(_of_all(mask, count))
         self.train(training)
         if not labels:
             msg = f"There are no {what} images to extract features from."
             raise ValueError(msg)
-        stored = None if any(label is None for label in labels) else torch.cat(labels).cpu()
-        return store, stored
+        return store, _joined(labels), _joined(masks)
 
     @torch.no_grad()
     def _prepare_all(
@@ -322,6 +323,17 @@ class FrozenFeatures(_Base):
         for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
             store.append(prepare(rows))
         return store
+
+
+def _of_all(known: Tensor | None, count: int) -> Tensor | None:
+    """What a batch knows of its first images, labels or masks, of all processes."""
+    return None if known is None else processes.gathered(known[:count].to(torch.uint8)).bool().cpu()
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """What batches know of all images, if each knows it."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def _report(aurocs: list[float], limit: float, consequence: str) -> None:

@@ -29,6 +29,8 @@ class FeatureBatch(UpdateMixin):
     Attributes:
         features: What the detector extracted, a tuple of tensors whose first dimension is the batch.
         gt_label: 0 for normal and 1 for anomalous images, ``(N,)``.
+        gt_mask: Their masks, ``(N, H, W)``, where they have some.
+        anomaly_map: As in anomalib's batches without the dimension of channels, ``(N, H, W)``.
         image_path: Their files, where they are known.
     """
 
@@ -41,6 +43,11 @@ class FeatureBatch(UpdateMixin):
     pred_mask: Tensor | None = None
     image_path: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        """Bring maps to the shape of masks, as anomalib's batches do whenever they are updated."""
+        if self.anomaly_map is not None and self.anomaly_map.ndim == 4:
+            self.anomaly_map = self.anomaly_map.squeeze(1)
+
 
 class FeatureDataset(Dataset):
     """Stored features, fetched a batch at a time.
@@ -49,10 +56,17 @@ class FeatureDataset(Dataset):
         features: Tensors with one row per image.
         labels: Labels of the images, ``(N,)``, or ``None`` if they have none.
         paths: Their files, or ``None`` if they are not known.
+        masks: Their masks, ``(N, H, W)``, or ``None`` if they have none.
     """
 
-    def __init__(self, features: tuple[Tensor, ...], labels: Tensor | None, paths: Sequence[str] | None = None) -> None:
-        self.features, self.labels, self.paths = features, labels, paths
+    def __init__(
+        self,
+        features: tuple[Tensor, ...],
+        labels: Tensor | None,
+        paths: Sequence[str] | None = None,
+        masks: Tensor | None = None,
+    ) -> None:
+        self.features, self.labels, self.paths, self.masks = features, labels, paths, masks
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -65,9 +79,9 @@ class FeatureDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> FeatureBatch:
         """Return the features of several images as one batch: what a loader calls for each of its batches."""
         index = torch.as_tensor(indices)
-        labels = None if self.labels is None else self.labels[index]
+        labels, masks = (None if known is None else known[index] for known in (self.labels, self.masks))
         paths = None if self.paths is None else [self.paths[place] for place in indices]
-        return FeatureBatch(tuple(feature[index] for feature in self.features), labels, image_path=paths)
+        return FeatureBatch(tuple(feature[index] for feature in self.features), labels, masks, image_path=paths)
 
 
 def feature_loader(
