@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from anomalib_flowood import processes
 from anomalib_flowood.flows import draw
+from anomalib_flowood.flows.rows import AT_ONCE
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from . import rotations
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     _Base = FlowModule
 else:
     _Base = object
+
+_PREPARED = 2**22
+"""Numbers of features that are prepared at a time: 16 MiB."""
 
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.Grayscale, v2.ToDtype, v2.ToImage, v2.Identity)
 
@@ -319,8 +323,10 @@ class FrozenFeatures(_Base):
         self, prepare: Callable[..., tuple[Tensor, ...]], features: tuple[Tensor, ...], room_gib: float
     ) -> FeatureStore:
         store = FeatureStore(len(features[0]), room_gib)
-        chunk = 1 if self.images_at_once == 1 else 64  # an image may have many tiles
-        for rows in zip(*(feature.split(chunk) for feature in features), strict=True):
+        # As many rows as are few numbers, since each batch reads the statistics of all kinds of image.
+        numbers = sum(feature[0].numel() for feature in features)
+        at_once = 1 if self.images_at_once == 1 else min(max(64, _PREPARED // numbers), AT_ONCE)  # 1: many tiles
+        for rows in zip(*(feature.split(at_once) for feature in features), strict=True):
             store.append(prepare(rows))
         return store
 
