@@ -161,10 +161,11 @@ def check_validation_images(trainer: Trainer) -> None:
     except AttributeError as error:
         if error.name != "val_data":
             raise
+        data: Any = error.obj
         msg = (
-            f"{type(error.obj).__name__} has no validation images (val_split_mode none): set val_split_mode from_train "
-            "(--data.val_split_mode from_train), so that normal images calibrate p-values and labels; or "
-            "limit_val_batches 0 (--trainer.limit_val_batches 0) for raw scores alone."
+            f"{type(data).__name__} has no validation images (val_split_mode {data.val_split_mode.value}): set "
+            "val_split_mode from_train (--data.val_split_mode from_train), so that normal images calibrate p-values "
+            "and labels; or limit_val_batches 0 (--trainer.limit_val_batches 0) for raw scores alone."
         )
         raise ValueError(msg) from None
 

@@ -216,6 +216,9 @@ def test_data_without_validation_images_say_which_option_gives_some(
             main([command[0], *given, *command[1:]])
         assert ended.value.code == 1
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", *given, "--data.val_split_mode", "from_dir"])
+    assert "Folder has no validation images (val_split_mode from_dir): set" in capsys.readouterr().err
     main(["fit", *given, "--trainer.limit_val_batches", "0"])
     assert "Next: flowood predict" in capsys.readouterr().out
     assert "The fit ended without a calibration" in caplog.text

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    Callback,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelPruning,
@@ -74,6 +75,20 @@ def test_what_would_train_nothing_or_spoil_what_is_fitted_is_refused_at_the_star
 ):
     with pytest.raises(ValueError, match=message):
         engine(tmp_path, **limits).fit(DETECTORS[detector](**settings), datamodule=data(tmp_path))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(("asked", "batches"), [({}, 0), ({"num_sanity_val_steps": 1}, 1)])
+def test_no_validation_images_are_tried_before_a_training_unless_somebody_asks(detector, asked, batches, tmp_path):
+    class Tried(Callback):
+        batches = 0
+
+        def on_validation_batch_end(self, trainer, *_):
+            self.batches += trainer.sanity_checking
+
+    tried = Tried()
+    engine(tmp_path, callbacks=[tried], **asked).fit(DETECTORS[detector](), datamodule=data(tmp_path))
+    assert tried.batches == batches
 
 
 def scrambled(detector):

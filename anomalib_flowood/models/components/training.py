@@ -54,6 +54,10 @@ _REFUSED: dict[type[Callback], str] = {
 """Callbacks with which no detector can be trained, and why."""
 
 
+_CHECKED_FIRST = 2
+"""Validation batches that Lightning tries before a training, where nobody says how many."""
+
+
 class TrainingDivergedError(FloatingPointError):
     """Training met a NaN or infinite loss."""
 
@@ -88,6 +92,8 @@ class FlowTraining(_Base):
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is None:
             return
+        if trainer.num_sanity_val_steps == _CHECKED_FIRST:  # of anomalib's detectors none, whatever is asked for
+            trainer.num_sanity_val_steps = 0  # metrics that want images of either kind refuse so few
         reduce_gradients(trainer, bool(self._trainable))
         loop = trainer.fit_loop
         timers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
