@@ -57,7 +57,7 @@ class Whitening(ForEachKind, Layer):
     Args:
         dims_in: One shape, of any rank.
         directions: The most directions k that a fit takes; one for two samples at most, and no more than there
-            are numbers.
+            are numbers; of no more samples than numbers fewer than those in which they vary.
         dims_c: FrEIA's convention; none are supported.
         block: Rows and columns of a block.
 
@@ -120,8 +120,11 @@ class Whitening(ForEachKind, Layer):
         centre = samples.mean(0)
         centred = samples.sub_(centre) if overwrite else samples - centre
         blocks = self._blocks(centred).cpu()
-        variances, directions = principal_directions(blocks, min(self.most, n // _POINTS_PER_DIRECTION))
-        variances = variances.to(samples) * n / (n - 1)
+        most = min(self.most, n // _POINTS_PER_DIRECTION)
+        variances, directions = principal_directions(blocks, most + 1)
+        # With all in which few samples vary, the rest would be rounding alone, and anything new without bound.
+        kept = max(0, min(most, len(directions) - (n <= blocks.shape[1])))
+        variances, directions = variances[:kept].to(samples) * n / (n - 1), directions[:kept]
         # Of each sample, and then in float64: a single sum of squares in float32 is too small on a CPU, of 100 million
         # numbers by 2 %, of 200 million by 6 %.
         squares = torch.linalg.vector_norm(centred.flatten(1), dim=1).cpu().double().square()
@@ -259,14 +262,15 @@ class PositionMoments:
 def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and scatter of vectors, ``(h * w, n, D)``, around others, ``(h * w, D)``; float64."""
     positions, _, dims = vectors.shape
-    empty = partial(torch.empty, dtype=torch.float64, device=with_doubles(vectors.device))
-    total, scatter = empty(positions, dims), empty(positions, dims, dims)
-    for some, centre, *filled in zip(
+    total = torch.empty(positions, dims, dtype=torch.float64, device=with_doubles(vectors.device))
+    scatter = total.new_empty(positions, dims, dims)
+    for some, centre, some_total, some_scatter in zip(
         *(part.split(_POSITIONS) for part in (vectors, around, total, scatter)), strict=True
     ):
-        centred = some - centre[:, None]
-        for part, values in zip(filled, (centred.sum(1), centred.mT @ centred), strict=True):
-            part.copy_(values.to(part.device))
+        # In float64: where a few are taken off few, less may be left than float32 loses of a sum.
+        centred = (some - centre[:, None]).to(total)
+        some_total.copy_(centred.sum(1))
+        torch.bmm(centred.mT, centred, out=some_scatter)
     return total, scatter
 
 

@@ -106,6 +106,17 @@ def test_moments_without_some_maps_are_those_of_the_others(dtype):
     torch.testing.assert_close(layer.whitened(x), fitted(x.double()).whitened(x.double()).to(dtype), **close)
 
 
+def test_what_is_left_of_few_maps_of_which_one_is_far_off_is_exact():
+    """With fewer numbers than a covariance has directions, what float32 loses of a sum is more than the ridge."""
+    x = torch.randn(9, 32, 2, 2, generator=torch.Generator().manual_seed(0))
+    x[0] *= 5
+    everything, held_out = PositionMoments(x), torch.tensor([0])
+    layer, reference = PositionWhitening([(32, 2, 2)]), PositionWhitening([(32, 2, 2)]).double()
+    layer.fit(everything.without(PositionMoments(x[held_out], everything.around)))
+    reference.fit(x[1:].double())
+    torch.testing.assert_close(layer.whitened(x).double(), reference.whitened(x.double()), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_maps_may_lie_in_memory_in_any_way(n):
     layer, x = fitted(maps(20)), maps(n, seed=1)
@@ -168,6 +179,20 @@ def test_samples_that_may_be_overwritten_give_the_same(block):
     assert not torch.equal(taken, samples)
     for one, other in zip(*(whitening.buffers() for whitening in whitenings), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("different", "copies"), [(2, 1), (2, 5), (3, 2), (4, 3)])
+def test_samples_that_vary_in_few_directions_leave_a_rest(different, copies):
+    """Two samples, or copies of a few: with all that these vary in as directions, a new one would be a million off."""
+    samples, new = torch.randn(2, different, 200, generator=torch.Generator().manual_seed(0))
+    whitening = Whitening([(200,)], 64)
+    whitening.fit(samples.repeat(copies, 1))
+    deviations = samples - samples.mean(0)
+    rank = different - 1
+    assert len(whitening.directions) == rank - 1
+    smallest = torch.linalg.svdvals(deviations.double())[rank - 1].square() * copies / (different * copies - 1)
+    torch.testing.assert_close(whitening.rest.double(), smallest / (200 - rank + 1), rtol=1e-4, atol=0)
+    assert whitening.whitened(new).square().mean() < 10
 
 
 def test_many_numbers_are_summed_up_exactly():
