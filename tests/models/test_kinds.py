@@ -102,9 +102,9 @@ def test_of_many_images_some_are_looked_at_and_fewer_fitted_to(monkeypatch):
     assert len(found.points) == 40
 
 
-@pytest.mark.parametrize("least", [-1, 1])
-def test_a_kind_of_one_image_is_refused(least):
-    with pytest.raises(ValueError, match="kind_images must be at least 2, or 0 for one kind"):
+@pytest.mark.parametrize("least", [-1, 1, 2])
+def test_a_kind_of_so_few_images_that_none_is_fitted_to_without_one_is_refused(least):
+    with pytest.raises(ValueError, match="kind_images must be at least 3, or 0 for one kind"):
         Kinds(least)
 
 

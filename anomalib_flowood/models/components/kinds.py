@@ -81,7 +81,7 @@ class Kinds(nn.Module):
         least: The fewest training images of a kind; 0 if all images are to be one kind.
 
     Raises:
-        ValueError: If it is negative, or 1.
+        ValueError: If it is negative, 1 or 2: each image of a kind is scored by what is fitted to others of it.
     """
 
     points: Tensor | None
@@ -92,8 +92,8 @@ class Kinds(nn.Module):
 
     def __init__(self, least: int) -> None:
         super().__init__()
-        if least < 0 or least == 1:
-            msg = f"kind_images must be at least 2, or 0 for one kind, got {least}."
+        if least < 0 or least in {1, 2}:
+            msg = f"kind_images must be at least 3, or 0 for one kind, got {least}."
             raise ValueError(msg)
         self.least = least
         self.register_buffer("points", None)
