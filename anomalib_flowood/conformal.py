@@ -216,6 +216,8 @@ def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
     compared with all below it, down to the median: the chance to be so large is (1 + d / rest)^-(number below), times
     the number of places looked at (Bonferroni). Lighter tails, such as a Gaussian's, have smaller spacings above than
     below, which makes the test conservative. No test can tell contamination from a tail without saying what tails are.
+    Each score is taken for a draw of its own, from a continuous distribution: where images come in many copies, the
+    p-values of clean calibrations are too small.
 
     Anomalies that lie among normal images, one by one at all distances, or that are more than a tenth are not seen.
 
