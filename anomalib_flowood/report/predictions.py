@@ -208,6 +208,8 @@ def _rows(batch: Any) -> pd.DataFrame:
     for name in ("raw_score", "pred_score", "p_value"):  # the first and last from our post-processor
         values = getattr(batch, name, None)
         if values is not None:
-            columns[name] = values.detach().flatten().cpu().numpy()
+            values = values.detach().flatten().cpu()
+            # In all digits: of float32 they are rounded, and a score that ties with a calibration score would not.
+            columns[name] = (values.double() if name == "raw_score" else values).numpy()
     columns["pred_label"] = [None] * count if label is None else label.detach().flatten().cpu().int().numpy()
     return pd.DataFrame(columns)

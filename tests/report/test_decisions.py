@@ -275,6 +275,16 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
         assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out
 
 
+def test_raw_scores_of_a_table_have_the_p_values_beside_them(tmp_path):
+    calibrated, scores = ConformalPostProcessor(), torch.randn(40, generator=torch.Generator().manual_seed(0))
+    calibrated.calibrate(scores)
+    batch = ImageBatch(image=torch.rand(40, 3, 4, 4), pred_score=scores, image_path=["a"] * 40)
+    calibrated.post_process_batch(batch)
+    table = pd.read_csv(keep_predictions([batch], tmp_path, calibrated).path)
+    p_values = conformal.p_values(calibrated.calibration, torch.from_numpy(table["raw_score"].to_numpy()))
+    assert p_values.tolist() == table["p_value"].tolist()
+
+
 def test_a_threshold_that_nothing_exceeds_is_none_to_the_page():
     assert script_json({"threshold": math.inf, "scores": [1.5, math.nan]}) == '{"threshold":null,"scores":[1.5,null]}'
 
