@@ -218,24 +218,26 @@ def test_a_disk_without_room_for_features_is_told_before_they_are_written(monkey
         FeatureStore(10, 0.0).append((torch.zeros(2, 3),))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("build", [embedding_flow, feature_map_flow])
 @pytest.mark.parametrize("what", ["training", "validation"])
-def test_features_that_are_not_finite_are_refused_with_the_images(what, tmp_path, monkeypatch):
-    module = data(tmp_path)
-    extract, seen = EmbeddingFlow.extract, []
+def test_features_that_are_not_finite_are_refused_with_the_images(what, build, value, tmp_path, monkeypatch):
+    module, detector = data(tmp_path), build()
+    extract, seen = type(detector).extract, []
 
     def breaking(self, images):
-        pooled, *maps = extract(self, images)
+        first, *others = extract(self, images)
         if len(seen) == (2 if what == "training" else 3):  # 96 images in batches of 32, then validation
-            pooled = pooled.index_fill(0, torch.tensor([5]), float("nan"))
+            first = first.index_fill(0, torch.tensor([5]), value)
         seen.append(len(images))
-        return (pooled, *maps)
+        return (first, *others)
 
-    monkeypatch.setattr(EmbeddingFlow, "extract", breaking)
+    monkeypatch.setattr(type(detector), "extract", breaking)
     of = "32 training" if what == "training" else "16 validation"
     with pytest.raises(
         ValueError, match=rf"NaN or infinite features for 1 of {of} images \(.*ramps.*\).*weights whole"
     ):
-        engine(tmp_path).fit(embedding_flow(), datamodule=module)
+        engine(tmp_path).fit(detector, datamodule=module)
 
 
 @pytest.mark.parametrize("crop", [[], [CenterCrop(48)]])

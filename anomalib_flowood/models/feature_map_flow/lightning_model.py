@@ -321,7 +321,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(layer.clamp(-6e4, 6e4).half() for layer in maps)
+    """In half precision, large numbers within its range; infinite ones stay what they are, and are refused."""
+    return tuple(torch.where(layer.isinf(), layer, layer.clamp(-6e4, 6e4)).half() for layer in maps)
 
 
 def _pre_processor(backbone: str, image_size: tuple[int, int], tile_size: tuple[int, int] | None) -> PreProcessor:
