@@ -7,6 +7,9 @@ from typing import Union
 
 import pytest
 from lightning.pytorch import Trainer
+from PIL import Image
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
 
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.commands import FlowoodCLI
@@ -68,3 +71,34 @@ def test_what_others_decide_is_said(
     said = capsys.readouterr().err
     assert message in said
     assert ended.value.code == status[in_file]
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "train"])
+def test_an_optimizer_that_is_named_is_the_one_that_trains(subcommand: str, tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    given = [
+        subcommand,
+        "--model",
+        "PixelFlow",
+        "--data",
+        str(tmp_path),
+        "--default_root_dir",
+        str(tmp_path / "results"),
+    ]
+    chosen = [
+        "--optimizer",
+        "SGD",
+        "--optimizer.lr",
+        "0.01",
+        "--lr_scheduler",
+        "ExponentialLR",
+        "--lr_scheduler.gamma=0.5",
+    ]
+    cli = FlowoodCLI([*given, *chosen], run=False)
+    (optimizer,), (scheduler,) = cli.model.configure_optimizers()
+    assert (type(optimizer), type(scheduler), scheduler.gamma) == (SGD, ExponentialLR, 0.5)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in cli.model.parameters()}
+    with pytest.raises(ValueError, match=r"name that, too \(--optimizer Adam\)"):
+        FlowoodCLI([*given, *chosen[4:]], run=False)

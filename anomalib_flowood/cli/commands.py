@@ -280,6 +280,8 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         model = self.config[self.subcommand].get("model")
         with nullcontext() if model is None else built_at_once(find_class("model", model["class_path"])):
             super().instantiate_classes()
+        if self.subcommand == "train":  # anomalib heeds an optimizer in `fit` alone
+            self._configure_optimizers_method_to_model()
 
     def instantiate_engine(self) -> None:
         """Build anomalib's engine; where it tests, the raw scores are kept for a report."""

@@ -81,6 +81,9 @@ class DetectorCLI(AnomalibCLI):
     def _check_trainer(self) -> None:
         """Refuse what is asked of the trainer, and is decided elsewhere."""
         config = self.config[self.subcommand]
+        if config.get("lr_scheduler") and not config.get("optimizer"):  # which anomalib would pass over
+            msg = "A learning rate scheduler (lr_scheduler) is of an optimizer: name that, too (--optimizer Adam)."
+            raise ValueError(msg)
         trainer = config.get("trainer") or {}
         if trainer.get("enable_checkpointing") is False and not trainer.get("barebones"):
             msg = "A checkpoint is always kept, in the run's folder: leave enable_checkpointing of the trainer out."
