@@ -68,6 +68,24 @@ def check_sizes(**sizes: float | None) -> None:
             raise ValueError(msg)
 
 
+def check_batch(batch: Any) -> None:
+    """Refuse batches that are not anomalib's, before anything asks them for images.
+
+    Args:
+        batch: What a loader gives.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not hasattr(batch, "gt_label"):
+        msg = (
+            f"A detector takes anomalib's batches (ImageBatch), got {type(batch).__name__}: give a data module "
+            "(OneClass, anomalib's Folder), or loaders of data sets of anomalib's kind (DataLoader(…, "
+            "collate_fn=dataset.collate_fn))."
+        )
+        raise TypeError(msg)
+
+
 _LEAST = {"train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
 
 

@@ -14,8 +14,9 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 
+from anomalib_flowood.saving import keep_end
 from anomalib_flowood.started import was_started
-from anomalib_flowood.trainers import is_trial, keep_end
+from anomalib_flowood.trainers import is_trial
 
 _WEIGHTS = ("weights", "lightning")
 """Where anomalib's engine writes checkpoints, in the folder of a run."""

@@ -97,6 +97,11 @@ def cut(batch: Any, rows: int) -> None:
             setattr(batch, name, value[:rows])
 
 
+def batch_size_of(loader: DataLoader) -> int:
+    """Images of a loader's batches, which a sampler of batches may know alone."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+
+
 def shares(loader: DataLoader, batches: int | None = None, single: bool = False) -> tuple[DataLoader, list[int]]:
     """Let each process read a share of a loader's images: batches by turns, so that, rank by rank, they are in order.
 
@@ -110,13 +115,14 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
         The loader of this process, of as many batches as the others', and how many images of each are to be taken:
         where there is none left for this process, its batch is there for the number alone.
     """
-    size = loader.batch_size or 32
-    sampler = loader.sampler
-    shuffled = isinstance(sampler, RandomSampler)
-    if shuffled or isinstance(sampler, SequentialSampler):
+    size = batch_size_of(loader)
+    sampler: Any = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
+    shuffled = isinstance(sampler, RandomSampler) or getattr(sampler, "shuffle", False)
+    if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
         rows = list(range(len(loader.dataset)))  # type: ignore[arg-type]
     else:
-        rows = gathered_objects([*sampler])[0]
+        batch_sampler: Any = loader.batch_sampler
+        rows = gathered_objects([row for batch in batch_sampler for row in batch])[0]
     if batches is not None and batches * size < len(rows):
         drawn = (
             torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

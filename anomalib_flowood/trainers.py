@@ -10,24 +10,16 @@ here and nowhere else, and the versions that have them bound those that this pac
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sized
 from typing import Any
 
 import lightning
-import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Sampler
-
-from anomalib_flowood.files import whole_file
-
-logger = logging.getLogger(__name__)
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
@@ -51,86 +43,6 @@ def is_trial(trainer: Any) -> bool:
     return bool(trainer.fast_dev_run)
 
 
-def save_whole(trainer: Trainer) -> None:
-    """Let a trainer's checkpoints appear whole or not at all, unless it was given a way of its own to write them.
-
-    Lightning's goes through ``TMPDIR``, from where a checkpoint is copied if that is another disk: one that is full by
-    then keeps a part of it, under the name of the whole.
-    """
-    writer: Any = trainer.strategy.checkpoint_io  # anomalib's loads in its own way, and saves in Lightning's
-    if type(writer).save_checkpoint is TorchCheckpointIO.save_checkpoint:
-        writer.save_checkpoint = save_checkpoint
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Args:
-        checkpoint: What Lightning saves.
-        path: The file, on this machine's disks; its folder is made if missing. Lightning writes to other places.
-        storage_options: As for Lightning's ``CheckpointIO``.
-
-    Raises:
-        OSError: If it cannot be written, with its path.
-    """
-    if "://" in str(path) or storage_options is not None:
-        TorchCheckpointIO().save_checkpoint(checkpoint, path, storage_options)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file, file.open("wb") as opened:
-        try:
-            torch.save(checkpoint, opened)
-        except RuntimeError as error:  # of a writer that could not write on
-            reason = error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise OSError(reason.errno, reason.strerror, str(path)) from error
-
-
-def keep_end(trainer: Trainer) -> None:
-    """Write a checkpoint of a fit that has ended without one, as where no validation followed its last epoch.
-
-    None of a fit that had nothing to train, nor where the callback chooses by a metric, and has chosen. What a resumed
-    fit began with is none of its own, though the callback names it.
-
-    Args:
-        trainer: The trainer of the fit, in each of its processes.
-
-    Raises:
-        RuntimeError: If this version of Lightning knows elsewhere what has been done.
-    """
-    callback: Any = trainer.checkpoint_callback
-    if is_trial(trainer) or not isinstance(callback, ModelCheckpoint) or not callback.save_top_k:
-        return
-    began, saved = _field(callback, "_last_time_checked") is not None, _field(callback, "_last_checkpoint_saved")
-    if not began or callback.best_model_path in callback.best_k_models:
-        return
-    if not saved:
-        metrics = _field(callback, "_monitor_candidates")(trainer)
-        callback.best_model_path = _field(callback, "_get_metric_interpolated_filepath_name")(metrics, trainer)
-        _field(callback, "_save_checkpoint")(trainer, callback.best_model_path)
-    elif Path(callback.best_model_path).parent != Path(saved).parent:  # save_last has, and names no best one
-        callback.best_model_path = saved
-
-
-def say_if_kept_earlier(trainer: Trainer) -> None:
-    """Warn of a fit whose newest checkpoint is of an earlier step than the weights in memory.
-
-    Where the callback chooses by a metric that is meant.
-    """
-    callback: Any = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or callback.monitor is not None or not trainer.is_global_zero:
-        return
-    step = _field(callback, "_last_global_step_saved")
-    if 0 < step < trainer.global_step:
-        logger.warning(
-            "The checkpoint %s is of step %d, the last that a validation followed; the detector in memory, and a test "
-            "of it, is of step %d. They are one where a validation follows the last epoch: with a max_epochs that is a "
-            "multiple of check_val_every_n_epoch.",
-            callback.best_model_path, step, trainer.global_step,
-        )  # fmt: skip
-
-
 def training_loaders(trainer: Trainer) -> list[Any]:
     """The loaders of a fit's training images, as a data module makes them or as they were given.
 
@@ -145,6 +57,12 @@ def validation_loaders(trainer: Trainer) -> list[Any]:
     if not trainer.enable_validation:
         return []
     return _listed(_source(trainer.fit_loop.epoch_loop.val_loop).dataloader())
+
+
+def images_of(loaders: list[Any]) -> int:
+    """How many images loaders have, as far as their data sets know a number."""
+    data_sets = [getattr(loader, "dataset", None) for loader in loaders]
+    return sum(len(data_set) for data_set in data_sets if isinstance(data_set, Sized))
 
 
 def check_validation_images(trainer: Trainer) -> None:
@@ -179,7 +97,7 @@ def prediction_loaders(trainer: Trainer) -> list[Any]:
     if not trainer.predicting:
         return []
     for loader in _listed(_source(trainer.predict_loop).dataloader()):
-        images = len(loader.dataset) if hasattr(loader, "dataset") else trainer.world_size
+        images = images_of([loader]) if isinstance(getattr(loader, "dataset", None), Sized) else trainer.world_size
         if images < trainer.world_size:
             msg = (
                 f"{trainer.world_size} processes cannot share {images} images to predict, since each needs one: set "
@@ -202,6 +120,21 @@ def _nothing() -> None:
     pass
 
 
+def check_dealing(trainer: Trainer) -> None:
+    """Refuse several processes each of which would see all images.
+
+    Raises:
+        ValueError: If so; the message names the argument.
+    """
+    if trainer.world_size > 1 and not field(field(trainer, "_accelerator_connector"), "use_distributed_sampler"):
+        msg = (
+            f"With use_distributed_sampler false each of {trainer.world_size} processes sees all images, and each "
+            "would count as many times, in the calibration, too. Leave it out of the trainer: a DistributedSampler "
+            "that a loader has already is kept."
+        )
+        raise ValueError(msg)
+
+
 def is_dealt_once(sampler: Sampler) -> bool:
     """Whether a sampler deals images out to processes without repeating any, as that of a prediction does."""
     return isinstance(sampler, UnrepeatedDistributedSampler)
@@ -218,6 +151,13 @@ def train_on(trainer: Trainer, loader: DataLoader) -> None:
     _replace_loader(trainer.fit_loop, loader)
 
 
+def unlist_training(trainer: Trainer) -> None:
+    """Let a fit that has begun take a loader that was given in a list as if it were not."""
+    given = _source(trainer.fit_loop).dataloader()
+    if isinstance(given, list | tuple):
+        train_on(trainer, given[0])
+
+
 def validate_on(trainer: Trainer, loader: DataLoader) -> None:
     """Let a fit that has begun validate on another loader; errors as for :func:`training_loaders`."""
     _replace_loader(trainer.fit_loop.epoch_loop.val_loop, loader)
@@ -228,13 +168,13 @@ def forget_iterator(trainer: Trainer) -> None:
 
     The order has been drawn if a scheduler has asked for the number of steps.
     """
-    _field(trainer.fit_loop, "_combined_loader")
+    field(trainer.fit_loop, "_combined_loader")
     trainer.fit_loop._combined_loader = None
 
 
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the last batch of a fit; errors as for :func:`skip_batches`."""
-    return bool(_field(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(_field(trainer.fit_loop, "_data_fetcher")))
+    return bool(field(trainer.fit_loop.epoch_loop, "_should_check_val_fx")(field(trainer.fit_loop, "_data_fetcher")))
 
 
 def put_between_batches(loops: dict[str, Any], batches: int, *, validate: bool) -> None:
@@ -301,6 +241,14 @@ def no_step_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
     return trainer.should_stop or 0 <= trainer.max_steps <= checkpoint["global_step"]
 
 
+def stops_early(trainer: Trainer) -> bool:
+    """Whether a fit that was asked to stop does so after the present batch, or epoch, as its least length lets it."""
+    loop = trainer.fit_loop
+    epochs = trainer.current_epoch + loop.epoch_loop.batch_progress.is_last_batch
+    is_long = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return trainer.should_stop and is_long
+
+
 def lift_limits(trainer: Trainer) -> tuple[int, bool]:
     """Let a fit begin that goes on behind its last step, where Lightning would leave out all that follows it.
 
@@ -341,7 +289,7 @@ def skip_batches(trainer: Trainer, batches: int) -> None:
     Raises:
         RuntimeError: If this version of Lightning keeps its iterator elsewhere.
     """
-    iterator = _field(_field(trainer.fit_loop, "_data_fetcher"), "iterator")
+    iterator = field(field(trainer.fit_loop, "_data_fetcher"), "iterator")
     for _ in range(batches):
         next(iterator, None)
     # What loggers count by: one more where Lightning passes over a validation first.
@@ -351,13 +299,13 @@ def skip_batches(trainer: Trainer, batches: int) -> None:
 
 def average_of(callback: StochasticWeightAveraging) -> LightningModule:
     """The module with the weights that a callback has averaged; errors as for :func:`training_loaders`."""
-    return _field(callback, "_average_model")
+    return field(callback, "_average_model")
 
 
 def _replace_loader(loop: Any, loader: DataLoader) -> None:
     source = _source(loop)
-    _field(source, "instance")
-    _field(loop, "_combined_loader")
+    field(source, "instance")
+    field(loop, "_combined_loader")
     source.instance = loader
     loop._combined_loader = None  # what the scheduler, which asks for the number of steps, has set up already
 
@@ -373,15 +321,16 @@ def name_results(trainer: Trainer, name: Callable[[dict[str, Any]], dict[str, An
         RuntimeError: If this version of Lightning prints its table elsewhere.
     """
     loop: Any = trainer.test_loop
-    plain = _field(type(loop), "_print_results")
+    plain = field(type(loop), "_print_results")
     loop._print_results = lambda results, stage: plain([name(result) for result in results], stage)
 
 
 def _source(loop: Any) -> Any:
-    return _field(loop, "_data_source")
+    return field(loop, "_data_source")
 
 
-def _field(owner: Any, name: str) -> Any:
+def field(owner: Any, name: str) -> Any:
+    """What is private to Lightning; a version of it that has no such thing is named, in a ``RuntimeError``."""
     if not hasattr(owner, name):
         kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
         msg = (

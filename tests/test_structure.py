@@ -24,7 +24,7 @@ FLOORS = (
     ("",),
     ("configuration", "files", "started"),
     ("checks", "look", "names", "noise", "trainers"),
-    ("parsing", "processes"),
+    ("parsing", "processes", "saving"),
     ("engine",),
     ("conformal",),
     ("exported",),

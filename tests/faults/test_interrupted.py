@@ -24,7 +24,7 @@ from anomalib_flowood.cli.output import unheard
 from anomalib_flowood.files import NAMES, escaped, unescaped, whole_file, whole_files, write_table, write_text
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
 from anomalib_flowood.parsing import FlowoodParser
-from anomalib_flowood.trainers import save_checkpoint
+from anomalib_flowood.saving import save_checkpoint
 
 PIXELS = "--model.image_size=[12,12] --model.channels=1 --model.coupling_layers=4 --model.hidden_channels=16"
 TRAIN = f"""train --model PixelFlow {PIXELS} --model.bottleneck_dim=3 --data CrossDataset --data.in_distribution=ramps

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
+from anomalib_flowood.checks import check_batch
 from anomalib_flowood.data.items import in_unit_range
 from anomalib_flowood.trainers import training_loaders, validation_loaders
 
@@ -81,6 +82,7 @@ def _normal_images(loader: DataLoader | None, count: int) -> Iterator[Tensor]:
         single = DataLoader(loader.dataset, batch_size=1, collate_fn=loader.collate_fn)
     with torch.random.fork_rng(devices=[]):
         for batch in islice(single, 20 * count):
+            check_batch(batch)
             labels = batch.gt_label
             normal = torch.ones(len(batch.image), dtype=torch.bool) if labels is None else ~labels.bool()
             for image in batch.image[normal.cpu()][:count]:

@@ -17,6 +17,7 @@ from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -28,14 +29,15 @@ from anomalib_flowood.data.prediction import read_as_trained
 from anomalib_flowood.metrics import AUROC, FPR95, BitsPerDim, BitsPerDimMedian, F1Score, PerSetEvaluator
 from anomalib_flowood.names import alternatives
 from anomalib_flowood.parsing import arguments_of
+from anomalib_flowood.saving import keep_end, save_whole, say_if_kept_earlier
 from anomalib_flowood.trainers import (
+    check_dealing,
     check_validation_images,
-    keep_end,
+    images_of,
     prediction_loaders,
-    save_whole,
-    say_if_kept_earlier,
     trainer_of,
     training_loaders,
+    unlist_training,
 )
 
 from .averaging import Averaging
@@ -76,6 +78,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     """Images that ``flowood predict`` scores at once; no score depends on what else is in its batch."""
     bits_seconds = 0.0
     """Seconds of the last test that went into bits per dimension, and not into scores."""
+    _saved_whole = False
+    """Whether the last checkpoint has all that a score needs."""
     max_value: int | None
     """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints.
 
@@ -94,6 +98,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         check_loading(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_workers(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_validation_images(self.trainer)
+        check_dealing(self.trainer)
         super().setup(stage)
         if processes.ranks() > 1:  # Lightning asks for one device, lest images count twice; here the second is left out
             warnings.filterwarnings("ignore", message=".*`DistributedSampler` that replicates some samples")
@@ -105,13 +110,26 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         else:
             self._read_alike()
 
+    def begin_fit(self) -> None:
+        """Train on one loader, which may be given in a list, where Lightning would make lists of its batches.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        super().begin_fit()
+        loaders = training_loaders(self.trainer)
+        if len(loaders) != 1 or isinstance(loaders[0], dict | CombinedLoader):
+            found = ", ".join(type(loader).__name__ for loader in loaders) or "none"
+            msg = f"{type(self).__name__} takes one DataLoader of training images, got {found}."
+            raise ValueError(msg)
+        unlist_training(self.trainer)
+
     def check_number(self, images: int) -> None:
         """Refuse so few training images that there is nothing to fit; a detector that knows a bound has it."""
 
     def _tell_of_few_images(self) -> None:
         """Say whether few images will do."""
-        loaders = training_loaders(self.trainer)
-        images = sum(len(loader.dataset) for loader in loaders if hasattr(loader, "dataset"))
+        images = images_of(training_loaders(self.trainer))
         if not 0 < images < _FEW:
             return
         if not self._trainable:
@@ -159,6 +177,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what white is in files of 16 bits."""
         super().on_save_checkpoint(checkpoint)
+        self._saved_whole = self._is_whole()
         checkpoint[_MAX_VALUE] = getattr(self, "max_value", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,10 +188,14 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             self._read_alike()
 
     def on_fit_end(self) -> None:
-        """Leave a checkpoint in any case: none is written where no validation follows the last epoch."""
+        """Leave a checkpoint that scores in any case: none is written where no validation follows the last epoch."""
         super().on_fit_end()
-        keep_end(self.trainer)
+        keep_end(self.trainer, whole=self._saved_whole or not self._is_whole())
         say_if_kept_earlier(self.trainer)
+
+    def _is_whole(self) -> bool:
+        """Whether all is fitted that a score needs."""
+        return bool(self.model.fitted) and self.model.scorer.ready
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
@@ -224,7 +247,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             return
         kept = sum(value.nbytes for value in vars(outputs).values() if isinstance(value, Tensor))
         batches = sum(self.trainer.num_predict_batches)
-        if kept * batches > _MUCH:
+        if math.isfinite(batches) and kept * batches > _MUCH:
             logger.warning(
                 "Engine.predict returns images and maps of all %d batches, which will take %.1f GiB. With "
                 "return_predictions=False nothing is kept, callbacks see each batch; anomalib_flowood.load(…)"

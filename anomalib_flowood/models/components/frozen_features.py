@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
+from anomalib_flowood.checks import check_batch
 from anomalib_flowood.flows import draw
 from anomalib_flowood.flows.rows import AT_ONCE
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
@@ -210,10 +211,8 @@ class FrozenFeatures(_Base):
         if not random:
             self._kept_gib = store.taken_gib
             dataset = FeatureDataset(prepared, None if labels is None else labels.repeat_interleave(copies))
-            train_on(
-                trainer,
-                feature_loader(dataset, loader.batch_size, shuffle=True, batches=self.epoch_steps(len(dataset))),
-            )
+            batch_size, steps = processes.batch_size_of(loader), self.epoch_steps(len(dataset))
+            train_on(trainer, feature_loader(dataset, batch_size, shuffle=True, batches=steps))
 
     def _turns_to_try(self, loader: DataLoader) -> int:
         """How many of the quarter turns the backbone is to see of each training image: 1, 2 or 4."""
@@ -270,7 +269,7 @@ class FrozenFeatures(_Base):
         paths = None if samples is None else getattr(samples, "image_path", None)
         prepared = self._prepare_all(self.prepare_features, extracted.features, room).features
         dataset = FeatureDataset(prepared, labels, None if paths is None else list(paths), masks)
-        validate_on(trainer, feature_loader(dataset, loader.batch_size, shuffle=False))
+        validate_on(trainer, feature_loader(dataset, processes.batch_size_of(loader), shuffle=False))
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
         """Return the prepared features of a batch, stored or of images."""
@@ -290,7 +289,7 @@ class FrozenFeatures(_Base):
         # A share is applied to the stored features, by Lightning, at every epoch.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None, self.images_at_once == 1)
         total = len(counts)
-        images = len(cast("Sized", loader.dataset))
+        images = sum(sum(of_one) for of_one in processes.gathered_objects(counts))
         store = FeatureStore(turns * images, self.cache_gib - self._kept_gib)
         labels: list[Tensor | None] = []
         masks: list[Tensor | None] = []
@@ -301,6 +300,7 @@ class FrozenFeatures(_Base):
         for number, (count, batch) in enumerate(zip(counts, batches, strict=True)):
             for watch in watchers:
                 watch(what, number, total)
+            check_batch(batch)
             batch = trainer.strategy.batch_to_device(batch)
             image, mask = batch.image, batch.gt_mask if what == "validation" else None
             transform = getattr(self.pre_processor, "transform", None)
@@ -375,11 +375,17 @@ def _check_finite(features: tuple[Tensor, ...], turns: int, batch: Any, what: st
 
 
 def _single(loaders: list[Any], what: str) -> Any:
-    if len(loaders) == 1 and hasattr(loaders[0], "dataset"):
+    if len(loaders) == 1 and isinstance(getattr(loaders[0], "dataset", None), Sized):
         return loaders[0]
-    found = ", ".join(type(loader).__name__ for loader in loaders) or "none"
-    msg = f"A detector on a frozen backbone takes one DataLoader of {what} images, got {found}."
+    found = ", ".join(_described(loader) for loader in loaders) or "none"
+    msg = f"A detector on a frozen backbone takes one DataLoader of {what} images that can be counted, got {found}."
     raise ValueError(msg)
+
+
+def _described(loader: Any) -> str:
+    """What a loader is, and of what where that cannot be counted."""
+    kind, data_set = type(loader).__name__, getattr(loader, "dataset", None)
+    return kind if data_set is None or isinstance(data_set, Sized) else f"{kind} of {type(data_set).__name__}"
 
 
 def _is_random(transform: Any) -> bool:

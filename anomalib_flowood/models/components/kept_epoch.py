@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -104,9 +104,11 @@ class KeptEpoch(_Base):
             self._validation_bits = None
 
     def on_train_epoch_end(self) -> None:
-        """Judge the last weights where no validation did."""
+        """Judge the last weights where no validation did; take better ones where none knew that it was the last."""
         if self._training_ends() and self._judged_step != self.trainer.global_step:
             self._judge()
+        elif self._training_ends() and self.kept_epoch is None:
+            self._take_best()
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
@@ -178,8 +180,12 @@ class KeptEpoch(_Base):
         if self._best is None or last.bits < self._best[0].bits:
             self._best = last, {name: value.clone() for name, value in self.model.state_dict().items()}
         if self._training_ends():
+            self._take_best()
+
+    def _take_best(self) -> None:
+        if self._best is not None:
             self.kept_epoch, weights = self._best
-            if self.kept_epoch != last:
+            if self.kept_epoch != self._last:
                 self.model.load_state_dict(weights)
 
     def _held_out_bits(self) -> Tensor:
@@ -206,7 +212,8 @@ class KeptEpoch(_Base):
         trainer: Any = self.trainer
         limit, transform = trainer.limit_val_batches, getattr(self.pre_processor, "transform", None)
         for loader in validation_loaders(trainer):
-            own = _again(loader) if isinstance(loader, DataLoader) else loader
+            countable = isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized)
+            own = _again(loader) if countable else loader
             count = limit if isinstance(limit, int) else None if limit == 1 else int(limit * len(own))
             for batch in islice(own, count):
                 on_device = trainer.strategy.batch_to_device(batch)

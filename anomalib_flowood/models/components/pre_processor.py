@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
+from anomalib_flowood.checks import check_batch
 from anomalib_flowood.data.resizing import is_antialiased
 from anomalib_flowood.features import backbone_config
 
@@ -29,6 +31,33 @@ class ExactPreProcessor(PreProcessor):
     def __init__(self, transform: Transform | None = None) -> None:
         super().__init__(transform)
         self.export_transform = _exportable(transform)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Pre-process a training batch; ``TypeError`` of what is none of anomalib's, here and below."""
+        check_batch(batch)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Pre-process a validation batch, of several loaders, too, of which anomalib's hook knows nothing."""
+        del dataloader_idx
+        check_batch(batch)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Pre-process a test batch."""
+        check_batch(batch)
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Pre-process a batch to predict."""
+        check_batch(batch)
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore the transform from a checkpoint."""

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from anomalib_flowood import processes
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import callbacks_of, trainer_of, training_loaders
+from anomalib_flowood.trainers import callbacks_of, images_of, stops_early, trainer_of, training_loaders
 
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
@@ -43,6 +43,16 @@ class ScoreFitting(_Base):
     def on_train_epoch_start(self) -> None:
         """Forget what the score has learnt of other weights."""
         super().on_train_epoch_start()
+        self.forget_weights()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """The same where a validation in the midst of the epoch has fitted it."""
+        if self._fitted_to:
+            self.forget_weights()
+        return super().on_train_batch_start(batch, batch_idx)
+
+    def forget_weights(self) -> None:
+        """Forget what was fitted to weights that training is about to change."""
         self.model.scorer.forget()
         self._fitted_to = ()
 
@@ -107,7 +117,7 @@ class ScoreFitting(_Base):
     @torch.no_grad()
     def _score_inputs(self, loader: Iterable[Any], images: int) -> Iterator[Inputs]:
         """Prepare so many images of a loader, as far as it has them."""
-        total = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
+        total = min(images, images_of([loader]) or images)
         with Progress(transient=True, disable=not self._shows_progress) as progress:
             bar = progress.add_task(f"Fitting the score {self.model.scorer.name}", total=total)
             seen = 0
@@ -129,14 +139,16 @@ class ScoreFitting(_Base):
         return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
 
     def _training_ends(self) -> bool:
-        """Whether the weights may be the last ones: at the end of the last epoch, or of any that may be chosen."""
+        """Whether the weights may be the last ones: at the end of the last epoch, or where any may be chosen.
+
+        It is asked when a validation begins, and at the end of an epoch.
+        """
         trainer = self.trainer
         loop = trainer.fit_loop
-        if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
+        if stops_early(trainer) or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
             return True
-        if not loop.epoch_loop.batch_progress.is_last_batch:
-            return False
-        # Early stopping, or the best checkpoint.
+        # Early stopping, or the best checkpoint; in the midst of an epoch, too.
         if any(getattr(callback, "monitor", None) for callback in callbacks_of(trainer)):
             return True
-        return loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs
+        ends = loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs
+        return ends and loop.epoch_loop.batch_progress.is_last_batch

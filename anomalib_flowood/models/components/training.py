@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
     Timer,
@@ -22,7 +23,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_flowood.scores.score import Inputs
-from anomalib_flowood.trainers import callbacks_of, epochs_are_left, epochs_done, reduce_gradients, training_loaders
+from anomalib_flowood.trainers import (
+    callbacks_of,
+    epochs_are_left,
+    epochs_done,
+    images_of,
+    reduce_gradients,
+    training_loaders,
+)
 
 from .flow_model import FlowModel, check_precision
 
@@ -56,6 +64,10 @@ _REFUSED: dict[type[Callback], str] = {
 
 _CHECKED_FIRST = 2
 """Validation batches that Lightning tries before a training, where nobody says how many."""
+
+
+class DownToZero(CosineAnnealingLR):
+    """Our own schedule, which is set to the length that a training turns out to have; one of the user's never is."""
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -109,8 +121,13 @@ class FlowTraining(_Base):
             self._check_trainer()
         if stage == TrainerFn.FITTING and self._epochs_by_images:
             self._epochs_by_images = False  # once: the trainer has a limit from now on
-            loaders = training_loaders(self.trainer)
-            images = sum(len(loader.dataset) for loader in loaders if hasattr(loader, "dataset"))
+            images = images_of(training_loaders(self.trainer))
+            if not images:
+                msg = (
+                    "How many epochs to train follows the number of images, which the data set does not know: set "
+                    "max_epochs of the trainer."
+                )
+                raise ValueError(msg)
             self.trainer.fit_loop.max_epochs = self.epochs_for(images)
 
     def _check_trainer(self) -> None:
@@ -146,15 +163,27 @@ class FlowTraining(_Base):
 
         It was set by the number of batches of images, or is a checkpoint's, of a training that was to end earlier.
         """
-        steps = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if not isinstance(scheduler, CosineAnnealingLR) or steps in {float("inf"), 0, scheduler.T_max}:
+            if not isinstance(scheduler, DownToZero):
+                continue
+            steps = self._steps_of_training()
+            if not 0 < steps < float("inf") or steps == scheduler.T_max:
                 continue
             scheduler.T_max = int(steps)
             share = (1 + math.cos(math.pi * min(1.0, scheduler.last_epoch / steps))) / 2
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                 group["lr"] = rate * share
+
+    def _steps_of_training(self) -> float:
+        """How often the optimizer will have stepped, also where a callback accumulates gradients by the epoch."""
+        trainer, steps = self.trainer, self.trainer.estimated_stepping_batches
+        schedules = [each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler)]
+        epochs = trainer.max_epochs
+        if not schedules or epochs is None or epochs < 0 or math.isinf(trainer.num_training_batches):
+            return steps
+        accumulated = [schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+        return min(steps, sum(math.ceil(trainer.num_training_batches / batches) for batches in accumulated))
 
     def epochs_for(self, images: int) -> int:
         """How many epochs to train on so many images, where neither the trainer nor ``max_epochs`` says it."""
@@ -226,9 +255,9 @@ class FlowTraining(_Base):
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=None if mixed else True)
         steps = self.trainer.estimated_stepping_batches
-        if steps in {float("inf"), 0}:
+        if not 0 < steps < float("inf"):  # below 0 where a data set has no length
             return {"optimizer": optimizer}
-        scheduler = CosineAnnealingLR(optimizer, T_max=int(steps))
+        scheduler = DownToZero(optimizer, T_max=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

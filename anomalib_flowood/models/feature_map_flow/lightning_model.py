@@ -278,9 +278,15 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Mean −log p per dimension of the flow's input, with noise on it; nats, ``()``."""
         return self.model.loss(inputs, self.feature_noise)
 
-    def on_train_epoch_start(self) -> None:
-        """Forget the whitening, which is of other weights."""
-        super().on_train_epoch_start()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Forget a whitening that a validation in the midst of the epoch has fitted."""
+        if self._whitened is not None:
+            self.forget_weights()
+        return super().on_train_batch_start(batch, batch_idx)
+
+    def forget_weights(self) -> None:
+        """Forget the whitening, too."""
+        super().forget_weights()
         self.model.forget_whitening()
         self.model.fitted.fill_(False)
         self._whitened = None
