@@ -258,7 +258,6 @@ class PositionMoments:
         return torch.baddbmm(self._scatter, self._sum[:, :, None], self._sum[:, None], alpha=-1 / self.count)
 
 
-@full_precision
 def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and scatter of vectors, ``(h * w, n, D)``, around others, ``(h * w, D)``; float64."""
     positions, _, dims = vectors.shape
@@ -268,7 +267,7 @@ def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
         *(part.split(_POSITIONS) for part in (vectors, around, total, scatter)), strict=True
     ):
         # In float64: where a few are taken off few, less may be left than float32 loses of a sum.
-        centred = (some - centre[:, None]).to(total)
+        centred = (some - centre[:, None]).to(total.device).double()
         some_total.copy_(centred.sum(1))
         torch.bmm(centred.mT, centred, out=some_scatter)
     return total, scatter

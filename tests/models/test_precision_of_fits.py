@@ -77,6 +77,10 @@ FITS = {
 }
 
 
+IN_DOUBLE = {"moments of positions", "whitening of positions"}
+"""Those that multiply no numbers of 32 bits at all."""
+
+
 @pytest.mark.parametrize("name", FITS)
 @torch.no_grad()
 def test_a_fit_is_the_same_where_products_of_bfloat16_are_asked_for(name):
@@ -87,7 +91,7 @@ def test_a_fit_is_the_same_where_products_of_bfloat16_are_asked_for(name):
             found = FITS[name]()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert multiplied.precisions == {"ieee"}
+    assert multiplied.precisions == (set() if name in IN_DOUBLE else {"ieee"})
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
