@@ -187,9 +187,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         memory_axes.semilogx(counts, [row.gib for row in series], "o-", color=colour, label=name)
     time_axes.set(xlabel="images", ylabel="seconds", title="A fit (in brackets the power at its end)")
     memory_axes.axhline(BAR_GIB, color=GREY, linestyle="--", label="cache_gib + 1")
-    memory_axes.set(xlabel="images", ylabel="GiB above rest", title="Peak memory, files not counted", ylim=(0, None))
+    memory_axes.set(
+        xlabel="images", ylabel="GiB above rest", title="Peak memory, files not counted", ylim=(0, 1.5 * BAR_GIB)
+    )
     time_axes.legend()
-    memory_axes.legend()
+    memory_axes.legend(loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
