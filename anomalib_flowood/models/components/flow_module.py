@@ -16,6 +16,9 @@ from anomalib import LearningType
 from anomalib.data import InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -31,6 +34,7 @@ from anomalib_flowood.names import alternatives
 from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.saving import keep_end, save_whole, say_if_kept_earlier
 from anomalib_flowood.trainers import (
+    callbacks_of,
     check_dealing,
     check_validation_images,
     images_of,
@@ -62,6 +66,9 @@ _SMALLER = 2
 
 _MUCH = 2**30
 """Bytes of returned predictions that a user is told of."""
+
+_COMPONENTS = (PreProcessor, PostProcessor, Evaluator)
+"""Callbacks that belong to a detector, and not to whoever made the trainer."""
 
 _MAX_VALUE = "anomalib_flowood_max_value"
 
@@ -263,6 +270,24 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         return time.perf_counter()
 
     # -- anomalib ------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's components, in the place of those of another detector that the trainer has worked with before.
+
+        Lightning replaces callbacks of the same class alone, and two pre-processors would change images in turn.
+        """
+        trainer = trainer_of(self)
+        if trainer is not None:
+            others = [part for part in callbacks_of(trainer) if not isinstance(part, _COMPONENTS)]
+            trainer.callbacks = others  # type: ignore[attr-defined]
+        return list(super().configure_callbacks())  # type: ignore[arg-type]
+
+    def teardown(self, stage: str) -> None:
+        """Take the components from the trainer, which may work with another detector next: see above."""
+        super().teardown(stage)
+        own = {id(part) for part in (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)}
+        others = [part for part in callbacks_of(self.trainer) if id(getattr(part, "pre_processor", part)) not in own]
+        self.trainer.callbacks = others  # type: ignore[attr-defined]
 
     @property
     def learning_type(self) -> LearningType:

@@ -173,7 +173,7 @@ class FrozenFeatures(_Base):
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, with the pre-processor kept away from stored features."""
-        callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]
+        callbacks = super().configure_callbacks()
         return [ImagesOnly(callback) if callback is self.pre_processor else callback for callback in callbacks]
 
     def begin_fit(self) -> None:
