@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import inspect
 import logging
 import os
 import weakref
@@ -13,9 +14,10 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from model_helpers import data, embedding_flow, engine, feature_map_flow
 from PIL import Image
-from torchvision.transforms.v2 import CenterCrop, Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Normalize, RandomHorizontalFlip, Resize
 
-from anomalib_flowood import EmbeddingFlow
+from anomalib_flowood import EmbeddingFlow, FeatureMapFlow
+from anomalib_flowood.models.components import backbone_pre_processor
 from anomalib_flowood.models.components.stored_features import FeatureDataset, FeatureStore, feature_loader
 
 
@@ -139,6 +141,23 @@ def test_with_augmentations_it_says_so_and_extracts_per_epoch(tmp_path, count_ba
     train, val = len(module.train_data), len(module.val_data)
     assert sum(count_backbone_images) == val + (1 + 3) * train
     assert "Training augmentations are on" in caplog.text
+
+
+@pytest.mark.parametrize("detector", [EmbeddingFlow, FeatureMapFlow])
+def test_a_pre_processor_of_the_class_is_that_of_its_default_backbone(detector):
+    backbone = inspect.signature(detector).parameters["backbone"].default
+    made = detector.configure_pre_processor((240, 360)).transform
+    assert str(made) == str(backbone_pre_processor(backbone, (240, 360)).transform)
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_normalisation_that_the_backbone_was_not_trained_with_is_named(other, tmp_path, caplog):
+    mean = [0.5, 0.25, 0.125] if other else embedding_flow().model.backbone.pretrained_cfg["mean"]
+    std = embedding_flow().model.backbone.pretrained_cfg["std"]
+    transform = Compose([Resize((32, 32), antialias=True), Normalize(mean, std)])
+    detector = embedding_flow(coupling_layers=0, pre_processor=PreProcessor(transform))
+    engine(tmp_path).fit(detector, datamodule=data(tmp_path))
+    assert ("normalises images with mean [0.5, 0.25, 0.125]" in caplog.text) == other
 
 
 def test_limits_hold_for_the_extraction(tmp_path, count_backbone_images):

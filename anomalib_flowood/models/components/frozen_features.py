@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from anomalib.data import Batch
-from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import track
 from torch import Tensor
@@ -25,6 +24,7 @@ from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, 
 
 from . import rotations
 from .flow_module import FlowModule
+from .pre_processor import default_pre_processor, tell_of_other_normalisation
 from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class FrozenFeatures(_Base):
     """Training images without which there is nothing to fit."""
 
     may_change = FlowModule.may_change | {"rotations"}
+    configure_pre_processor = staticmethod(default_pre_processor)
 
     rotations: bool = True
     """Whether turned copies of few training images are tried."""
@@ -169,7 +170,7 @@ class FrozenFeatures(_Base):
         Args:
             pre_processor: The argument.
         """
-        return pre_processor is True and type(self).configure_pre_processor is AnomalibModule.configure_pre_processor
+        return pre_processor is True and type(self).configure_pre_processor is default_pre_processor
 
     def configure_callbacks(self) -> list[Callback]:
         """Anomalib's callbacks, with the pre-processor kept away from stored features."""
@@ -179,6 +180,7 @@ class FrozenFeatures(_Base):
     def begin_fit(self) -> None:
         """Extract, fit, and train on what was stored."""
         super().begin_fit()
+        tell_of_other_normalisation(getattr(self.pre_processor, "transform", None), self.model.backbone)
         self._train_on_stored()
         self._validate_on_stored()
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +17,10 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 from anomalib_flowood.checks import check_batch
 from anomalib_flowood.data.resizing import is_antialiased
 from anomalib_flowood.features import backbone_config
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_BACKBONE = "tf_efficientnet_lite0"
 
 
 class ExactPreProcessor(PreProcessor):
@@ -82,6 +88,33 @@ def backbone_pre_processor(backbone: str, image_size: tuple[int, int] | None = N
     config = backbone_config(backbone)
     size = tuple(image_size or config["input_size"][-2:])
     return ExactPreProcessor(Compose([Resize(size, antialias=True), Normalize(config["mean"], config["std"])]))
+
+
+def default_pre_processor(image_size: tuple[int, int] | None = None) -> ExactPreProcessor:
+    """:func:`backbone_pre_processor` for the detectors' default backbone, as ``configure_pre_processor`` of a class."""
+    return backbone_pre_processor(_DEFAULT_BACKBONE, image_size)
+
+
+def tell_of_other_normalisation(transform: Transform | None, backbone: Any) -> None:
+    """Warn where a transform normalises images otherwise than a backbone was trained with.
+
+    Args:
+        transform: That of a pre-processor.
+        backbone: A network, of which nothing is known unless it has timm's ``pretrained_cfg``.
+    """
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            tell_of_other_normalisation(part, backbone)
+    config = getattr(backbone, "pretrained_cfg", None)
+    if not isinstance(transform, Normalize) or config is None:
+        return
+    given, trained = [*transform.mean, *transform.std], [*config["mean"], *config["std"]]
+    if not np.allclose(given, trained):
+        logger.warning(
+            "The pre-processor normalises images with mean %s and standard deviation %s, the backbone was trained with "
+            "%s and %s. Without the argument pre_processor they are normalised so; image_size resizes them.",
+            *map(list, (transform.mean, transform.std, config["mean"], config["std"])),
+        )
 
 
 class AntialiasedResize(nn.Module):
