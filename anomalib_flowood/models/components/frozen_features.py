@@ -180,7 +180,8 @@ class FrozenFeatures(_Base):
     def begin_fit(self) -> None:
         """Extract, fit, and train on what was stored."""
         super().begin_fit()
-        tell_of_other_normalisation(getattr(self.pre_processor, "transform", None), self.model.backbone)
+        transform = getattr(self.pre_processor, "transform", None)
+        tell_of_other_normalisation(transform, getattr(self.model, "backbone", None))
         self._train_on_stored()
         self._validate_on_stored()
 
