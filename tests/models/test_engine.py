@@ -97,12 +97,12 @@ def test_an_explicit_thousand_epochs_is_a_thousand(tmp_path):
     run = engine(tmp_path, max_epochs=1000)
     detector = pixel_flow()
 
-    class Stop(Callback):
+    class EndsTheFit(Callback):
         def on_train_start(self, trainer, pl_module):
             self.planned = trainer.max_epochs
             trainer.should_stop = True
 
-    stop = Stop()
+    stop = EndsTheFit()
     run._cache.args["callbacks"].append(stop)
     run.fit(detector, datamodule=data(tmp_path))
     assert stop.planned == 1000

@@ -111,7 +111,7 @@ def test_a_stop_in_the_midst_of_an_epoch_leaves_a_calibrated_detector(kind, tmp_
     assert len(detector.post_processor.calibration) == 24
 
 
-class Stop(Callback):
+class EndsTheFit(Callback):
     """Asks for a stop, and spoils the weights of some epochs."""
 
     def __init__(self, hook="on_train_start", epoch=0, spoilt=()):
@@ -133,7 +133,7 @@ def test_a_stop_that_has_to_wait_for_min_epochs_does_not_bring_weights_back_befo
     found = []
     for epoch in (0, 10):
         torch.manual_seed(0)
-        stop = Stop(epoch=epoch, spoilt=(1,))
+        stop = EndsTheFit(epoch=epoch, spoilt=(1,))
         fit(tmp_path, pixel_flow(), callbacks=[stop], min_epochs=3, max_epochs=3)
         found.append(stop.weights)
     assert len(found[0]) == len(found[1]) == 9
@@ -143,7 +143,7 @@ def test_a_stop_that_has_to_wait_for_min_epochs_does_not_bring_weights_back_befo
 
 def test_the_best_epoch_comes_back_where_a_stop_comes_behind_a_validation(tmp_path, caplog):
     detector = pixel_flow()
-    fit(tmp_path, detector, callbacks=[Stop("on_validation_end", epoch=1, spoilt=(1,))], max_epochs=5)
+    fit(tmp_path, detector, callbacks=[EndsTheFit("on_validation_end", epoch=1, spoilt=(1,))], max_epochs=5)
     assert detector.kept_epoch.epoch == 1
     assert "no normal validation images" not in caplog.text
 
