@@ -5,7 +5,8 @@ What Lightning gives is reached by its public names. It has none for the loaders
 device got its share of them, none for others in their place once the fit has begun, none for the table of a test, none
 for averaged weights, and none for whether a fit has left a checkpoint.
 (``trainer.datamodule`` does not do: it stays that of an earlier run where a later one gets loaders.) These are reached
-here and nowhere else, and the versions that have them bound those that this package takes.
+by :func:`field`, here and in :mod:`anomalib_flowood.saving` and nowhere else, and the versions that have them bound
+those that this package takes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """The callbacks of a trainer, which has them without a type."""
     return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def drop_callbacks(trainer: Trainer, drop: Callable[[Any], bool]) -> None:
+    """Take callbacks from a trainer; the list that it was given stays as it is."""
+    owner: Any = trainer
+    owner.callbacks = [callback for callback in callbacks_of(trainer) if not drop(callback)]
 
 
 def is_trial(trainer: Any) -> bool:
@@ -77,9 +84,9 @@ def check_validation_images(trainer: Trainer) -> None:
         elif trainer.state.fn == TrainerFn.FITTING:
             validation_loaders(trainer)
     except AttributeError as error:
-        if error.name != "val_data":
-            raise
         data: Any = error.obj
+        if error.name != "val_data" or not hasattr(data, "val_split_mode"):
+            raise
         msg = (
             f"{type(data).__name__} has no validation images (val_split_mode {data.val_split_mode.value}): set "
             "val_split_mode from_train (--data.val_split_mode from_train), so that normal images calibrate p-values "

@@ -9,6 +9,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch.utils.data import DataLoader
 
 from anomalib_flowood import trainers
@@ -173,6 +174,24 @@ def test_a_module_may_have_no_trainer(tmp_path):
     assert trainers.trainer_of(module) is run
 
 
+def test_a_data_module_of_another_kind_says_itself_what_it_lacks(tmp_path):
+    class Lacking(Data):
+        def val_dataloader(self):
+            return loader(self.val_data)
+
+    with pytest.raises(AttributeError, match="'Lacking' object has no attribute 'val_data'"):
+        trainer(tmp_path).fit(Seeing(on_setup=trainers.check_validation_images), datamodule=Lacking())
+
+
+def test_callbacks_are_taken_from_a_trainer_and_not_from_the_list_that_it_was_given(tmp_path):
+    given = [Callback(), LambdaCallback()]
+    run = trainer(tmp_path, callbacks=given)
+    before = list(given)
+    trainers.drop_callbacks(run, lambda callback: isinstance(callback, LambdaCallback))
+    assert run.callbacks == [callback for callback in before if not isinstance(callback, LambdaCallback)]
+    assert given == before
+
+
 @pytest.mark.parametrize("lacks", ["_data_source", "_combined_loader", "instance"])
 def test_a_version_that_keeps_its_loaders_elsewhere_is_named(lacks):
     fields = {"_data_source": SimpleNamespace(instance=None), "_combined_loader": None}
@@ -183,12 +202,17 @@ def test_a_version_that_keeps_its_loaders_elsewhere_is_named(lacks):
         trainers.train_on(SimpleNamespace(fit_loop=loop), loader(1))
 
 
-def test_lightnings_private_fields_are_reached_in_one_module():
+def test_lightnings_private_fields_are_reached_in_two_modules():
     root = Path(__file__).parents[1]
     private = re.compile(r"\b(trainer|\w*loops?)\._[a-z]|\._(data_source|combined_loader|print_results|trainer)\b")
     files = [path for folder in ("anomalib_flowood", "benchmarks") for path in (root / folder).rglob("*.py")]
     found = {path.name for path in files if private.search(path.read_text(encoding="utf-8"))}
     assert found == {"trainers.py"}
+    named = re.compile(r"\bfield\(.*\"_[a-z]")
+    assert {path.name for path in files if named.search(path.read_text(encoding="utf-8"))} == {
+        "saving.py",
+        "trainers.py",
+    }
     project = (root / "pyproject.toml").read_text(encoding="utf-8")
     bounds = re.search(r'"lightning(.*?)"', project)[1]
     assert "<" in bounds, "a later version may keep its loaders elsewhere"

@@ -34,9 +34,9 @@ from anomalib_flowood.names import alternatives
 from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.saving import keep_end, save_whole, say_if_kept_earlier
 from anomalib_flowood.trainers import (
-    callbacks_of,
     check_dealing,
     check_validation_images,
+    drop_callbacks,
     images_of,
     prediction_loaders,
     trainer_of,
@@ -278,16 +278,15 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         """
         trainer = trainer_of(self)
         if trainer is not None:
-            others = [part for part in callbacks_of(trainer) if not isinstance(part, _COMPONENTS)]
-            trainer.callbacks = others  # type: ignore[attr-defined]
-        return list(super().configure_callbacks())  # type: ignore[arg-type]
+            drop_callbacks(trainer, lambda part: isinstance(part, _COMPONENTS))
+        components: Any = super().configure_callbacks()
+        return [*components]
 
     def teardown(self, stage: str) -> None:
         """Take the components from the trainer, which may work with another detector next: see above."""
         super().teardown(stage)
         own = {id(part) for part in (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)}
-        others = [part for part in callbacks_of(self.trainer) if id(getattr(part, "pre_processor", part)) not in own]
-        self.trainer.callbacks = others  # type: ignore[attr-defined]
+        drop_callbacks(self.trainer, lambda part: id(getattr(part, "pre_processor", part)) in own)
 
     @property
     def learning_type(self) -> LearningType:
