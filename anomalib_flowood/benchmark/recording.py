@@ -37,9 +37,8 @@ class ScoreRecorder(Callback):
         self.decision: dict[str, float] = {}
         """By what the detector labels images, see :func:`decision_of`."""
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, *_: Any) -> None:
         """Start the clock."""
-        del trainer, pl_module
         self._parts = []
         self._keeper = MapKeeper()
         self._start = time.perf_counter()

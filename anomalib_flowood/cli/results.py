@@ -42,9 +42,8 @@ class ConfigurationKeeper(Callback):
     def __init__(self, save: Callable[[Path], None]) -> None:
         self._save = save
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, _: LightningModule, stage: str) -> None:
         """Write it before anything is trained."""
-        del pl_module
         folder, of_logger = Path(trainer.default_root_dir), trainer.log_dir  # asked for in every process
         elsewhere = of_logger is not None and Path(of_logger).resolve() != folder.resolve()
         if stage == TrainerFn.FITTING and elsewhere and trainer.is_global_zero:

@@ -38,34 +38,21 @@ class PredictionKeeper(Callback):
         """What :func:`keep_predictions` takes."""
         self._last: Any = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, *_: Any) -> None:
         """Begin anew."""
-        del trainer, pl_module
         self.batches, self._last = [], None
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Hold a batch, which the post-processor, whose turn is after ours, has not seen yet."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
+        del trainer, pl_module
         self._last = outputs
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take what is wanted of the one before, and let it go: its maps may be large."""
-        del trainer, pl_module, batch, batch_idx, dataloader_idx
+    def on_predict_batch_start(self, *_: Any) -> None:
+        """Take what is wanted of the previous batch, and let go of it: its maps may be large."""
         self._keep_last()
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the last one."""
-        del trainer, pl_module
+    def on_predict_epoch_end(self, *_: Any) -> None:
+        """Take what is wanted of the last batch."""
         self._keep_last()
 
     def _keep_last(self) -> None:

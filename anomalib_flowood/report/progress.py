@@ -129,19 +129,13 @@ class JobProgress(Callback):
             self.stage(f"extracting {what} features")
         self._show(f"extracting {what} features, batch {done + 1}/{total}", done / total)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         """Start counting the steps of a training."""
-        del trainer, pl_module
         self._batches = 0
         self.stage("training")
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a step."""
         del pl_module, outputs, batch
@@ -153,9 +147,8 @@ class JobProgress(Callback):
         step = f"step {batch_idx + 1}" + (f"/{per_epoch}" if math.isfinite(per_epoch) else "")
         self._show(f"{self._epoch} {step}", self._train_fraction(trainer))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         """Say that an epoch is over, with its loss."""
-        del pl_module
         losses = [f"{name} {float(value):.4g}" for name, value in trainer.callback_metrics.items() if "loss" in name]
         self._show(" ".join([self._epoch, *losses]), self._train_fraction(trainer))
         now = time.monotonic()
@@ -163,28 +156,17 @@ class JobProgress(Callback):
         if self._live is None and (last or now - self._said >= 1.0):
             self.say(self._line())
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         """Say that the validation set is being scored; a training's progress stays."""
-        del trainer, pl_module
         self._show("validating", self._fraction)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, *_: Any) -> None:
         """Start counting the batches of a test."""
-        del trainer, pl_module
         self._batches = 0
         self.stage("testing")
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Count a test batch."""
-        del pl_module, outputs, batch, batch_idx, dataloader_idx
         self._batches += 1
         total = sum(trainer.num_test_batches)
         known = math.isfinite(total) and total > 0
