@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from anomalib_flowood import look
 from anomalib_flowood.look import from_here, heading, short_name, shorten, typed
-from anomalib_flowood.report import score_histograms
+from anomalib_flowood.report.plots import score_histograms
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from anomalib_flowood.noise import quieten
-from anomalib_flowood.report import score_histograms
+from anomalib_flowood.report.plots import score_histograms
 
 
 class _Kept(logging.Handler):

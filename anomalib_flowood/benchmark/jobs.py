@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, Trainer
 from anomalib_flowood.data.datamodules.cross_dataset import grouped_sets
 from anomalib_flowood.look import shorten
 from anomalib_flowood.names import check_known
-from anomalib_flowood.report import JobProgress
+from anomalib_flowood.report.progress import JobProgress
 
 from .building import KINDS, build, check_entry, config_key, find_class
 from .checking import Counts, check_detector, count_images

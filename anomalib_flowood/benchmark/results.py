@@ -13,16 +13,10 @@ from rich.console import Console
 
 from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.look import typed
-from anomalib_flowood.report import (
-    benchmark_markdown,
-    benchmark_table,
-    image_table,
-    score_histograms,
-    set_markdown,
-    set_table,
-)
 from anomalib_flowood.report.maps import write_maps
+from anomalib_flowood.report.plots import score_histograms
 from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
+from anomalib_flowood.report.table import benchmark_markdown, benchmark_table, image_table, set_markdown, set_table
 
 CONFIGURATION = "benchmark.yaml"
 """The configuration in the folder of a benchmark, by which it can go on."""

@@ -29,7 +29,7 @@ from anomalib_flowood.files import NAMES, held, write_text
 from anomalib_flowood.metrics import rate_text
 from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser
-from anomalib_flowood.report import JobProgress
+from anomalib_flowood.report.progress import JobProgress
 from anomalib_flowood.report.run import write_record
 from anomalib_flowood.started import was_started
 

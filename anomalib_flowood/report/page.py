@@ -28,7 +28,7 @@ from .markup import render
 from .plots import first_seed, source_colours
 from .rows import image_rows
 from .run import Run, read_run
-from .table import METRICS, TITLES, cells_of, first_seen, several_seeds, summarise, summarise_sets
+from .table import NAMES, SET_METRICS, SET_NAMES, TITLES, cells_of, columns_of, several_seeds, summarise, summarise_sets
 
 _OPEN_CHARTS = 12
 """With more charts or detectors than this, those of single sets and the images wait until they are asked for."""
@@ -151,12 +151,11 @@ def _table(caption: str, run: Run, summary: pd.DataFrame, names: dict[str, str],
         caption = f"{run.results['data'].iloc[0]}: {caption}"
         names = {name: heading for name, heading in names.items() if name != "data"}
     best_first = {"AUROC", "images_per_s", "seeds"}  # of these the highest comes first
-    headings = TITLES | {"seeds": "seeds"}
     header = [(heading, False, "ascending") for heading in names.values()]
-    header += [(headings[name], True, "descending" if name in best_first else "ascending") for name in columns]
+    header += [(TITLES[name], True, "descending" if name in best_first else "ascending") for name in columns]
     rows = []
     for _, row in summary.iterrows():
-        texts = cells_of(row) | {"seeds": str(row["seeds"])}
+        texts = cells_of(row)
         cells = [_Cell(row[name], row[name], error=row["error"] if name == "detector" else "") for name in names]
         for name in columns:
             value = None if math.isnan(row[name]) else float(row[name])
@@ -166,13 +165,10 @@ def _table(caption: str, run: Run, summary: pd.DataFrame, names: dict[str, str],
 
 
 def _tables(run: Run) -> list[_Table]:
-    summary = summarise(run.results).sort_values("data", kind="stable", key=first_seen)
-    columns = (*METRICS, *(("seeds",) if several_seeds(run.results) else ()))
-    tables = [_table("all outside images together", run, summary, {"detector": "detector", "data": "data"}, columns)]
+    tables = [_table("all outside images together", run, summarise(run.results), NAMES, columns_of(run.results))]
     sets = summarise_sets(run.results)
     if not sets.empty:
-        names = {"detector": "detector", "data": "data", "set": "outside"}
-        tables.append(_table("each outside set", run, sets, names, ("AUROC", "FPR95")))
+        tables.append(_table("each outside set", run, sets, SET_NAMES, SET_METRICS))
     pixels = _pixel_table(run.results)
     return tables if pixels is None else [*tables, pixels]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -16,9 +16,15 @@ from anomalib_flowood.look import shorten
 from anomalib_flowood.metrics import MEAN, MOST_SETS, NOT_DEFINED, groups_of
 
 METRICS = ("AUROC", "FPR95", "fit_duration", "images_per_s")
+SET_METRICS = ("AUROC", "FPR95")
+TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s", "seeds": "seeds"}
+"""Headings of the columns of numbers."""
+NAMES = {"detector": "detector", "data": "data"}
+SET_NAMES = NAMES | {"set": "outside"}
+"""Headings of the columns of text, of all images together and of each set."""
+_RATIOS = {"detector": 3, "data": 2, "set": 1}
 _ERROR = 160
 """The most characters of an error in a cell."""
-TITLES = {"AUROC": "AUROC ↑", "FPR95": "FPR95 ↓", "fit_duration": "fit s", "images_per_s": "images/s"}
 
 
 def summarise(results: pd.DataFrame) -> pd.DataFrame:
@@ -29,9 +35,9 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
             ``fit_duration``, ``images_per_s`` and ``error`` (empty or missing where the job succeeded).
 
     Returns:
-        A row per detector and data set, in order of first appearance: the means over seeds, ``AUROC_std`` and
-        ``FPR95_std`` (NaN for a single seed), ``seeds`` (how many succeeded), ``best`` (whether no other detector has a
-        higher AUROC on these data) and ``error`` (the first one, or an empty string).
+        A row per detector and data set, data by data in order of first appearance: the means over seeds,
+        ``AUROC_std`` and ``FPR95_std`` (NaN for a single seed), ``seeds`` (how many succeeded), ``best`` (whether no
+        other detector has a higher AUROC on these data) and ``error`` (the first one, or an empty string).
     """
     frame = results.reindex(columns=["detector", "data", "seed", *METRICS, "error"])
     rows = []
@@ -49,11 +55,16 @@ def summarise(results: pd.DataFrame) -> pd.DataFrame:
                 "error": errors[0] if errors else "",
             },
         )
-    summary = pd.DataFrame(rows)
+    summary = pd.DataFrame(rows).sort_values("data", kind="stable", key=_first_seen, ignore_index=True)
     # Compared as printed: a difference nobody can see does not make a winner.
     shown = summary["AUROC"].round(3)
     summary["best"] = shown.eq(shown.groupby(summary["data"]).transform("max"))
     return summary
+
+
+def _first_seen(column: pd.Series) -> pd.Series:
+    """Sort key that keeps data sets in the order of the configuration."""
+    return pd.Series(pd.factorize(column)[0], index=column.index)
 
 
 def _number(value: float, std: float, digits: int, missing: str = "-") -> str:
@@ -73,6 +84,7 @@ def cells_of(row: pd.Series) -> dict[str, str]:
         "FPR95": _number(row["FPR95"], row["FPR95_std"], 3, missing),
         "fit_duration": _number(row["fit_duration"], nan, 1 if row["fit_duration"] < 100 else 0),
         "images_per_s": _number(rate, nan, 1 if rate < 10 else 0),
+        "seeds": str(row["seeds"]),
     }
 
 
@@ -104,6 +116,11 @@ def several_seeds(results: pd.DataFrame) -> bool:
     return "seed" in results and results["seed"].nunique() > 1
 
 
+def columns_of(results: pd.DataFrame) -> tuple[str, ...]:
+    """Return which numbers a table of all images shows."""
+    return (*METRICS, "seeds") if several_seeds(results) else METRICS
+
+
 def benchmark_table(results: pd.DataFrame) -> Table:
     """Lay the results out for a terminal; the best AUROC on each data set is bold.
 
@@ -113,51 +130,12 @@ def benchmark_table(results: pd.DataFrame) -> Table:
     Returns:
         A table that wraps its names, never its numbers, and fits into 100 columns.
     """
-    seeds = several_seeds(results)
-    table = Table(box=box.SIMPLE_HEAD, title="Benchmark", title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("detector", overflow="fold", ratio=3)
-    table.add_column("data", overflow="fold", ratio=2)
-    for name in METRICS:
-        table.add_column(TITLES[name], justify="right", no_wrap=True)
-    if seeds:
-        table.add_column("seeds", justify="right", no_wrap=True)
-    data = None
-    for _, row in summarise(results).sort_values("data", kind="stable", key=first_seen).iterrows():
-        if data is not None and row["data"] != data:
-            table.add_section()
-        data = row["data"]
-        cells = cells_of(row)
-        if row["best"]:
-            cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
-        detector = escape(str(row["detector"]))
-        if row["error"]:
-            detector += f"\n[red]failed: {escape(shorten(row['error'], _ERROR))}[/red]"
-        table.add_row(detector, escape(str(data)), *cells.values(), *([str(row["seeds"])] if seeds else []))
-    return table
+    return _terminal_table("Benchmark", summarise(results), NAMES, columns_of(results))
 
 
 def benchmark_markdown(results: pd.DataFrame) -> str:
-    """Write the table of :func:`benchmark_table` as Markdown.
-
-    Args:
-        results: One row per job, see :func:`summarise`.
-
-    Returns:
-        A Markdown table, ending in a newline.
-    """
-    seeds = several_seeds(results)
-    header = ["detector", "data", *(TITLES[name] for name in METRICS), *(["seeds"] if seeds else [])]
-    lines = [" | ".join(header), " | ".join(["---", "---", *["---:"] * (len(header) - 2)])]
-    for _, row in summarise(results).sort_values("data", kind="stable", key=first_seen).iterrows():
-        cells = cells_of(row)
-        if row["best"]:
-            cells["AUROC"] = f"**{cells['AUROC']}**"
-        names = [str(row["detector"]), str(row["data"])]
-        if row["error"]:
-            names[0] += f" (failed: {shorten(row['error'], _ERROR)})"
-        names = [_markdown_cell(name) for name in names]
-        lines.append(" | ".join([*names, *cells.values(), *([str(row["seeds"])] if seeds else [])]))
-    return "".join(f"| {line} |\n" for line in lines)
+    """Write the table of :func:`benchmark_table` as Markdown, ending in a newline."""
+    return _markdown(summarise(results), NAMES, columns_of(results))
 
 
 def summarise_sets(results: pd.DataFrame) -> pd.DataFrame:
@@ -192,53 +170,50 @@ def set_table(results: pd.DataFrame) -> Table | None:
     Returns:
         A table that fits into 100 columns; ``None`` if there is nothing to show.
     """
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Each outside set", title_justify="left", title_style="bold", pad_edge=False
-    )
-    for name, ratio in (("detector", 3), ("data", 2), ("outside", 1)):
-        table.add_column(name, overflow="fold", ratio=ratio)
-    for name in ("AUROC", "FPR95"):
-        table.add_column(TITLES[name], justify="right", no_wrap=True)
-    group = None
-    for _, row in summarise_sets(results).iterrows():
-        if group is not None and (row["data"], row["set"]) != group:
-            table.add_section()
-        group = row["data"], row["set"]
-        cells = cells_of(row)
-        if row["best"]:
-            cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
-        names = [escape(str(row[name])) for name in ("detector", "data", "set")]
-        table.add_row(*names, cells["AUROC"], cells["FPR95"])
-    return table if table.rows else None
+    summary = summarise_sets(results)
+    return None if summary.empty else _terminal_table("Each outside set", summary, SET_NAMES, SET_METRICS)
 
 
 def set_markdown(results: pd.DataFrame) -> str:
-    """Write the table of :func:`set_table` as Markdown.
+    """Write the table of :func:`set_table` as Markdown after an empty line; an empty string if there is no table."""
+    summary = summarise_sets(results)
+    return "" if summary.empty else "\n" + _markdown(summary, SET_NAMES, SET_METRICS)
 
-    Args:
-        results: One row per job, see :func:`set_table`.
 
-    Returns:
-        An empty line and a Markdown table, ending in a newline; an empty string if there is no table.
-    """
-    header = ["detector", "data", "outside", TITLES["AUROC"], TITLES["FPR95"]]
-    lines = []
-    for _, row in summarise_sets(results).iterrows():
+def _terminal_table(title: str, summary: pd.DataFrame, names: Mapping[str, str], numbers: Sequence[str]) -> Table:
+    """Lay a summary out: columns of text (their headings by name), then columns of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for name, heading in names.items():
+        table.add_column(heading, overflow="fold", ratio=_RATIOS[name])
+    for name in numbers:
+        table.add_column(TITLES[name], justify="right", no_wrap=True)
+    previous = None
+    for _, row in summary.iterrows():
+        texts = {name: escape(str(row[name])) for name in names}
+        section = {**texts, "detector": ""}
+        if previous not in (None, section):
+            table.add_section()
+        previous = section
+        cells = cells_of(row)
+        if row["best"]:
+            cells["AUROC"] = f"[bold]{cells['AUROC']}[/bold]"
+        if row["error"]:
+            texts["detector"] += f"\n[red]failed: {escape(shorten(row['error'], _ERROR))}[/red]"
+        table.add_row(*texts.values(), *(cells[name] for name in numbers))
+    return table
+
+
+def _markdown(summary: pd.DataFrame, names: Mapping[str, str], numbers: Sequence[str]) -> str:
+    """Write a summary as a Markdown table; arguments as for :func:`_terminal_table`."""
+    header = [*names.values(), *(TITLES[name] for name in numbers)]
+    lines = [" | ".join(header), " | ".join(["---"] * len(names) + ["---:"] * len(numbers))]
+    for _, row in summary.iterrows():
+        texts = {name: str(row[name]) for name in names}
         cells = cells_of(row)
         if row["best"]:
             cells["AUROC"] = f"**{cells['AUROC']}**"
-        names = [_markdown_cell(str(row[name])) for name in ("detector", "data", "set")]
-        lines.append(" | ".join([*names, cells["AUROC"], cells["FPR95"]]))
-    if not lines:
-        return ""
-    lines = [" | ".join(header), "--- | --- | --- | ---: | ---:", *lines]
-    return "\n" + "".join(f"| {line} |\n" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def first_seen(column: pd.Series) -> pd.Series:
-    """Sort key that keeps data sets in the order of the configuration."""
-    return pd.Series(pd.factorize(column)[0], index=column.index)
+        if row["error"]:
+            texts["detector"] += f" (failed: {shorten(row['error'], _ERROR)})"
+        escaped = [text.replace("|", "\\|").replace("\n", " ") for text in texts.values()]
+        lines.append(" | ".join([*escaped, *(cells[name] for name in numbers)]))
+    return "".join(f"| {line} |\n" for line in lines)

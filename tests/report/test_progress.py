@@ -4,7 +4,7 @@ import time
 
 from rich.console import Console
 
-from anomalib_flowood.report import JobProgress
+from anomalib_flowood.report.progress import JobProgress
 
 
 def test_a_log_is_never_silent_for_long() -> None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from anomalib_flowood.report import benchmark_markdown, benchmark_table, score_histograms, summarise
+from anomalib_flowood.report.plots import score_histograms
+from anomalib_flowood.report.table import benchmark_markdown, benchmark_table, summarise
 
 
 def row(detector: str, data: str, auroc: float, seed: int = 0, **more: object) -> dict:

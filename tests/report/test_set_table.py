@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from anomalib_flowood.metrics import MOST_SETS
-from anomalib_flowood.report import benchmark_markdown, set_markdown, set_table
+from anomalib_flowood.report.table import benchmark_markdown, set_markdown, set_table
 
 
 def row(detector: str, data: str, sets: dict[str, float], **more: object) -> dict:
