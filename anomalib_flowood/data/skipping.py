@@ -76,21 +76,20 @@ def skipping_arguments(
         model: The detector.
         data_path: Image or folder to predict on, if that is what there is.
         batch_size: Images of such a folder to predict on at once, if the detector resizes them to one size.
-        arguments: Further arguments of anomalib's ``Engine.predict``: ``dataloaders`` or ``datamodule`` else.
+        arguments: Further arguments of anomalib's ``Engine.predict``: else a data loader as ``dataloaders``, or a
+            ``datamodule``.
 
     Returns:
         The arguments to predict with, and a dictionary that will hold path and message of each file left out.
     """
     errors: dict[str, str] = {}
-    loaders, datamodule = arguments.get("dataloaders"), arguments.get("datamodule")
+    loader, datamodule = arguments.get("dataloaders"), arguments.get("datamodule")
     if data_path is not None:
         resize = resize_of(model)
         dataset = PathDataset(data_path, resize=resize, max_value=getattr(model, "max_value", None))
-        loaders = DataLoader(dataset, batch_size=batch_size if resize else 1, collate_fn=dataset.collate_fn)
-    if loaders is not None:
-        arguments["dataloaders"] = [
-            _skipping(loader, errors) for loader in ([loaders] if isinstance(loaders, DataLoader) else loaders)
-        ]
+        loader = DataLoader(dataset, batch_size=batch_size if resize else 1, collate_fn=dataset.collate_fn)
+    if loader is not None:
+        arguments["dataloaders"] = _skipping(loader, errors)
     elif datamodule is not None:
         predict_dataloader = datamodule.predict_dataloader
         datamodule.predict_dataloader = lambda: _skipping(predict_dataloader(), errors)
@@ -106,9 +105,10 @@ def _skipping(loader: DataLoader, errors: dict[str, str]) -> DataLoader:
         sampler=loader.sampler,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_pass_on,
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _pass_on(batch: Any) -> Any:
+    """Return a batch as it is: the data set has collated it."""
     return batch

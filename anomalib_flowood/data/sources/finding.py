@@ -22,7 +22,7 @@ from anomalib_flowood.names import unknown_name
 
 
 class Source(Protocol):
-    """A data set that can be read split by split."""
+    """A data set that can be read split by split: one that is known by name, or a folder."""
 
     name: str
 

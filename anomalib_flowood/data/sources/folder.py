@@ -38,7 +38,7 @@ class FolderSource:
 
     @property
     def key(self) -> str:
-        """What makes two sources the same data set."""
+        """The folder; of a data set that is known by name, its name."""
         folder = self.folder.resolve()
         installed = {entry.installed.resolve(): name for name, entry in DATA_SETS.items() if entry.installed}
         return installed.get(folder, str(folder))
@@ -85,31 +85,13 @@ class FolderSource:
         return None
 
     def prepare(self, splits: Sequence[str]) -> None:  # noqa: ARG002
-        """Check that the folder is there.
-
-        Args:
-            splits: Not used: there is nothing to download.
-
-        Raises:
-            FileNotFoundError: If it is not.
-        """
+        """Check that the folder is there: there is nothing to download."""
         if not self.folder.is_dir():
             msg = f"There is no folder {self.folder} (looked for it from {Path.cwd()})."
             raise FileNotFoundError(msg)
 
     def read(self, split: str) -> Images:
-        """Read one split.
-
-        Args:
-            split: ``"train"`` or ``"test"``.
-
-        Returns:
-            Its images. A folder without such splits is divided by the seed, class by class.
-
-        Raises:
-            FileNotFoundError: If the folder or its images are missing.
-            ValueError: If an idx file is damaged.
-        """
+        """Read one split; a folder without ``train/`` and ``test/`` is divided by the seed, class by class."""
         self.prepare([split])
         layout, there = layout_of(self.folder)
         if split in there and (len(there) == 2 or self.held_out == 1.0):

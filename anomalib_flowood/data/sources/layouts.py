@@ -58,11 +58,11 @@ class IdxFiles:
     what = "idx files"
 
     def splits(self, folder: Path) -> list[str] | None:
-        """Which of both splits there are; ``None`` if there are no idx files."""
+        """Return which of the two splits there are; ``None`` if there are no idx files."""
         return [split for split in ("train", "test") if find_idx(folder, split, "images")] or None
 
     def read(self, folder: Path, name: str, split: str | None) -> Images:
-        """Read a split; errors as :func:`~anomalib_flowood.data.idx.read_idx_split`."""
+        """Read a split."""
         assert split is not None  # splits() never says that there are none
         return read_idx_split(folder, name, split)
 
@@ -73,23 +73,11 @@ class ImageFiles:
     what = "images"
 
     def splits(self, folder: Path) -> list[str] | None:
-        """Which of both folders there are: any folder may hold images."""
+        """Return which of the two folders there are: any folder may hold images."""
         return [split for split in ("train", "test") if split_folder(folder, split)]
 
     def read(self, folder: Path, name: str, split: str | None) -> Images:
-        """List the images of a split.
-
-        Args:
-            folder: The folder.
-            name: Name of the data set.
-            split: Which sub-folder; ``None`` for the folder itself.
-
-        Returns:
-            Its images, of classes if some of them lie in sub-folders.
-
-        Raises:
-            FileNotFoundError: If there are no images.
-        """
+        """List the images of a split, or of any other sub-folder; with classes if some lie in sub-folders of it."""
         if split:
             folder = split_folder(folder, split) or folder / split
         # Below the folder: class/…/image, or the images themselves; and masks, which are neither.

@@ -87,7 +87,7 @@ def register_data_set(name: str, **details: Any) -> Callable[[_Reader], _Reader]
 
 
 class NamedSource:
-    """A data set that is known by name.
+    """A data set that is known by name: a :class:`~anomalib_flowood.data.sources.finding.Source`.
 
     Args:
         name: One of :data:`DATA_SETS`.
@@ -105,18 +105,11 @@ class NamedSource:
 
     @property
     def key(self) -> str:
-        """What makes two sources the same data set."""
+        """Its name."""
         return self.name
 
     def prepare(self, splits: Sequence[str]) -> None:
-        """Download what is neither under ``root`` nor installed.
-
-        Args:
-            splits: ``"train"``, ``"test"`` or both.
-
-        Raises:
-            FileNotFoundError: If the download fails, with what helps instead.
-        """
+        """Download what is neither under ``root`` nor installed; the error says what else helps."""
         for split in splits:
             images = self._find(split)
             if images is None:
@@ -130,17 +123,7 @@ class NamedSource:
             self._opened[split] = images
 
     def read(self, split: str) -> Images:
-        """Read one split.
-
-        Args:
-            split: ``"train"`` or ``"test"``.
-
-        Returns:
-            Its images.
-
-        Raises:
-            FileNotFoundError: If the data set is not on this machine.
-        """
+        """Read one split, or that of what stands in for it where it is not on this machine."""
         images = self._opened.pop(split, None) or self._find(split)
         if images is None:
             images = self._stand_in(split)

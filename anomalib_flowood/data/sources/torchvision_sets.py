@@ -58,18 +58,7 @@ class TorchvisionSet:
     stand_in_is: str = ""
 
     def read(self, root: Path, split: str) -> Images:
-        """Read a split that is on this machine.
-
-        Args:
-            root: Folder of the data sets.
-            split: ``"train"`` or ``"test"``.
-
-        Returns:
-            Its images.
-
-        Raises:
-            FileNotFoundError: If it is not there.
-        """
+        """Read a split that is on this machine: see :attr:`NamedDataSet.read`."""
         try:
             dataset = self._open(root, split, download=False)
         except (RuntimeError, FileNotFoundError) as error:  # what torchvision raises if the files are not there
@@ -85,12 +74,7 @@ class TorchvisionSet:
         return Images(self.name, paths, None if labels is None else class_of(labels, class_names), class_names)
 
     def download(self, root: Path, split: str) -> None:
-        """Let torchvision fetch a split.
-
-        Args:
-            root: Folder of the data sets.
-            split: ``"train"`` or ``"test"``.
-        """
+        """Let torchvision fetch a split: see :attr:`NamedDataSet.download`."""
         self._open(root, split, download=True)
 
     def _open(self, root: Path, split: str, *, download: bool) -> Any:
