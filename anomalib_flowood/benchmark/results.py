@@ -15,7 +15,7 @@ from anomalib_flowood.files import whole_file, write_table, write_text
 from anomalib_flowood.look import typed
 from anomalib_flowood.report.maps import write_maps
 from anomalib_flowood.report.plots import score_histograms
-from anomalib_flowood.report.run import RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
+from anomalib_flowood.report.run import JOB_COLUMNS, RECORD, RESULTS, SCORE_COLUMNS, SCORES, read_run
 from anomalib_flowood.report.table import benchmark_markdown, benchmark_table, image_table, set_markdown, set_table
 
 CONFIGURATION = "benchmark.yaml"
@@ -112,9 +112,8 @@ class Results:
         if sets is not None:
             console.print(sets)
         if images and self._scores:
-            jobs = ["detector", "data", "seed"]
-            for job, rows in pd.concat(self._scores).groupby(jobs, sort=False):
-                result = next(row for row in self._results if tuple(row[name] for name in jobs) == job)
+            for job, rows in pd.concat(self._scores).groupby(JOB_COLUMNS, sort=False):
+                result = next(row for row in self._results if tuple(row[name] for name in JOB_COLUMNS) == job)
                 console.print(image_table(result, rows, images))
         for data, counts in self._image_counts().items():
             numbers = " images, others on ".join(f"{count:,}" for count in counts)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from .images import ImageSet
 from .numbers import Scored
 
 _FOUND, _MISSED, _ALARMS = 2, 3, 1
+_ENDS = 2
+"""Images at either end of a direction."""
 _SMALL = 112
 """The longer side of images beside the one that is explained, in pixels."""
 
@@ -148,6 +150,22 @@ def tile(image: Tensor, caption: str, *, small: bool = False, overlay: str = "",
     shown = thumbnail(torch.nan_to_num(image), *([_SMALL] if small else []))
     scale = shown.width / image.shape[-1]
     return Tile(shown, caption, overlay, tuple(round(value * scale, 1) for value in box))
+
+
+def end_tiles(values: Tensor, show: Callable[[int], Tensor]) -> list[Tile]:
+    """Show the images that are lowest and highest along a direction.
+
+    Args:
+        values: Where images are along it, ``(N,)``.
+        show: What to show of one of them, by its place, ``(3, H, W)``.
+    """
+    order = values.argsort().tolist()
+    count = min(_ENDS, len(order) // 2)
+    return [
+        tile(show(place), f"{name} {signed(f'{float(values[place]):+.1f}')}", small=True)
+        for name, places in (("low", order[:count]), ("high", order[len(order) - count :]))
+        for place in places
+    ]
 
 
 def bars(values: dict[str, float], unit: str = "") -> list[Bar]:

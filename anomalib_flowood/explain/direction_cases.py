@@ -12,14 +12,13 @@ from torch import Tensor
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import Contributions
 
-from .cases import Bar, Case, bars, choose, others, signed, size, tile, within
+from .cases import Bar, Case, bars, choose, end_tiles, others, size, tile, within
 from .images import ImageSet
 from .numbers import CHUNK, Scored
 from .page import Picture
 
 _HEADING = "What makes it less likely than normal images"
 _DIRECTIONS = 3
-_ENDS = 2
 _NEAREST = 3
 
 
@@ -109,14 +108,7 @@ def _directions(
     along = torch.where(own.coordinates[0].isfinite(), excess, -torch.inf)  # what is no direction has no ends
     places = along.argsort(descending=True)[:_DIRECTIONS].tolist()
     for place in places:
-        order = shown[usual.coordinates[shown, place].argsort()].tolist()
-        count = min(_ENDS, len(order) // 2)
-        normal_values = usual.coordinates[:, place]
-        tiles = [
-            tile(normal.images[image], f"{name} {signed(f'{float(normal_values[image]):+.1f}')}", small=True)
-            for name, images in (("low", order[:count]), ("high", order[len(order) - count :]))
-            for image in images
-        ]
+        tiles = end_tiles(usual.coordinates[shown, place], lambda image: normal.images[shown[image]])
         value, nats = float(own.coordinates[0, place]), float(excess[place])
         name = f"{own.parts[place]}, {own.names[place]}"
         text = f"{size(nats)} nats, at {within(value, compared[:, place])}"

@@ -14,15 +14,13 @@ from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import LayerView
 from anomalib_flowood.report.maps import map_uri
 
-from .cases import Bar, Case, Chosen, Tile, bars, choose, others, signed, tile, within
+from .cases import Bar, Case, Chosen, Tile, bars, choose, end_tiles, others, tile, within
 from .images import ImageSet, spread
 from .numbers import CHUNK, Scored
 from .page import Picture
 
 _HEADING = "What the score is made of"
 _DIRECTIONS = 3
-_ENDS = 2
-"""Normal patches that are shown at either end of a direction."""
 _COMPARED = 32
 """Normal images whose own patches are compared with those of the others, for a scale."""
 
@@ -94,14 +92,10 @@ def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, fold
     return Picture("", "Single images: layers, directions, the nearest normal patch", caption, cases)
 
 
-def _some(inputs: Tensor) -> tuple[Tensor, ...]:
-    return inputs.split(CHUNK)
-
-
 def _views(detector: FlowModule, inputs: Tensor) -> list[LayerView]:
     """What each layer says of images, in main memory."""
     model: Any = detector.model
-    chunks = [model.layer_views(chunk.to(detector.device)) for chunk in _some(inputs)]
+    chunks = [model.layer_views(chunk.to(detector.device)) for chunk in inputs.split(CHUNK)]
 
     def joined(parts: list[Tensor]) -> Tensor:
         return torch.cat([part.cpu() for part in parts])
@@ -122,8 +116,8 @@ def _views(detector: FlowModule, inputs: Tensor) -> list[LayerView]:
 def _map(detector: FlowModule, inputs: Tensor) -> Tensor:
     """Anomaly maps of images, ``(N, H, W)``, in main memory."""
     model: Any = detector.model
-    parts = [model.predict(model.inputs(chunk.to(detector.device))).anomaly_map[:, 0].cpu() for chunk in _some(inputs)]
-    return torch.cat(parts)
+    chunks = (model.inputs(chunk.to(detector.device)) for chunk in inputs.split(CHUNK))
+    return torch.cat([model.predict(chunk).anomaly_map[:, 0].cpu() for chunk in chunks])
 
 
 def _ends(inside: Tensor, shown: Tensor) -> tuple[float, float]:
@@ -184,18 +178,9 @@ def _directions(place: _Place, normal: ImageSet) -> tuple[list[Bar], list[dict[s
     numbers = []
     for number in shares.argsort(descending=True)[:_DIRECTIONS].tolist():
         normal_values = place.normal.whitened[which, number, place.row, place.column]
-        order = normal_values.argsort().tolist()
-        count = min(_ENDS, len(order) // 2)
-        ends = [("low", order[:count]), ("high", order[len(order) - count :])]
-        tiles = [
-            tile(
-                place.patch(normal.images[which[image]], place.row, place.column)[0],
-                f"{name} {signed(f'{float(normal_values[image]):+.1f}')}",
-                small=True,
-            )
-            for name, images in ends
-            for image in images
-        ]
+        tiles = end_tiles(
+            normal_values, lambda image: place.patch(normal.images[which[image]], place.row, place.column)[0]
+        )
         share, value = float(shares[number]), float(values[number])
         text = f"{share:.0%}, at {within(value, place.unseen.whitened[unseen, number, place.row, place.column])}"
         found.append(Bar(f"{place.view.name}, direction {number + 1}", text, share / float(shares.max()), tiles))

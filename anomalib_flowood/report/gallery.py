@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 from anomalib.data import AnomalibDataModule
 
 from .maps import JobMaps, map_uri, outline, shown_images
-from .thumbnails import Thumbnail, find_thumbnails
+from .thumbnails import find_thumbnails
 
 _ALL = 200
 """So many test images are all in the page; of more, those in a row of worst or typical ones."""
@@ -78,12 +77,16 @@ class Gallery:
     @property
     def maps(self) -> bool:
         """Whether any image has an anomaly map."""
-        return any(tile.map for strips in self.strips.values() for tiles in strips.values() for tile in tiles)
+        return any(tile.map for tile in self._tiles)
 
     @property
     def truths(self) -> bool:
         """Whether the ground truth of any image is outlined."""
-        return any(tile.truth for strips in self.strips.values() for tiles in strips.values() for tile in tiles)
+        return any(tile.truth for tile in self._tiles)
+
+    @property
+    def _tiles(self) -> Iterator[Tile]:
+        return (tile for strips in self.strips.values() for tiles in strips.values() for tile in tiles)
 
 
 def make_gallery(
@@ -107,42 +110,33 @@ def make_gallery(
     if not paths:
         return Gallery()
     everything = pd.concat([scores["image_path"] for scores in jobs.values()]).unique()
-    found = find_thumbnails([*paths, *everything] if len(everything) <= _ALL else paths, open_data)
+    found, missing = find_thumbnails([*paths, *everything] if len(everything) <= _ALL else paths, open_data)
     pictures = {
-        path: _picture(f"{prefix}{number}", image) for number, (path, image) in enumerate(found.images.items(), start=1)
+        path: Picture(f"{prefix}{number}", *image, pixelated=max(image.width, image.height) <= _PIXELATED)
+        for number, (path, image) in enumerate(found.items(), start=1)
     }
     strips = {}
     for detector, parts in chosen.items():
-        layers = _Layers(maps.get(detector), jobs[detector], thresholds.get(detector))
-        strips[detector] = {title: _tiles(rows, pictures, layers) for title, rows in parts.items()}
-    return Gallery(pictures, strips, found.missing)
+        scores, own = jobs[detector], maps.get(detector, JobMaps({}, {}))
+        ends = own.ends(scores.loc[scores["label"] == 0, "image_path"])
+        threshold = thresholds.get(detector)
+        strips[detector] = {title: _tiles(rows, pictures, own, ends, threshold) for title, rows in parts.items()}
+    return Gallery(pictures, strips, missing)
 
 
-def _picture(name: str, image: Thumbnail) -> Picture:
-    return Picture(name, *image, pixelated=max(image.width, image.height) <= _PIXELATED)
-
-
-class _Layers:
-    """What one detector says of images."""
-
-    def __init__(self, maps: JobMaps | None, scores: pd.DataFrame, threshold: float | None) -> None:
-        self.maps, self.threshold = maps, threshold
-        self._ends = (0.0, 1.0) if maps is None else maps.ends(scores.loc[scores["label"] == 0, "image_path"])
-
-    def map_of(self, path: str) -> str:
-        return "" if self.maps is None or path not in self.maps.maps else map_uri(self.maps.maps[path], self._ends)
-
-    def truth_of(self, path: str, picture: Picture | None) -> str:
-        if picture is None or self.maps is None or path not in self.maps.masks:
-            return ""
-        return outline(self.maps.masks[path], (picture.width, picture.height))
-
-
-def _tiles(rows: pd.DataFrame, pictures: dict[str, Picture], layers: _Layers) -> list[Tile]:
+def _tiles(
+    rows: pd.DataFrame,
+    pictures: dict[str, Picture],
+    maps: JobMaps,
+    ends: tuple[float, float],
+    threshold: float | None,
+) -> list[Tile]:
     tiles = []
     for path, source, score in rows[["image_path", "source", "score"]].itertuples(index=False):
         picture = pictures.get(path)
-        alarm = None if layers.threshold is None else bool(score > layers.threshold)
-        values: dict[str, Any] = {"map": layers.map_of(path), "truth": layers.truth_of(path, picture)}
-        tiles.append(Tile(picture, str(path), str(source), f"{score:,.4g}".replace("-", "−"), alarm, **values))
+        alarm = None if threshold is None else bool(score > threshold)
+        overlay = map_uri(maps.maps[path], ends) if path in maps.maps else ""
+        truth = outline(maps.masks[path], (picture.width, picture.height)) if picture and path in maps.masks else ""
+        text = f"{score:,.4g}".replace("-", "−")
+        tiles.append(Tile(picture, str(path), str(source), text, alarm, overlay, truth))
     return tiles

@@ -27,6 +27,8 @@ from anomalib_flowood.files import whole_file
 from anomalib_flowood.look import shorten
 from anomalib_flowood.metrics import MOST_SETS
 
+from .run import JOB_COLUMNS
+
 MAPS = "maps"
 """The folder in that of a run which holds a file for each job with maps."""
 
@@ -34,7 +36,6 @@ _WORST, _TYPICAL = 5, 3
 _MAP_SIDE, _MASK_SIDE = 64, 128
 _MOST = 10_000
 """Images whose maps, of 8 KiB, and masks, of 16, are kept until it is known which are shown; later ones have none."""
-_JOB = ("detector", "data", "seed")
 
 
 def shown_images(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -118,7 +119,7 @@ def write_maps(folder: Path, row: Mapping[str, Any], maps: Mapping[str, tuple[np
     """
     if not maps:
         return
-    job = json.dumps([row[name] for name in _JOB], default=str)
+    job = json.dumps([row[name] for name in JOB_COLUMNS], default=str)
     arrays: dict[str, Any] = {"job": np.array(job), "image_path": np.array(list(maps))}
     for number, (values, mask) in enumerate(maps.values()):
         arrays[f"map_{number}"] = values
@@ -142,11 +143,13 @@ class JobMaps:
     masks: dict[str, np.ndarray]
 
     def ends(self, inside: Iterable[str]) -> tuple[float, float]:
-        """The values at which colours begin and end, alike for all images of the job.
+        """The values at which colours begin and end, the same for all images of the job.
 
         Args:
             inside: Paths of inside images: nine tenths of their maps have no colour.
         """
+        if not self.maps:
+            return 0.0, 1.0
         normal = [self.maps[path].ravel() for path in inside if path in self.maps]
         everything = np.concatenate([values.ravel() for values in self.maps.values()]).astype(float)
         low = float(np.quantile(np.concatenate(normal) if normal else everything, 0.9))

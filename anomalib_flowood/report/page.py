@@ -27,7 +27,7 @@ from .maps import JobMaps, read_maps
 from .markup import render
 from .plots import first_seed, source_colours
 from .rows import image_rows
-from .run import Run, read_run
+from .run import JOB_COLUMNS, Run, read_run
 from .table import NAMES, SET_METRICS, SET_NAMES, TITLES, cells_of, columns_of, several_seeds, summarise, summarise_sets
 
 _OPEN_CHARTS = 12
@@ -236,7 +236,7 @@ def _data_section(
 def _decision(results: pd.DataFrame, scores: pd.DataFrame) -> Decision | None:
     """What comes of the threshold of the job that gave these scores."""
     first = scores.iloc[0]
-    same = (results[["detector", "data", "seed"]] == first[["detector", "data", "seed"]]).all(axis=1)
+    same = (results[JOB_COLUMNS] == first[JOB_COLUMNS]).all(axis=1)
     return decide(results[same & (results["error"] == "")].iloc[0], scores)
 
 

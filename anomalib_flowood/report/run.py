@@ -28,10 +28,12 @@ from anomalib_flowood.files import NAMES, unescaped, write_text
 RESULTS, SCORES, RECORD = "results.csv", "scores.csv", "run.json"
 """Names of the files."""
 
-SCORE_COLUMNS = ["detector", "data", "seed", "image_path", "source", "label", "score"]
+JOB_COLUMNS = ["detector", "data", "seed"]
+"""Columns that say which job a row is of."""
+
+SCORE_COLUMNS = [*JOB_COLUMNS, "image_path", "source", "label", "score"]
 """Columns of ``scores.csv``."""
 
-_JOB_COLUMNS = ["detector", "data", "seed"]
 _SETTINGS = ("model.", "data.", "accelerator")
 """What the names of columns begin with in which settings are."""
 _RECORDED = ("command", "date", "versions", "machine", "settings", "detectors", "data")
@@ -110,7 +112,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         msg = f"{folder} is no folder. Give the one that `flowood benchmark` or `flowood test` named at its end."
         raise FileNotFoundError(msg)
-    results = _read_table(folder / RESULTS, [*_JOB_COLUMNS, "AUROC", "FPR95"], ["detector", "data", "error"])
+    results = _read_table(folder / RESULTS, [*JOB_COLUMNS, "AUROC", "FPR95"], ["detector", "data", "error"])
     if results.empty:
         msg = f"{folder / RESULTS} has no rows: no job has finished."
         raise ValueError(msg)
@@ -120,7 +122,7 @@ def read_run(folder: Path) -> Run:
     if not done.empty:
         path = folder / SCORES
         scores = _read_table(path, SCORE_COLUMNS, ["detector", "data", "image_path", "source"])
-        scores = scores.merge(done[_JOB_COLUMNS].drop_duplicates(), on=_JOB_COLUMNS)
+        scores = scores.merge(done[JOB_COLUMNS].drop_duplicates(), on=JOB_COLUMNS)
         _check_scores(path, scores, done)
     return Run(folder, results, scores, _read_record(folder / RECORD))
 
@@ -146,7 +148,7 @@ def _read_table(path: Path, columns: list[str], texts: list[str]) -> pd.DataFram
         msg = f"{path} is no table that can be read: {error}"
         raise ValueError(msg) from error
     only_failures = path.name == RESULTS and "error" in frame and (frame["error"] != "").all()
-    missing = [name for name in (_JOB_COLUMNS if only_failures else columns) if name not in frame]
+    missing = [name for name in (JOB_COLUMNS if only_failures else columns) if name not in frame]
     if missing:
         msg = f"{path} lacks the columns {', '.join(missing)}. It has to be as `flowood benchmark` writes it."
         raise ValueError(msg)
@@ -177,7 +179,7 @@ def _check_scores(path: Path, scores: pd.DataFrame, done: pd.DataFrame) -> None:
     if not np.isin(scores["label"], (0, 1)).all():
         msg = f"{path}: a label has to be 0 (in-distribution) or 1 (out-of-distribution)."
         raise ValueError(msg)
-    lacking = done[_JOB_COLUMNS].merge(scores[_JOB_COLUMNS].drop_duplicates(), how="left", indicator=True)
+    lacking = done[JOB_COLUMNS].merge(scores[JOB_COLUMNS].drop_duplicates(), how="left", indicator=True)
     lacking = lacking[lacking["_merge"] == "left_only"]
     if not lacking.empty:
         first = lacking.iloc[0]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,20 +35,9 @@ class Thumbnail(NamedTuple):
     height: int
 
 
-@dataclass(frozen=True)
-class Thumbnails:
-    """Images that were found.
-
-    Attributes:
-        images: An image for each path.
-        missing: Why others are not there; empty if all are.
-    """
-
-    images: dict[str, Thumbnail]
-    missing: str
-
-
-def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataModule] | None) -> Thumbnails:
+def find_thumbnails(
+    paths: Iterable[str], open_data: Callable[[], AnomalibDataModule] | None
+) -> tuple[dict[str, Thumbnail], str]:
     """Find images by the paths that a test recorded.
 
     Files are read. Images that never were files (MNIST's) have paths that only stand in for them: the data module is
@@ -57,10 +45,10 @@ def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataMo
 
     Args:
         paths: Values of ``image_path``.
-        open_data: Builds the data module, ``None`` if nobody knows how.
+        open_data: Builds the data module; ``None`` if nobody knows how.
 
     Returns:
-        What was found.
+        The images that were found, by path, and why others were not; an empty text if all were.
     """
     wanted = list(dict.fromkeys(paths))
     found: dict[str, Thumbnail] = {}
@@ -85,7 +73,7 @@ def find_thumbnails(paths: Iterable[str], open_data: Callable[[], AnomalibDataMo
                 lost = next(path for path in others if path not in images)
                 reason = f"neither a file nor the data as they are now hold {lost or 'an image without a path'}"
     lacking = len(wanted) - len(found)
-    return Thumbnails(found, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else "")
+    return found, f"{lacking} of {len(wanted)} images are missing: {reason}." if lacking else ""
 
 
 def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, Thumbnail]:
