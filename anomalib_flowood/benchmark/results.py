@@ -117,17 +117,14 @@ class Results:
                 console.print(image_table(result, rows, images))
         for data, counts in self._image_counts().items():
             numbers = " images, others on ".join(f"{count:,}" for count in counts)
-            line = (
+            console.out(
                 f"{data}: some jobs were tested on {numbers}, so that they cannot be compared. Has the folder changed? "
-                f"Then run all anew: flowood benchmark --config {typed(self.folder / CONFIGURATION)}"
+                f"Then run all anew: flowood benchmark --config {typed(self.folder / CONFIGURATION)}",
+                highlight=False,
             )
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
         names = [RECORD, RESULTS, "table.md"]
         if self._scores:  # of hundreds of jobs it takes minutes
             score_histograms(pd.concat(self._scores), self.folder / "scores.png")
             names += [SCORES, "scores.png"]
-        for line in (
-            f"In {self.folder}: {', '.join(names)}",
-            f"As a page: flowood report {typed(self.folder)}",
-        ):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.out(f"In {self.folder}: {', '.join(names)}", highlight=False)
+        console.out(f"As a page: flowood report {typed(self.folder)}", highlight=False)

@@ -147,7 +147,7 @@ class BenchmarkRunner(SerialRunner):
             BlockingIOError: If another process writes to the folder that is to go on.
             BenchmarkError: If jobs failed; the results of all others have been written.
         """
-        console = Console(quiet=was_started())
+        console = Console(quiet=was_started(), emoji=False)  # a data set may be called a:b:c
         console.width = min(console.width, 100) if console.is_terminal else 100
         with JobProgress(console) as progress:
             with _logs_to(None):

@@ -26,7 +26,6 @@ from jsonargparse.typing import PositiveFloat, PositiveInt, register_type
 from lightning import seed_everything
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.seed import max_seed_value
-from rich.console import Console
 
 # Their classes are found by name only once they exist.
 import anomalib_flowood.data
@@ -123,7 +122,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         device = Fabric(accelerator=arguments["trainer"]["accelerator"], devices=1).device
         with self._output_folder() as folder:
             page = explain(self.model.to(device), arguments["data"], folder, max_images=arguments["max_images"])
-        Console().print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
+        print(f"Page: {page}")
 
     def add_export_arguments(self, parser: ArgumentParser) -> None:
         """Describe anomalib's arguments of ``export``, and whether the export is checked."""
@@ -177,7 +176,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             engine.validate(detector, datamodule=data)
             output.parent.mkdir(parents=True, exist_ok=True)
             engine.trainer.save_checkpoint(output, weights_only=True)
-        Console().print(f"Checkpoint: {output}", markup=False, highlight=False, soft_wrap=True)
+        print(f"Checkpoint: {output}")
 
     def add_predict_arguments(self, parser: ArgumentParser) -> None:
         """Describe the arguments of ``predict``."""

@@ -78,7 +78,7 @@ def explain(
     detector.eval()
     try:
         # Progress goes to the error stream, so that the output of a command stays what it prints.
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=Console(stderr=True, emoji=False), transient=True) as progress:
             return _explain(detector, data, folder, max_images, progress)
     finally:
         for module, training in modes.items():

@@ -145,10 +145,9 @@ class Decision:
     def show(self, console: Console) -> None:
         """Print the confusion matrix, what it says, and what more images to calibrate on would buy."""
         console.print(self.table())
-        lines = [self.sentence()]
+        console.out(self.sentence(), highlight=False)
         if not math.isnan(self.calibration_images):
-            lines.append(conformal.more_images(int(self.calibration_images)))
-        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            console.out(conformal.more_images(int(self.calibration_images)), highlight=False)
 
 
 def expectation(level: float, calibration_images: float) -> str:

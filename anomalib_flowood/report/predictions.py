@@ -120,12 +120,12 @@ def keep_predictions(
     with whole_file(path) as file:
         write_table(frame, file)
 
-    console = Console()
+    console = Console(emoji=False)  # a:car:b.png is the name of a file
     findings = _show(frame[:scored], post_processor, console) if scored else {}
-    console.print(f"All predictions: {path}", markup=False, highlight=False, soft_wrap=True)
+    console.out(f"All predictions: {path}", highlight=False)
     if errors:
         lines = [f"{len(errors)} of {len(frame)} files could not be read:", *errors.values()]
-        console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+        console.out("\n  ".join(lines), highlight=False)
         findings["unreadable"] = len(errors)
     return Kept(path, findings)
 
@@ -148,18 +148,16 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
     if not isinstance(post_processor, ConformalPostProcessor) or not post_processor.calibrated:
         return {}
     drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
-    console.print(
+    console.out(
         f"Drift: p = {drift:.2g}, the chance that {len(frame):,} image{'s' * (len(frame) > 1)} of the training "
         f"distribution would differ as much from the {len(post_processor.calibration):,} calibration images as these "
         "do together.",
-        markup=False,
         highlight=False,
-        soft_wrap=True,
     )
     decision = _decision(frame, post_processor, console)
     if post_processor.level > post_processor.alpha:
         cost = conformal.few_images(len(post_processor.kept), post_processor.alpha)
-        console.print(f"Labels: {cost}.", markup=False, highlight=False, soft_wrap=True)
+        console.out(f"Labels: {cost}.", highlight=False)
     return {"decision": decision, "drift_p_value": drift}
 
 
@@ -177,8 +175,7 @@ def _decision(frame: pd.DataFrame, post_processor: ConformalPostProcessor, conso
     if_normal = f"; if all were normal, {expected}" if expected else ""
     share = percent(flagged / len(frame))
     text = f"Called anomalous: {flagged:,} of {counted(len(frame), 'image')} ({share}){if_normal}."
-    lines = [text, conformal.more_images(len(post_processor.kept))]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    console.out(f"{text}\n{conformal.more_images(len(post_processor.kept))}", highlight=False)
     return text
 
 

@@ -40,7 +40,7 @@ class JobProgress(Callback):
         if self.console.is_terminal:
             self._live = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -78,7 +78,7 @@ class JobProgress(Callback):
             text: Plain text, no markup.
         """
         self._said = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.out(text, highlight=False)
 
     def stage(self, text: str) -> None:
         """Say what happens from now on; its progress starts at nothing.

@@ -285,6 +285,16 @@ def test_raw_scores_of_a_table_have_the_p_values_beside_them(tmp_path):
     assert p_values.tolist() == table["p_value"].tolist()
 
 
+def test_names_of_images_are_printed_as_they_are(tmp_path, capsys):
+    names = ["a:car:b.png", "[red]c.png"]
+    batch = ImageBatch(image=torch.rand(2, 3, 4, 4), pred_score=torch.tensor([1.0, 2.0]), image_path=names)
+    folder = tmp_path / "cam:on:1"
+    keep_predictions([batch], folder, errors={"d:bee:.png": "d:bee:.png is broken"})
+    out = capsys.readouterr().out
+    for name in (*names, str(folder), "d:bee:.png is broken"):
+        assert name in out
+
+
 def test_a_threshold_that_nothing_exceeds_is_none_to_the_page():
     assert script_json({"threshold": math.inf, "scores": [1.5, math.nan]}) == '{"threshold":null,"scores":[1.5,null]}'
 
