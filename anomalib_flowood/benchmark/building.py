@@ -35,15 +35,12 @@ _NOT_SHARED = re.compile(r"shared memory\(shm\)|</?torch_\d+_|workers are out of
 
 
 def find_class(kind: str, name: str) -> type:
-    """Find a detector or a data module, this package's or anomalib's or anybody's that was imported.
+    """Find the class of a detector or a data module: ours, anomalib's, or any other that has been imported.
 
     Args:
         kind: ``"model"`` or ``"data"``.
         name: A class name (``PixelFlow``), the same in snake case (``pixel_flow``) or a dotted path
             (``anomalib_flowood.PixelFlow``).
-
-    Returns:
-        The class.
 
     Raises:
         ValueError: If there is no such class; the message offers the nearest names.
@@ -93,9 +90,6 @@ def build(kind: str, entry: dict) -> Any:
         kind: ``"model"`` or ``"data"``.
         entry: ``class_path`` and ``init_args``, nested objects included.
 
-    Returns:
-        The object.
-
     Raises:
         ValueError: If the class or an argument is unknown or an argument's value is refused.
         OSError: If weights of a detector are not there.
@@ -118,10 +112,6 @@ def built_at_once(cls: type) -> AbstractContextManager[None]:
 def check_entry(kind: str, entry: object) -> None:
     """Check an entry of a benchmark's configuration without building anything.
 
-    Args:
-        kind: ``"model"`` or ``"data"``.
-        entry: What the configuration holds there.
-
     Raises:
         ValueError: If it is no entry, or its class, an argument or an argument's value is refused.
     """
@@ -135,7 +125,7 @@ def check_entry(kind: str, entry: object) -> None:
 
 
 def config_key(config: object) -> str:
-    """Tell equal pieces of configuration from different ones."""
+    """Return a text that is the same for equal pieces of configuration, and for no others."""
     return json.dumps(config, sort_keys=True, default=str)
 
 
@@ -213,13 +203,9 @@ _NO_BACKBONE, _HOW_TO_WRITE_ONE = "Config file not found: ", "`flowood backbone 
 
 
 def readable(error: BaseException) -> str:
-    """Strip jsonargparse's account of how it tried every type, and keep what was wrong.
+    """Say what is wrong, without jsonargparse's account of how it tried every type, and what helps, where that is known.
 
-    Args:
-        error: Any error.
-
-    Returns:
-        Its message, or its type's name where it has none; what helps, where memory ran out.
+    An error without a message is its type's name.
     """
     error = _unmasked(error)
     if out_of_memory(error):

@@ -27,14 +27,11 @@ class Counts(NamedTuple):
 
 
 def count_images(entry: dict) -> Counts:
-    """Find the images of a data module, without reading them.
-
-    Args:
-        entry: That of the data in a benchmark's configuration.
+    """Count the images of a data module, by its entry in a benchmark's configuration, without reading them.
 
     Raises:
-        FileNotFoundError: If they are not there, and cannot be had.
-        ValueError: If the entry is wrong, or the images do not do for it.
+        FileNotFoundError: If they are not there and cannot be downloaded.
+        ValueError: If the entry is wrong, or does not fit the images.
     """
     datamodule = build("data", entry)
     if hasattr(datamodule, "memory_limit_mib"):
@@ -46,15 +43,10 @@ def count_images(entry: dict) -> Counts:
 
 
 def check_detector(model: Any, trainer: dict[str, Any], counts: Counts) -> None:
-    """Refuse a training that would not end in reasonable time, or of which it is known that it fails.
-
-    Args:
-        model: The detector.
-        trainer: Arguments for Lightning's trainer.
-        counts: The numbers of images.
+    """Refuse a training, with these arguments of Lightning's trainer, that would run for ages or is bound to fail.
 
     Raises:
-        ValueError: If it would.
+        ValueError: If the detector does not say how long to train, or there are too few images for it.
     """
     if model.learning_type in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}:
         return  # never trained
@@ -80,15 +72,7 @@ class Problems:
         self._found: dict[str, list[str]] = {}
 
     def catch(self, where: str, check: Callable[[], Any]) -> Any:
-        """Do something; note what it raises.
-
-        Args:
-            where: Which job it is done for.
-            check: What to do.
-
-        Returns:
-            What it returns; ``None`` if it failed.
-        """
+        """Do something for a job; return what it returns, or ``None`` if it fails: the error is noted."""
         try:
             return check()
         except Exception as error:  # detectors and data modules of others raise nearly everything
@@ -96,11 +80,7 @@ class Problems:
             return None
 
     def refuse(self) -> None:
-        """Raise all of it in one message.
-
-        Raises:
-            ValueError: If there is any.
-        """
+        """Raise a :class:`ValueError` with everything that was found, if there is anything."""
         if not self._found:
             return
         lines = [

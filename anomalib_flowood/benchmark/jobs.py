@@ -28,7 +28,7 @@ from anomalib_flowood.names import check_known
 from anomalib_flowood.report.progress import JobProgress
 
 from .building import KINDS, build, check_entry, config_key, find_class
-from .checking import Counts, check_detector, count_images
+from .checking import Counts, check_detector
 from .recording import ScoreRecorder, measure
 
 # The job sets these itself: a second value would be lost or clash.
@@ -67,19 +67,17 @@ class BenchmarkJob(AnomalibBenchmarkJob):
         """What the job is, for a person."""
         return f"{self.detector} on {self.data}, seed {self.seed}"
 
-    def check(self, counts: Counts | None = None) -> None:
-        """Build the detector once, and throw it away.
+    def check(self, counts: Counts) -> None:
+        """Build the detector once and throw it away.
 
         Args:
-            counts: Numbers of images of the data module; it is built, too, if they are not given.
+            counts: The numbers of images of the data module.
 
         Raises:
             ValueError: If the configuration names something unknown, the training would not end in reasonable time, or
                 the images are too few.
             FileNotFoundError: If something is not there.
         """
-        if counts is None:
-            counts = count_images(self.config["data"])
         check_detector(build("model", self.config["model"]), self.trainer, counts)
 
     def run(self, task_id: int | None = None) -> dict[str, Any]:
@@ -201,15 +199,7 @@ def _check_trainer(trainer: object) -> None:
 
 
 def check_seed(name: str, seed: object) -> None:
-    """Refuse what NumPy's generator cannot be seeded with.
-
-    Args:
-        name: The argument's name.
-        seed: Its value.
-
-    Raises:
-        ValueError: If it is no integer of 32 bits.
-    """
+    """Refuse what NumPy's generator cannot be seeded with: :class:`ValueError` with the argument's name."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not min_seed_value <= seed <= max_seed_value:
         msg = f"{name} has to be an integer from {min_seed_value} to {max_seed_value} (32 bits), got {seed!r}."
         raise ValueError(msg)

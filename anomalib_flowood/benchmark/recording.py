@@ -35,7 +35,7 @@ class ScoreRecorder(Callback):
         self.shown_maps: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         """Anomaly map and mask, made small, of each image that a report shows and that has them, by its path."""
         self.decision: dict[str, float] = {}
-        """By what the detector labels images, see :func:`decision_of`."""
+        """What the detector labels images by, see :func:`decision_of`."""
 
     def on_test_start(self, *_: Any) -> None:
         """Start the clock."""
@@ -101,13 +101,7 @@ class ScoreRecorder(Callback):
 
 
 def _judged_twice(trainer: Trainer, post_processor: Any, scores: pd.DataFrame) -> int:
-    """How many of the normal test images are among those that have set the threshold, as far as the data say.
-
-    Args:
-        trainer: Lightning's, whose data module may have both.
-        post_processor: The detector's.
-        scores: All test images.
-    """
+    """Count the normal test images that are among those which set the threshold, as far as the data module says."""
     samples = getattr(getattr(getattr(trainer, "datamodule", None), "val_data", None), "samples", None)
     if samples is None or not {"image_path", "label_index"} <= {*samples}:
         return 0

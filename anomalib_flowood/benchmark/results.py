@@ -53,11 +53,7 @@ class Results:
                 write_table(run.scores[SCORE_COLUMNS], file)
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether there is a job's row already.
-
-        Args:
-            row: What is known of it before it has run.
-        """
+        """Whether there is a row of a job already, by what is known of it before it has run."""
         return any(all(result.get(name) == value for name, value in row.items()) for result in self._results)
 
     @property
@@ -66,7 +62,7 @@ class Results:
         return pd.DataFrame(self._results)  # what a job does not have is empty
 
     def add(self, result: dict[str, Any], scores: pd.DataFrame, maps: Mapping[str, Any] | None = None) -> None:
-        """Take in a finished job and write everything, so that a lost session loses one job at most.
+        """Take in a finished job and write everything, so that one job at most is lost if the process ends.
 
         Args:
             result: The job's row.
@@ -89,7 +85,7 @@ class Results:
             write_table(self.table, file)
 
     def _image_counts(self) -> dict[str, list[int]]:
-        """Numbers of test images, of data of which jobs have seen several: resumed after they had changed."""
+        """How many test images jobs have seen, for data that changed before the benchmark was resumed."""
         table = self.table
         if "images" not in table:  # all have failed
             return {}
@@ -97,11 +93,11 @@ class Results:
         return {str(data): sorted(map(int, some)) for data, some in counts.items() if len(some) > 1}
 
     def finish(self, console: Console, images: int = 0) -> None:
-        """Print the table, draw, and say where everything is.
+        """Print the table, draw the histograms and say where everything is.
 
         Args:
             console: Where to print.
-            images: How many images of either side to list of each job, those on which it is most wrong.
+            images: How many inside and outside images to list of each job: those on which it is most wrong.
         """
         if not self._results or not self.writes:
             return

@@ -130,7 +130,7 @@ class BenchmarkRunner(SerialRunner):
     resumed: Path | None = None
     """Folder of an earlier run that is to go on."""
     images = 0
-    """How many images of either side to list of each job."""
+    """How many inside and outside images to list of each job."""
 
     def run(self, args: dict, prev_stage_results: Any = None) -> pd.DataFrame:
         """Check all jobs, then run them.
@@ -168,7 +168,7 @@ class BenchmarkRunner(SerialRunner):
 
     @contextlib.contextmanager
     def _record(self, args: dict, jobs: list[BenchmarkJob]) -> Iterator[Results]:
-        """Take in what has finished in the folder of an earlier run, or make a new one; nobody else writes to it."""
+        """Take in what has finished in the folder of an earlier run, or make a new folder; nobody else writes to it."""
         writes = not was_started()
         if self.resumed is None and not writes:
             yield Results(Path(), writes=False)
@@ -221,7 +221,7 @@ def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
         where = f"Job {number} of {len(jobs)} ({job.title})"
         if data not in counted:
             counted[data] = problems.catch(where, partial(count_images, job.config["data"]))
-        # Of a detector on data that are not there, what is wrong without them.
+        # Where the data are missing, the detector is checked for what can be wrong without them.
         counts = counted[data] or Counts(sys.maxsize, None)
         problems.catch(where, partial(job.check, counts))
     gc.collect()
@@ -229,7 +229,7 @@ def _check_jobs(jobs: list[BenchmarkJob], progress: JobProgress) -> None:
 
 
 def _run_jobs(jobs: list[BenchmarkJob], record: Results, progress: JobProgress) -> list[str]:
-    """Run those that have not finished; returns what failed."""
+    """Run the jobs that have not finished; return what failed."""
     failed = []
     with _logs_to(record.log if record.writes else None):
         for number, job in enumerate(jobs, start=1):
@@ -244,7 +244,7 @@ def _run_jobs(jobs: list[BenchmarkJob], record: Results, progress: JobProgress) 
 
 
 def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
-    """Run one job and record it; returns its error's first line, or nothing."""
+    """Run one job and record it; return the first line of its error, or nothing."""
     message = ""
     try:
         result = job.run()
@@ -267,7 +267,7 @@ def _run_job(job: BenchmarkJob, record: Results, progress: JobProgress) -> str:
 
 @contextlib.contextmanager
 def _logs_to(path: Path | None) -> Iterator[None]:
-    """Send all log lines and warnings to a file (or nowhere) for a while, and leave the logging as it was."""
+    """Send all log lines and warnings to a file, or nowhere, for a while; then restore logging as it was."""
     handler: logging.Handler = logging.NullHandler()
     if path is not None:
         handler = logging.FileHandler(path, encoding="utf-8", errors=NAMES)

@@ -9,14 +9,18 @@ import torch
 import yaml
 from benchmark_helpers import DFM, PADIM, folder, jobs
 
+from anomalib_flowood.benchmark.checking import Counts
+
+COUNTS = Counts(train=100, val=20)
+
 
 def test_a_training_without_end_is_refused(images: Path) -> None:
     fastflow = {"class_path": "Fastflow", "init_args": {"backbone": "resnet18", "pre_trained": False}}
     with pytest.raises(ValueError, match=r"1,000 epochs. Set benchmark.trainer.max_epochs"):
-        jobs(model=fastflow, data=folder(images))[0].check()
-    jobs(model=fastflow, data=folder(images), trainer={"max_steps": 3})[0].check()
+        jobs(model=fastflow, data=folder(images))[0].check(COUNTS)
+    jobs(model=fastflow, data=folder(images), trainer={"max_steps": 3})[0].check(COUNTS)
     ours = {"class_path": "PixelFlow", "init_args": {"image_size": [8, 8]}}
-    jobs(model=ours, data=folder(images))[0].check()  # brings its own max_epochs
+    jobs(model=ours, data=folder(images))[0].check(COUNTS)  # brings its own max_epochs
 
 
 def test_labels_say_what_differs(images: Path) -> None:
@@ -36,7 +40,7 @@ def test_labels_say_what_differs(images: Path) -> None:
     assert labels(*named) == ["mine (layer=layer1)", "mine (layer=layer2)"]
     long = [dfm(layer=start + "x" * 40) for start in "ab"]
     assert len(set(labels(*long))) == 2
-    # Two jobs of one name were one to `--resume`, and shared their scores.
+    # Two jobs of one name would be one to `--resume`, and share their scores.
     padim = {"class_path": "Padim"}
     alike = [{**dfm(), "name": "set #1"}, {**padim, "name": "set #1"}]
     assert labels(*alike) == ["set #1", "set #1 #2"]
