@@ -23,7 +23,7 @@ _WEIGHTS = ("weights", "lightning")
 
 
 class RunEngine(Engine):
-    """anomalib's engine, but a failed fit leaves ``latest`` as it was, and a test or a prediction has its own folder.
+    """anomalib's engine, but a failed fit leaves ``latest`` alone, and a test or a prediction has its own folder.
 
     anomalib lets the link ``latest`` point to a new folder before the training begins, and writes what a checkpoint
     gives on other data into the folder that ``latest`` names, whichever checkpoint it is.
@@ -81,7 +81,7 @@ class RunEngine(Engine):
 
     @contextlib.contextmanager
     def _latest_has_weights(self) -> Iterator[None]:
-        """Turn ``latest`` back if the run has no weights: it failed, was a trial, or had nothing left to train."""
+        """Reset ``latest`` if the run has no weights: it failed, was a trial, or had nothing left to train."""
         self._new = None
         ended = False
         try:
@@ -133,14 +133,7 @@ def run_folder(checkpoint: Path | None, root: Path, detector: str, *, chosen: bo
 
 
 def new_folder(root: Path) -> Path:
-    """Make a folder named after the time.
-
-    Args:
-        root: Where to make it; made if missing.
-
-    Returns:
-        The folder, which did not exist before.
-    """
+    """Make a folder that did not exist before, named after the time, in another one, which is made if missing."""
     stamp = datetime.now().strftime("%Y-%m-%d-%H_%M_%S")
     number = 1
     while True:
@@ -153,11 +146,7 @@ def new_folder(root: Path) -> Path:
 
 @contextlib.contextmanager
 def used_folder(folder: Path) -> Iterator[Path]:
-    """Take a new folder away again, and the one above it, if nothing was written into it: what was to write has failed.
-
-    Args:
-        folder: The folder.
-    """
+    """Remove a new folder, and the one above it, if nothing was written into it: what was to write has failed."""
     try:
         yield folder
     finally:

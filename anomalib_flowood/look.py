@@ -20,16 +20,7 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, GREY)
 
 
 def shorten(text: object, length: int, *, keep_end: bool = False) -> str:
-    """Put a text on one line and cut it, with an ellipsis, if it is too long.
-
-    Args:
-        text: Anything that has a text.
-        length: The most characters.
-        keep_end: Whether to cut the beginning, for texts that differ at their ends.
-
-    Returns:
-        At most ``length`` characters.
-    """
+    """Put a text on one line and cut it, with an ellipsis, to a length; at its beginning, if the end says more."""
     line = " ".join(str(text).split())
     if len(line) <= length:
         return line
@@ -59,28 +50,12 @@ def short_names(names: Iterable[str], length: int) -> dict[str, str]:
 
 
 def short_name(text: object, length: int) -> str:
-    """Shorten a name for a picture's legend or axis.
-
-    Args:
-        text: The name.
-        length: The most characters of it that are shown.
-
-    Returns:
-        Text for matplotlib: no dollars that make a formula, no underscore at its start, which legends would leave out.
-    """
+    """Shorten a name for matplotlib's legends, which leave out names that begin with an underscore, or for an axis."""
     return _plain(shorten(text, length).lstrip("_"))
 
 
 def heading(text: object, width: int) -> str:
-    """Lay a name out as a picture's title: two lines, cut at a word if there are more.
-
-    Args:
-        text: The name.
-        width: The most characters in a line.
-
-    Returns:
-        Text for matplotlib.
-    """
+    """Lay a name out as the title of a matplotlib figure: two lines at most, cut at a word if there are more."""
     return _plain(textwrap.fill(str(text), width, max_lines=2, placeholder="…"))
 
 
@@ -98,4 +73,5 @@ def typed(path: str | Path) -> str:
 
 
 def _plain(text: str) -> str:
+    """Text for matplotlib, in which dollars make no formula."""
     return text.replace("$", r"\$")

@@ -34,12 +34,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str], hint: str = "") 
 
 
 def counted(number: int, what: str) -> str:
-    """A number and what it counts: ``1 image``, ``2,000 images``.
-
-    Args:
-        number: How many.
-        what: What one of them is called.
-    """
+    """A number and what it counts: ``1 image``, ``2,000 images``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -50,16 +45,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
 
 
 def check_known(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are not among the known ones.
-
-    Args:
-        kind: What is named, see :func:`unknown_name`.
-        names: What the user typed.
-        known: The names that would have worked.
-
-    Raises:
-        ValueError: If a name is unknown; the message offers the nearest ones.
-    """
+    """Refuse names that are not among the known ones, by :func:`unknown_name`."""
     known = set(known)
     for name in names:
         if name not in known:
@@ -73,14 +59,7 @@ def alternatives(names: Iterable[str], quote: str = "'") -> str:
 
 
 def lists_names(**names: Iterable[str]) -> Callable[[Documented], Documented]:
-    """Put names into a docstring, from where help shows them.
-
-    Args:
-        names: By the word that stands for them in the docstring, in braces: ``{masks}``.
-
-    Returns:
-        Decorator of a class.
-    """
+    """Decorate a class: put names, for its help, in the place of the words in braces in its docstring."""
 
     def fill(cls: Documented) -> Documented:
         for word, known in names.items():
@@ -92,7 +71,7 @@ def lists_names(**names: Iterable[str]) -> Callable[[Documented], Documented]:
 
 
 def subclasses(base: type) -> Iterator[Any]:
-    """Go through all imported subclasses of a class, those of subclasses too."""
+    """Go through all subclasses of a class that have been imported, direct or not."""
     cls: Any
     for cls in base.__subclasses__():
         yield cls

@@ -24,7 +24,7 @@ HELP_LEVEL: ContextVar[int] = ContextVar("HELP_LEVEL", default=ALL)
 """How much a parser's help shows: all, or less, where what belongs to Lightning and PyTorch is left out."""
 
 LIBRARIES = ("trainer", "optimizer", "lr_scheduler", "logging")
-"""Groups of arguments that are described elsewhere, by those who made them."""
+"""Groups of arguments of other libraries, which document them."""
 _CLASS = r"<class\s+'(?:\w+\.)*(\w+)'>"
 
 
@@ -88,14 +88,11 @@ def whole_numbers_first(parser: ArgumentParser) -> None:
 
 
 def mended(message: str, parser: ArgumentParser) -> str:
-    """Put an error of jsonargparse's into the user's words, and name what was meant.
+    """Put an error of jsonargparse's into the user's words, with the nearest names where one is unknown.
 
     Args:
         message: What jsonargparse says.
         parser: The parser of the subcommand that was typed.
-
-    Returns:
-        What is wrong, with the nearest names where one is unknown.
     """
     for say in (_linked, _unknown_option, _missing, _unknown_argument, _unknown_class, _unknown_key):
         said = say(message, parser)
@@ -112,13 +109,7 @@ def _linked(message: str, parser: ArgumentParser) -> str | None:
 
 
 def said_by_another(name: str, other: str, value: object) -> str:
-    """Say which option is to be given in the place of one that it sets.
-
-    Args:
-        name: The option that was given.
-        other: The one that counts.
-        value: What was given.
-    """
+    """Say which option to give instead of one that it sets."""
     return f"--{name} is what --{other} says: give --{other} {value} in its place."
 
 
@@ -215,7 +206,7 @@ def _unknown_class(message: str, parser: ArgumentParser) -> str | None:
 
 
 def _unknown_key(message: str, parser: ArgumentParser) -> str | None:
-    """A key in the place of ``class_path``, without which nobody knows whose arguments the others are."""
+    """A misspelt ``class_path``, without which nobody knows whose arguments the other keys are."""
     del parser
     if "Not a valid subclass of" not in message or "'class_path':" in message:
         return None
@@ -224,7 +215,7 @@ def _unknown_key(message: str, parser: ArgumentParser) -> str | None:
 
 
 def _plain(message: str) -> str:
-    """What is left of a message when the account of how every type was tried is taken away."""
+    """What is left of a message without the account of every type that was tried."""
     path, several = _keys_before(message), "Does not validate" in message
     noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with given class_path")
     kept = message.partition("Subclass types expect")[0]
@@ -240,7 +231,7 @@ def _plain(message: str) -> str:
 
 
 def _keys_before(message: str) -> str:
-    """The name of what a message is about: its keys, each of which is below the one before."""
+    """The name of what a message is about: its keys, each nested in the one before."""
     return ".".join(re.findall(r'Parser key "([^"]+)"', message))
 
 

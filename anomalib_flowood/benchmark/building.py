@@ -203,9 +203,9 @@ _NO_BACKBONE, _HOW_TO_WRITE_ONE = "Config file not found: ", "`flowood backbone 
 
 
 def readable(error: BaseException) -> str:
-    """Say what is wrong, without jsonargparse's account of how it tried every type, and what helps, where that is known.
+    """Say what is wrong, and what helps, where that is known, without jsonargparse's account of every type it tried.
 
-    An error without a message is its type's name.
+    Of an error without a message it is the type's name.
     """
     error = _unmasked(error)
     if out_of_memory(error):

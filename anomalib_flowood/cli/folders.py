@@ -37,12 +37,7 @@ class FolderParser(FlowoodParser):
         self._here = Path.cwd()  # that of a file is another while it is parsed
 
     def parse_string(self, cfg_str: str, *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a configuration; ``data: FOLDER`` in it is seen from where the command runs, not from the file.
-
-        Raises:
-            FileNotFoundError: If what is written as a path leads nowhere.
-            ValueError: If it leads to a file that describes no data module.
-        """
+        """Parse a configuration; ``data: FOLDER`` in it is relative to where the command runs, not to the file."""
         if self.prog.split()[-1] != _OF_FOLDERS:
             cfg_str = _with_data_module(cfg_str, self._here)
         return super().parse_string(cfg_str, *args, **kwargs)
@@ -75,10 +70,7 @@ def with_data_modules(arguments: Sequence[str]) -> list[str]:
     ``predict`` takes folders as they are: it needs to know of no class.
 
     Args:
-        arguments: What follows the command's name.
-
-    Returns:
-        The same, with a data module in the place of a folder. Further arguments of it may follow.
+        arguments: What follows the command's name. Further arguments of the data module may follow the folder.
 
     Raises:
         FileNotFoundError: If what is written as a path leads nowhere.
@@ -106,11 +98,7 @@ def _data_module(value: str) -> list[str] | None:
 
 
 def _check_configuration(file: Path) -> None:
-    """Refuse, as data, a file that describes no data module, such as an image or a list of them.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse, as data, a file that describes no data module, such as an image or a list of them."""
     if file.suffix.lower() not in _CONFIGURATIONS:
         with contextlib.suppress(ValueError):
             if isinstance(read_configuration(file), dict):

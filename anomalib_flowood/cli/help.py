@@ -11,7 +11,7 @@ from anomalib_flowood.cli.subcommands import SUBCOMMANDS, Argument
 from anomalib_flowood.names import unknown_name
 
 COMPLETION = "--print_completion"
-"""The option that writes a shell's completion; jsonargparse's newer releases call theirs so, too."""
+"""The option that writes a shell's completion; newer releases of jsonargparse use the same name."""
 
 PARSED = ("-c", "--config", "--print_config")
 """What a command line may begin with beside a subcommand, and what is left to the parser."""
@@ -48,11 +48,7 @@ def overview() -> str:
 
 
 def short_help(name: str) -> str:
-    """What ``flowood NAME --help`` shows: usage, what most users need of the arguments, and examples.
-
-    Args:
-        name: A subcommand.
-    """
+    """What ``flowood NAME --help`` shows: usage, what most users need of the arguments, and examples."""
     subcommand = SUBCOMMANDS[name]
     positional = [argument.name.upper() for argument in subcommand.arguments if argument.name[0] != "-"]
     rows = [(_left(argument), argument.text) for argument in subcommand.arguments]
@@ -68,14 +64,7 @@ def short_help(name: str) -> str:
 
 
 def help_level(arguments: Sequence[str]) -> int | None:
-    """How much help a command line asks for.
-
-    Args:
-        arguments: What follows the command's name.
-
-    Returns:
-        ``None`` for no help, 0 for the short one, 1 with ``-v`` and 2 with ``-vv``.
-    """
+    """How much help a command line asks for: ``None`` for none, 0 for the short one, 1 with ``-v``, 2 with ``-vv``."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if not _HELP & set(options):
         return None

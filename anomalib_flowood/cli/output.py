@@ -36,8 +36,8 @@ class _Output(io.TextIOWrapper):
 def unheard() -> Iterator[None]:
     """Let a command end its work, files and status, where its output is read in part (``flowood predict … | head -1``).
 
-    Without it the line after the last one that was read would end the command, whatever was left to be written. So
-    would the name of a file that is not in UTF-8, as old cameras and archives have them: it is shown with escapes.
+    Without it, the first line that nobody reads would end the command, whatever was left to be written. So would the
+    name of a file that is not in UTF-8, as old cameras and archives have them: it is shown with escapes.
     """
     given = sys.stdout
     if type(given) is not io.TextIOWrapper:  # a test's, a notebook's

@@ -33,11 +33,7 @@ from anomalib_flowood.trainers import is_trial
 
 
 class ConfigurationKeeper(Callback):
-    """Keeps the configuration in the run's folder, too, where a logger has a folder of its own for it.
-
-    Args:
-        save: Writes it to a path.
-    """
+    """Keeps the configuration in the run's folder, too, where a logger has a folder of its own for it."""
 
     def __init__(self, save: Callable[[Path], None]) -> None:
         self._save = save

@@ -18,13 +18,7 @@ _MOST_BYTES = 2**32
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an idx file of bytes, compressed or not.
-
-    Args:
-        path: Path of the file; ``.gz`` says that it is compressed.
-
-    Returns:
-        Array of the shape that the file states, ``uint8``.
+    """Read an idx file of bytes, compressed if it ends in ``.gz``: an array of the shape that it states, ``uint8``.
 
     Raises:
         ValueError: If the file is no idx file of bytes, damaged or cut short, with its path.
@@ -55,16 +49,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def find_idx(folder: Path, split: str, kind: str) -> Path | None:
-    """Find an idx file under the names that are in use for it.
-
-    Args:
-        folder: Where to look.
-        split: ``"train"`` or ``"test"``.
-        kind: ``"images"`` or ``"labels"``.
-
-    Returns:
-        The file, if it is there.
-    """
+    """Find the idx file with a split's ``"images"`` or ``"labels"`` under any of the names in use, if it is there."""
     stem = f"{'train' if split == 'train' else 't10k'}-{kind}"
     dimensions = 3 if kind == "images" else 1
     for separator in "-.":

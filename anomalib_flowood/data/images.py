@@ -79,14 +79,7 @@ class Images:
         return self
 
     def select(self, rows: np.ndarray) -> Images:
-        """Keep some of the images.
-
-        Args:
-            rows: Their positions, of shape ``(M,)``, ascending and without repeats.
-
-        Returns:
-            The chosen images; ``self`` where these are all of them.
-        """
+        """Keep some of the images, by their positions, ``(M,)``, ascending and without repeats."""
         if len(rows) == len(self):
             return self
         return replace(
@@ -98,13 +91,7 @@ class Images:
         )
 
     def in_memory(self, limit_mib: float) -> Images:
-        """Decode files into memory if all have one size and fit.
-
-        Args:
-            limit_mib: The most that the decoded images may take, in MiB.
-
-        Returns:
-            Images with ``pixels``, or ``self`` if they stay on the disk.
+        """Decode files into memory if all have one size and take no more than so many MiB; else return ``self``.
 
         Raises:
             UnreadableImageError: If a file is no readable image.
@@ -142,10 +129,7 @@ class Images:
         return read_image(path, self.max_value)
 
     def read(self, rows: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
-        """Read images.
-
-        Args:
-            rows: Positions of shape ``(M,)``.
+        """Read images, by their positions, ``(M,)``.
 
         Returns:
             From memory, a tensor of shape ``(M, C, H, W)``; from files, M tensors of shape ``(C, H, W)``, each with its
@@ -161,14 +145,9 @@ class Images:
 
 
 def class_of(labels: Any, class_names: Sequence[str] = ()) -> np.ndarray:
-    """Name the class of each image.
+    """Name the class of each image, of which the labels, ``(N,)``, are integers: an object array, ``(N,)``.
 
-    Args:
-        labels: Integers of shape ``(N,)``.
-        class_names: Names of the classes in the order of their labels.
-
-    Returns:
-        Names, an object array of shape ``(N,)``: the labels themselves where classes have no names.
+    Where classes have no names, the labels are their names.
     """
     numbers = np.asarray(labels).astype(np.int64)
     names = tuple(class_names) or tuple(str(number) for number in range(int(numbers.max(initial=0)) + 1))

@@ -21,14 +21,9 @@ _SPLITS = {"train": ("train",), "test": ("test", "test_public")}
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
-    """Find the folder of a split; where both splits are there, in any letters: ``Train`` beside ``Test`` is no class.
+    """Find the folder of a split, if it is there.
 
-    Args:
-        folder: Where it is, a folder.
-        split: Its name.
-
-    Returns:
-        The folder; ``None`` if there is none.
+    Where both splits are there, the case of their names does not matter: ``Train`` beside ``Test`` is no class.
     """
     if not folder.is_dir():
         return None
@@ -78,7 +73,7 @@ class Found:
     Attributes:
         images: The images, sorted.
         unread: Images by endings that are not read.
-        odd: What is no regular file, though it is called as an image.
+        odd: What is no regular file, though it has the name of an image.
         again: How many links lead to images that are there already.
         closed: Folders that cannot be looked into, and why.
     """
@@ -128,11 +123,9 @@ def tell_of_unread(paths: list[Path]) -> None:
 
 
 def _walk(top: Path, closed: dict[Path, str], aside: Path | None) -> Iterator[tuple[int, Path, str]]:
-    """What is called as an image below a folder, read or not.
+    """Yield what has the name of an image below a folder, read or not.
 
-    Of each come the number of links on the way to it, its path, and its path without links, empty if it is no regular
-    file.
-
+    That is the number of links on the way to it, its path, and its path without links, empty if it is no regular file.
     No folder is entered twice, and ``aside`` never; those that cannot be entered are added to ``closed``.
     """
     seen: set[tuple[int, int] | str] = set()

@@ -22,7 +22,7 @@ GROUND_TRUTH = "ground_truth"
 """The folder of masks."""
 
 _SHOWN = 3
-"""Files of a kind that a message names."""
+"""The most files of a kind that a message names."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class PathDataset(PredictDataset):
         self.read_for(resize, max_value)
 
     def read_for(self, resize: Resize | None, max_value: int | None, *, keep_bytes: bool = False) -> None:
-        """Read images from now on at another size, with another white; see the class, and that of the data."""
+        """Read images from now on at another size and with another white; see :class:`SourcedDataset`."""
         images = Images("", [str(path) for path in self.image_filenames], max_value=max_value)
         self._data = SourcedDataset(images, 0, "predict", augmentations=resize)
         self._data.keep_bytes = keep_bytes and self.transform is None

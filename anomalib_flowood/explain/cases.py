@@ -94,7 +94,7 @@ class Chosen(NamedTuple):
 
 
 def choose(scored: list[Scored]) -> Iterator[Chosen]:
-    """Choose images: outside ones that are found and that are not, and the most anomalous inside one."""
+    """Choose images to explain: outside ones that are found, others that are missed, the most anomalous inside one."""
     outside = [(float(score), part, place) for part in scored[1:] for place, score in enumerate(part.score)]
     outside.sort(key=lambda item: item[0])
     inside = [(float(score), scored[0], place) for place, score in enumerate(scored[0].score)]
@@ -129,7 +129,7 @@ def size(value: float) -> str:
 
 
 def within(value: float, inside: Tensor) -> str:
-    """Where an image is along a direction, and where nine tenths of the inside images are that have it."""
+    """Where an image is along a direction, and where nine tenths of the inside images for which it is known are."""
     inside = inside[inside.isfinite()]
     if not len(inside):
         return signed(f"{value:+.1f}")
@@ -138,15 +138,7 @@ def within(value: float, inside: Tensor) -> str:
 
 
 def tile(image: Tensor, caption: str, *, small: bool = False, overlay: str = "", box: Sequence[float] = ()) -> Tile:
-    """Make a tile.
-
-    Args:
-        image: ``(3, H, W)`` in [0, 1].
-        caption: What it is.
-        small: Whether it stands beside others that matter more.
-        overlay: As for :class:`Tile`.
-        box: Likewise, in pixels of the image.
-    """
+    """Make a tile of an image, ``(3, H, W)`` in [0, 1]; a small one where others matter more; the box in its pixels."""
     shown = thumbnail(torch.nan_to_num(image), *([_SMALL] if small else []))
     scale = shown.width / image.shape[-1]
     return Tile(shown, caption, overlay, tuple(round(value * scale, 1) for value in box))

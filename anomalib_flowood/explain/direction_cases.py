@@ -83,7 +83,7 @@ def _same_kind(some: Contributions, own: Contributions) -> Tensor:
 
 
 def _of_its_kind(own: Contributions, *some: Contributions) -> Contributions:
-    """The first of some images' contributions among which there are any of an image's kind, and of these."""
+    """The contributions of images of an image's own kind, out of the first set that has any."""
     for one in some:
         same = _same_kind(one, own)
         if len(same):

@@ -86,14 +86,7 @@ def explain(
 
 
 def check_explainable(detector: type) -> None:
-    """Refuse a class of detectors that cannot be explained.
-
-    Args:
-        detector: The class.
-
-    Raises:
-        ValueError: If it is none of ours.
-    """
+    """Refuse a class of detectors that cannot be explained, since it is no flow."""
     if not issubclass(detector, FlowModule):
         able = ", ".join(known_flows())
         msg = f"{detector.__name__} cannot be explained: it is no flow. Detectors that can: {able}."

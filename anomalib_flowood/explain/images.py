@@ -98,16 +98,9 @@ def image_sets(
 def normal_images(
     detector: AnomalibModule, data: AnomalibDataModule | Mapping[str, Tensor], sets: list[ImageSet], max_images: int
 ) -> ImageSet:
-    """Take normal images that others are compared with.
+    """Take normal images that others are compared with: training images of a data module, else the inside ones.
 
-    Args:
-        detector: Its pre-processor is applied.
-        data: As for :func:`image_sets`, which has set it up.
-        sets: What that returned.
-        max_images: The most images, spread evenly.
-
-    Returns:
-        Training images of a data module; of images in memory the inside ones.
+    Arguments as for :func:`image_sets`, which has set the data up and returned ``sets``.
     """
     training = getattr(data, "train_data", None)
     if training is None:

@@ -32,18 +32,9 @@ class Picture(NamedTuple):
 def write_page(
     path: Path, title: str, introduction: str, header: list[str], rows: list[list[str]], pictures: list[Picture]
 ) -> Path:
-    """Write the page; everything given is text and is escaped.
+    """Write the page, beside its pictures and ``explain.json``; everything given is text and is escaped.
 
-    Args:
-        path: File to write; the pictures and ``explain.json`` lie beside it.
-        title: Heading of the page.
-        introduction: First paragraph.
-        header: Names of the table's columns.
-        rows: The table's cells, the first of each row being its name.
-        pictures: What to show, in this order.
-
-    Returns:
-        The path written.
+    The first cell of each row of the table is its name.
     """
     text = render("explain.html", title=title, introduction=introduction, header=header, rows=rows, pictures=pictures)
     write_text(path, text)

@@ -38,6 +38,7 @@ _NAME = 28  # characters of a set's name
 _TILE = 0.8  # inches
 _GAP = 0.08  # of a tile
 _QUANTILE = 0.995
+_LAYERS_PER_ROW = 4
 
 
 def _save(figure: Figure, path: Path, **kwargs: Any) -> None:
@@ -144,9 +145,7 @@ def draw_latents(blocks: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], path
         _save(figure, path, bbox_inches="tight")
 
 
-def draw_layers(
-    images: Mapping[str, Tensor], layers: Mapping[str, Sequence[Tensor]], symbol: str, path: Path, per_row: int = 4
-) -> None:
+def draw_layers(images: Mapping[str, Tensor], layers: Mapping[str, Sequence[Tensor]], symbol: str, path: Path) -> None:
     """Draw what every layer computes for one image of each set (Kirichenko et al. 2020, figure 3), on one colour scale.
 
     Args:
@@ -154,11 +153,10 @@ def draw_layers(
         layers: By set, one map ``(h, w)`` for each layer, NaN where the layer changes nothing.
         symbol: What is drawn, ``s`` or ``t``.
         path: File to write.
-        per_row: Layers side by side; more wrap.
     """
     limit = _limit([values for maps in layers.values() for values in maps])
     count = len(next(iter(layers.values())))
-    per_row = min(per_row, count)
+    per_row = min(_LAYERS_PER_ROW, count)
     starts = range(0, count, per_row)
     size = tuple(next(iter(images.values())).shape[1:])
     blank = np.zeros((*size, 4))
@@ -232,7 +230,7 @@ def _mosaic(axis: Axes, tiles: Sequence[Sequence[np.ndarray]], rows: Sequence[st
     """Draw a grid of tiles ``(H, W, 3)`` as one picture, with headings at its edges."""
     height, width = tiles[0][0].shape[:2]
     gap = max(1, round(_GAP * min(height, width)))
-    # Between tiles one sees what is behind the picture.
+    # Between tiles the background of the page shows.
     canvas = np.zeros((len(tiles) * (height + gap) - gap, len(tiles[0]) * (width + gap) - gap, 4))
     for y, row in enumerate(tiles):
         for x, tile in enumerate(row):

@@ -245,12 +245,7 @@ def speed_chart(summary: pd.DataFrame, column: str, label: str, detectors: Seque
 
 
 def chart_spec(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put layers together, in the look of all charts.
-
-    Args:
-        title: Stands above them.
-        layers: Specifications with data, mark and encoding each.
-    """
+    """Put layers, each with data, mark and encoding, under one title, in the look of all charts."""
     lines = textwrap.wrap(title, _TITLE, max_lines=2, placeholder="…")
     return {
         "config": _CONFIG,
@@ -263,7 +258,7 @@ def chart_spec(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pick(label: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """A list in which one name can be picked, which fades the others; with a mouse and without one.
+    """A list to pick one name from, which fades the others.
 
     Args:
         label: What is picked.
@@ -275,13 +270,7 @@ def pick(label: str, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def legend_name(number: str, detector: object, detectors: Sequence[str]) -> str:
-    """What a detector is called in a legend, after its number.
-
-    Args:
-        number: What is shown of it.
-        detector: Its name.
-        detectors: Those of the page, of which no two are called the same.
-    """
+    """What a detector is called in a legend, after its number: different from all other detectors of the page."""
     return f"{number}  {short_names(detectors, _LEGEND - 2 - len(number))[str(detector)]}"
 
 

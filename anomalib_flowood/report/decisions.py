@@ -115,17 +115,13 @@ class Decision:
         return self.at("alpha") + self.text("normal", "anomalous")
 
     def at(self, alpha: str) -> str:
-        """At which level, to stand before what comes of it; nothing where nobody knows.
-
-        Args:
-            alpha: What to call the level that was asked for.
-        """
+        """Name the level, to stand before what comes of it; nothing where it is not known."""
         if self.level > self.alpha:
             return f"At a {self.level_in_words(alpha)} ({alpha} = {self.alpha:g} takes more images to calibrate on): "
         return "" if math.isnan(self.alpha) else f"At {self.level_in_words(alpha)}: "
 
     def level_in_words(self, alpha: str) -> str:
-        """Name the level that there is, which is above the one that was asked for where few images calibrate."""
+        """Name the level that was asked for, as ``alpha``, or the higher one that few calibration images allow."""
         if self.level > self.alpha:
             return f"level of {percent(self.level)}"
         return "" if math.isnan(self.alpha) else f"{alpha} = {self.alpha:g}"
@@ -151,11 +147,9 @@ class Decision:
 
 
 def expectation(level: float, calibration_images: float) -> str:
-    """Say which share of inside images raises an alarm in expectation; nothing where nobody knows.
+    """Say which share of inside images is expected to raise an alarm, after calibration on so many images.
 
-    Args:
-        level: The share; NaN if it is not known.
-        calibration_images: By how many images; NaN if it is not known.
+    Either may be NaN where it is not known; without the share nothing is said.
     """
     if math.isnan(level):
         return ""
@@ -173,10 +167,7 @@ def percent(share: float) -> str:
 
 
 def decision_of(post_processor: Any) -> dict[str, float]:
-    """Return by what a detector labels images.
-
-    Args:
-        post_processor: That of any of anomalib's detectors, or nothing.
+    """Return what a detector labels images by, of the post-processor of any of anomalib's detectors, or of none.
 
     Returns:
         ``threshold``, the raw score above which an image is labelled anomalous. Where normal images alone set it, also
@@ -198,12 +189,7 @@ JUDGED_TWICE = "judged_twice"
 
 
 def without_expectation(decision: Mapping[str, float], judged_twice: int) -> dict[str, float]:
-    """Leave out of a decision what is expected of fresh images, where test images are none.
-
-    Args:
-        decision: What :func:`decision_of` returns.
-        judged_twice: How many of the inside test images have set the threshold.
-    """
+    """Leave what is expected of fresh images out of a decision, if some of the test images have set its threshold."""
     if not judged_twice:
         return dict(decision)
     kept = {name: value for name, value in decision.items() if name not in {"level", "calibration_images"}}

@@ -99,7 +99,7 @@ class MapKeeper:
 
 
 def _shrunk(maps: Tensor, side: int) -> Tensor:
-    """``(N, 1, H, W)`` or ``(N, H, W)`` as ``(N, h, w)`` on the CPU, h and w at most so long."""
+    """Shrink maps, ``(N, 1, H, W)`` or ``(N, H, W)``, to ``(N, h, w)`` on the CPU, h and w being ``side`` at most."""
     maps = maps.detach().float()
     maps = maps.reshape(len(maps), 1, *maps.shape[-2:])
     scale = side / max(maps.shape[-2:])
@@ -110,13 +110,7 @@ def _shrunk(maps: Tensor, side: int) -> Tensor:
 
 
 def write_maps(folder: Path, row: Mapping[str, Any], maps: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
-    """Write the maps of a job, if there are any.
-
-    Args:
-        folder: The run's folder.
-        row: The job's: ``detector``, ``data`` and ``seed``.
-        maps: By the path of the image, its map and its mask.
-    """
+    """Write the maps and masks of a job, by the path of the image, into a run's folder, if there are any."""
     if not maps:
         return
     job = json.dumps([row[name] for name in JOB_COLUMNS], default=str)
@@ -158,13 +152,7 @@ class JobMaps:
 
 
 def read_maps(folder: Path) -> dict[tuple[str, str, str], JobMaps]:
-    """Read the maps of a run.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        Maps by detector, data and seed, all of them text.
+    """Read the maps of a run's folder, by detector, data and seed, all of them text.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -199,12 +187,7 @@ def map_uri(values: np.ndarray, ends: tuple[float, float]) -> str:
 
 
 def outline(mask: np.ndarray, size: tuple[int, int]) -> str:
-    """The outline of a mask as an SVG path.
-
-    Args:
-        mask: ``(h, w)``, 255 inside.
-        size: Width and height of the picture that the path is laid over.
-    """
+    """The outline of a mask, ``(h, w)``, 255 inside, as an SVG path over a picture of some width and height."""
     lines = contourpy.contour_generator(z=np.pad(mask.astype(float), 1)).lines(127.5)
     scale = np.array(size) / mask.shape[::-1]
     parts = []

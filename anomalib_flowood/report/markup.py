@@ -17,15 +17,7 @@ from .decisions import percent
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates in ``templates/``; they extend ``base.html``, which holds the common style.
 
-    Args:
-        template: Its file name.
-        **values: What it shows. Text is escaped.
-
-    Returns:
-        The page.
-
-    Raises:
-        jinja2.UndefinedError: If the template needs a value that is not given.
+    Text is escaped; a value that the template needs and that is not given is an error.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("anomalib_flowood.report"),
@@ -40,13 +32,13 @@ def render(template: str, **values: Any) -> str:
 
 
 def script_json(value: Any) -> str:
-    """Plain data as JSON inside a script element, which no text of it can end."""
+    """Write plain data as JSON for a script element, which no text in it can close."""
     text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
 def finite(value: Any) -> Any:
-    """Replace what JSON has no word for, NaN and infinities, by null."""
+    """Replace what JSON cannot express, NaN and infinities, by null."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

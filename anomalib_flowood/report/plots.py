@@ -123,11 +123,7 @@ def _title(detector: str, data: str, group: pd.DataFrame) -> str:
 def whiskers(parts: Iterable[np.ndarray]) -> tuple[float, float]:
     """Span the whiskers (Tukey's, 1.5 interquartile ranges) of all parts' finite values.
 
-    Args:
-        parts: Values.
-
-    Returns:
-        The lowest and the highest end, which always differ: constant values still deserve a bar.
+    The two ends always differ: constant values still deserve a bar.
     """
     ends: list[float] = []
     for part in parts:
@@ -141,15 +137,7 @@ def whiskers(parts: Iterable[np.ndarray]) -> tuple[float, float]:
 
 
 def draw_shares(axis: mpl.axes.Axes, values: np.ndarray, edges: np.ndarray, colour: str, name: str) -> None:
-    """Draw which share of the values is in each bin.
-
-    Args:
-        axis: Where to draw.
-        values: The values; those beyond the outermost edges are counted in the outermost bins.
-        edges: The bins' edges.
-        colour: Of the outline; the area is lighter.
-        name: What a legend says.
-    """
+    """Draw the share of the values in each bin; those beyond the outermost edges count in the outermost bins."""
     axis.hist(
         np.clip(values, edges[0], edges[-1]),
         bins=edges.tolist(),
@@ -163,16 +151,7 @@ def draw_shares(axis: mpl.axes.Axes, values: np.ndarray, edges: np.ndarray, colo
 
 
 def draw_histogram(axis: mpl.axes.Axes, group: pd.DataFrame, colours: dict[str, str]) -> dict[str, Artist]:
-    """Draw one panel.
-
-    Args:
-        axis: Where to draw.
-        group: One row per test image with the columns ``source``, ``label`` and ``score``.
-        colours: What :func:`source_colours` chose.
-
-    Returns:
-        A legend handle for each name drawn.
-    """
+    """Draw one panel, of test images with ``source``, ``label`` and ``score``; return a legend handle for each name."""
     values = group["score"].to_numpy(float)
     low, high = whiskers(part.to_numpy(float) for _, part in group.groupby(["label", "source"])["score"])
     edges = np.linspace(low, high, _BINS + 1)

@@ -31,7 +31,7 @@ _KEPT = ("image_path", "source", "gt_label", "raw_score", "pred_score", "p_value
 
 
 class PredictionKeeper(Callback):
-    """Keeps what a prediction says of images, without these and their maps, which would fill the memory."""
+    """Keeps what a prediction says of images, without the images and their maps, which would fill the memory."""
 
     def __init__(self) -> None:
         self.batches: list[SimpleNamespace] = []
@@ -67,8 +67,8 @@ class Kept(NamedTuple):
     Attributes:
         path: The table.
         findings: What was said of all images together, for the record beside the table: ``decision``, in words, and
-            ``drift_p_value``. Not where no calibrated detector of ours has labelled them. And
-            ``unreadable``, how many files could not be read, if any.
+            ``drift_p_value``, if a calibrated detector of ours has labelled them; and ``unreadable``, how many files
+            could not be read, if there are any.
     """
 
     path: Path
@@ -193,7 +193,7 @@ def _rows(batch: Any) -> pd.DataFrame:
         values = getattr(batch, name, None)
         if values is not None:
             values = values.detach().flatten().cpu()
-            # In all digits: of float32 they are rounded, and a score that ties with a calibration score would not.
+            # With all digits: rounded, a score that ties with a calibration score would no longer do so.
             columns[name] = (values.double() if name == "raw_score" else values).numpy()
     columns["pred_label"] = [None] * count if label is None else label.detach().flatten().cpu().int().numpy()
     return pd.DataFrame(columns)

@@ -60,32 +60,18 @@ class JobProgress(Callback):
             self._live.stop()
 
     def start_job(self, number: int, total: int, title: str) -> None:
-        """Announce a job.
-
-        Args:
-            number: Which one, counted from 1.
-            total: Of how many.
-            title: What it does.
-        """
+        """Announce a job, numbered from 1."""
         self._job = f"[{number}/{total}]"
         self.say(f"{self._job} {title}")
         self.stage("preparing")
 
     def say(self, text: str) -> None:
-        """Print a line that stays.
-
-        Args:
-            text: Plain text, no markup.
-        """
+        """Print a line of plain text that stays."""
         self._said = time.monotonic()
         self.console.out(text, highlight=False)
 
     def stage(self, text: str) -> None:
-        """Say what happens from now on; its progress starts at nothing.
-
-        Args:
-            text: What the job is doing.
-        """
+        """Say what the job is doing from now on; its progress starts at zero."""
         self._stage_start = time.monotonic()
         self._show(text, None)
         if self._live is not None:
@@ -174,7 +160,7 @@ class JobProgress(Callback):
         self._show(text, self._batches / total if known else None)
 
     def _train_fraction(self, trainer: Trainer) -> float | None:
-        """The done share of a training, by whichever limit comes first."""
+        """The share of a training that is done, by whichever limit comes first."""
         shares = []
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
             shares.append(self._batches / max(1, trainer.max_epochs * trainer.num_training_batches))

@@ -35,7 +35,7 @@ SCORE_COLUMNS = [*JOB_COLUMNS, "image_path", "source", "label", "score"]
 """Columns of ``scores.csv``."""
 
 _SETTINGS = ("model.", "data.", "accelerator")
-"""What the names of columns begin with in which settings are."""
+"""What the names of columns with settings begin with."""
 _RECORDED = ("command", "date", "versions", "machine", "settings", "detectors", "data")
 _PACKAGES = ("anomalib-flowood", "anomalib", "torch", "torchvision", "lightning", "timm", "FrEIA")
 
@@ -98,12 +98,6 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read and check a run's folder.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The run.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it lacks a file.

@@ -89,12 +89,12 @@ def cells_of(row: pd.Series) -> dict[str, str]:
 
 
 def image_table(job: Mapping[str, Any], scores: pd.DataFrame, count: int) -> Table:
-    """List the images on which a job is most wrong.
+    """List the images on which a job is most wrong: the most anomalous inside ones, the least anomalous outside ones.
 
     Args:
         job: Its row of ``results.csv``.
         scores: Its test images: ``image_path``, ``source``, ``label`` and ``score``.
-        count: How many of either side: the most anomalous inside ones, the least anomalous outside ones.
+        count: How many of each.
     """
     title = f"{job['detector']} on {job['data']}, seed {job['seed']}"
     table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")

@@ -86,12 +86,7 @@ def _from_data(datamodule: AnomalibDataModule, paths: list[str]) -> dict[str, Th
 
 
 def thumbnail(image: torch.Tensor, side: int = SIDE) -> Thumbnail:
-    """Shrink an image for a page; small ones are kept exactly.
-
-    Args:
-        image: ``(C, H, W)``, ``uint8`` or floats in [0, 1].
-        side: The longer side at most, in pixels.
-    """
+    """Shrink an image, ``(C, H, W)``, ``uint8`` or floats in [0, 1], for a page; small ones are kept exactly."""
     picture = to_pil_image(image.as_subclass(torch.Tensor))
     kind = "png" if max(picture.size) <= _EXACT else "jpeg"
     picture.thumbnail((side, side))

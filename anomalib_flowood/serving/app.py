@@ -162,12 +162,12 @@ def _said(name: str, score: Scores, *, maps: bool) -> ScoredImage:
 
 
 def _finite(values: np.ndarray) -> float | None:
-    """The one number; nothing where it is infinite, of which JSON knows none."""
+    """The one number; nothing where it is infinite, which JSON cannot express."""
     return float(values[0]) if np.isfinite(values[0]) else None
 
 
 def _png(anomaly_map: np.ndarray) -> bytes:
-    # In parts: floats of a large map would be there three times.
+    # In parts: of a large map there would be three copies as floats.
     parts = np.array_split(anomaly_map, max(1, len(anomaly_map) // 256))
     grey = np.concatenate([np.rint(np.clip(part, 0, 1) * 255).astype(np.uint8) for part in parts])
     content = io.BytesIO()

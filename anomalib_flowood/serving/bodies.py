@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files out of the bodies of requests, which are counted while they arrive; nothing is opened by its name."""
+"""Files from the bodies of requests, whose size is counted as they arrive; nothing is opened by its name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class File:
     """An image file that was sent.
 
     Attributes:
-        name: What the sender calls it, to be said in answers; nothing is looked for under it.
+        name: What the sender calls it, for answers alone: no file is opened by it.
         content: Its bytes.
     """
 

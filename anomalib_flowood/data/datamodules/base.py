@@ -71,7 +71,7 @@ class SourcedDataModule(AnomalibDataModule):
 
     @property
     def eval_batch_size(self) -> int:
-        """Images of a batch that is not trained on: as many as was said; one at a time for detectors of large ones."""
+        """Images in a batch that is not trained on: as many as were asked for; one, for detectors of large images."""
         detector = getattr(self.trainer, "lightning_module", None)
         return 1 if getattr(detector, "images_at_once", None) == 1 else self._eval_batch_size
 
@@ -101,11 +101,7 @@ class SourcedDataModule(AnomalibDataModule):
         """Leave the test split as it is: anomalib would take the normal images out of it."""
 
     def read_for(self, max_value: int | None) -> None:
-        """Read 16 bits as a detector's training images were read, unless the data module was told otherwise.
-
-        Args:
-            max_value: The detector's: what white was in the files of 16 bits that it was trained on, if any.
-        """
+        """Read 16 bits as a detector's training images were read, by its ``max_value``, unless told otherwise."""
         if max_value == self.max_value:
             return
         if self._given_max_value is not None:
@@ -170,7 +166,7 @@ class SourcedDataModule(AnomalibDataModule):
         )
 
     def _kept_for_validation(self, normal: str | None, stage: str | None) -> Images | None:
-        """Normal images that a folder has for validation, if no share is to be held out; say what nobody reads."""
+        """Normal images that a folder has for validation, unless a share is to be held out; warn of what is unread."""
         source, self._validation = self._sources[0], None
         if not isinstance(source, FolderSource):
             return None

@@ -25,12 +25,7 @@ LAYOUTS_OF_PARTS = (
 
 
 def named_class(normal_class: int | str | None, train: Images, test: Images) -> str:
-    """Find the class that the user means.
-
-    Args:
-        normal_class: Its name, or its label.
-        train: The training split.
-        test: The test split.
+    """Find the class that the user means by its name or its label.
 
     Raises:
         ValueError: If there is no such class, or there are none at all.
@@ -93,14 +88,9 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
 
 
 def refuse_products(folder: Path, names: Sequence[str]) -> None:
-    """Refuse folders of a whole product: as a class of images one would be all that it holds, defects and masks, too.
+    """Refuse classes of a folder that are whole products, with a folder ``train`` of their own.
 
-    Args:
-        folder: Where they are.
-        names: Their names.
-
-    Raises:
-        ValueError: If one of them has a folder ``train``.
+    All that such a folder holds would be one class, defects and masks, too.
     """
     inner = [name for name in names if name != NO_FOLDER and split_folder(folder / name, "train")]
     if inner:

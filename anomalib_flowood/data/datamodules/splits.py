@@ -26,7 +26,7 @@ def held_out(images: int, ratio: float | None) -> int:
             takes (20), for so many, but at most a quarter.
 
     Returns:
-        At least one, and so few that one is left. More of more images.
+        At least one, and so few that one is left; never fewer of more images.
     """
     if ratio is None:
         enough = conformal.images_needed(conformal.DEFAULT_ALPHA)
@@ -42,13 +42,7 @@ def needed_for(validation: int, ratio: float | None, images: int) -> int:
 
 
 def limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarray:
-    """Draw at most ``limit`` of ``rows``, ascending; the choice for a smaller limit is part of that for a larger one.
-
-    Args:
-        rows: Positions of shape ``(N,)``.
-        limit: The most to draw; ``None`` for all.
-        seed: Seed of the draw.
-    """
+    """Draw at most ``limit`` of ``rows``, ascending; the draw of a smaller limit is part of that of a larger one."""
     if limit is None or limit >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed).permutation(rows)[:limit])
@@ -78,14 +72,7 @@ def train_and_val(
 
 
 def mixed(sources: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Find an order in which the sources are spread evenly.
-
-    Args:
-        sources: Name of each image's source, of shape ``(N,)``.
-
-    Returns:
-        The N positions in that order.
-    """
+    """Order images, by the names of their sources, ``(N,)``, so that these are spread evenly; return N positions."""
     names, code, counts = np.unique(np.asarray(sources, dtype=str), return_inverse=True, return_counts=True)
     place = np.empty(len(code))
     for number in range(len(names)):
