@@ -258,7 +258,7 @@ def test_a_validation_on_other_images_calibrates_anew(
     assert len(now) == 10
     said = capsys.readouterr().out
     assert f"Checkpoint, with the calibration: {os.path.relpath(written)}\n" in said
-    assert f"It is by {len(now)} normal images, in the place of {len(before)}, and holds if the training had" in said
+    assert f"It is based on {len(now)} normal images instead of {len(before)}, and valid if the training had" in said
 
 
 def test_a_logger_of_its_own_does_not_take_the_configuration_away(

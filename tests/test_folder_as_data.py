@@ -118,7 +118,7 @@ def test_images_for_validation_calibrate_and_all_others_are_fitted_to(name, here
     assert (len(module.train_data), len(module.val_data)) == (18, 3)
     assert (module.val_data.samples["label_index"] == 0).all()
     (said,) = [message for message in caplog.messages if "are read" in message]
-    assert f"Of parts only train, {name}, test and masks are read, and not more. Images in {name} calibrate" in said
+    assert f"Of parts, only train, {name}, test and masks are read, not more. Images in {name} calibrate" in said
     assert module.how_to_hold_out(20).startswith(f"put 17 more normal images to the 3 in parts/{name}")
     crossed = CrossDataset("parts", ["parts/test/scratch"])
     crossed.setup("fit")
@@ -172,7 +172,7 @@ def test_what_is_not_read_of_a_folder_is_named(here, caplog):
     module.setup("fit")
     assert (len(module.train_data), len(module.val_data)) == (15, 5)
     (said,) = [message for message in caplog.messages if "are read" in message]
-    assert said.startswith("Of parts only train, test and masks are read, and not validation. Images that are held out")
+    assert said.startswith("Of parts, only train, test and masks are read, not validation. Images that are held out")
 
 
 def test_trains_are_a_class_where_there_is_no_test(here):
@@ -358,13 +358,13 @@ def test_arguments_of_the_data_follow_the_folder_and_another_detector_is_named(h
     [
         (["--data", "./prats"], "There is no folder ./prats (looked for it from "),
         (["--data", "prats"], "Unknown folder or data module 'prats'. Did you mean 'parts'"),
-        (["--data", ""], "The data have no name: give a folder."),
-        (["--data="], "The data have no name: give a folder."),
+        (["--data", ""], "No data are named: give a folder."),
+        (["--data="], "No data are named: give a folder."),
         (["--data=OneClas"], "Did you mean 'OneClass'"),
         ([], "There are no images to train on: name their folder (--data FOLDER)"),
-        (["--data", "parts/0.png"], "parts/0.png is a file, and no configuration of a data module: give a folder."),
-        (["--data=parts/list.csv"], "parts/list.csv is a file, and no configuration of a data module: give a folder."),
-        (["--config", "parts/image.yaml"], "0.png is a file, and no configuration of a data module: give a folder."),
+        (["--data", "parts/0.png"], "parts/0.png is a file, but describes no data module: give a folder."),
+        (["--data=parts/list.csv"], "parts/list.csv is a file, but describes no data module: give a folder."),
+        (["--config", "parts/image.yaml"], "0.png is a file, but describes no data module: give a folder."),
     ],
 )
 def test_what_is_no_folder_is_said_before_anything_is_loaded(arguments, message, here, capsys):

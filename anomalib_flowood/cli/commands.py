@@ -221,7 +221,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         detector = load(str(arguments["detector"]), arguments["device"])
         with only_writer(table) if folder.is_dir() else nullcontext():  # else the watcher says what is missing
             watcher = Watcher(detector, folder, table, aside, link=arguments["link"])
-            print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it goes on from there.", flush=True)
+            print(f"Watching {folder}. Rows: {table}. Stop it with Ctrl-C: it will go on from there.", flush=True)
             while True:
                 watcher.look()
                 time.sleep(arguments["interval"])

@@ -82,7 +82,7 @@ class DetectorCLI(AnomalibCLI):
         """Refuse what is asked of the trainer, and is decided elsewhere."""
         config = self.config[self.subcommand]
         if config.get("lr_scheduler") and not config.get("optimizer"):  # which anomalib would pass over
-            msg = "A learning rate scheduler (lr_scheduler) is of an optimizer: name that, too (--optimizer Adam)."
+            msg = "A learning rate scheduler (lr_scheduler) needs an optimizer: name one, too (--optimizer Adam)."
             raise ValueError(msg)
         trainer = config.get("trainer") or {}
         if trainer.get("enable_checkpointing") is False and not trainer.get("barebones"):

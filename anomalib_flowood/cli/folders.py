@@ -103,14 +103,14 @@ def _check_configuration(file: Path) -> None:
         with contextlib.suppress(ValueError):
             if isinstance(read_configuration(file), dict):
                 return
-        msg = f"{file} is a file, and no configuration of a data module: give a folder. {LAYOUTS_OF_PARTS}"
+        msg = f"{file} is a file, but describes no data module: give a folder. {LAYOUTS_OF_PARTS}"
         raise ValueError(msg)
 
 
 def _folder(value: str, here: Path) -> Path | None:
     """The folder that is meant, seen from another one, as it was given; nothing where the value is something else."""
     if not value:  # as of a variable of a shell that is not set: not this very folder
-        msg = f"The data have no name: give a folder. {LAYOUTS_OF_PARTS}"
+        msg = f"No data are named: give a folder. {LAYOUTS_OF_PARTS}"
         raise FileNotFoundError(msg)
     given = at_home(value)
     path = here / given

@@ -156,7 +156,7 @@ class ResultsCLI(AnomalibCLI):
             print(f"Checkpoint, with the calibration: {from_here(output)}")
             if len(before):
                 images = counted(len(processor.calibration), "normal image")
-                print(f"It is by {images}, in the place of {len(before)}, and holds if the training had none of them.")
+                print(f"It is based on {images} instead of {len(before)}, and valid if the training had none of them.")
 
     @contextlib.contextmanager
     def told_how_to_go_on(self) -> Iterator[None]:

@@ -206,7 +206,7 @@ def _read_values(path: str | Path | bytes) -> tuple[np.ndarray, float | None, bo
         if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its preview
             _tell_once(
                 "pages",
-                "The image %s has several pages: the first alone is read, of this file and of others like it.",
+                "The image %s has several pages: only the first is read, of this file and of others like it.",
                 _named(path),
             )
         # Before the pixels are decoded, when Pillow forgets both.
@@ -325,7 +325,7 @@ def _warn_of_size(image: Image.Image, path: str | Path | bytes) -> None:
     if limit is not None and pixels > limit:
         _tell_once(
             "" if isinstance(path, bytes) else f"size of {name}",
-            "The image %s has %s pixels, above %s, from where on Pillow suspects a file that was made to fill memory. "
+            "The image %s has %s pixels, above %s, where Pillow begins to suspect a file made to fill memory. "
             "It is read; with more than %s it would be refused.",
             name,
             *(f"{number:,}" for number in (pixels, limit, 2 * limit)),
@@ -342,7 +342,7 @@ def _opened(path: str | Path | bytes) -> Iterator[Any]:
                 yield image
             return
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
-            msg = "it is no regular file"
+            msg = "it is not a regular file"
             raise OSError(msg)
         with Image.open(path) as image:
             if image.format == "EPS":

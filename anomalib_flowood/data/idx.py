@@ -21,7 +21,7 @@ def read_idx(path: Path) -> np.ndarray:
     """Read an idx file of bytes, compressed if it ends in ``.gz``: an array of the shape that it states, ``uint8``.
 
     Raises:
-        ValueError: If the file is no idx file of bytes, damaged or cut short, with its path.
+        ValueError: If the file is not an idx file of bytes, damaged or cut short, with its path.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -29,7 +29,7 @@ def read_idx(path: Path) -> np.ndarray:
             sizes = file.read(4 * head[3]) if len(head) == 4 else b""
             # Two zero bytes, the type (8: unsigned byte), the number of dimensions, then each dimension as 4 bytes.
             if head[:3] != b"\x00\x00\x08" or len(head) < 4 or len(sizes) < 4 * head[3]:
-                msg = f"{path} is no idx file of bytes: it starts with {head.hex(' ') or 'nothing'}."
+                msg = f"{path} is not an idx file of bytes: it starts with {head.hex(' ') or 'nothing'}."
                 raise ValueError(msg)
             shape = tuple(int(size) for size in np.frombuffer(sizes, dtype=">u4"))
             expected = math.prod(shape)

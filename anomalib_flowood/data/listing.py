@@ -167,7 +167,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _real(entry: os.DirEntry) -> str:
-    """The path of a file without links, where its folder's has none; empty if it is no regular file.
+    """The path of a file without links, where its folder's has none; empty if it is not a regular file.
 
     The system is asked nothing that it said when it listed the folder: one that is watched may hold thousands of files.
     """

@@ -144,8 +144,7 @@ def tell_of_masks(images: Sequence[Path]) -> None:
             likely.append(f"{path} beside {image.name}")
     if likely:
         logger.warning(
-            "Taken for images, though their names are those of masks: %d of %d (%s). Masks belong into %s/KIND, or "
-            "elsewhere.",
+            "Read as images, although they are named like masks: %d of %d (%s). Masks belong in %s/KIND, or elsewhere.",
             len(likely),
             len(images),
             ", ".join(likely[:_SHOWN]) + (", …" if len(likely) > _SHOWN else ""),

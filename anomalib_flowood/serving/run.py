@@ -75,4 +75,4 @@ class _Told(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(f"Serving {self.model} on {self.address}. Stop it with Ctrl-C: it answers first what waits.", flush=True)
+        print(f"Serving {self.model} on {self.address}. Stop it with Ctrl-C: it first answers what waits.", flush=True)

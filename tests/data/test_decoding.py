@@ -194,7 +194,7 @@ def test_first_page_with_one_warning(
         first.save(tmp_path / name, save_all=True, append_images=[second])
         assert read_image(tmp_path / name).unique().tolist() == [10]
     assert [record.message for record in caplog.records] == [
-        f"The image {tmp_path}/a.tif has several pages: the first alone is read, of this file and of others like it."
+        f"The image {tmp_path}/a.tif has several pages: only the first is read, of this file and of others like it."
     ]
 
 

@@ -35,9 +35,9 @@ def test_hidden_and_irregular_files_are_left_out(tmp_path: Path, caplog: pytest.
     assert "3 entries that are no regular files" in caplog.text
     assert "pipe.png" in caplog.text
     # Not opened where it is named, either.
-    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
+    with pytest.raises(UnreadableImageError, match="pipe.png: it is not a regular file"):
         read_image(tmp_path / "b" / "pipe.png")
-    with pytest.raises(UnreadableImageError, match="pipe.png: it is no regular file"):
+    with pytest.raises(UnreadableImageError, match="pipe.png: it is not a regular file"):
         read_header(tmp_path / "b" / "pipe.png")
 
 

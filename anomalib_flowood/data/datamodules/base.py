@@ -175,7 +175,7 @@ class SourcedDataModule(AnomalibDataModule):
         unread = source.left_out([name]) if stage in {None, "fit"} else []
         if unread:
             logger.warning(
-                "Of %s only train, %stest and masks are read, and not %s. Images %s calibrate: put further normal ones "
+                "Of %s, only train, %stest and masks are read, not %s. Images %s calibrate: put further normal ones "
                 "there.",
                 source.name,
                 f"{name}, " if name else "",
