@@ -23,7 +23,7 @@ from anomalib_flowood.cli.subcommands import SUBCOMMANDS, Subcommand
 from anomalib_flowood.report.predictions import keep_predictions
 
 
-def test_version_and_help_do_not_import_anomalib() -> None:
+def test_version_and_help_do_not_import_anomalib():
     code = (
         "import sys; from anomalib_flowood.cli import main; main(['--version']); main(['--help']);"
         "assert 'torch' not in sys.modules and 'anomalib' not in sys.modules"
@@ -34,7 +34,7 @@ def test_version_and_help_do_not_import_anomalib() -> None:
         assert f"\n  {name} " in out
 
 
-def test_run_as_a_module() -> None:
+def test_run_as_a_module():
     command = [sys.executable, "-m", "anomalib_flowood"]
     assert "anomalib 2." in subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
     bare = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -42,14 +42,12 @@ def test_run_as_a_module() -> None:
     assert "usage: flowood" in bare.stderr
 
 
-def test_the_help_lists_what_the_parser_has() -> None:
+def test_the_help_lists_what_the_parser_has():
     cli = FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False)
     assert set(cli.subcommand_parsers) == set(SUBCOMMANDS)
 
 
-def test_a_subcommand_is_one_entry_and_its_methods(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_subcommand_is_one_entry_and_its_methods(monkeypatch, capsys):
     class Dancer(FlowoodCLI):
         def add_dance_arguments(self, parser: ArgumentParser) -> None:
             parser.add_argument("--steps", type=int, default=3)
@@ -64,7 +62,7 @@ def test_a_subcommand_is_one_entry_and_its_methods(
     assert capsys.readouterr().out == "3 steps\n"
 
 
-def test_the_benchmark_is_ours() -> None:
+def test_the_benchmark_is_ours():
     from anomalib.cli.pipelines import PIPELINE_REGISTRY
 
     FlowoodCLI(["backbone", "resnet18", "somewhere"], run=False)
@@ -72,7 +70,7 @@ def test_the_benchmark_is_ours() -> None:
     assert PIPELINE_REGISTRY["benchmark"] is Benchmark
 
 
-def test_backbone_says_how_to_use_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbone_says_how_to_use_it(monkeypatch, capsys):
     import anomalib_flowood.features
 
     calls = []
@@ -93,13 +91,7 @@ def test_backbone_says_how_to_use_it(monkeypatch: pytest.MonkeyPatch, capsys: py
         (["backbone", "no_such_net", "x"], "flowood: Unknown backbone 'no_such_net'."),
     ],
 )
-def test_a_users_error_is_one_message(
-    args: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_users_error_is_one_message(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLOWOOD_DEBUG", raising=False)
     with pytest.raises(SystemExit) as exit_info:
@@ -115,16 +107,14 @@ def test_a_users_error_is_one_message(
         main(args)
 
 
-def test_a_wrong_option_ends_with_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_ends_with_status_two(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["benchmark", "--confg", "x.yaml"])
     assert exit_info.value.code == 2
     assert "--config" in capsys.readouterr().err
 
 
-def test_train_then_predict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_then_predict(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name, mean in [("train", 90), ("good", 90), ("bad", 200)]:
@@ -180,9 +170,7 @@ def pixel_flow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return config, checkpoint
 
 
-def test_images_that_set_the_threshold_are_no_others_that_it_is_tried_on(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_that_set_the_threshold_are_no_others_that_it_is_tried_on(pixel_flow_run, tmp_path, capsys):
     config, trained = pixel_flow_run
     checkpoint = Path(shutil.copy(trained, tmp_path))
     main(["test", "--config", str(config), "--default_root_dir", str(tmp_path), "--ckpt_path", str(checkpoint)])
@@ -198,12 +186,7 @@ def test_images_that_set_the_threshold_are_no_others_that_it_is_tried_on(
     assert "are the same" in json.loads(results.with_name("run.json").read_text())["settings"]["decision"]
 
 
-def test_data_without_validation_images_say_which_option_gives_some(
-    pixel_flow_run: tuple[Path, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_data_without_validation_images_say_which_option_gives_some(pixel_flow_run, tmp_path, capsys, caplog):
     config, checkpoint = pixel_flow_run
     given = ["--config", str(config), "--default_root_dir", str(tmp_path), "--data.val_split_mode", "none"]
     said = "Folder has no validation images (val_split_mode none): set val_split_mode from_train"
@@ -224,9 +207,7 @@ def test_data_without_validation_images_say_which_option_gives_some(
     assert "The fit ended without a calibration" in caplog.text
 
 
-def test_a_validation_calibrates_a_checkpoint_that_had_none(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_calibrates_a_checkpoint_that_had_none(pixel_flow_run, tmp_path, capsys):
     config, trained = pixel_flow_run
     content = torch.load(trained, weights_only=False)
     empty = {name: value[:0] for name, value in content["state_dict"].items() if "post_processor.calib" in name}
@@ -243,9 +224,7 @@ def test_a_validation_calibrates_a_checkpoint_that_had_none(
     assert not (tmp_path / "bare-calibrated-calibrated.ckpt").exists()
 
 
-def test_a_validation_on_other_images_calibrates_anew(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_on_other_images_calibrates_anew(pixel_flow_run, tmp_path, capsys):
     """The new calibration was thrown away without a word."""
     config, trained = pixel_flow_run
     given, written = tmp_path / "model.ckpt", tmp_path / "model-calibrated.ckpt"
@@ -261,9 +240,7 @@ def test_a_validation_on_other_images_calibrates_anew(
     assert f"It is based on {len(now)} normal images instead of {len(before)}, and valid if the training had" in said
 
 
-def test_a_logger_of_its_own_does_not_take_the_configuration_away(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_logger_of_its_own_does_not_take_the_configuration_away(pixel_flow_run, tmp_path):
     config, _ = pixel_flow_run
     logger = json.dumps({"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}})
     root = tmp_path / "results"
@@ -273,9 +250,7 @@ def test_a_logger_of_its_own_does_not_take_the_configuration_away(
     assert kept.read_text() == of_logger.read_text()
 
 
-def test_explain_writes_a_page(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explain_writes_a_page(pixel_flow_run, tmp_path, capsys):
     config, checkpoint = pixel_flow_run
     output = tmp_path / "new" / "page"
     # The configuration that it was trained with serves; and since the checkpoint holds it, so does the class alone.
@@ -302,15 +277,7 @@ def test_explain_writes_a_page(
         (["--model", "EmbeddingFlow", "--ckpt_path", "CHECKPOINT"], 1, "written by PixelFlow, so EmbeddingFlow cannot"),
     ],
 )
-def test_explain_says_what_is_wrong(
-    args: list[str],
-    status: int,
-    message: str,
-    pixel_flow_run: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_explain_says_what_is_wrong(args, status, message, pixel_flow_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config, checkpoint = pixel_flow_run
     args = [str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args]
@@ -323,12 +290,7 @@ def test_explain_says_what_is_wrong(
     assert not list(tmp_path.iterdir())
 
 
-def test_score_gives_a_checkpoint_another_score(
-    pixel_flow_run: tuple[Path, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_score_gives_a_checkpoint_another_score(pixel_flow_run, tmp_path, capsys, caplog):
     config, trained = pixel_flow_run
     checkpoint = Path(shutil.copy(trained, tmp_path))
     before = PixelFlow.load_from_checkpoint(checkpoint)
@@ -361,9 +323,7 @@ def test_score_gives_a_checkpoint_another_score(
     assert "image_F1Score" in capsys.readouterr().out  # there are labels, so that the calibration is there
 
 
-def test_the_page_on_scores_gives_one_from_python(
-    pixel_flow_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_on_scores_gives_one_from_python(pixel_flow_run, tmp_path, monkeypatch):
     """Of images of several sizes, too, which no batch holds as they are."""
     page = (Path(__file__).parents[1] / "docs" / "scores.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?fit_score.*?)```", page, re.DOTALL)
@@ -401,15 +361,7 @@ def test_the_page_on_scores_gives_one_from_python(
         ),
     ],
 )
-def test_score_says_what_is_wrong(
-    args: list[str],
-    status: int,
-    message: str,
-    pixel_flow_run: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_score_says_what_is_wrong(args, status, message, pixel_flow_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config, trained = pixel_flow_run
     before = sorted(trained.parent.iterdir())
@@ -424,7 +376,7 @@ def test_score_says_what_is_wrong(
     assert sorted(trained.parent.iterdir()) == before
 
 
-def test_predictions_with_sources_and_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_with_sources_and_without_labels(tmp_path, capsys):
     batch = SimpleNamespace(
         image_path=["a.png", "b.png"],
         source=["mnist", "kmnist"],

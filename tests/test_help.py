@@ -118,7 +118,7 @@ def test_what_takes_seconds_is_named(monkeypatch, capsys):
     assert "loading anomalib for flowood train" in capsys.readouterr().err
 
 
-def testarguments_of_every_class_that_can_be_named_are_known_or_left_out():
+def test_arguments_of_every_class_that_can_be_named_are_known_or_left_out():
     for base in (AnomalibModule, AnomalibDataModule, DataLoader, Callback):
         found = {cls: arguments_of(cls) for cls in (base, *subclasses(base))}
         assert any(found.values()) or base is DataLoader

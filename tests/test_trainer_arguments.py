@@ -27,7 +27,7 @@ def float_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("float_first")
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_whole_number_of_batches_is_one(in_file: bool, tmp_path: Path) -> None:
+def test_a_whole_number_of_batches_is_one(in_file, tmp_path):
     values = dict(zip(LIMITS, (1, 0.5, 1.0, 0), strict=True))
     if in_file:
         (tmp_path / "file.yaml").write_text(f"trainer: {json.dumps(values)}\n")
@@ -52,16 +52,7 @@ def test_a_whole_number_of_batches_is_one(in_file: bool, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("in_file", [False, True])
-def test_what_others_decide_is_said(
-    name: str,
-    value: str,
-    status: tuple[int, int],
-    message: str,
-    in_file: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_others_decide_is_said(name, value, status, message, in_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "parts").mkdir()
     Path("file.yaml").write_text(f"trainer: {{{name}: {value}}}\n")
@@ -74,7 +65,7 @@ def test_what_others_decide_is_said(
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "train"])
-def test_an_optimizer_that_is_named_is_the_one_that_trains(subcommand: str, tmp_path: Path) -> None:
+def test_an_optimizer_that_is_named_is_the_one_that_trains(subcommand, tmp_path):
     for number in range(4):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     given = [

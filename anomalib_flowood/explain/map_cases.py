@@ -154,8 +154,9 @@ def _nearest_patch(place: _Place, chosen: Chosen, normal: ImageSet) -> tuple[lis
     # Normal patches at the same position have nearest ones, too, in other images.
     own = []
     for number in spread(len(vectors), _COMPARED).tolist() if len(vectors) > 1 else []:
-        rest = torch.cat([vectors[:number], vectors[number + 1 :]])
-        own.append(float(_distances(vectors[number, place.row * width + place.column], rest).min()))
+        away = _distances(vectors[number, place.row * width + place.column], vectors).reshape(len(vectors), -1)
+        away[number] = torch.inf
+        own.append(float(away.min()))
     distance, usual = float(found.min()), float(np.median(own)) if own else float("nan")
     seen, box = place.patch(chosen.image, place.row, place.column)
     like, like_box = place.patch(like_image, row, column)

@@ -31,7 +31,7 @@ from anomalib_flowood.files import held
 from anomalib_flowood.report.run import read_run
 
 
-def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_end_to_end_with_a_failing_entry(here, images, capsys):
     config = {
         "accelerator": "cpu",
         "benchmark": {
@@ -108,7 +108,7 @@ def test_end_to_end_with_a_failing_entry(here: Path, images: Path, capsys: pytes
     assert page.count("failed: ValueError") == 2
 
 
-def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_outside_set_has_its_own_columns_and_lines(here, capsys):
     idx_folder(here / "ramps", "plain", train=60, test=20)
     idx_folder(here / "squares", "square", seed=1, train=2, test=12)
     idx_folder(here / "others", "plain", seed=2, train=2, test=8)
@@ -155,7 +155,7 @@ def test_every_outside_set_has_its_own_columns_and_lines(here: Path, capsys: pyt
     assert table.index("| detector | data | AUROC") < table.index("| detector | data | outside | AUROC")
 
 
-def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_written_after_each_job(here, images, monkeypatch):
     seen = []
 
     def run(self: BenchmarkJob, task_id: int | None = None) -> dict:
@@ -198,18 +198,14 @@ def test_results_are_written_after_each_job(here: Path, images: Path, monkeypatc
         ({"seed": {"grid": [0, 2**32]}}, "benchmark.seed has to be an integer from 0 to 4294967295"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_trained(
-    here: Path, images: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_found_before_anything_is_trained(here, images, change, message, monkeypatch):
     monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
     with pytest.raises(ValueError, match=message):
         BenchmarkRunner(BenchmarkJobGenerator(["cpu"])).run({"model": DFM, "data": folder(images), **change})
     assert not (here / "runs").exists()
 
 
-def test_a_wrong_value_in_the_last_entry_is_found_first(
-    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_value_in_the_last_entry_is_found_first(here, images, monkeypatch):
     monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
     wrong = {"class_path": "PixelFlow", "init_args": {"mask": "cycel"}}
     with pytest.raises(ValueError, match=r"Job 2 of 2 \(PixelFlow on Folder, seed 42\) cannot run: .*cycel"):
@@ -231,9 +227,7 @@ def maps(**init_args: object) -> dict:
     return {"class_path": "FeatureMapFlow", "init_args": {"backbone": BACKBONE, "pre_trained": False, **init_args}}
 
 
-def test_whatever_can_be_known_is_said_at_once_before_the_first_job(
-    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_can_be_known_is_said_at_once_before_the_first_job(here, images, monkeypatch):
     """Too few images for the level and for the directions, folders and weights that are not there."""
     monkeypatch.setattr(BenchmarkJob, "run", lambda self: pytest.fail("a job was run"))
     for place, count in (("train/good", 8), ("test/good", 2), ("test/bad", 2)):
@@ -259,7 +253,7 @@ def test_whatever_can_be_known_is_said_at_once_before_the_first_job(
     assert not (here / "runs").exists()
 
 
-def test_data_are_named_by_their_folders(here: Path, images: Path) -> None:
+def test_data_are_named_by_their_folders(here, images):
     def names(*entries: dict) -> list[str]:
         return [
             job.data
@@ -282,11 +276,11 @@ def test_data_are_named_by_their_folders(here: Path, images: Path) -> None:
     assert names(PARTS, other) == ["parts (dataset=./data/parts)", "parts (dataset=./other/parts)"]
 
 
-def test_the_error_is_anomalibs_too() -> None:
+def test_the_error_is_anomalibs_too():
     assert issubclass(BenchmarkError, SerialExecutionError)
 
 
-def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_benchmark_goes_on(here, images, monkeypatch):
     """Finished jobs are kept to the last digit; the failed one and those that were not reached are run."""
     seeds, stops = [], True
 
@@ -333,9 +327,7 @@ def test_an_interrupted_benchmark_goes_on(here: Path, images: Path, monkeypatch:
     assert len(seeds) == 5
 
 
-def test_names_that_look_like_nothing_outlive_an_interruption(
-    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_look_like_nothing_outlive_an_interruption(here, images, monkeypatch):
     """A detector called "nan" lost its name, was run again, and a class "007" was 7."""
     ran, stops = [], True
 
@@ -375,9 +367,7 @@ def test_names_that_look_like_nothing_outlive_an_interruption(
     assert set(read.scores["image_path"]) == {"nan", "b.png"}
 
 
-def test_two_processes_do_not_write_to_one_folder(
-    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_do_not_write_to_one_folder(here, images, monkeypatch, capsys):
     """Each ran all jobs, and each image was in the scores twice."""
     section = {"model": DFM, "data": folder(images)}
     Path("there").mkdir()
@@ -390,9 +380,7 @@ def test_two_processes_do_not_write_to_one_folder(
     assert len(pd.read_csv("there/results.csv")) == 1
 
 
-def test_of_several_processes_the_first_alone_writes_and_speaks(
-    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_of_several_processes_the_first_alone_writes_and_speaks(here, images, monkeypatch, capsys):
     """Lightning starts the command once more for each; all go through the same jobs."""
     seeds = []
 
@@ -423,7 +411,7 @@ def test_of_several_processes_the_first_alone_writes_and_speaks(
     assert capsys.readouterr().out == ""
 
 
-def test_the_table_does_not_wait_for_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_does_not_wait_for_the_picture(tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -438,7 +426,7 @@ def test_the_table_does_not_wait_for_the_picture(tmp_path: Path, monkeypatch: py
     assert "0.875" in console.file.getvalue()
 
 
-def test_jobs_that_saw_other_test_images_are_said_not_to_be_comparable(tmp_path: Path) -> None:
+def test_jobs_that_saw_other_test_images_are_said_not_to_be_comparable(tmp_path):
     """As of a benchmark that was resumed after its folder had changed: their mean was shown, without a word."""
     record = Results(tmp_path)
     for data, seed, images in (("parts", 0, 22), ("parts", 1, 1023), ("others", 0, 5), ("others", 1, 5)):
@@ -452,7 +440,7 @@ def test_jobs_that_saw_other_test_images_are_said_not_to_be_comparable(tmp_path:
     assert "others: some" not in console.file.getvalue()
 
 
-def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
+def test_what_is_to_be_typed_next_can_be_typed(tmp_path):
     (tmp_path / "of mine").mkdir()
     results = Results(tmp_path / "of mine")
     results.add({"detector": "d", "data": "parts", "seed": 0, "error": "none"}, pd.DataFrame())
@@ -470,9 +458,7 @@ def test_what_is_to_be_typed_next_can_be_typed(tmp_path: Path) -> None:
         (["--resume", "gone"], "no configuration file gone/benchmark.yaml. --resume takes the folder"),
     ],
 )
-def test_a_benchmark_is_new_or_goes_on(
-    here: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_benchmark_is_new_or_goes_on(here, arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["benchmark", *arguments])
     assert exit_info.value.code == 1

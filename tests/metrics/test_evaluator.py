@@ -81,9 +81,7 @@ def run_test(detector: PixelFlow, module: CrossDataset | OneClass | Folder, tmp_
     return metrics
 
 
-def test_two_outside_sets_show_all_the_numbers(
-    fitted: PixelFlow, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_outside_sets_show_all_the_numbers(fitted, folder, tmp_path, capsys):
     evaluator, fitted.evaluator = fitted.evaluator, PerSetEvaluator()
     raw, logger = Raw(), CSVLogger(tmp_path)
     try:
@@ -122,7 +120,7 @@ def test_two_outside_sets_show_all_the_numbers(
     assert all(name in shown for name in expected)
 
 
-def test_one_pass_is_as_good_as_a_pass_for_each_set(fitted: PixelFlow, folder: Path, tmp_path: Path) -> None:
+def test_one_pass_is_as_good_as_a_pass_for_each_set(fitted, folder, tmp_path):
     both = run_test(fitted, cross(folder, "squares", "others"), tmp_path)
     alone = {name: run_test(fitted, cross(folder, name), tmp_path) for name in ("squares", "others")}
     sets = ("squares", "others")
@@ -140,7 +138,7 @@ def test_one_pass_is_as_good_as_a_pass_for_each_set(fitted: PixelFlow, folder: P
     assert both["AUROC/mean"] == pytest.approx((both["AUROC/squares"] + both["AUROC/others"]) / 2)
 
 
-def test_bits_per_dimension_are_those_of_the_model(fitted: PixelFlow, folder: Path, tmp_path: Path) -> None:
+def test_bits_per_dimension_are_those_of_the_model(fitted, folder, tmp_path):
     module = cross(folder, "squares")
     metrics = run_test(fitted, module, tmp_path)
     batch = module.test_data.__getitems__(range(len(module.test_data)))
@@ -150,9 +148,7 @@ def test_bits_per_dimension_are_those_of_the_model(fitted: PixelFlow, folder: Pa
     assert metrics["BitsPerDim/outside"] == pytest.approx(bits[batch.gt_label == 1].mean().item(), abs=1e-5)
 
 
-def test_a_score_that_is_no_likelihood_has_no_bits(
-    fitted: PixelFlow, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_score_that_is_no_likelihood_has_no_bits(fitted, folder, tmp_path, monkeypatch):
     assert embedding_flow().model.scores_are_likelihoods
     assert not feature_map_flow().model.scores_are_likelihoods
     monkeypatch.setattr(type(fitted.model), "scores_are_likelihoods", False)
@@ -161,9 +157,7 @@ def test_a_score_that_is_no_likelihood_has_no_bits(
         assert run_test(fitted, cross(folder, "squares"), tmp_path).keys() == OVERALL
 
 
-def test_a_second_test_and_one_after_an_interruption_begin_anew(
-    fitted: PixelFlow, folder: Path, tmp_path: Path
-) -> None:
+def test_a_second_test_and_one_after_an_interruption_begin_anew(fitted, folder, tmp_path):
     class Interrupt(Callback):
         def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
             if batch_idx == 2:
@@ -177,7 +171,7 @@ def test_a_second_test_and_one_after_an_interruption_begin_anew(
     assert run_test(fitted, module, tmp_path) == first
 
 
-def test_the_classes_of_one_class_are_sets(fitted: PixelFlow, tmp_path: Path) -> None:
+def test_the_classes_of_one_class_are_sets(fitted, tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for number, name in enumerate(("good", "crack", "dent")):
@@ -190,7 +184,7 @@ def test_the_classes_of_one_class_are_sets(fitted: PixelFlow, tmp_path: Path) ->
     assert "AUROC/good" not in metrics
 
 
-def test_a_data_module_without_sources_has_one_outside_set(fitted: PixelFlow, tmp_path: Path) -> None:
+def test_a_data_module_without_sources_has_one_outside_set(fitted, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("train", "good", "bad", "worse"):
         (tmp_path / name).mkdir()
@@ -202,7 +196,7 @@ def test_a_data_module_without_sources_has_one_outside_set(fitted: PixelFlow, tm
     assert run_test(fitted, module, tmp_path).keys() == OVERALL | BITS
 
 
-def test_anomalibs_own_evaluator_takes_the_metrics_too(fitted: PixelFlow, folder: Path, tmp_path: Path) -> None:
+def test_anomalibs_own_evaluator_takes_the_metrics_too(fitted, folder, tmp_path):
     evaluator, fitted.evaluator = fitted.evaluator, Evaluator(test_metrics=[AUROC(prefix="image_"), BitsPerDim()])
     try:
         metrics = run_test(fitted, cross(folder, "squares", "others"), tmp_path)
@@ -211,7 +205,7 @@ def test_anomalibs_own_evaluator_takes_the_metrics_too(fitted: PixelFlow, folder
     assert metrics.keys() == {"image_AUROC", "BitsPerDim/inside"}
 
 
-def test_barebones_returns_the_same(fitted: PixelFlow, folder: Path, tmp_path: Path) -> None:
+def test_barebones_returns_the_same(fitted, folder, tmp_path):
     module = cross(folder, "squares", "others")
     expected = run_test(fitted, module, tmp_path)
     run = engine(tmp_path, barebones=True)
@@ -220,7 +214,7 @@ def test_barebones_returns_the_same(fitted: PixelFlow, folder: Path, tmp_path: P
     assert values == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_detector_of_anomalib_may_have_its_scores_in_a_column(folder: Path, tmp_path: Path) -> None:
+def test_a_detector_of_anomalib_may_have_its_scores_in_a_column(folder, tmp_path):
     padim = Padim("test_resnet", layers=["layer1"], n_features=8, pre_trained=False, evaluator=PerSetEvaluator())
     module = cross(folder, "squares", "others")
     engine(tmp_path).fit(padim, datamodule=module)
@@ -232,7 +226,7 @@ def test_a_detector_of_anomalib_may_have_its_scores_in_a_column(folder: Path, tm
     assert metrics.keys() >= {"AUROC/squares", "AUROC/others", "AUROC/mean", "image_F1Score", "DetectionError/mean"}
 
 
-def test_a_config_file_takes_all_metrics_or_some() -> None:
+def test_a_config_file_takes_all_metrics_or_some():
     def evaluator(**init_args: object) -> PerSetEvaluator:
         entry = {"class_path": "anomalib_flowood.metrics.PerSetEvaluator", "init_args": init_args}
         small = {
@@ -252,7 +246,7 @@ def test_a_config_file_takes_all_metrics_or_some() -> None:
 
 
 @pytest.mark.parametrize("sets", [MOST_SETS, MOST_SETS + 1])
-def test_many_sets_do_not_bury_the_table(sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sets_do_not_bury_the_table(sets, monkeypatch):
     names = [f"set {number}" for number in range(sets)]
     batch = SourcedImageBatch(
         image=torch.zeros(sets + 1, 3, 2, 2),
@@ -272,9 +266,7 @@ def test_many_sets_do_not_bury_the_table(sets: int, monkeypatch: pytest.MonkeyPa
     assert len(evaluator.test_metrics[0].compute_sets()) == sets + 1  # all of them, for who asks
 
 
-def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(
-    fitted: PixelFlow, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(fitted, folder, tmp_path, monkeypatch):
     def slow(images: torch.Tensor, **_: object) -> torch.Tensor:
         time.sleep(0.5)
         return torch.zeros(len(images))
@@ -294,9 +286,7 @@ def test_bits_are_computed_for_those_who_want_them_and_cost_no_speed(
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_the_table_says_what_is_not_defined(
-    label: int, fitted: PixelFlow, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_says_what_is_not_defined(label, fitted, folder, tmp_path, capsys):
     module = cross(folder, "squares", "others")
     module.setup()
     images = module.test_data
@@ -313,7 +303,7 @@ def test_the_table_says_what_is_not_defined(
     assert not any("nan" in line for line in lines)
 
 
-def test_of_several_devices_nothing_is_said_and_one_later_has_its_metrics_in_main_memory(caplog) -> None:
+def test_of_several_devices_nothing_is_said_and_one_later_has_its_metrics_in_main_memory(caplog):
     evaluator = PerSetEvaluator()
     with patch.object(evaluator, "metrics_to_cpu") as moved:
         evaluator.setup(SimpleNamespace(num_devices=2, world_size=2), None, "validate")
