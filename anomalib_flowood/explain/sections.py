@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anomalib_flowood.look import short_name
 from anomalib_flowood.models.components import FlowModule
 from anomalib_flowood.models.components.capabilities import (
     contributes,
@@ -90,7 +91,7 @@ def nearest(detector: FlowModule, scored: list[Scored], folder: Path) -> Picture
     )
     rows = {"outside": outside}
     rows |= {f"inside, nearest {rank + 1}": inside.images[nearest_to[:, rank]] for rank in range(nearest_to.shape[1])}
-    headings = [f"{names[i]}\nscore {score[i]:.2f}" for i in place.tolist()]
+    headings = [f"{short_name(names[i], 18)}\nscore {score[i]:.2f}" for i in place.tolist()]
     draw_images(rows, headings, folder / "nearest.png")
     unit = " (−log p per dimension, nats)" if model.scores_are_likelihoods else ""
     caption = (

@@ -279,9 +279,9 @@ def test_an_embedding_flow_shows_the_nearest_images_of_its_worst_mistakes(tmp_pa
     outside = torch.cat([inside[[7, 3]], torch.rand(7, 3, 32, 32, generator=generator).round()])
     with torch.no_grad():
         detector.model.fit_features(detector.model.extract(detector.pre_processor.transform(inside)))
-    page = explain(fitted(detector), {"inside": inside, "outside": outside}, tmp_path)
+    page = explain(fitted(detector), {"inside": inside, r"$\outside$": outside}, tmp_path)  # to Matplotlib a formula
     check_page(page, ["histograms", "nearest"])
-    entry = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))["sets"]["outside"]
+    entry = json.loads((page.parent / "explain.json").read_text(encoding="utf-8"))["sets"][r"$\outside$"]
     assert "coadaptation" not in entry
 
     rows, headings, _ = drawn[0]
@@ -289,7 +289,7 @@ def test_an_embedding_flow_shows_the_nearest_images_of_its_worst_mistakes(tmp_pa
         score = detector.model(detector.pre_processor.transform(outside)).pred_score
     worst = score.argsort()[:6].tolist()
     torch.testing.assert_close(rows["outside"], outside[worst])
-    assert headings == [f"outside\nscore {float(score[i]):.2f}" for i in worst]
+    assert headings == [r"\$\outside\$" + f"\nscore {float(score[i]):.2f}" for i in worst]
     assert {0, 1} <= set(worst)
     for column, place in enumerate(worst):
         if place < 2:
