@@ -201,6 +201,21 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
     return float(stats.ks_2samp(*samples).pvalue)
 
 
+_LEAST = 1e-300
+"""Below it float64 loses digits, and then all of them."""
+
+
+def p_text(p_value: float, digits: int = 2, least: float = _LEAST) -> str:
+    """Say what a p-value is, to stand behind a p: ``= 0.031``, or ``< 1e-300``, since none is 0.
+
+    Args:
+        p_value: The p-value.
+        digits: How many to show.
+        least: Below it no digits are shown.
+    """
+    return f"< {least:.0e}" if p_value < least else f"= {p_value:.{digits}g}"
+
+
 CONTAMINATION_LEVEL = 0.01
 """Of how many clean calibrations in expectation, at most, a warning says that they look contaminated."""
 _NAMED = 10
@@ -259,9 +274,9 @@ def looks_contaminated(calibration: Tensor, contamination: float = 0.0, files: M
     which = f": {', '.join(found[:_NAMED])}{more}" if found else ""
     look = "Look at them" if found else "Look for them (`flowood predict` on the validation images names the highest)"
     return (
-        f"{apart} of {images} normal validation images score far above the others (p = {p_value:.1g}){which}. Are "
-        "there anomalies among them? They raise the threshold, in the worst case so far that nothing is called "
-        f"anomalous. {look} and take out what is not normal, or leave so many out of account: "
+        f"{apart} of {images} normal validation images score far above the others (p {p_text(p_value, digits=1)})"
+        f"{which}. Are there anomalies among them? They raise the threshold, in the worst case so far that nothing is "
+        f"called anomalous. {look} and take out what is not normal, or leave so many out of account: "
         f"--model.post_processor.contamination {math.ceil(1000 * apart / images) / 1000:g} (ConformalPostProcessor)"
     )
 

@@ -93,7 +93,7 @@ class Decision:
         rank = round(self.level * (images + 1))
         chance = conformal.alarms_p_value(self.false_positives, self.inside, images, rank)
         if chance < _CHANCE:
-            p = f"= {chance:.0e}" if chance >= _TINY else f"< {_TINY:.0e}"
+            p = conformal.p_text(chance, 1, _TINY)
             return (
                 f" Chance does not give so many alarms (p {p}): these {inside} images are unlike those that "
                 "it was fitted to and calibrated on (camera, light, position), those came in series of near copies, "

@@ -149,9 +149,9 @@ def _show(frame: pd.DataFrame, post_processor: nn.Module | None, console: Consol
         return {}
     drift = post_processor.drift_p_value(torch.tensor(frame["raw_score"].to_numpy()))
     console.out(
-        f"Drift: p = {drift:.2g}, the chance that {len(frame):,} image{'s' * (len(frame) > 1)} of the training "
-        f"distribution would differ as much from the {len(post_processor.calibration):,} calibration images as these "
-        "do together.",
+        f"Drift: p {conformal.p_text(drift)}, the chance that {len(frame):,} image{'s' * (len(frame) > 1)} of the "
+        f"training distribution would differ as much from the {len(post_processor.calibration):,} calibration images "
+        "as these do together.",
         highlight=False,
     )
     decision = _decision(frame, post_processor, console)

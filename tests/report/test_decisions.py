@@ -275,6 +275,17 @@ def test_a_prediction_ends_with_the_decision(labels, tmp_path, capsys):
         assert "Called anomalous: 2 of 3 images (66.7\u00a0%); if all were normal, expected: at most 4.76" in out
 
 
+def test_a_p_value_below_the_least_number_is_not_said_to_be_0(tmp_path, capsys):
+    calibrated = ConformalPostProcessor()
+    calibrated.calibrate(torch.rand(600, generator=torch.Generator().manual_seed(0)))
+    batch = ImageBatch(image=torch.zeros(3000, 3, 1, 1), pred_score=torch.full((3000,), 2.0), image_path=["a"] * 3000)
+    calibrated.post_process_batch(batch)
+    assert keep_predictions([batch], tmp_path, calibrated).findings["drift_p_value"] == 0
+    assert "Drift: p < 1e-300, " in capsys.readouterr().out
+    apart = torch.cat([torch.linspace(1, 2, 4000), torch.full((20,), 1e30)])
+    assert "score far above the others (p < 1e-300). " in conformal.looks_contaminated(apart)
+
+
 def test_raw_scores_of_a_table_have_the_p_values_beside_them(tmp_path):
     calibrated, scores = ConformalPostProcessor(), torch.randn(40, generator=torch.Generator().manual_seed(0))
     calibrated.calibrate(scores)
