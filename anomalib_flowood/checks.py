@@ -68,6 +68,13 @@ def check_sizes(**sizes: float | None) -> None:
             raise ValueError(msg)
 
 
+SINGLE_IMAGES = (
+    "A detector takes batches, and this DataLoader gives images one by one (batch_size None): give it a batch_size, 1 "
+    "for batches of one."
+)
+"""Said of a loader that makes no batches."""
+
+
 def check_batch(batch: Any) -> None:
     """Refuse batches that are not anomalib's, before anything asks them for images.
 
@@ -75,8 +82,10 @@ def check_batch(batch: Any) -> None:
         batch: What a loader gives.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is something else, or a single item.
     """
+    if hasattr(batch, "gt_label") and not hasattr(batch, "batch_size"):
+        raise TypeError(SINGLE_IMAGES)
     if not hasattr(batch, "gt_label"):
         msg = (
             f"A detector takes anomalib's batches (ImageBatch), got {type(batch).__name__}: give a data module "

@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from anomalib_flowood.checks import SINGLE_IMAGES
 from anomalib_flowood.started import was_started
 from anomalib_flowood.trainers import is_dealt_once, loader_of
 
@@ -114,7 +115,12 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
     Returns:
         The loader of this process, of as many batches as the others', and how many images of each are to be taken:
         where there is none left for this process, its batch is there for the number alone.
+
+    Raises:
+        TypeError: If the loader makes no batches.
     """
+    if loader.batch_sampler is None:
+        raise TypeError(SINGLE_IMAGES)
     size = batch_size_of(loader)
     sampler: Any = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
     shuffled = isinstance(sampler, RandomSampler) or getattr(sampler, "shuffle", False)

@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
+from anomalib_flowood.checks import SINGLE_IMAGES
 from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 from anomalib_flowood.data.masks import union_of
@@ -305,9 +306,12 @@ def collate(data: SourcedImageBatch | list[SourcedImageItem]) -> SourcedImageBat
         The batch; of a worker process one in shared memory.
 
     Raises:
+        TypeError: If the loader makes no batches, so that this is a single item.
         ValueError: If the items' images have different sizes.
         RuntimeError: If there is no shared memory for it.
     """
+    if isinstance(data, SourcedImageItem):
+        raise TypeError(SINGLE_IMAGES)
     batch = data if isinstance(data, SourcedImageBatch) else _joined_items(data)
     if get_worker_info():  # else a thread of the worker does so: an error there is lost, and the batch awaited for ever
         for tensor in (batch.image, batch.gt_mask, batch.gt_label):

@@ -219,6 +219,19 @@ def test_batches_of_another_kind_are_refused_with_what_to_give(detector, tmp_pat
             judge(fitted, other)
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_loader_that_makes_no_batches_is_refused_with_what_to_give(detector, tmp_path):
+    module, fitted = loaders(tmp_path), DETECTORS[detector](coupling_layers=2)
+    run = fit(tmp_path, fitted, max_epochs=1)
+    for collating in ({}, {"collate_fn": module.train_data.collate_fn}):
+        single = DataLoader(module.train_data, batch_size=None, **collating)
+        with pytest.raises(TypeError, match=r"one by one \(batch_size None\): give it a batch_size"):
+            fit(tmp_path, DETECTORS[detector](), single)
+        for judge in (run.validate, run.test, run.predict):
+            with pytest.raises(TypeError, match=r"one by one \(batch_size None\): give it a batch_size"):
+                judge(fitted, single)
+
+
 def test_a_flow_of_pixels_takes_its_loaders_in_lists(tmp_path):
     module = loaders(tmp_path)
     detectors = []
