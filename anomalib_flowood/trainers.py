@@ -165,6 +165,17 @@ def unlist_training(trainer: Trainer) -> None:
         train_on(trainer, given[0])
 
 
+def count_share(trainer: Trainer) -> None:
+    """Let a fit that has begun know as a number which share of its batches it is limited to, if it is.
+
+    Lightning takes a share anew in every epoch, and of whatever is trained on then; of too few batches it refuses one.
+    """
+    (loader,) = training_loaders(trainer)
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and limit < 1 and images_of([loader]):
+        trainer.limit_train_batches = int(limit * len(loader)) or limit
+
+
 def validate_on(trainer: Trainer, loader: DataLoader) -> None:
     """Let a fit that has begun validate on another loader; errors as for :func:`training_loaders`."""
     _replace_loader(trainer.fit_loop.epoch_loop.val_loop, loader)

@@ -167,6 +167,13 @@ def test_limits_hold_for_the_extraction(tmp_path, count_backbone_images):
     assert trainer.trainer.global_step == 3 * 2
 
 
+@pytest.mark.parametrize("new", [embedding_flow, feature_map_flow])
+def test_a_share_of_the_batches_is_what_is_fitted_to_where_nothing_trains(new, tmp_path, count_backbone_images):
+    trainer = engine(tmp_path, limit_train_batches=0.5)
+    trainer.fit(new(coupling_layers=0), datamodule=data(tmp_path, train_batch_size=20))
+    assert sum(count_backbone_images) == 2 * 20 + 24  # half of five batches are two
+
+
 @pytest.mark.parametrize("augmented", [False, True])
 def test_a_resumed_fit_fits_no_features_and_extracts_what_it_trains_on(augmented, tmp_path, count_backbone_images):
     module = data(tmp_path, train_augmentations=RandomHorizontalFlip() if augmented else None)

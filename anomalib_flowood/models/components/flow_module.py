@@ -36,6 +36,7 @@ from anomalib_flowood.saving import keep_end, save_whole, say_if_kept_earlier
 from anomalib_flowood.trainers import (
     check_dealing,
     check_validation_images,
+    count_share,
     drop_callbacks,
     images_of,
     prediction_loaders,
@@ -130,6 +131,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             msg = f"{type(self).__name__} takes one DataLoader of training images, got {found}."
             raise ValueError(msg)
         unlist_training(self.trainer)
+        if not self._trainable:  # of a share that Lightning draws by itself nothing would be seen
+            count_share(self.trainer)
 
     def check_number(self, images: int) -> None:
         """Refuse so few training images that there is nothing to fit; a detector that knows a bound has it."""
