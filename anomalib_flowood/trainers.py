@@ -289,12 +289,26 @@ def finish_epoch(trainer: Trainer, limits: tuple[int, bool], *, validated: bool)
     loop = trainer.fit_loop
     loop.epoch_loop.max_steps, trainer.should_stop = limits
     if not validated and validation_is_due(trainer):
-        validation = loop.epoch_loop.val_loop
-        validation.restarting = False
-        trainer.validating = True
-        validation.run()
-        trainer.training = True
+        validate_again(trainer)
     loop.on_advance_end()
+
+
+def validate_again(trainer: Trainer) -> None:
+    """Validate within a fit that has trained, where Lightning does not."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.restarting = False
+    trainer.validating = True
+    validation.run()
+    trainer.training = True
+
+
+def forget_results(trainer: Trainer) -> None:
+    """Let a validation or a test log as a trainer's first does, before and after it.
+
+    Lightning keeps the names of what was logged, of another module, too, and refuses one that is logged otherwise.
+    """
+    for loop in (trainer.validate_loop, trainer.test_loop):
+        field(loop, "_results").clear()
 
 
 def skip_batches(trainer: Trainer, batches: int) -> None:

@@ -2,6 +2,7 @@
 """What Lightning's trainer offers beyond a plain fit, with its own `Trainer` and with loaders of a user's."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -142,10 +143,27 @@ def test_a_stop_that_has_to_wait_for_min_epochs_does_not_bring_weights_back_befo
 
 
 def test_the_best_epoch_comes_back_where_a_stop_comes_behind_a_validation(tmp_path, caplog):
-    detector = pixel_flow()
-    fit(tmp_path, detector, callbacks=[EndsTheFit("on_validation_end", epoch=1, spoilt=(1,))], max_epochs=5)
+    detector, stop = pixel_flow(), EndsTheFit("on_validation_end", epoch=1, spoilt=(1,))
+    with caplog.at_level("INFO"):
+        run = fit(tmp_path, detector, callbacks=[stop], max_epochs=5)
     assert detector.kept_epoch.epoch == 1
-    assert "no normal validation images" not in caplog.text
+    before, after = re.search(
+        r"have ([\d.]+) bits per dimension \(mean\), ([\d.]+) after the last", caplog.text
+    ).groups()
+    assert float(after) > float(before)
+    assert len(detector.post_processor.calibration) == 24
+    assert not differing(detector, open_checkpoint(run.checkpoint_callback.best_model_path))
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("kind", ["pixels, typicality", "embeddings", "maps"])
+def test_a_stop_behind_a_validation_leaves_a_calibrated_detector(kind, hook, tmp_path):
+    detector = BUILD[kind]()
+    run = fit(tmp_path, detector, callbacks=[EndsTheFit(hook)], max_epochs=5)
+    assert run.current_epoch == 1
+    kept = open_checkpoint(run.checkpoint_callback.best_model_path)
+    assert len(kept.post_processor.calibration) == 24
+    assert not differing(detector, kept)
 
 
 class Own(PixelFlow):

@@ -36,7 +36,7 @@ def test_a_detector_predicts_the_same_behind_another(first, second, fitted):
         assert torch.equal(predict(run, detectors[name], folder), predicted[name])
 
 
-@pytest.mark.parametrize(("first", "second"), permutations(DETECTORS, 2))
+@pytest.mark.parametrize(("first", "second"), permutations((*DETECTORS, "padim"), 2))
 def test_a_detector_is_tested_the_same_behind_another(first, second, fitted):
     folder, detectors, _ = fitted
     run, module = engine(folder), data(folder)

@@ -38,11 +38,13 @@ from anomalib_flowood.trainers import (
     check_validation_images,
     count_share,
     drop_callbacks,
+    forget_results,
     images_of,
     prediction_loaders,
     trainer_of,
     training_loaders,
     unlist_training,
+    validate_again,
 )
 
 from .averaging import Averaging
@@ -88,6 +90,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     """Seconds of the last test that went into bits per dimension, and not into scores."""
     _saved_whole = False
     """Whether the last checkpoint has all that a score needs."""
+    _unknowing_at = -1
+    """The step of a validation at which training did not seem to end."""
     max_value: int | None
     """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints.
 
@@ -116,6 +120,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             self._tell_of_few_images()
             self._tell_of_lost_details()
         else:
+            forget_results(self.trainer)
             self._read_alike()
 
     def begin_fit(self) -> None:
@@ -196,6 +201,19 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         self.max_value = checkpoint.get(_MAX_VALUE)
         if trainer_of(self) is not None:
             self._read_alike()
+
+    def on_validation_start(self) -> None:
+        """Note where training did not seem to end."""
+        super().on_validation_start()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._unknowing_at = -1 if self._training_ends() else self.trainer.global_step
+
+    def on_train_epoch_end(self) -> None:
+        """Validate once more where a stop came behind the validation, before which nothing was fitted for the last."""
+        if self._training_ends() and self._unknowing_at == self.trainer.global_step:
+            validate_again(self.trainer)
+            self._saved_whole = False  # what is saved is from before
+        super().on_train_epoch_end()
 
     def on_fit_end(self) -> None:
         """Leave a checkpoint that scores in any case: none is written where no validation follows the last epoch."""
@@ -286,8 +304,9 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         return [*components]
 
     def teardown(self, stage: str) -> None:
-        """Take the components from the trainer, which may work with another detector next: see above."""
+        """Take the components and results from the trainer, which may work with another detector next: see above."""
         super().teardown(stage)
+        forget_results(self.trainer)
         own = {id(part) for part in (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)}
         drop_callbacks(self.trainer, lambda part: id(getattr(part, "pre_processor", part)) in own)
 

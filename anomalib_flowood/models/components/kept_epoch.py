@@ -83,7 +83,9 @@ class KeptEpoch(_Base):
         """Judge the weights where training ends, and go back to better ones; only then is a score fitted to them."""
         self._validation_bits = None
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
-            if self._training_ends() or processes.ranks() > 1:
+            if self._judged_step == self.trainer.global_step:  # once more, for a stop that came behind
+                self._take_best()
+            elif self._training_ends() or processes.ranks() > 1:
                 self._judge()
             else:  # the images are looked at once
                 self._validation_bits = []
@@ -104,11 +106,9 @@ class KeptEpoch(_Base):
             self._validation_bits = None
 
     def on_train_epoch_end(self) -> None:
-        """Judge the last weights where no validation did; take better ones where none knew that it was the last."""
+        """Judge the last weights where no validation did."""
         if self._training_ends() and self._judged_step != self.trainer.global_step:
             self._judge()
-        elif self._training_ends() and self.kept_epoch is None:
-            self._take_best()
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
