@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from anomalib_flowood.files import whole_file
 from anomalib_flowood.names import alternatives, nearest, subclasses, unknown_name
@@ -66,12 +66,6 @@ class FlowoodParser(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or _subcommand_parser(message, self)
         sys.stderr.write(f"flowood: {mended(message, parser)}\n({_command(parser)} --help tells more.)\n")
         sys.exit(2)
-
-
-def with_config(parser: FlowoodParser) -> FlowoodParser:
-    """Let a parser take configuration files."""
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file, in YAML or JSON.")
-    return parser
 
 
 def whole_numbers_first(parser: ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType, ExportType
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 from jsonargparse.typing import PositiveFloat, PositiveInt, register_type
 from lightning import seed_everything
 from lightning.fabric import Fabric
@@ -43,7 +43,7 @@ from anomalib_flowood.engine import RunEngine
 from anomalib_flowood.files import at_home
 from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.names import check_known
-from anomalib_flowood.parsing import FlowoodParser, with_config
+from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.report.predictions import PredictionKeeper
 from anomalib_flowood.serving import Limits, check_installed
 
@@ -64,7 +64,9 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
     def init_parser(**kwargs: Any) -> ArgumentParser:
         """Build a parser that takes configuration files, and says in them what wrote them."""
         header = [f"flowood {__version__}, anomalib {version('anomalib')}"]
-        return with_config(FolderParser(dump_header=header, **kwargs))
+        parser = FolderParser(dump_header=header, **kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file, in YAML or JSON.")
+        return parser
 
     @staticmethod
     def anomalib_subcommands() -> dict[str, dict[str, str]]:

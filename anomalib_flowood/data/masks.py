@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +25,17 @@ _SHOWN = 3
 """The most files of a kind that a message names."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Images and masks that belong together.
-
-    Attributes:
-        masks: Path of the mask of each image, or of the folder of its masks; an empty text where it has none.
-        unmatched: Masks that belong to no image.
-    """
-
-    masks: list[str]
-    unmatched: list[Path]
-
-
-def pair(images: Sequence[Path], folder: Path) -> Pairs:
+def pair(images: Sequence[Path], folder: Path) -> tuple[list[str], list[Path]]:
     """Find the masks of images by their names.
 
     Args:
         images: Paths of the images, relative to where their kinds' folders are: ``KIND/NAME.jpg``.
         folder: The folder of masks, ``KIND/NAME_mask.png``, ``KIND/NAME.png``, or several of an image in a folder
             ``KIND/NAME``, of any ending that images may have.
+
+    Returns:
+        Path of the mask of each image, or of the folder of its masks, an empty text where it has none; and the masks
+        that belong to no image.
     """
     files = image_files(folder, tell=False)
     found = {path.relative_to(folder).with_suffix(""): path for path in files}
@@ -55,7 +46,7 @@ def pair(images: Sequence[Path], folder: Path) -> Pairs:
         named = (found.get(name), found.get(name.with_name(f"{name.name}_mask")), folders.get(name))
         masks.append(next((str(path) for path in named if path), ""))
     used = set(masks)
-    return Pairs(masks, [path for path in files if used.isdisjoint({str(path), str(path.parent)})])
+    return masks, [path for path in files if used.isdisjoint({str(path), str(path.parent)})]
 
 
 def union_of(mask: str) -> torch.Tensor:
@@ -100,14 +91,14 @@ def with_masks(images: Images, folder: Path, anomalous: np.ndarray) -> Images:
         return images
     names = [Path(path).relative_to(top) for path in images.paths]
     rows = np.flatnonzero(anomalous)
-    pairs = pair([names[row] for row in rows], ground_truth)
+    found, unmatched = pair([names[row] for row in rows], ground_truth)
     masks = np.full(len(images), "", dtype=object)
-    masks[rows] = pairs.masks
+    masks[rows] = found
     missing = [str(ground_truth / names[row].with_suffix(".png")) for row in rows if not masks[row]]
     misfits = {row: text for row in rows if masks[row] and (text := _misfit(images.paths[row], masks[row]))}
     # Empty masks of normal images do no harm.
     normal = {name.with_suffix("") for name, mask in zip(names, masks, strict=True) if not mask}
-    stray = [str(path) for path in pairs.unmatched if normal.isdisjoint(_images_of(path.relative_to(ground_truth)))]
+    stray = [str(path) for path in unmatched if normal.isdisjoint(_images_of(path.relative_to(ground_truth)))]
     problems = [
         _some(missing, "missing"),
         _some([*misfits.values()], "of another size"),

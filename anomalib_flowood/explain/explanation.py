@@ -20,7 +20,7 @@ from anomalib_flowood.models.components import FlowModule, known_flows
 from anomalib_flowood.report.markup import finite
 
 from .images import image_sets, normal_images
-from .numbers import all_numbers, batches, score, table
+from .numbers import all_numbers, chunks, score, table
 from .page import write_page
 from .pictures import DARK, SHOWN_SETS
 from .sections import sections_of
@@ -104,7 +104,7 @@ def _explain(
     task = progress.add_task("reading images", total=None)
     sets = image_sets(detector, data, max_images)
     sections = sections_of(detector)
-    progress.update(task, total=sum(map(batches, sets)) + len(sections))
+    progress.update(task, total=sum(len(chunks(part)) for part in sets) + len(sections))
 
     scored = []
     for part in sets:

@@ -58,11 +58,11 @@ def score(detector: FlowModule, images: ImageSet, advance: Callable[[], None]) -
     Args:
         detector: In evaluation mode.
         images: The set.
-        advance: Called after each batch; there are :func:`batches` of them.
+        advance: Called after each of its :func:`chunks`.
     """
     model: Any = detector.model
     log_probs, bits, scores = [], [], []
-    for chunk in _chunks(images):
+    for chunk in chunks(images):
         chunk = chunk.to(detector.device)
         if takes_bytes(detector):  # such large images are judged in parts, which are not kept
             found, losses = detector.judged(SimpleNamespace(image=chunk))
@@ -84,12 +84,8 @@ def score(detector: FlowModule, images: ImageSet, advance: Callable[[], None]) -
     return Scored(images, torch.cat(log_probs), torch.cat(bits), torch.cat(scores), adapted, records)
 
 
-def batches(images: ImageSet) -> int:
-    """Return how many batches a set is scored in."""
-    return len(_chunks(images))
-
-
-def _chunks(images: ImageSet) -> tuple[Tensor, ...] | LargeImages:
+def chunks(images: ImageSet) -> tuple[Tensor, ...] | LargeImages:
+    """Return the inputs of a set, those that are scored at once together."""
     return images.inputs.split(CHUNK) if images.large is None else images.large
 
 

@@ -93,15 +93,15 @@ def _masks(folder: Path, images: list[Path]) -> dict[Path, str]:
     ground_truth = folder / GROUND_TRUTH
     if not ground_truth.is_dir():
         return {}
-    pairs = pair([path.relative_to(folder / "test") for path in images], ground_truth)
-    if not any(pairs.masks) and not pairs.unmatched:
+    masks, unmatched = pair([path.relative_to(folder / "test") for path in images], ground_truth)
+    if not any(masks) and not unmatched:
         return {}
-    for path, mask in zip(images, pairs.masks, strict=True):
+    for path, mask in zip(images, masks, strict=True):
         if not mask:
             wanted = ground_truth / path.parent.name / f"{path.stem}_mask.png"
             msg = f"{path} has no mask, other images of {folder} have: add {wanted}, or take ground_truth away."
             raise ValueError(msg)
-    return dict(zip(images, pairs.masks, strict=True))
+    return dict(zip(images, masks, strict=True))
 
 
 def _images(folder: Path, places: str) -> list[Path]:
