@@ -50,7 +50,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             _sync(temporary)
             temporary.replace(target)
     except OSError as error:
-        if _WORKPLACE in str(error.filename):  # of which nobody has heard
+        if _WORKPLACE in str(error.filename):  # which no user knows of
             error.filename = str(target)
         raise
 
@@ -84,8 +84,8 @@ def whole_files(folder: str | Path, last: str) -> Iterator[Path]:
 def _workplace(parent: Path) -> Iterator[Path]:
     """Make a hidden folder to write in, within another one, for a while.
 
-    It is locked as long as its process lives, so that those which killed processes have left are told from those that
-    are in use, be it on another machine. The former are removed by the next process that writes there.
+    It is locked as long as its process lives, so that folders which killed processes have left can be told from those
+    in use, even by another machine. The next process that writes there removes the former.
     """
     _remove_abandoned(parent)
     folder, lock = _new_workplace(parent)
@@ -107,12 +107,12 @@ def _new_workplace(parent: Path) -> tuple[Path, int | None]:
         lock = _locked(folder, wait=True)
         if folder.exists():
             return folder, lock
-        # Another process has found it before it was locked.
+        # Another process has taken it for abandoned before it was locked.
         if lock is not None:
             os.close(lock)
 
 
-@cache  # a process leaves none to itself, and looking at large folders takes time
+@cache  # a process leaves none behind for itself, and listing large folders takes time
 def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_WORKPLACE}*"):
         lock = _locked(folder, wait=False)
@@ -143,10 +143,9 @@ def _locked(folder: Path, wait: bool) -> int | None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of a folder, as long as this one lives, be they on another machine.
+    """Keep other processes that ask for it, on other machines, too, out of a folder while this one lives.
 
-    Args:
-        folder: The folder. Where its disk or this system knows no locks on folders, nobody is kept out.
+    Where its disk or this system knows no locks on folders, nobody is kept out.
 
     Raises:
         BlockingIOError: If another process has it.

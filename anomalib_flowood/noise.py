@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libraries say, and no user can act on."""
+"""Messages of libraries that no user can act on."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _can_be_acted_on(record: logging.LogRecord) -> bool:
 
 
 def quieten(handler: logging.Handler) -> None:
-    """Leave out of a handler, and of what Python warns of, what no user can act on; every other line stays.
+    """Keep what no user can act on out of a handler and of Python's warnings; every other line stays.
 
-    Of several processes, one says what all of them would.
+    Of several processes, one alone says what all of them would.
     """
     handler.addFilter(_can_be_acted_on)
     handler.addFilter(is_said_once)

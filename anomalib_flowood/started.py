@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that was started beside one of rank 0 knows, as Lightning starts them; before PyTorch is imported."""
+"""What a process that Lightning has started beside rank 0 knows before PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARENT = os.getppid()
 
 
 def was_started() -> bool:
-    """Whether this process was started beside one of rank 0; known before they are connected."""
+    """Whether this process was started beside rank 0; known before the two are connected."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
@@ -33,13 +33,10 @@ def is_said_once(record: logging.LogRecord) -> bool:
 
 
 def rank_zero_ends(seconds: float = 5.0) -> bool:
-    """Whether this process was started by one that has ended, or ends in some seconds.
+    """Whether this process was started by rank 0, and that has ended or does so within some seconds.
 
-    An error comes to both alike, or to this one because the other is gone; that of rank 0 then says what it is. Where
-    rank 0 goes on, nobody but this process does.
-
-    Args:
-        seconds: How long to wait for it.
+    Then both have the same error, or this one fails because rank 0 is gone: rank 0 says what is wrong. Where rank 0
+    goes on, only this process can.
     """
     until = time.monotonic() + seconds
     while was_started() and os.getppid() == _PARENT and time.monotonic() < until:

@@ -30,10 +30,10 @@ from anomalib_flowood.parsing import ALL, HELP_LEVEL, FlowoodParser
 from anomalib_flowood.started import rank_zero_ends
 
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-"""What the system says of files and folders that are not for this user to read, or to write."""
+"""Errors of files and folders that this user may not read or write."""
 
 _OTHER_KIND = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-"""What it says of a file where a folder has to be, or a folder where a file has to be."""
+"""Errors of a file where a folder has to be, or a folder where a file has to be."""
 
 
 def _configure_logging() -> None:
@@ -77,7 +77,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _at_home(argument: str) -> str:
-    """Expand ``--option=~/…``, which shells leave as it is; as a path it would make a folder of the name ``~``."""
+    """Expand ``--option=~/…``, which shells leave as it is; taken as a path, it would make a folder called ``~``."""
     option, given, value = argument.partition("=")
     return f"{option}={at_home(value)}" if given and option[:2] == "--" and value[:1] == "~" else argument
 
@@ -102,12 +102,12 @@ def _at_once(given: list[str]) -> str | None:
 
 
 def _refuse_empty(given: list[str]) -> None:
-    """Refuse arguments that are empty: as a path that is this very folder, in which files would be read, or moved."""
+    """Refuse empty arguments: taken as a path, one is the current folder, whose files would be read or moved."""
     for before, argument in pairwise(given):
         option, assigned, value = argument.partition("=")
         if not argument or (assigned and not value and option[:2] == "--"):
             name = option or (before if before[:2] == "--" else "An argument")
-            if name != "--data" or given[0] == "predict":  # of which others say what it may be
+            if name != "--data" or given[0] == "predict":  # others say what --data may be
                 _refuse(f"{name} is empty. Is it a variable of the shell that is not set?")
 
 
@@ -151,10 +151,10 @@ def _run(args: list[str]) -> None:
 
 @contextmanager
 def _told_by_rank_zero() -> Iterator[None]:
-    """End a process that was started beside one of rank 0 in silence where that one ends, too."""
+    """Let a process that was started beside rank 0 end in silence if rank 0 ends, too."""
     try:
         yield
-    except Exception:  # whatever it is: it goes on its way, unless rank 0 ends of it, too, and says so
+    except Exception:  # any error is passed on, unless rank 0 ends by it, too, and reports it
         if os.environ.get("FLOWOOD_DEBUG") != "1" and rank_zero_ends():
             sys.exit(1)
         raise
@@ -185,7 +185,7 @@ def _fail(error: Exception, message: str, name: str, debuggable: bool = True) ->
 
 
 def _in_the_way(error: OSError) -> str:
-    """Say which file or folder cannot be had, of an error that names one."""
+    """Say which file or folder is in the way, or may not be accessed, by an error that names one."""
     path = Path(os.fsdecode(error.filename))
     file = next((part for part in (path, *path.parents) if part.is_file()), None)
     if error.errno in _OTHER_KIND and path.is_dir():

@@ -40,7 +40,7 @@ class ConfigurationKeeper(Callback):
 
     def setup(self, trainer: Trainer, _: LightningModule, stage: str) -> None:
         """Write it before anything is trained."""
-        folder, of_logger = Path(trainer.default_root_dir), trainer.log_dir  # asked for in every process
+        folder, of_logger = Path(trainer.default_root_dir), trainer.log_dir  # a broadcast: all processes take part
         elsewhere = of_logger is not None and Path(of_logger).resolve() != folder.resolve()
         if stage == TrainerFn.FITTING and elsewhere and trainer.is_global_zero:
             self._save(folder / "config.yaml")
@@ -62,7 +62,7 @@ class ResultsCLI(AnomalibCLI):
             chosen = root != str(self.subcommand_parsers[self.subcommand].get_default("default_root_dir"))
             run = run_folder(self._checkpoint(), Path(root), self.model.name, chosen=chosen)
             made = processes.agreed_folder(self.subcommand, lambda: new_folder(run / self.subcommand))
-            # Another process than that of rank 0 leaves nothing in it.
+            # Rank 0 alone writes into it, and takes it away if it is empty.
             with contextlib.nullcontext(made) if was_started() else used_folder(made) as folder:
                 yield folder
         elif output.is_file() or output.suffix in {".csv", ".html"}:
@@ -75,8 +75,8 @@ class ResultsCLI(AnomalibCLI):
         """Keep what was predicted, and with which settings, by which checkpoint, of which data.
 
         Returns:
-            Whether files could not be read, by any process. That of rank 0 alone says so: Lightning kills it, whatever
-            it is writing, when another one ends with an exit status above 0.
+            Whether there are files that a process could not read. Only rank 0 says so: Lightning kills it, whatever it
+            is writing, when another process ends with an exit status above 0.
         """
         folder = Path(self.engine.trainer.default_root_dir)
         kept = keep_predictions(predictions, folder, self.model.post_processor, errors)

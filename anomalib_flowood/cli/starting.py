@@ -20,8 +20,8 @@ from typing import NoReturn
 def loading(what: str) -> Iterator[None]:
     """Say what is being imported, on a terminal; a signal then ends the process at once.
 
-    Python looks for garbage as objects become more, and when it ends. Of what is imported nothing is, and it is so much
-    that looking takes a quarter of the import and most of the end.
+    Python collects garbage as objects pile up, and at its end. Nothing of what is imported is garbage, and there is so
+    much of it that looking takes a quarter of the import and most of the end: it is kept out of the collector's sight.
     """
     from rich.console import Console
 
@@ -46,7 +46,7 @@ def loading(what: str) -> Iterator[None]:
 def ended_by_signals() -> Iterator[None]:
     """Let a signal end the command with the status that says so, 128 and its number: 130 of Ctrl-C, 143 of SIGTERM.
 
-    Lightning takes both for the regular end of a training. What was being written is left out: see
+    Lightning takes both for the regular end of a training. A file that was being written does not appear: see
     :mod:`anomalib_flowood.files`.
     """
     try:
@@ -62,7 +62,7 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], NoReturn], *signals: signal.Signals) -> Iterator[None]:
-    """Let signals be handled so for a while, in the main thread, which alone can."""
+    """Let a function handle signals for a while, in the main thread, the only one that can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,6 +84,6 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """End what runs, however deep."""
+    """End whatever is running, however deep in the stack."""
     del frame
     sys.exit(128 + number)

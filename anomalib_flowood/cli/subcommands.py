@@ -14,7 +14,7 @@ FILE, FOLDER, NUMBER, TEXT = "FILE", "FOLDER", "N", "TEXT"
 """What an argument is, as help writes it; shells complete files and folders."""
 
 WRITTEN = ("--output", "--export_root", "--default_root_dir")
-"""Options that say where results go; of a subcommand with several the first."""
+"""Options that say where results go; where a subcommand has several, the first of them does."""
 
 
 @dataclass(frozen=True)

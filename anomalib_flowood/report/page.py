@@ -67,8 +67,8 @@ def write_report(
 ) -> Path:
     """Write the page of a run, and its pictures as files beside it.
 
-    The page holds everything it needs: it fetches nothing, from the network or from the folder. What the folder has
-    of it is shown: thresholds, metrics of pixels and anomaly maps are in those of tests of today.
+    The page holds everything it needs: it fetches nothing, from the network or from the folder. Thresholds, metrics of
+    pixels and anomaly maps are shown where the folder has them; older versions wrote none.
 
     Args:
         folder: The run's folder, see :mod:`.run`.

@@ -47,14 +47,7 @@ def small_contest(monkeypatch):
         calls.append("knn")
         return baselines.Baseline("KNN", BACKBONE, (size, size), **detectors.components(BACKBONE, size))
 
-    monkeypatch.setitem(
-        baselines.MODELS,
-        "KNN",
-        partial(
-            baselines.KNNModel,
-            pre_trained=False,
-        ),
-    )
+    monkeypatch.setitem(baselines.MODELS, "KNN", partial(baselines.KNNModel, pre_trained=False))
     monkeypatch.setattr(tasks, "MAP_SIZE", 48)
     chosen = {
         "FeatureMapFlow": detectors.Detector("FeatureMapFlow", flow, ours=True),
