@@ -184,6 +184,8 @@ def test_the_data_module_says_what_makes_more_validation_images(tmp_path: Path, 
     assert "give 145 more normal images to the 50 that there are (fitted to: 45)" in text
     assert held_out(50 + 145, 0.1) == 20
     assert held_out(50 + 144, 0.1) < 20
+    text, _ = advice(val_split_ratio=1e-9)  # found without trying number after number
+    assert text.startswith("give 19499999950 more normal images")
     text, _ = advice(train_limit=15)
     assert text == "raise train_limit to 80, if there are so many normal images"
 

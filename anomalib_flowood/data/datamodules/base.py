@@ -6,9 +6,9 @@ from __future__ import annotations
 import logging
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from anomalib.data.utils import LabelName, Split, ValSplitMode
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_flowood.checks import check_loading
-from anomalib_flowood.data.datamodules.splits import held_out, limited, needed_for, train_and_val
+from anomalib_flowood.data.datamodules.splits import MOST_IMAGES, held_out, limited, needed_for, train_and_val
 from anomalib_flowood.data.datasets import SourcedDataset
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.images import Images
@@ -201,7 +201,8 @@ class SourcedDataModule(AnomalibDataModule):
             source, tested = self._sources[0], 0
             if isinstance(source, FolderSource) and source.divided:  # of more images more become test images
                 tested = int((self.test_data.samples["label_index"] == LabelName.NORMAL).sum())
-                needed = next(number for number in count(needed) if number - source.tested(number) >= needed)
+                numbers = range(needed, MOST_IMAGES)
+                needed += bisect_left(numbers, needed, key=lambda number: number - source.tested(number))
             there, used = total + tested, f"fitted to: {fitted}" + (f", tested on: {tested}" if tested else "")
             advice = f"give {needed - there} more normal images to the {there} that there are ({used})"
         if total > images:

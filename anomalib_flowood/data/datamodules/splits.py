@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import count
 
 import numpy as np
 
 from anomalib_flowood import conformal
+
+MOST_IMAGES = 2**40
+"""Where the search for a number of images that would do ends."""
 
 _SHARE = 0.1
 """Of the normal images, held out for validation where there are many."""
@@ -38,7 +41,7 @@ def held_out(images: int, ratio: float | None) -> int:
 
 def needed_for(validation: int, ratio: float | None, images: int) -> int:
     """Return how many normal images it takes, these at least, of which so many are :func:`held_out`."""
-    return next(number for number in count(images) if held_out(number, ratio) >= validation)
+    return images + bisect_left(range(images, MOST_IMAGES), validation, key=lambda number: held_out(number, ratio))
 
 
 def limited(rows: np.ndarray, limit: int | None, seed: int | None) -> np.ndarray:
