@@ -149,7 +149,7 @@ def test_mvtec_ad_2_is_read_with_its_masks_which_are_no_kind(name, here, caplog)
     assert samples["source"].value_counts().to_dict() == {"good": 4, "bad": 5}
     assert [bool(item.gt_mask.any()) for item in module.test_data] == [source == "bad" for source in samples["source"]]
     (said,) = [message for message in caplog.messages if "are read" in message]
-    assert "and not test_private. " in said
+    assert "are read, not test_private. " in said
 
 
 def test_a_whole_product_is_no_normal_class(here):
@@ -201,13 +201,13 @@ def masks_beside(folder: Path) -> None:
 def test_masks_among_the_images_are_named(here, caplog):
     masks_beside(here / "parts")
     OneClass("parts").setup("fit")
-    said = [message for message in caplog.messages if "names are those of masks" in message]
+    said = [message for message in caplog.messages if "named like masks" in message]
     assert len(said) == 2
     assert "masks: 2 of 22 (parts/train/good/00_GT.png beside 00.png, parts/train/good/01_GT.png beside 01" in said[0]
     assert "masks: 3 of 12 (parts/test/scratch/00.png beside 00.jpg, " in said[1]
     caplog.clear()
     PathDataset(here / "parts/test")
-    assert ["3 of 12" in message for message in caplog.messages if "names are those of masks" in message] == [True]
+    assert ["3 of 12" in message for message in caplog.messages if "named like masks" in message] == [True]
 
 
 def visa(folder: Path) -> None:

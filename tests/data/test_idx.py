@@ -68,7 +68,7 @@ def test_idx_cut_short(tmp_path: Path) -> None:
 def test_idx_with_a_bad_magic_number(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is no idx file"):
+    with pytest.raises(ValueError, match=f"{path} is not an idx file"):
         read_idx(path)
 
 
