@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
-from model_helpers import DETECTORS, TRAINER, data, embedding_flow, feature_map_flow, pixel_flow
+from lightning.pytorch.cli import LightningCLI
+from model_helpers import DETECTORS, TRAINER, data, embedding_flow, feature_map_flow, idx_folder, pixel_flow
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import (
     BatchSampler,
@@ -21,7 +22,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from anomalib_flowood import FeatureMapFlow, PixelFlow, open_checkpoint, processes
+from anomalib_flowood import CrossDataset, FeatureMapFlow, PixelFlow, open_checkpoint, processes
+from anomalib_flowood.models.components.export_description import identity
 from anomalib_flowood.trainers import check_dealing
 
 BUILD = {
@@ -294,3 +296,26 @@ def test_processes_that_would_see_all_images_are_refused():
     check_dealing(of(1, False))
     with pytest.raises(ValueError, match="use_distributed_sampler false each of 2 processes sees all images"):
         check_dealing(of(2, False))
+
+
+def test_a_detector_that_lightnings_command_line_has_trained_is_opened_with_its_calibration(tmp_path, caplog):
+    inside, outside = idx_folder(tmp_path / "ramps", "plain"), idx_folder(tmp_path / "squares", "square", seed=1)
+    saving = ModelCheckpoint(dirpath=tmp_path)
+    settings = {"image_size": "[12, 12]", "channels": 1, "coupling_layers": 4, "hidden_channels": 16, "max_epochs": 1}
+    sources = {"in_distribution": inside, "out_of_distribution": f"[{outside}]"}
+    trained = LightningCLI(
+        datamodule_class=CrossDataset,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        trainer_defaults={**TRAINER, "logger": False, "callbacks": [saving]},
+        args=["fit", "--model=anomalib_flowood.PixelFlow"]
+        + [f"--model.{name}={value}" for name, value in settings.items()]
+        + [f"--data.{name}={value}" for name, value in sources.items()],
+    )
+    assert "_class_path" in trained.model.hparams
+    caplog.clear()
+    opened = open_checkpoint(saving.best_model_path)
+    opened.check_weights()
+    assert not caplog.messages
+    assert torch.equal(opened.post_processor.calibration, trained.model.post_processor.calibration)
+    assert identity(opened) == identity(trained.model)

@@ -144,6 +144,11 @@ def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, An
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
 
 
+def settings_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters without what LightningCLI keeps among them: ``_instantiator`` and ``_class_path``."""
+    return {name: value for name, value in stored.items() if not name.startswith("_")}
+
+
 def differing_settings(
     stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ from anomalib.deploy.export import ExportType
 from anomalib_flowood.exported import FORMAT, description_path, digest_of
 from anomalib_flowood.files import write_text
 
+from .checkpoints import settings_of
 from .export_check import raw_onnx_path, reference
 from .post_processor import ConformalPostProcessor
 
@@ -108,7 +109,7 @@ def _settings(detector: CheckedWeights) -> dict[str, Any]:
     pre_processing: dict[str, Any] = getattr(detector.pre_processor, "checkpoint_config", dict)()
     return {
         "class": f"anomalib_flowood.{type(detector).__name__}",
-        "arguments": _plain(dict(detector.hparams)),
+        "arguments": _plain(settings_of(detector.hparams)),
         "image_size": _plain(detector.input_size),
         "pre_processing": _plain(pre_processing.get("transform")),
         "score": detector.model.scorer.name,

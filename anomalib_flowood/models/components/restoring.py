@@ -20,7 +20,7 @@ from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.trainers import trainer_of
 
 from .checkpoint_files import CLASS, MODULE, CheckpointError, read_checkpoint
-from .checkpoints import SCORE, VERSION, check_finite, check_fitted, check_settings, check_version, written_by
+from .checkpoints import SCORE, VERSION, check_finite, check_fitted, check_settings, check_version, settings_of, written_by
 from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Restoring(CheckedWeights):
         cls._check_writer(checkpoint, checkpoint_path)
         check_fitted(checkpoint_path, checkpoint)
         check_finite(checkpoint_path, checkpoint["state_dict"])
-        stored = checkpoint["hyper_parameters"]
+        stored = settings_of(checkpoint["hyper_parameters"])
         allowed = ", ".join(sorted(cls.may_change.intersection(arguments_of(cls))))
         check_settings(
             checkpoint_path,
@@ -163,6 +163,8 @@ class Restoring(CheckedWeights):
         if "pre_trained" in stored:
             # The checkpoint holds the backbone's weights: nothing needs to be fetched.
             kwargs["pre_trained"] = False
+        if "_instantiator" in checkpoint["hyper_parameters"]:
+            kwargs["_instantiator"] = None  # LightningCLI's, whose parser a command has replaced
         try:
             detector: Any = super().load_from_checkpoint(checkpoint_path, **kwargs)
         except RuntimeError as error:

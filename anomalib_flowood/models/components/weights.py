@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anomalib_flowood.trainers import is_trial
 
-from .checkpoints import check_finite, plain
+from .checkpoints import check_finite, plain, settings_of
 from .flow_model import FlowModel
 from .post_processor import ConformalPostProcessor
 
@@ -59,7 +59,7 @@ class CheckedWeights(_Base):
         # Those alone that are not the default, so that a setting which a later version adds changes nothing.
         settings = {
             name: value
-            for name, value in plain(dict(self.hparams)).items()
+            for name, value in plain(settings_of(self.hparams)).items()
             if name not in {*self.may_change, "backbone"}
             and (name not in defaults or value != plain(defaults[name].default))
         }
