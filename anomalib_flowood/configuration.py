@@ -13,6 +13,8 @@ _MOST_VALUES = 100_000
 """With all aliases written out; the largest configuration in ``configs/`` has fewer than a hundred."""
 _DEEPEST = 100
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_FILES = {"-c", "--config", "--data", "--model", "--trainer"}
+"""Options whose value may be such a file."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -66,7 +68,7 @@ def check_arguments(arguments: list[str]) -> None:
     """Check the configuration files that a command line names, ``--config``'s and others (``--data data.yaml``).
 
     Raises:
-        OSError: If one cannot be read.
+        OSError: If one is not there, or cannot be read.
         ValueError: As for :func:`check_configuration`; or if ``--config`` names a file that says otherwise than an
             option before it, which would be lost.
     """
@@ -76,8 +78,15 @@ def check_arguments(arguments: list[str]) -> None:
         if option in {"-c", "--config"} and there:
             _check_order(before, value)
             continue
-        if value.lower().endswith((".yaml", ".yml")) and there:
-            check_configuration(value)
+        if value.lower().endswith((".yaml", ".yml")):
+            if there:
+                check_configuration(value)
+            elif option in _FILES and not Path(value).exists():
+                msg = (
+                    f"There is no configuration file {value} (looked for it from {Path.cwd()}). `flowood configs "
+                    "./configs` writes those that come with this package, to begin with."
+                )
+                raise FileNotFoundError(msg)
         if option.startswith("--"):
             before[option[2:]] = value
 

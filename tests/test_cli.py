@@ -87,7 +87,7 @@ def test_backbone_says_how_to_use_it(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["benchmark", "--config", "gone.yaml"], "flowood: There is no configuration file gone.yaml."),
+        (["benchmark", "--config", "gone"], "flowood: There is no configuration file gone."),
         (["backbone", "no_such_net", "x"], "flowood: Unknown backbone 'no_such_net'."),
     ],
 )

@@ -87,6 +87,19 @@ def test_an_option_that_a_file_behind_it_would_replace_is_refused(before, messag
     check_arguments(["train", "--trainer.gradient_clip_val", "1e-3", "--trainer.logger=false", "--config", "a.yaml"])
 
 
+@pytest.mark.parametrize("option", ["--config", "--data", "--model", "--trainer"])
+def test_a_configuration_file_that_is_not_there_is_named_with_what_writes_some(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for given in ([option, "configs/data/gone.yaml"], [f"{option}=configs/data/gone.yaml"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", *given])
+        said = capsys.readouterr().err
+        assert said.startswith("flowood: There is no configuration file configs/data/gone.yaml (looked for it from ")
+        assert "`flowood configs ./configs` writes" in said
+    (tmp_path / "parts.yaml").mkdir()  # a folder of images may be called so, and what is written need not be there
+    check_arguments(["train", "--data", "parts.yaml", "--output", "new.yaml"])
+
+
 def test_a_byte_order_mark_and_aliases_that_people_write_are_read(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(codecs.BOM_UTF8 + b"a: &a {x: 1}\nb: {<<: *a, y: 2}\n")
@@ -170,7 +183,7 @@ def test_a_truncated_export_is_named(cases, tmp_path, monkeypatch):
         (["predict", "--data=.", "--ckpt_path=model.ckpt"], "name --output."),
         (["export", "--export_type=onnx", "--ckpt_path=model.ckpt"], "name --export_root."),
         (["train", "--data=."], "name --default_root_dir."),
-        (["benchmark", "--config=bench.yaml"], "run it in another folder."),  # it has no such option
+        (["benchmark", "--config=bench"], "run it in another folder."),  # it has no such option
     ],
 )
 def test_a_place_that_may_not_be_written_is_named_with_the_option_for_another(command, elsewhere, monkeypatch, capsys):
