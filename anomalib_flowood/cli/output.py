@@ -38,6 +38,9 @@ def unheard() -> Iterator[None]:
 
     Without it, the first line that nobody reads would end the command, whatever was left to be written. So would the
     name of a file that is not in UTF-8, as old cameras and archives have them: it is shown with escapes.
+
+    Raises:
+        SystemExit: With status 1, if the output cannot be written, which standard error is told.
     """
     given = sys.stdout
     if type(given) is not io.TextIOWrapper:  # a test's, a notebook's
@@ -50,5 +53,11 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         mine, sys.stdout = sys.stdout, given
-        mine.flush()
-        mine.detach()
+        try:
+            mine.flush()
+        except OSError as error:  # a full disk's
+            mine._discard()  # which Python would try to write again as it ends
+            print(f"flowood: the output cannot be written: {error.strerror}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            mine.detach()

@@ -323,3 +323,13 @@ def test_names_that_are_not_in_utf8_and_carriage_returns_are_kept(tmp_path, monk
     with unheard():
         print(names[0])
     assert given.buffer.getvalue() == b"\\udce9t\\udce9.png\n"
+
+
+def test_output_onto_a_full_disk_is_one_message():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as output:
+        command = [sys.executable, "-m", "anomalib_flowood", "--help"]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "flowood: the output cannot be written: No space left on device\n")

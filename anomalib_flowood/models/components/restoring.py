@@ -20,7 +20,16 @@ from anomalib_flowood.parsing import arguments_of
 from anomalib_flowood.trainers import trainer_of
 
 from .checkpoint_files import CLASS, MODULE, CheckpointError, read_checkpoint
-from .checkpoints import SCORE, VERSION, check_finite, check_fitted, check_settings, check_version, settings_of, written_by
+from .checkpoints import (
+    SCORE,
+    VERSION,
+    check_finite,
+    check_fitted,
+    check_settings,
+    check_version,
+    settings_of,
+    written_by,
+)
 from .weights import CheckedWeights
 
 logger = logging.getLogger(__name__)
