@@ -299,8 +299,8 @@ def test_an_image_that_pillow_suspects_is_read_and_named_once(tmp_path, monkeypa
     assert read_image(path.read_bytes()).shape == (1, 40, 40)
     said = [record.getMessage() for record in caplog.records]
     assert [text[:60] for text in said] == [
-        f"The image {path} has 1,600 pixels, above 1,000, from where"[:60],
-        "The image that was given has 1,600 pixels, above 1,000, from"[:60],
+        f"The image {path} has 1,600 pixels, above 1,000, where Pillow"[:60],
+        "The image that was given has 1,600 pixels, above 1,000, where"[:60],
     ]
     assert "with more than 2,000 it would be refused" in said[0]
 
