@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from anomalib.data import AnomalibDataModule
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
@@ -77,8 +76,10 @@ def explain(
     modes = {module: module.training for module in detector.modules()}
     detector.eval()
     try:
+        _, *bars = Progress.get_default_columns()
+        described = TextColumn("{task.description}", markup=False)  # names of sets are no markup
         # Progress goes to the error stream, so that the output of a command stays what it prints.
-        with Progress(console=Console(stderr=True, emoji=False), transient=True) as progress:
+        with Progress(described, *bars, console=Console(stderr=True), transient=True) as progress:
             return _explain(detector, data, folder, max_images, progress)
     finally:
         for module, training in modes.items():
@@ -108,7 +109,7 @@ def _explain(
 
     scored = []
     for part in sets:
-        progress.update(task, description=f"scoring images of {escape(part.name)}")
+        progress.update(task, description=f"scoring images of {part.name}")
         scored.append(score(detector, part, lambda: progress.advance(task)))
     numbers = all_numbers(detector, scored)
     (folder / DARK).mkdir(parents=True, exist_ok=True)  # not before it is known that there is something to write
