@@ -91,5 +91,5 @@ def test_an_optimizer_that_is_named_is_the_one_that_trains(subcommand, tmp_path)
     assert (type(optimizer), type(scheduler), scheduler.gamma) == (SGD, ExponentialLR, 0.5)
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert trained == {id(parameter) for parameter in cli.model.parameters()}
-    with pytest.raises(ValueError, match=r"name that, too \(--optimizer Adam\)"):
+    with pytest.raises(ValueError, match=r"name one, too \(--optimizer Adam\)"):
         FlowoodCLI([*given, *chosen[4:]], run=False)
