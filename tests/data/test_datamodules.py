@@ -64,6 +64,18 @@ def test_cross_dataset(clothes: Path, digits: Path) -> None:
     assert AnomalibDataModule in CrossDataset.__bases__
 
 
+def test_folders_of_results_have_names_that_file_systems_take(clothes: Path, tmp_path: Path) -> None:
+    outside = [
+        write_idx(tmp_path / f"returns of the supplier, week {n}, {'ü' * 9}", train=2, test=2, size=6) for n in range(9)
+    ]
+    categories = [CrossDataset(clothes, sets).category for sets in (outside, outside[:8], outside[:2])]
+    assert categories[2] == f"clothes-returns_of_the_supplier_week_0_{'ü' * 9}+returns_of_the_supplier_week_1_{'ü' * 9}"
+    assert len(set(categories)) == 3
+    for category in categories:
+        assert category.startswith("clothes-returns_of_the_supplier_week_0")
+        (tmp_path / category).mkdir()
+
+
 def test_any_few_test_batches_hold_both_labels(clothes: Path, digits: Path) -> None:
     data = CrossDataset(clothes, [digits], eval_batch_size=6, augmentations=Resize([6, 6]))
     data.setup()

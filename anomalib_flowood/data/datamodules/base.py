@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
@@ -26,6 +27,10 @@ from anomalib_flowood.data.path_dataset import takes_bytes
 from anomalib_flowood.data.sources import FolderSource, Source
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = 200
+"""Bytes of the name of a folder of results; files in it may be named by it, too."""
+_DIGITS = 8
 
 
 class SourcedDataModule(AnomalibDataModule):
@@ -267,6 +272,16 @@ def _check_ranges(
             raise ValueError(msg)
 
 
-def slug(text: str) -> str:
-    """Make text a part of a folder's name: ``T-shirt/top`` has a slash."""
-    return re.sub(r"[^\w.-]+", "_", text)
+def folder_name(*parts: str) -> str:
+    """Name a folder by data sets and classes, the first of which is the normal one: ``parts-wood+steel``.
+
+    What a name cannot hold is left out (``T-shirt/top`` has a slash), and many sets or long names are cut off: file
+    systems take 255 bytes. A digest then tells names apart that begin alike.
+    """
+    first, *others = [re.sub(r"[^\w.-]+", "_", part) for part in parts]
+    whole = f"{first}-{'+'.join(others)}" if others else first
+    encoded = whole.encode()
+    if len(encoded) <= _LONGEST:
+        return whole
+    digest = hashlib.sha256(encoded).hexdigest()[:_DIGITS]
+    return f"{encoded[: _LONGEST - _DIGITS - 1].decode(errors='ignore')}-{digest}"

@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, folder_name
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.sources import DATA_SETS, find_sources, what_folders_hold
 from anomalib_flowood.metrics.functional import GROUP, INSIDE, MEAN, OUTSIDE
@@ -122,8 +122,7 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
                 where = "in_distribution and out_of_distribution" if key == keys[0] else "out_of_distribution"
                 msg = f"{where} name {key} twice: the data sets have to differ."
                 raise ValueError(msg)
-        names = [slug(source.name) for source in self._sources]
-        self._category = f"{names[0]}-{'+'.join(names[1:])}"
+        self._category = folder_name(*[source.name for source in self._sources])
 
     def _setup(self, _stage: str | None = None) -> None:
         if self.trainer is None:  # set up by hand: a trainer would have prepared the data before

@@ -11,7 +11,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split
 from torchvision.transforms.v2 import Transform
 
-from anomalib_flowood.data.datamodules.base import SourcedDataModule, slug
+from anomalib_flowood.data.datamodules.base import SourcedDataModule, folder_name
 from anomalib_flowood.data.datamodules.normal_class import found_class, named_class, refuse_products
 from anomalib_flowood.data.datamodules.splits import limited, mixed
 from anomalib_flowood.data.images import Images
@@ -116,7 +116,7 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         if normal_class is None and not isinstance(source, FolderSource):
             msg = f"Which class of {source.name} is normal? Give its name or its label as normal_class."
             raise ValueError(msg)
-        self._category = slug(source.name) + ("" if normal_class is None else f"-{slug(str(normal_class))}")
+        self._category = folder_name(source.name, *([] if normal_class is None else [str(normal_class)]))
 
     def _setup(self, _stage: str | None = None) -> None:
         if self.trainer is None:  # set up by hand: a trainer would have prepared the data before
