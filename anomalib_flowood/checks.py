@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,30 @@ def check_batch(batch: Any) -> None:
             "collate_fn=dataset.collate_fn))."
         )
         raise TypeError(msg)
+
+
+_TOO_BRIGHT = 10.0
+"""Floats above it are no image in [0, 1], whatever an interpolation, or a normalisation before ours, makes of one."""
+
+
+def check_range(images: Tensor) -> None:
+    """Refuse floats that are not divided by what white is: a backbone would take them without a word.
+
+    Args:
+        images: Images before any pre-processing, of any shape; NaN and infinities are others' to refuse.
+
+    Raises:
+        ValueError: If they run far beyond 1.
+    """
+    if not images.is_floating_point() or not images.numel():
+        return
+    brightest = float(images.detach().amax())
+    if _TOO_BRIGHT < brightest < math.inf:
+        msg = (
+            f"Floats of images lie in [0, 1], and these run to {brightest:g}: divide them by what white is (8 bits by "
+            "255), or let anomalib_flowood.load(…).score read images of any kind."
+        )
+        raise ValueError(msg)
 
 
 _LEAST = {"train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}

@@ -21,6 +21,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torchvision.transforms.v2 import Lambda
 
 from anomalib_flowood import CrossDataset, FeatureMapFlow, PixelFlow, open_checkpoint, processes
 from anomalib_flowood.models.components.export_description import identity
@@ -250,6 +251,24 @@ def test_a_loader_that_makes_no_batches_is_refused_with_what_to_give(detector, t
         for judge in (run.validate, run.test, run.predict):
             with pytest.raises(TypeError, match=r"one by one \(batch_size None\): give it a batch_size"):
                 judge(fitted, single)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_images_that_are_not_divided_by_what_white_is_are_refused(detector, tmp_path):
+    module, fitted, undivided = loaders(tmp_path), DETECTORS[detector](coupling_layers=2), loaders(tmp_path)
+    run = fit(tmp_path, fitted, max_epochs=1)
+    for data_set in (undivided.train_data, undivided.val_data):
+        data_set.augmentations = Lambda(lambda images: 255 * images)
+    training, validation = undivided.train_dataloader(), undivided.val_dataloader()
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], and these run to [12]\d\d"):
+        fit(tmp_path, DETECTORS[detector](), training, validation)
+    for judge in (run.validate, run.test, run.predict):
+        with pytest.raises(ValueError, match=r"lie in \[0, 1\], and these run to [12]\d\d"):
+            judge(fitted, validation)
+    image = next(iter(module.val_dataloader())).image
+    fitted.eval()(image)
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], and these run to [12]\d\d"):
+        fitted(255 * image)
 
 
 def test_a_flow_of_pixels_takes_its_loaders_in_lists(tmp_path):

@@ -17,14 +17,13 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
 from anomalib_flowood import processes
-from anomalib_flowood.checks import check_batch
 from anomalib_flowood.flows import draw
 from anomalib_flowood.flows.rows import AT_ONCE
 from anomalib_flowood.trainers import callbacks_of, train_on, training_loaders, validate_on, validation_loaders
 
 from . import rotations
 from .flow_module import FlowModule
-from .pre_processor import default_pre_processor, tell_of_other_normalisation
+from .pre_processor import check_given, default_pre_processor, tell_of_other_normalisation
 from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
 
 logger = logging.getLogger(__name__)
@@ -303,7 +302,7 @@ class FrozenFeatures(_Base):
         for number, (count, batch) in enumerate(zip(counts, batches, strict=True)):
             for watch in watchers:
                 watch(what, number, total)
-            check_batch(batch)
+            check_given(self.pre_processor, batch)
             batch = trainer.strategy.batch_to_device(batch)
             image, mask = batch.image, batch.gt_mask if what == "validation" else None
             transform = getattr(self.pre_processor, "transform", None)

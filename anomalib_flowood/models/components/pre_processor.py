@@ -14,13 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms.v2 import Compose, Normalize, Resize, Transform
 
-from anomalib_flowood.checks import check_batch
+from anomalib_flowood.checks import check_batch, check_range
 from anomalib_flowood.data.resizing import is_antialiased
 from anomalib_flowood.features import backbone_config
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+
+
+def check_given(pre_processor: Any, batch: Any) -> None:
+    """Refuse what a pre-processor cannot take, before it makes something else of it.
+
+    Args:
+        pre_processor: Any; one of ours takes images in [0, 1].
+        batch: What a loader gives.
+
+    Raises:
+        TypeError: If it is no batch of anomalib's.
+        ValueError: If its images are not divided by what white is.
+    """
+    check_batch(batch)
+    if isinstance(pre_processor, ExactPreProcessor):
+        check_range(batch.image)
 
 
 class ExactPreProcessor(PreProcessor):
@@ -38,9 +54,15 @@ class ExactPreProcessor(PreProcessor):
         super().__init__(transform)
         self.export_transform = _exportable(transform)
 
+    def forward(self, batch: Tensor) -> Tensor:
+        """Pre-process images in [0, 1], ``(N, C, H, W)``; ``ValueError`` of others."""
+        if not torch.compiler.is_compiling():
+            check_range(batch)
+        return super().forward(batch)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Pre-process a training batch; ``TypeError`` of what is none of anomalib's, here and below."""
-        check_batch(batch)
+        """Pre-process a training batch."""
+        check_given(self, batch)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_validation_batch_start(
@@ -48,21 +70,21 @@ class ExactPreProcessor(PreProcessor):
     ) -> None:
         """Pre-process a validation batch, of several loaders, too, of which anomalib's hook knows nothing."""
         del dataloader_idx
-        check_batch(batch)
+        check_given(self, batch)
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Pre-process a test batch."""
-        check_batch(batch)
+        check_given(self, batch)
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Pre-process a batch to predict."""
-        check_batch(batch)
+        check_given(self, batch)
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
