@@ -103,6 +103,14 @@ def test_one_image_that_explodes_costs_an_epoch_its_place(tmp_path, monkeypatch)
     assert has_weights_of(case.detector, case, 1)
 
 
+@pytest.mark.parametrize(("mean", "told"), [(1664.0, True), (9.0, False)])
+def test_a_flow_that_has_learnt_nothing_is_said_to(mean, told, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(PixelFlow, "_held_out_bits", lambda self: torch.full((24,), mean).double())
+    fit(tmp_path, max_epochs=1)
+    assert ("have 1664 bits per dimension (mean), and noise would have 8: " in caplog.text) == told
+    assert ("its scores mean little" in caplog.text) == told
+
+
 def test_overflow_is_worse_than_anything(tmp_path, monkeypatch):
     bits = iter([torch.tensor([9.0]), torch.tensor([torch.inf])])
     monkeypatch.setattr(PixelFlow, "_held_out_bits", lambda self: next(bits).double())

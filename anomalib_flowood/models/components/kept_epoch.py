@@ -123,9 +123,21 @@ class KeptEpoch(_Base):
                 "Kept the weights after epoch %d of %d: %d held-out normal images have %.2f bits per dimension (mean)"
             )
             logger.info(f"{text}, %.2f after the last.", kept.epoch, last.epoch, kept.images, kept.bits, last.bits)
+            self._tell_of_too_many_bits(kept)
         else:
             why = self._chosen_elsewhere() or "there are no normal validation images to tell"
             logger.warning("The weights of the last epoch are kept, whichever was the best: %s.", why)
+
+    def _tell_of_too_many_bits(self, kept: Epoch) -> None:
+        """Warn of a flow under which images are far less likely than noise; one that has hardly trained is near it."""
+        noise = math.log2(self.model.levels)
+        if kept.bits > 2 * noise:
+            logger.warning(
+                "Held-out normal images have %.4g bits per dimension (mean), and noise would have %g: the flow has "
+                "learnt no density of them, and its scores mean little. Lower learning_rate (%g), train longer or on "
+                "more images, or look for images that are broken or unlike the others.",
+                *(kept.bits, noise, self.learning_rate),
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the best epoch and, in the midst of a training, its weights, so that it can be resumed."""
