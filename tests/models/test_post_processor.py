@@ -4,6 +4,7 @@
 import copy
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,8 @@ from model_helpers import data, embedding_flow, engine, feature_map_flow, pixel_
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_flowood import conformal
+from anomalib_flowood import conformal, load, open_checkpoint
+from anomalib_flowood.cli import main
 from anomalib_flowood.models.components import ConformalPostProcessor
 
 NAN, INF = float("nan"), float("inf")
@@ -520,6 +522,25 @@ def test_checkpoints_hold_calibrations_of_any_size(caplog):
     fresh.load_state_dict(PostProcessor().state_dict())
     assert not fresh.calibrated
     assert "The checkpoint has no calibration scores" in caplog.text
+    assert "post_processor=PostProcessor()) has what anomalib's has learnt" in caplog.text
+
+
+def test_what_is_said_of_a_checkpoint_with_anomalibs_post_processor_helps(tmp_path):
+    detector, module = embedding_flow(coupling_layers=0, post_processor=PostProcessor()), data(tmp_path)
+    run = engine(tmp_path)
+    run.fit(detector, datamodule=module)
+    path = run.trainer.checkpoint_callback.best_model_path
+    assert load(path).score(torch.rand(2, 3, 12, 12)).label is None
+    kept = open_checkpoint(path, post_processor=PostProcessor())
+    for ours, theirs in zip(
+        *(engine(tmp_path).predict(one, datamodule=module) for one in (kept, detector)), strict=True
+    ):
+        assert torch.equal(ours.pred_label, theirs.pred_label)
+        assert torch.equal(ours.pred_score, theirs.pred_score)
+    sets = [f"--data.in_distribution={tmp_path / 'ramps'}", f"--data.out_of_distribution=[{tmp_path / 'squares'}]"]
+    main(["validate", "--data", "CrossDataset", *sets, "--ckpt_path", path])
+    (calibrated,) = set(tmp_path.rglob("*.ckpt")) - {Path(path)}
+    assert load(calibrated).score(torch.rand(2, 3, 12, 12)).label is not None
 
 
 class Graph(torch.nn.Module):

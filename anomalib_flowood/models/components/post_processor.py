@@ -126,7 +126,12 @@ class ConformalPostProcessor(PostProcessor):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
         if f"{prefix}calibration" not in state_dict:
-            logger.warning("The checkpoint has no calibration scores: validate once, or there are no labels.")
+            logger.warning(
+                "The checkpoint has no calibration scores, which labels and p-values come from: it is of an early "
+                "version, or was trained with another post-processor, as anomalib's. There are raw scores alone. "
+                "`flowood validate --ckpt_path` calibrates, and writes a checkpoint with the calibration; "
+                "open_checkpoint(PATH, post_processor=PostProcessor()) has what anomalib's has learnt."
+            )
         elif f"{prefix}pixel_calibration" not in state_dict and bool(
             state_dict.get(f"{prefix}pixel_max", self.pixel_max).isfinite()
         ):
