@@ -63,7 +63,7 @@ def found_class(train: Images, test: Images, folder: Path, divided: bool) -> tup
     """
     if train.classes is None:
         if test.classes is None and not divided:
-            where = split_folder(folder, "test")
+            where = split_folder(folder, "test") or folder  # of idx files
             msg = f"The images in {where} lie in no sub-folder: nothing says which are normal. {LAYOUTS_OF_PARTS}"
             raise ValueError(msg)
         normal = _normal_names([] if test.classes is None else test.classes)[:1] or NORMAL_NAMES[:1]
