@@ -3,8 +3,10 @@
 
 import json
 import logging
+import os
 import re
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from PIL import Image
 
 from anomalib_flowood import CrossDataset, OneClass
 from anomalib_flowood.cli import main
+from anomalib_flowood.cli.commands import FlowoodCLI
 from anomalib_flowood.cli.detector import _with_detector
 from anomalib_flowood.cli.folders import _with_data_module
 from anomalib_flowood.data import PathDataset
@@ -385,6 +388,32 @@ def test_a_folder_in_a_configuration_may_have_any_name(name, here):
     (here / name).mkdir()
     written = yaml.safe_dump({"data": f"./{name}"}, allow_unicode=True)
     assert yaml.safe_load(_with_data_module(written, here))["data"]["init_args"] == {"dataset": name}
+
+
+@pytest.mark.parametrize("name", ["./🎈", "./a: b", "./null", "#1", "./1e3", "./a #2", "./parts", "./[a]", "./a\\b"])
+def test_a_folder_on_the_command_line_may_have_any_name(name, here):
+    mvtec(here / name)
+    given = ["--data", name, "--data.train_limit=18", "--trainer.accelerator=cpu"]
+    config = FlowoodCLI(["fit", "--model=EmbeddingFlow", *given, *SMALLER], run=False).config["fit"]
+    assert str(Path(config["data"]["init_args"]["dataset"])) == str(Path(name))
+    assert config["data"]["init_args"]["train_limit"] == 18
+
+
+@pytest.mark.parametrize("given", [["--ckpt_path=#c/model.ckpt"], ["--ckpt_path", "#c/model.ckpt"]])
+def test_a_checkpoint_whose_path_begins_like_a_comment_is_not_passed_over(given, cases, here):
+    mvtec(here / "parts")
+    (here / "#c").mkdir()
+    shutil.copy(cases("embedding_flow").checkpoint, here / "#c/model.ckpt")
+    config = FlowoodCLI(["fit", "--data=parts", "--trainer.accelerator=cpu", *given], run=False).config["fit"]
+    assert Path(config["ckpt_path"]) == Path("#c/model.ckpt")
+
+
+def test_a_folder_that_no_configuration_can_name_is_refused(here, capsys):
+    name = os.fsdecode(b"sch\xe4den")
+    mvtec(here / name)
+    with pytest.raises(SystemExit):
+        main(["train", "--data", name])
+    assert "is not in UTF-8, as configurations are" in capsys.readouterr().err
 
 
 def test_a_folder_in_a_configuration_is_seen_from_where_the_command_runs(here, capsys):

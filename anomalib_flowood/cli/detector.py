@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 
 from anomalib_flowood import models
 from anomalib_flowood.benchmark import find_class
-from anomalib_flowood.cli.folders import with_data_modules
+from anomalib_flowood.cli.folders import with_data_modules, without_comments
 from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.configuration import read_configuration
 from anomalib_flowood.data import CrossDataset
@@ -45,7 +45,8 @@ class DetectorCLI(AnomalibCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        self._arguments = _with_detector(with_data_modules(sys.argv[1:] if args is None else args))
+        given = without_comments(sys.argv[1:] if args is None else args)
+        self._arguments = _with_detector(with_data_modules(given))
         super().__init__(self._arguments, run)
 
     def add_subcommands(self, **kwargs: Any) -> None:

@@ -57,10 +57,7 @@ def _with_data_module(text: str, here: Path) -> str:
             continue
         folder = _folder(value.value, here)
         if folder is not None:
-            module = {"class_path": _READER, "init_args": {"dataset": str(folder)}}
-            # As it is: YAML knows no pairs of escapes, which JSON has for a 🎈.
-            written = json.dumps(module, ensure_ascii=False)
-            return text[: value.start_mark.index] + written + text[value.end_mark.index :]
+            return text[: value.start_mark.index] + _written(folder) + text[value.end_mark.index :]
     return text
 
 
@@ -94,7 +91,47 @@ def with_data_modules(arguments: Sequence[str]) -> list[str]:
 def _data_module(value: str) -> list[str] | None:
     """The arguments that stand for a folder; nothing where the value is something else."""
     folder = _folder(value, Path.cwd())
-    return None if folder is None else [DATA, _READER, f"{DATA}.dataset={folder}"]
+    if folder is None:
+        return None
+    if _is_plain(str(folder)):
+        return [DATA, _READER, f"{DATA}.dataset={folder}"]
+    return [DATA, _written(folder)]
+
+
+def _written(folder: Path) -> str:
+    """The data module that reads a folder, as a configuration has it, in JSON.
+
+    Raises:
+        ValueError: If the folder's name is not in UTF-8, which configurations are in, those of a run, too.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        msg = (
+            f"The name of the folder {str(folder)!r} is not in UTF-8, as configurations are, that of this run, too: "
+            "rename it, or name a link to it (ln -s FOLDER LINK). What lies in it may have any names."
+        )
+        raise ValueError(msg) from error
+    # As it is: YAML knows no pairs of escapes, which JSON has for a 🎈.
+    return json.dumps({"class_path": _READER, "init_args": {"dataset": str(folder)}}, ensure_ascii=False)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether an option's value, which is read as YAML, is itself; one that is not would be a comment, or a mapping."""
+    try:
+        return yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        return False
+
+
+def without_comments(arguments: Sequence[str]) -> list[str]:
+    """Write paths that begin with ``#``, of which YAML would leave nothing, from this folder on."""
+    written = []
+    for argument in arguments:
+        option, _, value = argument.rpartition("=")
+        named = option[:2] == "--" and value[:1] == "#"
+        written.append(f"{option}=./{value}" if named else f"./{argument}" if argument[:1] == "#" else argument)
+    return written
 
 
 def _check_configuration(file: Path) -> None:
