@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -221,6 +222,11 @@ def readable(error: BaseException) -> str:
         return _PANDAS_3
     if another_process_ended(error):
         return f"Another process ended (killed? out of memory?): {str(error).strip().splitlines()[0]}"
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):  # of which an address answered
+        return (
+            f"What is not here cannot be downloaded: {error.reason}. Put it where it is looked for (`root` of a data "
+            "module of anomalib's), or begin where there is a network."
+        )
     outer = ('Parser key "model"', 'Parser key "data"')
     noise = (*outer, "Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
     message = str(error).strip()

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pandas as pd
@@ -261,6 +262,19 @@ def test_what_anomalibs_data_modules_fail_of_with_pandas_3_is_said(module, tmp_p
     with pytest.raises(SystemExit):
         main(["train", "--model", "EmbeddingFlow", *small, *data, "--trainer.accelerator=cpu"])
     assert "flowood: anomalib's MVTecLOCO and MVTecAD2 fail with pandas 3" in capsys.readouterr().err
+
+
+def test_data_that_anomalib_cannot_download_are_said_to_be_missing(tmp_path, monkeypatch, capsys):
+    def unreachable(*_args, **_kwargs):
+        raise URLError(OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH)))
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("anomalib.data.utils.download.urlretrieve", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", "--model=PixelFlow", "--model.image_size=[8,8]", "--data=MVTecAD", "--trainer.accelerator=cpu"])
+    said = capsys.readouterr().err
+    assert "flowood: What is not here cannot be downloaded: [Errno 101] Network is unreachable. Put it where" in said
 
 
 def test_a_backbones_folder_that_anomalibs_detectors_miss_is_said_with_the_remedy(tmp_path, monkeypatch, capsys):
