@@ -99,9 +99,16 @@ def _highest(values: Tensor, step: int) -> Tensor:
 
 
 def save_pictures(
-    self: ImageVisualizer, trainer: Trainer, _: Any, __: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    self: ImageVisualizer,
+    trainer: Trainer,
+    pl_module: Any,
+    outputs: Any,
+    batch: Any,
+    batch_idx: int,
+    dataloader_idx: int = 0,
 ) -> None:
     """Draw and save the images of a batch, in the folders that they are in, below the data set's own."""
+    del pl_module, outputs
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
     common = _common_folder(getattr(loader, "dataset", None))
