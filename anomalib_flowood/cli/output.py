@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -47,7 +48,9 @@ def unheard() -> Iterator[None]:
         yield
         return
     given.flush()
-    errors = "backslashreplace" if given.errors == "strict" else given.errors  # as standard error has it
+    # A C locale without UTF-8 knows bytes of names, and no letters of ours: not those of a progress bar either.
+    lacking = {"strict"} if codecs.lookup(given.encoding).name == "utf-8" else {"strict", "surrogateescape"}
+    errors = "backslashreplace" if given.errors in lacking else given.errors  # as standard error has it
     sys.stdout = _Output(given.buffer, encoding=given.encoding, errors=errors, line_buffering=given.line_buffering)
     try:
         yield

@@ -325,6 +325,17 @@ def test_names_that_are_not_in_utf8_and_carriage_returns_are_kept(tmp_path, monk
     assert given.buffer.getvalue() == b"\\udce9t\\udce9.png\n"
 
 
+@pytest.mark.parametrize(
+    ("errors", "shown"), [("surrogateescape", b"\\u2022"), ("strict", b"\\u2022"), ("replace", b"?")]
+)
+def test_letters_that_a_locale_lacks_end_no_command(errors, shown, monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", given)
+    with unheard():
+        print("•")
+    assert given.buffer.getvalue() == shown + b"\n"
+
+
 def test_output_onto_a_full_disk_is_one_message():
     full = Path("/dev/full")
     if not full.exists():
