@@ -58,6 +58,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
         raise FileNotFoundError(msg)
     if path.is_dir():
         path = _export_in(path)
+    with torch.device("cpu"):  # from where it goes to the device, whatever torch.set_default_device was told
+        return _loaded(path, device)
+
+
+def _loaded(path: Path, device: str | torch.device) -> Detector:
+    """The detector of a file."""
     again = load, (path.absolute(), device)
     if path.suffix == ".ckpt":
         _check_device(device)

@@ -322,6 +322,14 @@ def test_a_checkpoint_is_scored_with_on_another_device(case, folder, expected):
         near(pickle.loads(pickle.dumps(detector)).score(folder), expected)
 
 
+def test_a_default_device_of_the_process_is_not_where_a_detector_is_loaded(case, folder, expected):
+    torch.set_default_device("meta")  # of which every machine knows; a tensor there has no values
+    try:
+        near(anomalib_flowood.load(case.checkpoint).score(folder), expected)
+    finally:
+        torch.set_default_device(None)
+
+
 def test_commands_score_on_the_device_that_is_named(case, folder, expected, tmp_path, monkeypatch):
     def stopped(seconds):
         if (tmp_path / "watch.csv").read_text().count("\n") > 5:

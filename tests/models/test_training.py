@@ -78,6 +78,18 @@ def test_what_would_train_nothing_or_spoil_what_is_fitted_is_refused_at_the_star
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("built", [True, False])
+def test_inference_mode_in_which_nothing_learns_is_refused_at_the_start(built, detector, tmp_path):
+    with torch.inference_mode(built):
+        made = DETECTORS[detector]()
+    with (
+        torch.inference_mode(not built),
+        pytest.raises(ValueError, match=r"Flow was built, or is to be fitted, within torch\.inference_mode\(\)"),
+    ):
+        engine(tmp_path).fit(made, datamodule=data(tmp_path))
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(("asked", "batches"), [({}, 0), ({"num_sanity_val_steps": 1}, 1)])
 def test_no_validation_images_are_tried_before_a_training_unless_somebody_asks(detector, asked, batches, tmp_path):
     class Tried(Callback):

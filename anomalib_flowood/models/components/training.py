@@ -137,6 +137,12 @@ class FlowTraining(_Base):
             ValueError: If so, with what to set instead.
         """
         trainer: Any = self.trainer
+        if torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in self.parameters()):
+            msg = (
+                f"{type(self).__name__} was built, or is to be fitted, within torch.inference_mode(), where nothing "
+                "learns: do both outside of it."
+            )
+            raise ValueError(msg)
         limits = {f"max_epochs of {type(self).__name__}": self.max_epochs is None or self.max_epochs >= 1}
         limits |= {"max_epochs of the trainer": trainer.fit_loop.max_epochs != 0, "max_steps": trainer.max_steps != 0}
         limits |= {"limit_train_batches": trainer.limit_train_batches != 0}
