@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from model_helpers import DETECTORS, TRAINER, data, embedding_flow, feature_map_flow, idx_folder, pixel_flow
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -182,6 +182,37 @@ def test_a_scheduler_of_a_users_own_is_left_as_it_is(tmp_path):
     scheduler = fit(tmp_path, detector, max_epochs=2).lr_scheduler_configs[0].scheduler
     assert scheduler.T_max == 10
     assert scheduler.get_last_lr()[0] == pytest.approx(1e-5 + (1e-4 - 1e-5) * (1 + math.cos(0.2 * math.pi)) / 2)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "maps"])
+def test_a_schedule_that_is_shorter_than_the_training_is_refused_at_its_start(kind, tmp_path):
+    detector, asked, note = BUILD[kind](), [], Note()
+
+    def configure_optimizers():
+        asked.append(detector.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.Adam(detector.model.flow.parameters())
+        scheduler = OneCycleLR(optimizer, max_lr=1e-3, total_steps=asked[0])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    detector.configure_optimizers = configure_optimizers
+    if kind == "maps":  # whose epochs are of positions
+        with pytest.raises(ValueError, match=r"OneCycleLR has total_steps 6, and the training 14, "):
+            fit(tmp_path, detector, callbacks=[note])
+        assert not note.ready
+    else:
+        assert fit(tmp_path, detector).global_step == asked[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "told"),
+    [("embeddings, untrained", True, True), ("embeddings, untrained", False, False), ("embeddings", True, False)],
+)
+def test_an_optimizer_that_has_nothing_to_train_is_said_to(kind, optimizer, told, tmp_path, caplog):
+    detector = BUILD[kind]()
+    if optimizer:
+        detector.configure_optimizers = lambda: torch.optim.Adam(detector.parameters())
+    fit(tmp_path, detector)
+    assert ("There is an optimizer, and EmbeddingFlow trains nothing" in caplog.text) == told
 
 
 @pytest.mark.parametrize("kind", ["pixels", "maps"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from anomalib_flowood.scores.score import Inputs
 from anomalib_flowood.trainers import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.getLogger(__name__)
 
 _FINDER = (
     "trains before what a detector trains on is prepared, and what it has trained would count where weights are chosen "
@@ -160,9 +162,20 @@ class FlowTraining(_Base):
             raise ValueError(msg)
 
     def on_train_start(self) -> None:
-        """Let the learning rate follow the length that the training has now, with all that was resumed."""
+        """Let the learning rate follow the length that the training has now, with all that was resumed.
+
+        Raises:
+            ValueError: If a schedule of the user's would end before it.
+        """
         super().on_train_start()
         self._follow_length()
+        own = {id(parameter) for parameter in self.parameters()}
+        groups = [group["params"] for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        if not self._trainable and any(id(parameter) in own for group in groups for parameter in group):
+            logger.warning(
+                "There is an optimizer, and %s trains nothing: it is fitted. Couplings would train (coupling_layers).",
+                type(self).__name__,
+            )
 
     def _follow_length(self) -> None:
         """Set a cosine to the number of steps, which is known only now: stored features, or a resumed training.
@@ -170,10 +183,20 @@ class FlowTraining(_Base):
         It was set by the number of batches of images, or is a checkpoint's, of a training that was to end earlier.
         """
         for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
+            scheduler, steps = config.scheduler, self._steps_of_training()
+            if (
+                isinstance(scheduler, OneCycleLR)
+                and config.interval == "step"
+                and scheduler.total_steps * config.frequency < steps < float("inf")
+            ):
+                msg = (
+                    f"OneCycleLR has total_steps {scheduler.total_steps}, and the training {steps:.0f}, as is known "
+                    "only when it has begun: an epoch over stored features has a length of its own. Set total_steps "
+                    "to that, or leave the schedule out, which is a cosine of the right length then."
+                )
+                raise ValueError(msg)
             if not isinstance(scheduler, DownToZero):
                 continue
-            steps = self._steps_of_training()
             if not 0 < steps < float("inf") or steps == scheduler.T_max:
                 continue
             scheduler.T_max = int(steps)
