@@ -124,6 +124,7 @@ def _run(args: list[str]) -> None:
     from anomalib_flowood.configuration import check_arguments
 
     try:
+        _check_here()
         check_arguments(args)
     except (ValueError, OSError) as error:  # as a parser answers what it cannot read
         _refuse(str(error))
@@ -147,6 +148,15 @@ def _run(args: list[str]) -> None:
         if not can_be_mended(error):
             raise
         _fail(error, readable(error), args[0])
+
+
+def _check_here() -> None:
+    """Refuse to run in a folder that is gone, of which the system says no more than that something is not there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        msg = "The folder that this runs in has been removed: change into another one."
+        raise FileNotFoundError(msg) from error
 
 
 @contextmanager

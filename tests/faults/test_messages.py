@@ -264,6 +264,19 @@ def test_what_anomalibs_data_modules_fail_of_with_pandas_3_is_said(module, tmp_p
     assert "flowood: anomalib's MVTecLOCO and MVTecAD2 fail with pandas 3" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_removed_under_a_shell_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--data", str(tmp_path)])
+    assert (
+        capsys.readouterr().err == "flowood: The folder that this runs in has been removed: change into another one.\n"
+    )
+
+
 def test_data_that_anomalib_cannot_download_are_said_to_be_missing(tmp_path, monkeypatch, capsys):
     def unreachable(*_args, **_kwargs):
         raise URLError(OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH)))
