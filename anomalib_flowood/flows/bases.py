@@ -109,8 +109,6 @@ class GaussianMixture(ForEachKind):
         ValueError: If one of them is below 1.
     """
 
-    of_kind = ("centres", "log_weights")
-
     centres: Tensor
     """Means, ``(clusterings * modes, k)``; a buffer, as the other. Of several fits both have those in front."""
     log_weights: Tensor
@@ -123,7 +121,7 @@ class GaussianMixture(ForEachKind):
                 msg = f"{argument} must be at least 1, got {value}."
                 raise ValueError(msg)
         self.clusterings = clusterings
-        self.shaped_by_fit = {"centres": 2, "log_weights": 1}
+        self.of_kind = {"centres": 2, "log_weights": 1}
         slots = clusterings * modes
         self.register_buffer("centres", torch.zeros(slots, dims))
         self.register_buffer("log_weights", torch.full((slots,), -math.log(slots)))

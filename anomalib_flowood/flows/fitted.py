@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What modules share that are fitted in closed form: principal directions, and buffers whose shape the fit finds."""
+"""Principal directions of points, and of covariances."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .precision import full_precision
 
@@ -15,24 +13,8 @@ _LEAST = 1e-10
 """Variance, as a share of the largest, below which points do not vary in a direction."""
 
 _ROUNDING = 8
-"""By how many times the precision of a number the eigenvalues of a product of matrices are off, as a share of the
-largest: those of points of low rank in single precision were off by one or two."""
-
-
-class ShapedByFit(nn.Module):
-    """Mixin for modules that keep as many directions as their fit finds, and take as many as a checkpoint has."""
-
-    shaped_by_fit: dict[str, int]
-    """Buffers whose shape is known after a fit, and how many of their last dimensions are known before."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, known in self.shaped_by_fit.items():
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if saved is None or saved.ndim < known:
-                continue
-            if saved.shape[saved.ndim - known :] == own.shape[own.ndim - known :]:  # else PyTorch refuses it
-                setattr(self, name, own.new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+"""Error of the eigenvalues of a product of matrices, as a multiple of the number format's precision and a share of the
+largest eigenvalue: one or two were measured for points of low rank in single precision."""
 
 
 @full_precision

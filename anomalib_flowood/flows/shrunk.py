@@ -34,8 +34,6 @@ class ShrunkGaussian(ForEachKind):
         ValueError: If there are more directions than dimensions.
     """
 
-    of_kind = ("mean", "components", "variances", "tail_variance")
-
     mean: Tensor
     """m, ``(D,)``; a buffer, as the others. Of several kinds all have the kinds in front."""
     components: Tensor
@@ -51,7 +49,7 @@ class ShrunkGaussian(ForEachKind):
             msg = f"directions must lie between 0 and the {dims} dimensions of a point, got {directions}."
             raise ValueError(msg)
         self.directions = directions
-        self.shaped_by_fit = {"mean": 1, "components": 1, "variances": 0, "tail_variance": 0}
+        self.of_kind = {"mean": 1, "components": 1, "variances": 0, "tail_variance": 0}
         self.register_buffer("mean", torch.zeros(dims))
         self.register_buffer("components", torch.eye(directions, dims))
         self.register_buffer("variances", torch.ones(directions))

@@ -65,8 +65,6 @@ class Whitening(ForEachKind, Layer):
         ValueError: If there is more than one input, a condition, k is negative, or the input is not made of blocks.
     """
 
-    of_kind = ("mean", "directions", "variances", "rest")
-
     mean: Tensor
     """m, of the shape of a sample; a buffer, as the others."""
     directions: Tensor
@@ -93,7 +91,7 @@ class Whitening(ForEachKind, Layer):
             raise ValueError(msg)
         self.most = directions
         self.block = block
-        self.shaped_by_fit = {"mean": len(self.shape), "directions": 1, "variances": 0, "rest": 0}
+        self.of_kind = {"mean": len(self.shape), "directions": 1, "variances": 0, "rest": 0}
         self.register_buffer("mean", torch.zeros(self.shape))
         self.register_buffer("directions", self._none())
         self.register_buffer("variances", torch.ones(0))
@@ -299,8 +297,6 @@ class PositionWhitening(ForEachKind, Layer):
         ValueError: If the input is no map, or there is a condition.
     """
 
-    of_kind = ("mean", "factors")
-
     mean: Tensor
     """m, ``(h * w, D)``; a buffer, as the other."""
     factors: Tensor
@@ -312,7 +308,7 @@ class PositionWhitening(ForEachKind, Layer):
             msg = f"PositionWhitening takes one map (D, h, w), got the shape {self.shape}."
             raise ValueError(msg)
         dims, height, width = self.shape
-        self.shaped_by_fit = {"mean": 2, "factors": 3}
+        self.of_kind = {"mean": 2, "factors": 3}
         self.register_buffer("mean", torch.zeros(height * width, dims))
         self.register_buffer("factors", torch.eye(dims).repeat(height * width, 1, 1))
 

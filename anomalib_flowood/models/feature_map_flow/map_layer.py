@@ -52,8 +52,6 @@ class MapLayer(flows.ForEachKind):
             fewer positions keeps as many more: there are as many distances. 0 for none.
     """
 
-    of_kind = ("location", "spread")
-
     location: Tensor
     """Mean of the anomaly map over normal images, ``()``, nats."""
     spread: Tensor
@@ -86,7 +84,7 @@ class MapLayer(flows.ForEachKind):
         size = bank_size * math.prod(compared[0][1:]) // math.prod(self.size)
         self.nearest = NearestPatches(sum(dims for dims, *_ in compared), size) if top and bank_size else None
         self._of_top = _BESIDE_BANK if self.nearest is not None and not finer else 1.0
-        self.shaped_by_fit = {"location": 0, "spread": 0}
+        self.of_kind = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 

@@ -40,8 +40,6 @@ class NearestPatches(flows.ForEachKind):
         size: The most positions of the bank.
     """
 
-    of_kind = ("bank", "location", "spread")
-
     bank: Tensor
     """``(K, D)``; a buffer, as the others. Before a fit it is the mean of all positions."""
     location: Tensor
@@ -52,7 +50,7 @@ class NearestPatches(flows.ForEachKind):
     def __init__(self, dims: int, size: int) -> None:
         super().__init__()
         self.size = size
-        self.shaped_by_fit = {"bank": 1, "location": 0, "spread": 0}
+        self.of_kind = {"bank": 1, "location": 0, "spread": 0}
         self.register_buffer("bank", torch.zeros(1, dims))
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -68,10 +66,10 @@ class NearestPatches(flows.ForEachKind):
         Returns:
             Distances of the positions of these to the nearest that are kept of other images, ``(m, h, w)``.
         """
-        places = maps.shape[2:].numel()
-        candidates = flows.draw(len(maps) * places, _CANDIDATES)
-        rows = (candidates // places).to(maps.device)
-        points = maps.flatten(2)[rows, :, (candidates % places).to(maps.device)].to(self.bank)
+        _, _, height, width = maps.shape
+        candidates = flows.draw(len(maps) * height * width, _CANDIDATES).to(maps.device)
+        rows, places = candidates // (height * width), candidates % (height * width)
+        points = maps[rows, :, places // width, places % width].to(self.bank)
         start = int(points.square().sum(1).argmax())
         chosen = torch.tensor(farthest_first(points, min(self.size, len(points)), start), device=points.device)
         self.bank = points[chosen]
