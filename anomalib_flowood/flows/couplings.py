@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.nn import functional
 
 from anomalib_flowood.names import check_known
 
+from .layers import Layer
 from .masks import MASKS, CouplingMask
 from .precision import full_precision
 
@@ -45,8 +45,8 @@ def check_scale(scale: str) -> None:
     check_known("scale", [scale], SCALES)
 
 
-class AffineCoupling(InvertibleModule):
-    """What all forms share: shapes, the scale, FrEIA's calling convention.
+class AffineCoupling(Layer):
+    """What all forms share: the scale, the s,t-network and the log-determinant.
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, as FrEIA passes it.
@@ -73,10 +73,6 @@ class AffineCoupling(InvertibleModule):
     ) -> None:
         super().__init__(dims_in, dims_c)
         check_scale(scale)
-        if len(self.dims_in) != 1 or self.dims_c:
-            msg = f"{type(self).__name__} takes one input and no condition, got {self.dims_in} and {self.dims_c}."
-            raise ValueError(msg)
-        self.shape = tuple(self.dims_in[0])
         fed, changed = channels or (self.shape[0], self.shape[0])
         scaled = scale != "none"
         self.subnet = subnet_constructor(fed, 2 * changed if scaled else changed)
@@ -95,10 +91,6 @@ class AffineCoupling(InvertibleModule):
         """
         return shape[1:]
 
-    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Return the shape of the output, which is that of the input."""
-        return input_dims
-
     def scale_and_shift(self, fed: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate the s,t-network.
 
@@ -108,8 +100,8 @@ class AffineCoupling(InvertibleModule):
         Returns:
             ``s`` (bounded by ``|w|``; zeros without a scale) and ``t``, each ``(N, C, ...)``.
         """
-        # Whatever the network makes of what it sees, the density is exact for it. So training may run it in 16 bits;
-        # but scores are not to depend on that.
+        # The density is exact for whatever the network returns, so training may run it in 16 bits. Scores must not
+        # depend on the precision of the training.
         network = self.subnet if self.training else self._exact_subnet
         out = network(fed).to(fed.dtype)
         if self.scale is None:
@@ -145,19 +137,11 @@ class AffineCoupling(InvertibleModule):
         """
         return s
 
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Transform the changed values; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del jac
-        (x,) = x_or_z
-        y, s = self.couple(x, rev, *(c or ()))
+    def transform(self, x: Tensor, rev: bool, *condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform the changed values of ``x``, ``(N, ...)``, or undo it."""
+        y, s = self.couple(x, rev, *condition)
         log_det = s.flatten(1).sum(1)
-        return (y,), -log_det if rev else log_det
+        return y, -log_det if rev else log_det
 
 
 class MaskedCoupling(AffineCoupling):

@@ -57,9 +57,9 @@ class Layer(InvertibleModule):
         jac: bool = True,
     ) -> tuple[tuple[Tensor], Tensor | float]:
         """Transform; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del c, jac
+        del jac
         (x,) = x_or_z
-        y, log_det = self.transform(x, rev)
+        y, log_det = self.transform(x, rev, *(c or ()))
         return (y,), log_det
 
 

@@ -8,40 +8,41 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from FrEIA.modules import InvertibleModule
 from torch import Tensor
 from torch.nn import functional
+
+from .layers import Layer
 
 LEVELS = 256
 """Grey levels of an 8-bit image."""
 
 LOGIT_ALPHA = 0.25
-"""What the logit keeps off both ends of the unit interval. The less, the steeper it is at black and white: with 0.05
-(Dinh et al. 2017, section 4.1) a grey level at black is stretched 5.3 times as much as one in the middle, with 0.25
-1.3 times. By −log p a flow detects better behind a flatter logit: see benchmarks/paper."""
+"""Margin that the logit keeps at both ends of the unit interval. The smaller it is, the steeper the logit is at black
+and white: with 0.05 (Dinh et al. 2017, section 4.1) a grey level at black is stretched 5.3 times as much as one in the
+middle, with 0.25 1.3 times. By −log p a flow detects better behind a flatter logit: see benchmarks/paper."""
 
 NOISE_DRAWS = 4
 """Draws of the dequantisation's noise that bits per dimension are averaged over."""
 
-_ALPHA_BEFORE = 0.05
-"""Of checkpoints from before it was kept in them."""
+_UNSAVED_ALPHA = 0.05
+"""Alpha of checkpoints that do not name it, which version 0.1.0 wrote."""
 
 
-class Logit(InvertibleModule):
-    """Spreads black and white out: ``y = logit(alpha + (1 - 2 alpha) x)``.
+class Logit(Layer):
+    """Stretches the unit interval towards black and white: ``y = logit(alpha + (1 - 2 alpha) x)``.
 
-    Source: Dinh et al. (2017), section 4.1. The log-determinant is counted, so that densities refer to the unit cube.
-    The cube lands between logit(alpha) and logit(1 - alpha), and nothing keeps a flow within these bounds: some of its
+    Source: Dinh et al. (2017), section 4.1. The log-determinant is counted, so densities refer to the unit cube. The
+    cube lands between logit(alpha) and logit(1 - alpha), and nothing keeps a flow within these bounds: some of its
     density lies beyond black and white, as far as ``-alpha / (1 - 2 alpha)`` and ``(1 - alpha) / (1 - 2 alpha)`` (-0.5
-    and 1.5 for 0.25). No image is there, so that what it puts there it loses in likelihood.
+    and 1.5 for 0.25). No image lies there, so that mass is lost to the likelihood.
 
     Args:
         dims_in: One shape of any rank.
         dims_c: FrEIA's convention; none are supported.
-        alpha: What is kept off both ends of the unit interval, above 0 and below 1/2.
+        alpha: Margin kept at both ends of the unit interval, above 0 and below 1/2.
 
     Raises:
-        ValueError: If alpha is out of range.
+        ValueError: If alpha is out of range, there is more than one input, or a condition.
     """
 
     alpha: Tensor
@@ -56,30 +57,17 @@ class Logit(InvertibleModule):
         if not 0 < alpha < 0.5:
             msg = f"logit_alpha must be above 0 and below 0.5, got {alpha}."
             raise ValueError(msg)
-        # With another alpha the same weights are another density: it belongs into their checkpoint.
+        # The same weights with another alpha are another density, so checkpoints hold it.
         self.register_buffer("alpha", torch.tensor(alpha))
 
-    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Return the shape of the output, which is that of the input."""
-        return input_dims
-
-    def forward(
-        self,
-        x_or_z: Iterable[Tensor],
-        c: Iterable[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Apply the logit; see :class:`FrEIA.modules.InvertibleModule` for the convention."""
-        del c, jac
-        (x,) = x_or_z
+    def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+        """Apply the logit to ``x``, or undo it."""
         squeeze = 1 - 2 * self.alpha
         if rev:
-            y = (torch.sigmoid(x) - self.alpha) / squeeze
-            return (y,), -self._log_det(x, squeeze)
+            return (torch.sigmoid(x) - self.alpha) / squeeze, -self._log_det(x, squeeze)
         inner = self.alpha + squeeze * x
         y = torch.log(inner) - torch.log1p(-inner)
-        return (y,), self._log_det(y, squeeze)
+        return y, self._log_det(y, squeeze)
 
     @staticmethod
     def _log_det(y: Tensor, squeeze: Tensor) -> Tensor:
@@ -87,7 +75,7 @@ class Logit(InvertibleModule):
         return (functional.softplus(y) + functional.softplus(-y) + squeeze.log()).flatten(1).sum(1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}alpha", torch.tensor(_ALPHA_BEFORE))
+        state_dict.setdefault(f"{prefix}alpha", torch.tensor(_UNSAVED_ALPHA))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
