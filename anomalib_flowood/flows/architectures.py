@@ -36,7 +36,7 @@ class _Net(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """What an architecture is told, its usual values filled in; see :func:`pixel_flow`."""
+    """The arguments of :func:`pixel_flow` that an architecture needs, its defaults filled in."""
 
     architecture: str
     scales: int
@@ -51,13 +51,13 @@ _Append = Callable[[SequenceINN, _Stack], None]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A way to stack couplings, and what it takes where the user names nothing.
+    """A way to stack couplings, and its defaults.
 
     Attributes:
         append: Appends the layers to a flow on images.
-        subnet: The usual s,t-network.
-        coupling_layers: The usual number.
-        hidden_channels: The usual width of the networks.
+        subnet: The default s,t-network.
+        coupling_layers: The default number.
+        hidden_channels: The default width of the networks.
     """
 
     append: _Append
@@ -172,19 +172,19 @@ def _append_realnvp(flow: SequenceINN, stack: _Stack) -> None:
             "changes only half of the values."
         )
         raise ValueError(msg)
-    _append_realnvp_scale(flow, stack.scales, stack.native, stack.net, stack.coupling_layers)
+    _append_realnvp_scale(flow, stack)
 
 
-def _append_realnvp_scale(flow: SequenceINN, scales: int, native: bool, net: _Net, coupling_layers: int) -> None:
-    if scales == 1:
-        _append_couplings(flow, "checkerboard", native, net, coupling_layers + 1)
+def _append_realnvp_scale(flow: SequenceINN, stack: _Stack) -> None:
+    if stack.scales == 1:
+        _append_couplings(flow, "checkerboard", stack.native, stack.net, stack.coupling_layers + 1)
         return
-    wider = net._replace(hidden_channels=2 * net.hidden_channels)
-    _append_couplings(flow, "checkerboard", native, net, coupling_layers)
+    wider = stack.net._replace(hidden_channels=2 * stack.net.hidden_channels)
+    _append_couplings(flow, "checkerboard", stack.native, stack.net, stack.coupling_layers)
     flow.append(Squeeze)
-    _append_couplings(flow, "channel", native, wider, coupling_layers)
-    rest = partial(_append_realnvp_scale, scales=scales - 1, native=native, net=wider, coupling_layers=coupling_layers)
-    flow.append(FactorOut, fill=rest)
+    _append_couplings(flow, "channel", stack.native, wider, stack.coupling_layers)
+    rest = stack._replace(scales=stack.scales - 1, net=wider)
+    flow.append(FactorOut, fill=partial(_append_realnvp_scale, stack=rest))
     flow.append(Unsqueeze)
 
 
@@ -192,26 +192,25 @@ def _append_realnvp_scale(flow: SequenceINN, scales: int, native: bool, net: _Ne
 def _append_glow(flow: SequenceINN, stack: _Stack) -> None:
     _check_multi_scale(flow, stack, squeezes=stack.scales)
     _at_least("coupling_layers", stack.coupling_layers)
-    _append_glow_scale(flow, stack.scales, stack.native, stack.net, stack.coupling_layers)
+    _append_glow_scale(flow, stack)
 
 
-def _append_glow_scale(flow: SequenceINN, scales: int, native: bool, net: _Net, coupling_layers: int) -> None:
+def _append_glow_scale(flow: SequenceINN, stack: _Stack) -> None:
     flow.append(Squeeze)
-    for _ in range(coupling_layers):
+    for _ in range(stack.coupling_layers):
         flow.append(ActNorm)
         flow.append(InvertibleConv1x1)
         # Always the same half: the convolution before it has mixed the channels.
-        _append_couplings(flow, "channel", native, net, 1)
-    if scales > 1:
-        rest = partial(_append_glow_scale, scales=scales - 1, native=native, net=net, coupling_layers=coupling_layers)
-        flow.append(FactorOut, fill=rest)
+        _append_couplings(flow, "channel", stack.native, stack.net, 1)
+    if stack.scales > 1:
+        flow.append(FactorOut, fill=partial(_append_glow_scale, stack=stack._replace(scales=stack.scales - 1)))
     flow.append(Unsqueeze)
 
 
 def _check_multi_scale(flow: SequenceINN, stack: _Stack, squeezes: int) -> None:
     who = f"Architecture {stack.architecture!r}"
     if stack.mask is not None:
-        MASKS[stack.mask]  # an unknown one is a slip of the pen, whatever the architecture
+        MASKS[stack.mask]  # an unknown name is a typing error, whatever the architecture
         msg = (
             f"{who} has its own masks: leave mask out, or choose architecture 'single_scale' for couplings with mask "
             f"{stack.mask!r}."
@@ -280,7 +279,7 @@ def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Net, cou
     for layer in range(coupling_layers):
         sides = coupling_mask(mask, shape, layer)
         if SUBNETS[net.name].squeezes:
-            # The network sees zeros and padding, too, which tell it nothing.
+            # By the values of the mask: the network sees zeros and padding, too, which tell it nothing.
             check_bottleneck(net.bottleneck_dim, int(sides.feed.sum()))
         if form:
             flow.append(form, layer=layer, subnet_constructor=constructor, scale=net.scale)
