@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How complex an image is to a lossless compressor, and a test of likelihood that takes it into account."""
+"""How complex an image is to a lossless compressor, and a likelihood test that takes it into account."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .score import FlowDensity, Inputs
 from .tails import SmallestPValue
 
 _BASE = flows.StudentT(100.0)
-"""The base distribution under which :class:`Complexity` takes the flow's bits. The fewer degrees of freedom, the less
-latents far out weigh, those of noise and of what does not belong, too."""
+"""Base distribution under which :class:`Complexity` takes the flow's bits. With fewer degrees of freedom outlying
+latents weigh less, including those of noise and of images that do not belong."""
 
 TOO_COMPLEX = 0.1
-"""Weight of the test whether a compressor takes more bits than for anything that was trained on."""
+"""Weight of the test for images that take a compressor more bits than any training image."""
 
 _COMPRESSORS: dict[str, Callable[[np.ndarray], bytes | bytearray]] = {
     "PNG": partial(imagecodecs.png_encode, level=9),
@@ -68,8 +68,8 @@ def compressed_bits_per_dim(density: FlowDensity, inputs: Inputs) -> Tensor:
 def robust_bits_per_dim(density: FlowDensity, x: Tensor, base: flows.StudentT) -> Tensor:
     """Bits per dimension of dequantised images with Student's t distribution as the base of the flow.
 
-    Under a Gaussian one, a few latents far out, as some image of every test set has, outweigh all others. The flow is
-    kept as it was trained.
+    Under a Gaussian base a few outlying latents, which some image of every test set has, outweigh all others. The flow
+    stays as it was trained.
 
     Args:
         density: A density of pixels.
@@ -84,28 +84,23 @@ def robust_bits_per_dim(density: FlowDensity, x: Tensor, base: flows.StudentT) -
 
 
 class Complexity(SmallestPValue):
-    """Too unlikely for how complex it is, or more complex than anything that was trained on.
+    """Too unlikely for its complexity, or more complex than any training image.
 
-    What is simple to a compressor is likely to a flow of pixels, whatever it shows. So the first test takes −log2 p
+    What is simple to a compressor is likely under a flow on pixels, whatever it shows. So the first test takes −log2 p
     minus the bits of the better of two lossless compressors: the log of a likelihood ratio against the compressor,
     taken for a density. Source: Serrà, Álvarez, Gómez, Slizovskaia, Núñez and Luque 2020 (arXiv 1909.11480),
     equation 3 and section 3.3 (several compressors: the shortest counts). The flow's bits are those under a robust base
-    (:func:`robust_bits_per_dim`), so that a single pixel of which the flow was sure does not make hundreds.
+    (:func:`robust_bits_per_dim`), so that a single pixel that surprises a confident flow does not add hundreds.
 
-    Where a compressor fails, the difference says nothing: noise takes 8 bits and more of it, and a flow that gives
-    images two bits more than the compressor may give noise as many. So the second test takes the compressor's bits
+    Where a compressor fails, the difference says nothing: it takes 8 bits and more for noise, and a flow that takes two
+    bits more than the compressor for normal images may do so for noise. So the second test takes the compressor's bits
     alone, with a tenth of the weight. The smaller p-value counts: :class:`~.tails.SmallestPValue`.
     """
 
     name = "complexity"
     pixels_only = True
+    in_graphs = False  # which compress nothing
     weights = (1.0, TOO_COMPLEX)
-
-    @classmethod
-    def exportable(cls, density: FlowDensity) -> bool:
-        """No: a compressor is no graph of tensors."""
-        del density
-        return False
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Bits per dimension beyond a compressor's, and the compressor's; ``(N, 2)``."""

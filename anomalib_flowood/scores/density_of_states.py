@@ -19,12 +19,12 @@ _POINTS = 1000
 
 
 class DensityOfStates(Score):
-    """−log of the densities of several statistics of an image, nats: whatever is unusual about them is anomalous.
+    """−log density of several statistics of an image, nats: whatever is unusual about them is anomalous.
 
     For embeddings the statistics are the terms whose sum is −log p: the latents' share, the log-determinant, the rest
     outside of the subspace. For pixels they are the flow's bits under a robust base, its bits beyond a compressor's,
-    and whether the image is the wrong way up (:class:`Orientation`, :class:`Complexity`). These have a good side: what
-    is below the median of the training images counts as the median. Source: Morningstar, Ham, Gallagher,
+    and whether the image is the wrong way up (:class:`Orientation`, :class:`Complexity`). These have a good side:
+    values below the median of the training images count as the median. Source: Morningstar, Ham, Gallagher,
     Lakshminarayanan, Alemi and Dillon 2021 (arXiv 2006.09273), section 3, with kernel densities; bandwidths by Scott's
     rule (1992).
     """
@@ -64,13 +64,13 @@ class DensityOfStates(Score):
             self.floor.copy_(statistics.median(0).values)
         statistics = self._raised(statistics)
         places = (torch.arange(_POINTS, dtype=statistics.dtype, device=statistics.device) + 0.5) / _POINTS
-        # A statistic that is the same for all images differs by its rounding, which is to say nothing.
+        # A statistic that is the same for all images differs by rounding alone, which must not count.
         std = torch.maximum(statistics.std(0), 1e-4 * statistics.mean(0).abs()).clamp(min=1e-12)
         self.points.copy_(statistics.quantile(places, dim=0).T)
         self.bandwidth.copy_(std * len(statistics) ** -0.2)
 
     def _raised(self, statistics: Tensor) -> Tensor:
-        """Statistics, those on the good side brought to the median."""
+        """Raise statistics on the good side to the median."""
         if not self.has_good_side:
             return statistics
         return statistics.clamp(min=self.floor.to(statistics.device).to(statistics.dtype))

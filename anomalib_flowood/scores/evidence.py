@@ -13,28 +13,26 @@ from torch.nn import functional
 from anomalib_flowood.flows import ForEachKind
 
 _PRIOR_IMAGES = 4
-"""Images that the common spread counts as much as: from few images each kind's own is a guess."""
+"""Images that the common spread counts as much as: from few images a statistic's own is a guess."""
 
 
 class Evidence(ForEachKind):
-    """The weighted mean of several statistics of an image, each by how far it is above what it is of normal images.
+    """The weighted mean of several statistics of an image, each by how far it lies above that of normal images.
 
     Each statistic is higher for what is more anomalous, and sees other things. With its mean m and standard deviation s
-    over normal images, a statistic x counts as ``softplus((x - m) / s) - log 2``: 0 where it is what it is of normal
-    images in the mean, and by how far it is off, where it is far above. What one image shows in all of them adds up,
-    what is far out in a single one still counts by how far, and no statistic that is lower than usual makes up for it:
-    it takes ``log 2`` at most. The normal images are to be such that nothing else was fitted to, otherwise their
-    statistics are too small, and more so those that were fitted with more numbers.
+    over normal images, a statistic x counts as ``softplus((x - m) / s) - log 2``: 0 at the mean, and close to its
+    distance from the mean, in standard deviations, where it is far above. Moderate evidence in several statistics adds
+    up, strong evidence in a single one counts in full, and a statistic that is lower than usual makes up for little of
+    it: it takes ``log 2`` off at most. Nothing else may have been fitted to these normal images: their statistics would
+    be too small, most of all those with the most fitted numbers.
 
-    From n images a standard deviation is uncertain by 1 / sqrt(2 n) of itself. It is a mean, therefore, of the
-    statistic's own and of a common one, relative to what is normal, that counts as much as 4 images. A statistic whose
-    mean is less than its spread, so that it has no size to compare, has no part in that.
+    A standard deviation from n images has a relative error of 1 / sqrt(2 n). It is therefore averaged, relative to the
+    mean, with a common one of all statistics that counts as much as 4 images. A statistic whose spread exceeds its mean
+    has no scale to be relative to, and is left out of that.
 
     Args:
         kinds: E, the number of statistics.
     """
-
-    of_kind = ("location", "spread", "shares")
 
     location: Tensor
     """Mean of each statistic over normal images, ``(E,)``; a buffer, as the others."""
@@ -45,7 +43,7 @@ class Evidence(ForEachKind):
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
-        self.shaped_by_fit = {"location": 1, "spread": 1, "shares": 1}
+        self.of_kind = {"location": 1, "spread": 1, "shares": 1}
         self.register_buffer("location", torch.zeros(kinds))
         self.register_buffer("spread", torch.ones(kinds))
         self.register_buffer("shares", torch.full((kinds,), 1 / kinds))
@@ -79,13 +77,13 @@ class Evidence(ForEachKind):
         self.shares = (torch.tensor(weights, dtype=torch.float64) / sum(weights)).to(self.shares)
 
     def forget(self) -> None:
-        """Leave statistics as they are, and take all alike."""
+        """Leave statistics unscaled, all with the same weight."""
         kinds = self.location.shape[-1]
         self.location, self.spread = self.location.new_zeros(kinds), self.spread.new_ones(kinds)
         self.shares = self.shares.new_full((kinds,), 1 / kinds)
 
     def forward(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 where all are as of normal ones of the kind."""
+        """Combine the statistics of images, ``(N, E)``, to ``(N,)``: 0 where all are at the normal mean of the kind."""
         return self.parts(statistics, kind).sum(1)
 
     def parts(self, statistics: Tensor, kind: Tensor | None = None) -> Tensor:

@@ -61,7 +61,7 @@ def _dimensions(x: Tensor, flow: InvertibleModule, scale: float) -> Tensor:
 class LocalIntrinsicDimension(Score):
     """The worse of two one-sided tests: too unlikely, or of too low an intrinsic dimension.
 
-    An image of low dimension, a simple one, may lie where the density is high and yet next to no probability is. The
+    A simple image, of low dimension, may lie where the density is high but holds next to no probability mass. The
     paper sets a threshold for each of the two; here both are put in units of their standard deviation over training
     images, and the larger counts. Source: Kamkari, Ross, Cresswell, Caterini, Krishnan and Loaiza-Ganem 2024
     (arXiv 2403.18910), section 4; the dimension by :func:`local_intrinsic_dimension`.
@@ -69,6 +69,7 @@ class LocalIntrinsicDimension(Score):
 
     name = "lid"
     pixels_only = True
+    in_graphs = False  # which have no Jacobians
     fit_images = 64
     scale = 0.1
     """Standard deviation of the noise in pixel values from 0 to 1: fainter variations are no dimension."""
@@ -81,12 +82,6 @@ class LocalIntrinsicDimension(Score):
         self.register_buffer("mean", torch.zeros(2))
         self.register_buffer("std", torch.ones(2))
 
-    @classmethod
-    def exportable(cls, density: FlowDensity) -> bool:
-        """No: the Jacobian needs automatic differentiation."""
-        del density
-        return False
-
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """−log p and the negative local intrinsic dimension, both per dimension; ``(N, 2)``."""
         nll = -density.density(inputs).log_prob
@@ -96,7 +91,7 @@ class LocalIntrinsicDimension(Score):
     def fit_statistics(self, statistics: Tensor) -> None:
         """Learn means and standard deviations."""
         self.mean.copy_(statistics.mean(0))
-        # A statistic that is the same for all images differs by its rounding, which is to say nothing.
+        # A statistic that is the same for all images differs by rounding alone, which must not count.
         self.std.copy_(torch.maximum(statistics.std(0), 1e-6 * self.mean.cpu().double().abs()).clamp(min=1e-12))
 
     def combine(self, statistics: Tensor) -> Tensor:

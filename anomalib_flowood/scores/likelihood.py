@@ -20,10 +20,6 @@ class NegativeLogLikelihood(Score):
         """−log p per dimension, ``(N, 1)``."""
         return -density.density(inputs).log_prob[:, None] / density.dims
 
-    def combine(self, statistics: Tensor) -> Tensor:
-        """−log p per dimension, ``(N,)``."""
-        return statistics[:, 0]
-
 
 class _FromMean(Score):
     """Distance of a statistic from its mean over training images: two-sided."""

@@ -16,7 +16,7 @@ _BASE = flows.StudentT(10.0)
 """The base distribution under which images are compared with their copies."""
 
 _CERTAIN = 100.0
-"""Bits per dimension: an image that is so much likelier than its transformed copies is certainly the right way up."""
+"""Bits per dimension: an image that is likelier than its copies by as much is certainly the right way up."""
 
 
 def symmetries(x: Tensor) -> Tensor:
@@ -34,15 +34,15 @@ def symmetries(x: Tensor) -> Tensor:
 
 
 def ways_up(density: FlowDensity, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare dequantised images with what they are turned and mirrored.
+    """Compare dequantised images with their turned and mirrored copies.
 
     Args:
         density: A density of pixels.
         x: Dequantised images, ``(N, C, H, W)``.
 
     Returns:
-        The images' :func:`robust_bits_per_dim`, and how many more these are than those of the likeliest transformed
-        copy: negative for what is the right way up. Both ``(N,)``, NaN where the flow overflowed.
+        The images' :func:`robust_bits_per_dim`, and by how much these exceed those of the likeliest transformed copy:
+        negative for images the right way up. Both ``(N,)``, NaN where the flow overflowed.
     """
     copies = symmetries(x)
     bits = robust_bits_per_dim(density, copies.flatten(0, 1), _BASE).reshape(copies.shape[:2])
@@ -66,13 +66,8 @@ class Orientation(SmallestPValue):
 
     name = "orientation"
     pixels_only = True
+    in_graphs = False  # which compress nothing
     weights = (1.0, 1.0, TOO_COMPLEX)
-
-    @classmethod
-    def exportable(cls, density: FlowDensity) -> bool:
-        """No: a compressor is no graph of tensors."""
-        del density
-        return False
 
     def statistics(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Bits per dimension beyond a compressor's, beyond the likeliest way up, and by the compressor; ``(N, 3)``."""

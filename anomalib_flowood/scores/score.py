@@ -58,6 +58,8 @@ class Score(nn.Module):
     """Training images that it is fitted on; 0 if there is nothing to fit."""
     pixels_only: ClassVar[bool] = False
     """Whether it needs a density of pixels."""
+    in_graphs: ClassVar[bool] = True
+    """Whether ONNX and OpenVINO can compute it."""
 
     fitted: Tensor
 
@@ -86,9 +88,9 @@ class Score(nn.Module):
 
     @classmethod
     def exportable(cls, density: FlowDensity) -> bool:
-        """Whether ONNX and OpenVINO can compute it."""
+        """Whether ONNX and OpenVINO can compute it on such a density."""
         del density
-        return True
+        return cls.in_graphs
 
     @property
     def flows(self) -> list[InvertibleModule]:
@@ -137,8 +139,8 @@ class Score(nn.Module):
         raise NotImplementedError
 
     def combine(self, statistics: Tensor) -> Tensor:
-        """Turn statistics, ``(N, S)``, into scores, ``(N,)``."""
-        raise NotImplementedError
+        """Turn statistics, ``(N, S)``, into scores, ``(N,)``; by default the only statistic is the score."""
+        return statistics[:, 0]
 
     def forward(self, density: FlowDensity, inputs: Inputs) -> Tensor:
         """Score a batch.
@@ -162,15 +164,11 @@ class Score(nn.Module):
         return self.combine(self.statistics(density, inputs))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a checkpoint without this score, which is then to be fitted; its flows it cannot do without.
+        """Load what was fitted; stay unfitted if the checkpoint has another score, or other statistics of this one.
 
-        What an earlier version fitted, of other statistics, is left behind, too.
+        The flows of a score have to be in the checkpoint.
         """
-        own = dict(self.named_buffers(recurse=False))
-        stored = {name: state_dict.get(prefix + name, buffer) for name, buffer in own.items()}
-        if stored.keys() != {name for name in own if prefix + name in state_dict} or any(
-            stored[name].shape != own[name].shape for name in own
-        ):
-            stored = own
-        state_dict.update({prefix + name: value for name, value in stored.items()})
+        own = {prefix + name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        if any(name not in state_dict or state_dict[name].shape != buffer.shape for name, buffer in own.items()):
+            state_dict.update(own)
         super()._load_from_state_dict(state_dict, prefix, *args)

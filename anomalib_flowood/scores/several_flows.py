@@ -95,7 +95,3 @@ class Ensemble(Score):
         """−WAIC per dimension, ``(N, 1)``."""
         log_prob = torch.stack([density.density(inputs, flow).log_prob for flow in (None, *self.members)])
         return (log_prob.var(0, correction=0) - log_prob.mean(0))[:, None] / density.dims
-
-    def combine(self, statistics: Tensor) -> Tensor:
-        """−WAIC per dimension, ``(N,)``."""
-        return statistics[:, 0]
