@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from anomalib_flowood.models.components import FlowModel
 class PixelFlowModel(FlowModel):
     """Density of images under a normalizing flow on their pixels.
 
-    Arguments are those of :class:`~anomalib_flowood.PixelFlow`, but for what training takes.
+    Args:
+        image_size: Height and width of the images.
+        channels: 3 for colour, 1 for grey.
+        score: One of :data:`anomalib_flowood.scores.SCORES`.
+        **flow_arguments: Those of :func:`anomalib_flowood.flows.pixel_flow`.
 
     Raises:
         ValueError: If the configuration makes no sense.
@@ -32,41 +37,15 @@ class PixelFlowModel(FlowModel):
         image_size: Sequence[int] = (32, 32),
         channels: int = 3,
         *,
-        architecture: str = "single_scale",
-        scales: int = 2,
-        mask: str | None = None,
-        native: bool = True,
-        subnet: str | None = None,
-        coupling_layers: int | None = None,
-        hidden_channels: int | None = None,
-        bottleneck_dim: int = 5,
-        num_blocks: int = 2,
-        batch_norm: bool = False,
-        scale: str = "tanh",
-        logit_alpha: float = flows.LOGIT_ALPHA,
         score: str = "nll",
+        **flow_arguments: Any,
     ) -> None:
         if channels not in {1, 3}:
             msg = f"channels must be 1 (grey) or 3 (colour), got {channels}."
             raise ValueError(msg)
         height, width = image_size
         shape = (channels, height, width)
-        new_flow = partial(
-            flows.pixel_flow,
-            shape,
-            architecture=architecture,
-            scales=scales,
-            mask=mask,
-            native=native,
-            subnet=subnet,
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-            num_blocks=num_blocks,
-            batch_norm=batch_norm,
-            scale=scale,
-            logit_alpha=logit_alpha,
-        )
+        new_flow = partial(flows.pixel_flow, shape, **flow_arguments)
         super().__init__(new_flow, flows.StandardNormal(), math.prod(shape), levels=flows.LEVELS, score=score)
         self.shape = shape
         # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
