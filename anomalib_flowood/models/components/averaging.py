@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,18 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anomalib_flowood.trainers import average_of, callbacks_of
 
 from .flow_model import FlowModel
-
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
-
-    _Base = AnomalibModule
-else:
-    _Base = object
+from .mixin import Mixin
 
 logger = logging.getLogger(__name__)
 
 
-class Averaging(_Base):
+class Averaging(Mixin):
     """Takes the average of ``StochasticWeightAveraging`` before the last validation, and keeps it from doing harm.
 
     Lightning takes it when all is over, after the last checkpoint; for the sake of batch norms it goes through one more

@@ -17,14 +17,10 @@ from anomalib_flowood.data.items import in_unit_range
 from anomalib_flowood.trainers import training_loaders, validation_loaders
 
 from .flow_model import FlowModel
+from .mixin import Mixin
 
 if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
     from lightning.pytorch import Trainer
-
-    _Base = AnomalibModule
-else:
-    _Base = object
 
 _CHECK_IMAGES = 5
 _CHECK_PIXELS = 2**22
@@ -32,7 +28,7 @@ _CHECK_PIXELS = 2**22
 _CHECK_KEY = "anomalib_flowood_check_images"
 
 
-class KeepsImages(_Base):
+class KeepsImages(Mixin):
     """Takes a few normal images when a fit begins, from its validation set, and keeps them in checkpoints."""
 
     model: FlowModel

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sized
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from anomalib.data import Batch
@@ -27,11 +27,6 @@ from .pre_processor import check_given, default_pre_processor, tell_of_other_nor
 from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature_loader
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    _Base = FlowModule
-else:
-    _Base = object
 
 _PREPARED = 2**22
 """Numbers of features that are prepared at a time: 16 MiB."""
@@ -76,7 +71,7 @@ class ImagesOnly(Callback):
         self.pre_processor.on_predict_batch_start(*args, **kwargs)
 
 
-class FrozenFeatures(_Base):
+class FrozenFeatures(FlowModule):
     """Mixin for detectors on a frozen backbone, to the left of :class:`FlowModule`.
 
     When a fit starts, the backbone sees every training and validation image once, in the order of the data set; of

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,12 +25,7 @@ from anomalib_flowood.trainers import (
     validation_is_due,
 )
 
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
-
-    _Base = AnomalibModule
-else:
-    _Base = object
+from .mixin import Mixin
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +34,7 @@ _STATES = ("fit", "epoch", "now")
 """What of it each process has its own of."""
 
 
-class Resuming(_Base):
+class Resuming(Mixin):
     """Keeps in checkpoints what a training has drawn at random, so that a resumed one draws the same.
 
     These are the states of PyTorch's generators when the fit began (features are extracted in a shuffled order), when

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,20 +16,14 @@ from anomalib_flowood.scores.score import Inputs
 from anomalib_flowood.trainers import callbacks_of, images_of, stops_early, trainer_of, training_loaders
 
 from .flow_model import FlowModel
+from .mixin import Mixin
 from .post_processor import ConformalPostProcessor
 from .weights import checksum
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
 
-    _Base = AnomalibModule
-else:
-    _Base = object
-
-
-class ScoreFitting(_Base):
+class ScoreFitting(Mixin):
     """Fits the score at the end of a training, or to a trained detector."""
 
     model: FlowModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -34,13 +34,7 @@ from anomalib_flowood.trainers import (
 )
 
 from .flow_model import FlowModel, check_precision
-
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
-
-    _Base = AnomalibModule
-else:
-    _Base = object
+from .mixin import Mixin
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +70,7 @@ class TrainingDivergedError(FloatingPointError):
     """Training met a NaN or infinite loss."""
 
 
-class FlowTraining(_Base):
+class FlowTraining(Mixin):
     """Maximum likelihood with Adam, as long as the detector says where the trainer does not.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``. Where ``max_epochs`` is

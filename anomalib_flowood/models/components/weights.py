@@ -9,7 +9,7 @@ import json
 import logging
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,16 +20,10 @@ from anomalib_flowood.trainers import is_trial
 
 from .checkpoints import check_finite, plain, settings_of
 from .flow_model import FlowModel
+from .mixin import Mixin
 from .post_processor import ConformalPostProcessor
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from anomalib.models.components import AnomalibModule
-
-    _Base = AnomalibModule
-else:
-    _Base = object
 
 
 def checksum(value: Tensor) -> int:
@@ -39,7 +33,7 @@ def checksum(value: Tensor) -> int:
     return zlib.crc32(values)
 
 
-class CheckedWeights(_Base):
+class CheckedWeights(Mixin):
     """Checks weights and their calibration wherever they are about to be used."""
 
     model: FlowModel
