@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that work on one data set, as Lightning's strategies start them: what each has, brought together.
+"""Several processes that work on one data set, as Lightning's strategies start them: gathering what each has.
 
-Lightning deals the images of a validation, a test and a prediction out one by one: place i of rank r is place
-``i * ranks + r`` of the data set, and where the ranks would have differently many, the first images come once more.
+In validation, test and prediction Lightning deals the images out one by one: image i of rank r is image
+``i * ranks + r`` of the data set, and where the ranks would get different numbers, the first images are repeated.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def ranks() -> int:
 
 
 def rank() -> int:
-    """Which one this is, from 0 on."""
+    """The number of this process, from 0."""
     return distributed.get_rank() if ranks() > 1 else 0
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """All processes' rows, ``(N, ...)``, rank by rank; their numbers may differ."""
+    """All processes' rows, ``(N, ...)``, rank by rank; how many each has may differ."""
     return torch.cat(gather_all_tensors(rows)) if ranks() > 1 else rows
 
 
 def gathered_objects(value: Any) -> list[Any]:
-    """What each process has, in the order of their ranks."""
+    """All processes' values, in the order of their ranks."""
     if ranks() == 1:
         return [value]
     values: list[Any] = [None] * ranks()
@@ -49,7 +49,7 @@ def gathered_objects(value: Any) -> list[Any]:
 
 
 def in_data_set_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table of all processes, its rows in the order of the data set, where each has those of its images."""
+    """Merge the processes' tables, each with the rows of its own images, into one in the order of the data set."""
     tables = gathered_objects(rows)
     if len(tables) == 1:
         return rows
@@ -61,20 +61,20 @@ def in_data_set_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def from_rank_zero(values: Sequence[Tensor]) -> None:
-    """Give tensors the values that they have in the process of rank 0."""
+    """Overwrite tensors with their values in the process of rank 0."""
     if ranks() > 1:
         for value in values:
             distributed.broadcast(value, src=0)
 
 
 def own_rows(trainer: Trainer, batch_number: int, rows: int, loader_number: int = 0) -> int:
-    """How many of a batch's rows are images of this process, and not some that come once more, which are its last.
+    """How many rows of a batch are not repeated images, which come last.
 
     Args:
-        trainer: Lightning's, which validates or tests.
-        batch_number: Which of this process's batches it is.
-        rows: Its rows.
-        loader_number: Which of the trainer's loaders the batch is from.
+        trainer: The trainer, which validates or tests.
+        batch_number: The number of the batch in this process.
+        rows: The batch's rows.
+        loader_number: The number of the loader that the batch is from.
     """
     if ranks() == 1:
         return rows
@@ -87,7 +87,7 @@ def own_rows(trainer: Trainer, batch_number: int, rows: int, loader_number: int 
 
 
 def cut(batch: Any, rows: int) -> None:
-    """Keep the first rows of a batch, whatever it holds of its images."""
+    """Keep the first rows of a batch, in all its fields."""
     have = len(batch.pred_score)
     if rows == have:
         return
@@ -99,22 +99,22 @@ def cut(batch: Any, rows: int) -> None:
 
 
 def batch_size_of(loader: DataLoader) -> int:
-    """Images of a loader's batches, which a sampler of batches may know alone."""
+    """Images in a batch of a loader, which only its batch sampler may know."""
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
 
 
 def shares(loader: DataLoader, batches: int | None = None, single: bool = False) -> tuple[DataLoader, list[int]]:
-    """Let each process read a share of a loader's images: batches by turns, so that, rank by rank, they are in order.
+    """Let the processes take turns at a loader's batches, so that gathering rank by rank restores their order.
 
     Args:
         loader: It may shuffle: the images come in the order of the data set all the same.
-        batches: No more than so many of its batches. Of a loader that shuffles, the images are then drawn, always the
-            same ones.
-        single: Read one image at a time, whatever the loader's batches are.
+        batches: The most of its batches to read. Of a loader that shuffles, the images are then a random sample, the
+            same in every call.
+        single: Read one image at a time, whatever the loader's batch size.
 
     Returns:
-        The loader of this process, of as many batches as the others', and how many images of each are to be taken:
-        where there is none left for this process, its batch is there for the number alone.
+        A loader for this process, with as many batches as those of the others, and how many images of each batch to
+        use: 0 for a batch that only fills up the number.
 
     Raises:
         TypeError: If the loader makes no batches.
@@ -139,24 +139,35 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
     size = 1 if single else size
     turns = range(rank() * size, len(rows) + rank() * size, ranks() * size)
     parts = [rows[start : start + size] for start in turns]
-    own = DataLoader(
+    own = same_images(loader, batch_sampler=[part or rows[:1] for part in parts])
+    return own, [len(part) for part in parts]
+
+
+def same_images(loader: DataLoader, **batches: Any) -> DataLoader:
+    """Return another loader of the same images, which draws no random number that the training would draw.
+
+    Args:
+        loader: It says how its images are read.
+        **batches: How images come in batches: ``batch_sampler``, or ``batch_size`` and ``sampler``.
+    """
+    return DataLoader(
         loader.dataset,
-        batch_sampler=[part or rows[:1] for part in parts],
+        **batches,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),  # so that none is drawn of those that the training draws
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),
     )
-    return own, [len(part) for part in parts]
 
 
 class DrawnShare(DistributedSampler):
-    """Rows that are drawn with replacement, in every epoch anew: for each process others, and equally many.
+    """Draws rows with replacement, anew in every epoch: different ones for each process, and equally many.
 
     Args:
-        rows: What they are rows of.
-        number: How many each process gets.
+        rows: The data set.
+        number: How many rows each process gets.
     """
 
     def __init__(self, rows: Dataset, number: int) -> None:
@@ -164,18 +175,18 @@ class DrawnShare(DistributedSampler):
         self.num_samples = number
 
     def __iter__(self) -> Iterator[int]:
-        """Draw them."""
+        """Draw the rows of this process."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         drawn = torch.randint(len(self.dataset), (self.num_replicas, self.num_samples), generator=generator)  # type: ignore[arg-type]
         return iter(drawn[self.rank].tolist())
 
 
 def agreed_folder(name: str, make: Callable[[], Path]) -> Path:
-    """The folder that rank 0 has made, before Lightning starts the others, which inherit its environment.
+    """Return the folder that rank 0 made before Lightning started the other processes, which inherit its environment.
 
     Args:
-        name: What it is for.
-        make: Makes it.
+        name: What the folder is for.
+        make: Makes it, in rank 0.
     """
     variable = f"FLOWOOD_FOLDER_{name.upper()}"
     if was_started() and variable in os.environ:

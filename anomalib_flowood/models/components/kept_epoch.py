@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which epoch's weights a training leaves: those under which held-out normal images have the fewest bits."""
+"""Keeps the weights of the epoch after which held-out normal images had the fewest bits per dimension."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -21,25 +21,19 @@ from anomalib_flowood import flows, processes
 from anomalib_flowood.trainers import callbacks_of, is_trial, trainer_of, validation_loaders
 
 from .flow_model import FlowModel
+from .flow_module import FlowModule
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from .flow_module import FlowModule
-
-    _Base = FlowModule
-else:
-    _Base = object
 
 _KEY = "anomalib_flowood_kept_epoch"
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of a training, judged on images that it did not see.
+    """An epoch of a training, rated on held-out images.
 
     Attributes:
-        epoch: Its number, from 1 on.
+        epoch: Its number, from 1.
         bits: Mean bits per dimension of the held-out normal images after it, at the centres of the pixels' bins.
         images: How many images these are.
     """
@@ -49,16 +43,16 @@ class Epoch:
     images: int
 
 
-class KeptEpoch(_Base):
-    """Mixin for detectors that learn their images by heart, to the left of :class:`FlowModule`.
+class KeptEpoch(FlowModule):
+    """Mixin for detectors that overfit, to the left of :class:`FlowModule`.
 
-    In each validation of a fit, held-out normal images are rated by −log p. Before the last one they are, too, and the
-    weights of the best epoch so far come back, so that the score is fitted, the images are validated and the checkpoint
-    is written with them. The mean is compared, since it is what training minimises, and since it sees single images
-    that explode: a median does not.
+    Each validation of a fit rates the weights by −log p of held-out normal images. Before the last validation the
+    weights are rated once more, and those of the best epoch so far are restored, so that the score is fitted, the
+    images are validated and the checkpoint is written with them. Epochs are compared by the mean, which training
+    minimises, and which unlike a median notices single images whose −log p explodes.
 
     The last weights stay where there is nothing to judge by, or where a callback of the trainer monitors a metric or
-    averages weights: then that one chooses.
+    averages weights and so makes the choice itself.
     """
 
     model: FlowModel
@@ -235,14 +229,7 @@ class KeptEpoch(_Base):
 
 
 def _again(loader: DataLoader) -> DataLoader:
-    """The same images in another loader, which draws no random number that the training would draw."""
-    batches: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
-    if loader.batch_sampler is not None:
-        batches = {"batch_sampler": loader.batch_sampler}
-    return DataLoader(
-        loader.dataset,
-        **batches,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        generator=torch.Generator(),
-    )
+    """Another loader of the same batches."""
+    if loader.batch_sampler is None:  # its data set gives whole batches
+        return processes.same_images(loader, batch_size=None, sampler=loader.sampler)
+    return processes.same_images(loader, batch_sampler=loader.batch_sampler)
