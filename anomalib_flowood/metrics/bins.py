@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels of large maps, counted in bins: what they take does not grow with the number of images.
+"""Pixels of large maps, counted in bins, whose memory does not grow with the number of images.
 
-Small maps are kept, so that their metrics are exact. A photograph of 48 million pixels would take 0.2 GiB of each
-metric until the end of a test, and several times as much there.
+Small maps are kept, so that their metrics are exact. A photograph of 48 million pixels would take 0.2 GiB in each
+metric until the end of a test, and several times as much then.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MOST_KEPT = 512 * 512
-"""Pixels of a map up to which they are kept."""
+"""The most pixels of a map that is kept."""
 _BITS = 22
 BINS = 2**_BITS
-"""Bins of values: as many as float32 has numbers of 22 bits, sign, exponent and 13 bits of mantissa. Values in a bin
-differ by less than 1 / 8,192 of their size."""
+"""Number of bins: one for each pattern of a float32's leading 22 bits (sign, exponent and 13 bits of mantissa). Values
+in a bin differ by less than 1 / 8,192 of their size."""
 
 _AT_ONCE = 2**20
 """Pixels that are sorted into bins at a time."""
@@ -35,16 +35,16 @@ def are_large(maps: Tensor) -> bool:
 
 
 def bins_of(values: Tensor) -> Tensor:
-    """The bin of each value, int64, which ascend as the values do."""
+    """Return the bin of each value, int64; bins ascend as the values do."""
     bits = (values.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    # Of negative numbers a larger pattern is a smaller number.
+    # Negative numbers descend as their bit patterns ascend.
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - _BITS)).long() + BINS // 2
 
 
 def no_counts(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return counts of nothing, ``(2 * BINS,)``: on a CUDA device where that is, else on the CPU.
+    """Return counts of zero, ``(2 * BINS,)``, on the device of a tensor if that is CUDA's, else on the CPU.
 
-    Other devices lack some of what counting takes, float64 for one.
+    Other devices lack float64 and other things that counting takes.
     """
     return torch.zeros(2 * BINS, dtype=dtype, device=like.device if like.is_cuda else "cpu")
 
@@ -53,8 +53,7 @@ def count(counts: Tensor, values: Tensor, labels: Tensor) -> None:
     """Count pixels.
 
     Args:
-        counts: How many of either label there are in each bin, those of label 0 first, ``(2 * BINS,)``, int64; those
-            of the pixels are added.
+        counts: The number of pixels in each bin, those with label 0 first, ``(2 * BINS,)``, int64; it is updated.
         values: Of any shape, without NaN.
         labels: 0 or 1 for each of them.
     """
@@ -63,7 +62,7 @@ def count(counts: Tensor, values: Tensor, labels: Tensor) -> None:
 
 
 def regions_of(masks: np.ndarray) -> Tensor:
-    """Number the regions of masks, ``(N, h, w)``, from 1 on through all of them: int32, 0 where nothing is anomalous.
+    """Number the regions of masks, ``(N, h, w)``, from 1 on across all masks: int32, 0 where nothing is anomalous.
 
     A region is connected, corners included, and within one mask.
     """
@@ -73,11 +72,11 @@ def regions_of(masks: np.ndarray) -> Tensor:
 
 
 def count_overlap(counts: Tensor, maps: Tensor, masks: Tensor) -> int:
-    """Count normal pixels, and sum up shares of regions.
+    """Count normal pixels, and add up how much of its region each anomalous pixel is.
 
     Args:
-        counts: In each bin the number of normal pixels, then the sum of the shares that anomalous pixels have in their
-            regions, ``(2 * BINS,)``, float64; those of the pixels are added.
+        counts: The number of normal pixels in each bin, then the sum of the shares of regions in each bin,
+            ``(2 * BINS,)``, float64; it is updated.
         maps: ``(N, 1, H, W)`` or ``(N, H, W)``, without NaN.
         masks: Ground truth, ``(N, H, W)``; what is not 0 is anomalous. A region is connected, corners included.
 
@@ -102,10 +101,10 @@ def count_overlap(counts: Tensor, maps: Tensor, masks: Tensor) -> int:
 
 
 def occupied(counts: Tensor) -> np.ndarray:
-    """Bring together counts of several processes, one after the other, and leave out what is empty.
+    """Add up the counts of several processes, and drop empty bins.
 
     Args:
-        counts: ``(n * 2 * BINS,)``.
+        counts: Those of n processes, one after the other, ``(n * 2 * BINS,)``.
 
     Returns:
         ``(2, m)``, float64.
@@ -116,9 +115,9 @@ def occupied(counts: Tensor) -> np.ndarray:
 
 
 def auroc_of(counts: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve of counts, ``(2, m)``, and by how much it is off at most; NaN with one class only.
+    """Area under the ROC curve of counts, ``(2, m)``, and the most that it is off by; NaN with one class only.
 
-    Pairs in one bin count one half each, as ties do.
+    Pairs in the same bin count one half each, as ties do.
     """
     inner, outer = counts
     pairs = inner.sum() * outer.sum()
@@ -130,7 +129,7 @@ def auroc_of(counts: np.ndarray) -> tuple[float, float]:
 
 
 def aupro_of(counts: np.ndarray, regions: float, limit: float) -> tuple[float, float]:
-    """Area under the per-region overlap up to a false positive rate, and by how much it is off at most.
+    """Area under the per-region overlap up to a false positive rate, and the most that it is off by.
 
     Args:
         counts: Those of :func:`count_overlap`, ``(2, m)``.
@@ -138,7 +137,7 @@ def aupro_of(counts: np.ndarray, regions: float, limit: float) -> tuple[float, f
         limit: The false positive rate; the area is divided by it.
 
     Returns:
-        Both, NaN without normal pixels or without regions. Between bins the curve is straight, as it is between ties.
+        Both; NaN without normal pixels or without regions. The curve is linear between bins, as it is between scores.
     """
     normal, shares = (side[::-1] for side in counts)
     if not normal.sum() or not regions:
@@ -159,7 +158,7 @@ def aupro_of(counts: np.ndarray, regions: float, limit: float) -> tuple[float, f
 
 
 def tell(name: str, error: float) -> None:
-    """Say that pixels were counted in bins."""
+    """Log that a metric counted pixels in bins."""
     logger.info(
         "%s: maps are larger than %d pixels, so that they were not kept but counted in %s bins; it differs from the "
         "exact value by %.1g at most.",

@@ -37,7 +37,7 @@ from .functional import (
 
 
 class _Scores(Metric):
-    """Keeps scores, labels and sources as they come, until a subclass measures them all at once."""
+    """Keeps scores, labels and sources until a subclass measures them all at once."""
 
     is_differentiable = False
     full_state_update = False
@@ -49,7 +49,7 @@ class _Scores(Metric):
         super().__init__(**kwargs)
         self.add_state("preds", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
-        # Names as bytes, each with a NUL at its end: ranks can gather these, and need not agree on codes.
+        # Names as NUL-terminated bytes: ranks can gather these without agreeing on codes.
         self.add_state("source", default=[], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor, source: Sequence[str] | None = None) -> None:
@@ -74,13 +74,15 @@ class _Scores(Metric):
         if len(names) != len(preds):
             msg = f"Each of the {len(preds)} scores needs a source, got {len(names)}."
             raise ValueError(msg)
-        # Names may come from folders, so they are encoded as file names are.
+        # Encoded as file names are, since names may come from folders.
         text = os.fsencode("".join(f"{name}\0" for name in names))
-        self.source.append(torch.tensor(list(text), dtype=torch.uint8, device=preds.device))  # of no image, too
+        self.source.append(
+            torch.tensor(list(text), dtype=torch.uint8, device=preds.device)
+        )  # dtype: also of an empty list
 
     def _keep(self, preds: Tensor, target: Tensor) -> None:
         self.preds.append(preds.flatten())
-        self.target.append(target.flatten().to(torch.uint8))  # of pixels there are many
+        self.target.append(target.flatten().to(torch.uint8))  # small: there may be a label for each pixel
 
     @staticmethod
     def measure(scores: Tensor, labels: Tensor) -> float:
@@ -113,7 +115,7 @@ def _cat(state: list[Tensor]) -> Tensor:
 
 
 def _counts(state: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The counts that a state holds, the only ones until processes bring theirs together; none in the beginning."""
+    """The counts of this process that a state holds, made when they are first needed."""
     if not state:
         state.append(bins.no_counts(like, dtype))
     return state[0]
@@ -143,7 +145,7 @@ class SetMetric(AnomalibMetric, _Scores):
     ) -> None:
         super().__init__(fields, prefix, strict, **kwargs)
         self.title = self.name.removeprefix("image_")
-        """Under which sets are listed: ``AUROC/mnist``."""
+        """The name under which sets are listed: ``AUROC/mnist``."""
 
     def update(self, batch: Batch) -> None:  # type: ignore[override]
         """Store one batch; see the class for what is read from it."""
@@ -173,10 +175,8 @@ class AUROC(SetMetric):
     measure = staticmethod(auroc)
     counts: list[Tensor]
 
-    def __init__(
-        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(fields, prefix, strict, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.add_state("counts", default=[], dist_reduce_fx="cat")
 
     def _keep(self, preds: Tensor, target: Tensor) -> None:
@@ -190,7 +190,7 @@ class AUROC(SetMetric):
         if not len(self.counts):
             return super().compute()
         counts = _cat(self.counts)  # a copy
-        if len(self.preds):  # small ones among large ones
+        if len(self.preds):  # of small maps
             bins.count(counts[: 2 * bins.BINS], _cat(self.preds), _cat(self.target))
         found = bins.occupied(counts)
         area, error = bins.auroc_of(found)
@@ -232,7 +232,7 @@ class DetectionError(SetMetric):
 
 
 class _RegionOverlap(_AUPRO):
-    """anomalib's, which keeps all maps and masks, but for large ones: their pixels are counted."""
+    """anomalib's per-region overlap; of large maps the pixels are counted, and not kept."""
 
     name: str
     counts: list[Tensor]
@@ -254,7 +254,7 @@ class _RegionOverlap(_AUPRO):
             super().update(preds, target)
 
     def perform_cca(self) -> Tensor:
-        """Number the regions of all masks, ``(N, H, W)``; anomalib takes a mask without a normal pixel for none."""
+        """Number the regions of all masks, ``(N, H, W)``; anomalib finds none in a mask without a normal pixel."""
         target = _cat(self.target)
         return bins.regions_of(target.cpu().numpy()).to(target.device)
 
@@ -262,7 +262,7 @@ class _RegionOverlap(_AUPRO):
         """Return the area, ``()``."""
         if len(self.counts):
             counts, regions = _cat(self.counts), int(self.regions)
-            if len(self.preds):  # small ones among large ones
+            if len(self.preds):  # of small maps
                 regions += bins.count_overlap(counts[: 2 * bins.BINS], _cat(self.preds), _cat(self.target))
             area, error = bins.aupro_of(bins.occupied(counts), regions, float(self.fpr_limit))
             if not math.isnan(area):
@@ -286,22 +286,22 @@ class AUPRO(AnomalibMetric, _RegionOverlap):  # type: ignore[misc]  # as anomali
 class F1Score(AnomalibF1Score):
     """anomalib's F1 score of labels, but NaN, with a warning, where one of the two classes is absent.
 
-    torchmetrics gives 0 without anomalous images, be there alarms or not, and without normal ones up to 1, however many
-    of them would be flagged.
+    torchmetrics' score is 0 without anomalous images, whether or not there are alarms, and up to 1 without normal ones,
+    however many of these would be flagged.
     """
 
     default_fields = ("pred_label", "gt_label")
 
     def update(self, batch: Batch) -> None:  # type: ignore[override]
-        """Count one batch; of no images, as one of several processes may have them, there is nothing to count."""
+        """Count one batch, which is empty where another process has the remaining images."""
         labels = getattr(batch, self.fields[0], None)
         if labels is None or len(labels):
             super().update(batch)
 
     def compute(self) -> Tensor:
-        """Return the score, ``()``; ``None`` without ``strict`` if no batch had labels."""
+        """Return the score, ``()``; ``None`` if no batch had labels and ``strict`` is off."""
         value = super().compute()
-        counts: Any = self  # whose type allows for lists, which the mean over single samples would need
+        counts: Any = self  # typed as lists, too, which only an average over single samples would have
         outside, inside = int(counts.tp + counts.fn), int(counts.tn + counts.fp)
         if value is None or (outside and inside):
             return value
@@ -318,12 +318,12 @@ def _of_label(middle: Callable[[Tensor], float], values: Tensor, labels: Tensor,
 class BitsPerDim(SetMetric):
     """Mean of the images' bits per dimension, −log2 p(x) / D, of pixels averaged over the dequantisation's noise.
 
-    The value is that of the in-distribution images, ``BitsPerDim/inside``: what the literature calls a flow's test
-    likelihood, lower is better. The sets are all out-of-distribution images, ``outside``, and where there are several
-    sets each of them. It needs no detection, and says nothing about it: a flow may find the outside more likely.
+    The value is that of the in-distribution images, ``BitsPerDim/inside``, which the literature calls a flow's test
+    likelihood: lower is better. The sets are all out-of-distribution images, ``outside``, and each set where there are
+    several. It says nothing about detection: a flow may find the outside more likely.
 
-    Detectors put ``bits_per_dim``, ``(N,)``, into a test batch where the score is a likelihood. With ``strict=False``,
-    there is no value from the others.
+    Detectors put ``bits_per_dim``, ``(N,)``, into a test batch where the score is a likelihood. From other detectors
+    there is no value with ``strict=False``.
 
     Args:
         fields: What to read from a batch: bits per dimension and labels.
@@ -335,10 +335,8 @@ class BitsPerDim(SetMetric):
     higher_is_better = False
     default_fields = ("bits_per_dim", "gt_label")
 
-    def __init__(
-        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(fields, prefix, strict, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.name = f"{self.title}/{INSIDE}"
 
     @staticmethod
@@ -357,16 +355,9 @@ class BitsPerDim(SetMetric):
 
 
 class BitsPerDimMedian(BitsPerDim):
-    """Median of the images' bits per dimension, where :class:`BitsPerDim` is their mean, which few images can carry.
-
-    Args:
-        fields: What to read from a batch: bits per dimension and labels.
-        prefix: Put in front of the class's name.
-        strict: Refuse a batch without these fields; else it is passed over.
-        **kwargs: Arguments of :class:`torchmetrics.Metric`.
-    """
+    """Median of the images' bits per dimension: a few images can dominate the mean, :class:`BitsPerDim`."""
 
     @staticmethod
     def middle(bits: Tensor) -> float:
-        """The median of bits, ``(N,)``; of an even number the mean of the two in the middle, infinite ones too."""
+        """The median of bits, ``(N,)``, which may be infinite; of an even number the mean of the middle two."""
         return float(np.median(bits.cpu().numpy()))

@@ -17,7 +17,7 @@ from .detection import AUROC, FPR95, AUPRIn, AUPROut, BitsPerDim, BitsPerDimMedi
 from .functional import MEAN, NOT_DEFINED, OUTSIDE, groups_of
 
 MOST_SETS = 8
-"""Out-of-distribution sets that are listed one by one. The other classes of a data set of ten would bury a table."""
+"""The most out-of-distribution sets that are listed one by one: nine classes of a data set would swamp a table."""
 
 
 class PerSetEvaluator(Evaluator):
@@ -52,15 +52,15 @@ class PerSetEvaluator(Evaluator):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move metrics as anomalib does; let the table at the end of a test name what is not defined."""
         asked = self.compute_on_cpu
-        # Of several anomalib moves nothing, and warns of it; but it counts those of one machine alone.
+        # With several devices anomalib moves nothing, and warns; but it counts only those of one machine.
         self.compute_on_cpu = asked and trainer.world_size == 1
         super().setup(trainer, pl_module, stage)
         self.compute_on_cpu = asked
         if stage == "test":
-            _name_what_is_not_defined(trainer)
+            name_results(trainer, _named_if_nan)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an interrupted test has left."""
+        """Forget what an interrupted test left behind."""
         del trainer, pl_module
         metrics: list[Any] = [*self.test_metrics]  # typed as mere modules
         for metric in metrics:
@@ -82,17 +82,15 @@ class PerSetEvaluator(Evaluator):
             _log(trainer, pl_module, metric.name, metric)
 
 
-def _name_what_is_not_defined(trainer: Trainer) -> None:
-    """Let the table that Lightning prints at the end of a test say what NaN means."""
-    name_results(
-        trainer, lambda values: {name: NOT_DEFINED if math.isnan(value) else value for name, value in values.items()}
-    )
+def _named_if_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Say what NaN means in the table that Lightning prints at the end of a test."""
+    return {name: NOT_DEFINED if math.isnan(value) else value for name, value in values.items()}
 
 
 def _log(trainer: Trainer, pl_module: LightningModule, name: str, value: Any) -> None:
-    # The ranks hold the same values already; that the mean of these is taken keeps Lightning from warning.
+    # The ranks hold the same values already; averaging them keeps Lightning from warning.
     pl_module.log(name, value, sync_dist=isinstance(value, Tensor))
-    if trainer.barebones:  # it logs nothing, so anomalib's evaluator does this too
+    if trainer.barebones:  # which logs nothing; anomalib's evaluator does the same
         value = value if isinstance(value, Tensor) else value.compute()
         trainer.callback_metrics[name] = value
         trainer.logged_metrics[name] = value

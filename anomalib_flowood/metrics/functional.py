@@ -26,24 +26,24 @@ from torch import Tensor
 from anomalib_flowood.checks import refuse_nan
 
 ArrayLike: TypeAlias = Tensor | np.ndarray
-"""Numbers as tensors or as NumPy has them, of which a loaded detector's scores are."""
+"""Tensors, or NumPy arrays, which a loaded detector returns."""
 
 MEAN = "mean"
 """Name of the average over all out-of-distribution sets."""
 GROUP = ": "
-"""What stands between the name of a group of sets and that of a set: ``near: cifar100``."""
+"""Separates the name of a group of sets from that of a set: ``near: cifar100``."""
 INSIDE, OUTSIDE = "inside", "outside"
 """Names of all in-distribution and of all out-of-distribution images."""
 NOT_DEFINED = "not defined"
-"""What tables say of a metric of two classes where there is one."""
+"""What tables show for a metric that needs two classes where there is only one."""
 
 
 _CHECKED = 2**22
-"""Scores that are checked at a time: of pixels there may be many."""
+"""Scores that are checked at a time: there may be many, one for each pixel."""
 
 
 def check_scores(scores: Tensor, labels: Tensor) -> None:
-    """Refuse what would give a number that means nothing.
+    """Refuse scores and labels whose metrics would be meaningless.
 
     Args:
         scores: Scores of any shape.
@@ -63,7 +63,7 @@ def check_scores(scores: Tensor, labels: Tensor) -> None:
 
 
 def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Tensor, Tensor]:
-    """Tensors of both, which :func:`check_scores` does not refuse."""
+    """Return both as tensors, checked by :func:`check_scores`."""
     scores, labels = torch.as_tensor(scores).detach(), torch.as_tensor(labels).detach()
     check_scores(scores, labels)
     return scores, labels
@@ -72,9 +72,9 @@ def _checked(scores: ArrayLike, labels: ArrayLike) -> tuple[Tensor, Tensor]:
 def _of_ranks(
     measure: Callable[[np.ndarray, np.ndarray], float], scores: ArrayLike, labels: ArrayLike, name: str
 ) -> float:
-    """Measure labels and dense ranks; NaN (with a warning) if one of the two classes is absent.
+    """Take a measure of labels and dense ranks; NaN (with a warning) if one of the two classes is absent.
 
-    scikit-learn refuses infinite scores, and only their order counts.
+    Only the order of scores counts, and scikit-learn refuses infinite ones.
     """
     scores, labels = _checked(scores, labels)
     ranks = torch.unique(scores.flatten().cpu(), return_inverse=True)[1].numpy()
@@ -85,17 +85,17 @@ def _of_ranks(
 
 
 def rate_text(value: float) -> str:
-    """Write a rate for people: three digits, or what NaN means."""
+    """Format a rate with three digits, or say that it is not defined."""
     return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
 
 
 def not_defined(name: str, *, outside: bool, stacklevel: int) -> float:
-    """Return NaN for a metric of two classes where there is one, with a warning.
+    """Warn that a metric needs two classes and there is only one, and return NaN.
 
     Args:
         name: The metric's name.
-        outside: Whether all that there is is out-of-distribution.
-        stacklevel: How many calls up the warning points.
+        outside: Whether the one class is out-of-distribution.
+        stacklevel: As for :func:`warnings.warn`.
     """
     missing = "in-distribution (label 0)" if outside else "out-of-distribution (label 1)"
     warnings.warn(f"{name} is {NOT_DEFINED}: there are no {missing} samples.", UserWarning, stacklevel=stacklevel)
@@ -103,15 +103,15 @@ def not_defined(name: str, *, outside: bool, stacklevel: int) -> float:
 
 
 _AT_ONCE = 2**16
-"""Anomalous values that are looked up at a time, for :func:`auroc` to take no more memory than it needs."""
+"""Anomalous values that :func:`auroc` looks up at a time, to keep its memory small."""
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve; ties count one half.
 
-    It is taken as the share of pairs, one of either class, that are in order (Mann and Whitney 1947): two sorts in
-    place and whole numbers, so that it is exact to the last digit, and quick and small enough for the pixels of a test
-    set. Beside its arguments it takes about as much memory as the scores, if these are float32 or float64.
+    It is computed as the share of pairs, one of either class, that are in order (Mann and Whitney 1947), by two sorts
+    in place and in whole numbers: exact to the last digit, and fast and small enough for the pixels of a test set. It
+    takes about as much memory as the scores, if these are float32 or float64.
 
     Args:
         scores: Scores of any shape, scale and floating dtype, infinities included: of images, or of pixels.
@@ -149,17 +149,8 @@ def aupr_out(scores: ArrayLike, labels: ArrayLike) -> float:
 
     The area is the average precision, the sum of the precisions weighted by the steps in recall. OpenOOD and
     pytorch-ood join the points by straight lines, which is too optimistic (Davis and Goadrich 2006). Precision depends
-    on how many images of either side there are: chance is the share of out-of-distribution images.
-
-    Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
-
-    Returns:
-        The area, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    on how many images of either side there are: chance is the share of out-of-distribution images. Arguments, NaN and
+    errors as for :func:`auroc`.
     """
     return _of_ranks(_average_precision, scores, labels, "AUPROut")
 
@@ -167,17 +158,7 @@ def aupr_out(scores: ArrayLike, labels: ArrayLike) -> float:
 def aupr_in(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the precision-recall curve of the negated score, in-distribution positive (AUPR-In).
 
-    See :func:`aupr_out`; chance is the share of in-distribution images.
-
-    Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
-
-    Returns:
-        The area, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    See :func:`aupr_out`; chance is the share of in-distribution images. Arguments, NaN and errors as for :func:`auroc`.
     """
     return _of_ranks(lambda truth, ranks: _average_precision(1 - truth, -ranks), scores, labels, "AUPRIn")
 
@@ -185,16 +166,12 @@ def aupr_in(scores: ArrayLike, labels: ArrayLike) -> float:
 def fpr_at_tpr(scores: ArrayLike, labels: ArrayLike, tpr: float = 0.95) -> float:
     """Share of in-distribution images flagged by a threshold that catches ``tpr`` of the out-of-distribution ones.
 
+    Other arguments, NaN and errors as for :func:`auroc`.
+
     Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
+        scores: As there.
+        labels: As there.
         tpr: The smallest admissible true positive rate (recall of the out-of-distribution side).
-
-    Returns:
-        The smallest false positive rate, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
     """
 
     def measure(truth: np.ndarray, ranks: np.ndarray) -> float:
@@ -209,17 +186,7 @@ def detection_error(scores: ArrayLike, labels: ArrayLike) -> float:
 
     One minus the detection accuracy of Lee et al. (A simple unified framework for detecting out-of-distribution samples
     and adversarial attacks, NeurIPS 2018), and what the code of Liang et al. (ODIN, ICLR 2018) minimises. At most ½,
-    which is chance.
-
-    Args:
-        scores: Scores of any scale and any floating dtype, infinities included.
-        labels: 1 for out-of-distribution, 0 for in-distribution, same shape as ``scores``.
-
-    Returns:
-        The error, or NaN (with a warning) if one of the two classes is absent.
-
-    Raises:
-        ValueError: If a score is NaN, a label is neither 0 nor 1, or the shapes differ.
+    which is chance. Arguments, NaN and errors as for :func:`auroc`.
     """
 
     def measure(truth: np.ndarray, ranks: np.ndarray) -> float:
@@ -242,7 +209,7 @@ DETECTION_METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 def per_set(
     measure: Callable[[Tensor, Tensor], float], scores: ArrayLike, labels: ArrayLike, sources: Sequence[str]
 ) -> dict[str, float]:
-    """Take a metric for each out-of-distribution set on its own, against all in-distribution images.
+    """Compute a metric for each out-of-distribution set on its own, against all in-distribution images.
 
     Args:
         measure: A metric of scores and labels, such as :func:`auroc`.
@@ -252,9 +219,9 @@ def per_set(
 
     Returns:
         The metric by set, in alphabetical order; the unweighted average of each group of sets, where their names have
-        one (``near: cifar100``), under the group's; and at last that of all sets, ``"mean"``. Empty if there are not at
-        least two out-of-distribution sets: the metric over all images says it then. A set that is called ``mean``,
-        ``inside``, ``outside``, or as a group is, becomes, say, ``mean (set)``.
+        one (``near: cifar100``), under the group's name; and last that of all sets, ``"mean"``. Empty with fewer than
+        two out-of-distribution sets, where the metric over all images says the same. A set whose name is ``mean``,
+        ``inside``, ``outside`` or that of a group gets a suffix: ``mean (set)``.
 
     Raises:
         ValueError: If there is not one source for each score, or ``measure`` refuses the scores.
