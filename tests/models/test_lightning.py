@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from model_helpers import DETECTORS, TRAINER, data, embedding_flow, feature_map_flow, idx_folder, pixel_flow
+from PIL import Image
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import (
     BatchSampler,
@@ -21,6 +22,8 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import PILToTensor
 from torchvision.transforms.v2 import Lambda
 
 from anomalib_flowood import CrossDataset, FeatureMapFlow, PixelFlow, open_checkpoint, processes
@@ -300,6 +303,15 @@ def test_images_that_are_not_divided_by_what_white_is_are_refused(detector, tmp_
     fitted.eval()(image)
     with pytest.raises(ValueError, match=r"lie in \[0, 1\], and these run to [12]\d\d"):
         fitted(255 * image)
+
+
+def test_a_folder_of_torchvisions_is_refused_with_what_to_give(tmp_path):
+    path = tmp_path / "images" / "normal" / "0.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (48, 48)).save(path)
+    images = DataLoader(ImageFolder(tmp_path / "images", transform=PILToTensor()))
+    with pytest.raises(TypeError, match=r"anomalib's batches \(ImageBatch\), got list"):
+        fit(tmp_path, pixel_flow(), images)
 
 
 def test_a_flow_of_pixels_takes_its_loaders_in_lists(tmp_path):

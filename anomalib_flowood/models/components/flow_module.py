@@ -160,11 +160,9 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
 
     def _tell_of_lost_details(self) -> None:
         """Say what is lost of images that are larger than what they are resized to, by the first of them."""
-        paths = [
-            str(path)
-            for loader in training_loaders(self.trainer)
-            for path in getattr(getattr(loader, "dataset", None), "samples", {"image_path": []})["image_path"][:1]
-        ]
+        data_sets = (getattr(loader, "dataset", None) for loader in training_loaders(self.trainer))
+        tables = (getattr(data_set, "samples", None) for data_set in data_sets)  # anomalib's; torchvision has lists
+        paths = [str(path) for table in tables for path in getattr(table, "image_path", ())[:1]]
         size: Any = getattr(resize_of(self), "size", ())
         if len(size) != 2 or not paths or not Path(paths[0]).is_file():
             return
