@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of Lightning's trainers: each appears whole or not at all, and the end of a fit has one."""
+"""Checkpoints of Lightning's trainers: each is written whole or not at all, and every fit ends with one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def save_whole(trainer: Trainer) -> None:
-    """Let a trainer's checkpoints appear whole or not at all, unless it was given a way of its own to write them.
+    """Let a trainer write checkpoints whole or not at all, unless it was given a writer of its own.
 
-    Lightning's goes through ``TMPDIR``, from where a checkpoint is copied if that is another disk: one that is full by
-    then keeps a part of it, under the name of the whole.
+    Lightning writes to ``TMPDIR``, and copies the file from there if that is another disk: on a full disk a part of it
+    is left, under the name of the whole.
     """
     writer: Any = trainer.strategy.checkpoint_io  # anomalib's loads in its own way, and saves in Lightning's
     if type(writer).save_checkpoint is TorchCheckpointIO.save_checkpoint:
@@ -34,11 +34,11 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_option
 
     Args:
         checkpoint: What Lightning saves.
-        path: The file, on this machine's disks; its folder is made if missing. Lightning writes to other places.
+        path: The file; its folder is made if missing. What is not on this machine is left to Lightning.
         storage_options: As for Lightning's ``CheckpointIO``.
 
     Raises:
-        OSError: If it cannot be written, with its path.
+        OSError: If it cannot be written; the error has its path.
     """
     if "://" in str(path) or storage_options is not None:
         TorchCheckpointIO().save_checkpoint(checkpoint, path, storage_options)
@@ -47,7 +47,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_option
     with whole_file(path) as file, file.open("wb") as opened:
         try:
             torch.save(checkpoint, opened)
-        except RuntimeError as error:  # of a writer that could not write on
+        except RuntimeError as error:  # PyTorch's, of a file that it cannot go on writing
             reason = error.__context__
             if not isinstance(reason, OSError):
                 raise
@@ -55,18 +55,18 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path, storage_option
 
 
 def keep_end(trainer: Trainer, *, whole: bool | None = None) -> None:
-    """Write a checkpoint of a fit that has ended without one, or with one that lacks what its end has fitted.
+    """Write a checkpoint if a fit has ended without one, or with one that lacks what was fitted at its end.
 
-    None of a fit that had nothing to train, nor where the callback chooses by a metric, and has chosen. What a resumed
-    fit began with is none of its own, though the callback names it.
+    Nothing is written if the fit had nothing to train, or if the callback has chosen a checkpoint by a metric. The
+    checkpoint that a fit was resumed from is not its own, though the callback names it.
 
     Args:
         trainer: The trainer of the fit, in each of its processes.
-        whole: Whether the last checkpoint has all that a score needs; ``None`` where nobody knows. One that is written
-            after a number of steps, or a time, comes before the validation, and never has what follows it.
+        whole: Whether the last checkpoint has all that a score needs; ``None`` if unknown. One that is written every
+            few steps or minutes comes before the validation, and so never has what follows it.
 
     Raises:
-        RuntimeError: If this version of Lightning knows elsewhere what has been done.
+        RuntimeError: If this version of Lightning keeps its state elsewhere.
     """
     callback: Any = trainer.checkpoint_callback
     if (
@@ -89,7 +89,7 @@ def keep_end(trainer: Trainer, *, whole: bool | None = None) -> None:
 
 
 def _renew(trainer: Trainer, callback: Any) -> None:
-    """Write the newest checkpoint anew: in its place where it is of the last step, else as the callback does."""
+    """Write the newest checkpoint again: in its place if it is of the last step, else as the callback would."""
     metrics = field(callback, "_monitor_candidates")(trainer)
     if callback.save_top_k and field(callback, "_last_global_step_saved") == trainer.global_step:
         field(callback, "_save_checkpoint")(trainer, callback.best_model_path)
@@ -99,9 +99,9 @@ def _renew(trainer: Trainer, callback: Any) -> None:
 
 
 def say_if_kept_earlier(trainer: Trainer) -> None:
-    """Warn of a fit whose newest checkpoint is of an earlier step than the weights in memory.
+    """Warn if the newest checkpoint of a fit is older than the weights in memory.
 
-    Where the callback chooses by a metric that is meant.
+    That is intended where the callback chooses by a metric.
     """
     callback: Any = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or callback.monitor is not None or not trainer.is_global_zero:
@@ -110,7 +110,7 @@ def say_if_kept_earlier(trainer: Trainer) -> None:
     if 0 < step < trainer.global_step:
         logger.warning(
             "The checkpoint %s is of step %d, the last that a validation followed; the detector in memory, and a test "
-            "of it, is of step %d. They are one where a validation follows the last epoch: with a max_epochs that is a "
+            "of it, is of step %d. To make them the same, let a validation follow the last epoch: set max_epochs to a "
             "multiple of check_val_every_n_epoch.",
             callback.best_model_path, step, trainer.global_step,
         )  # fmt: skip

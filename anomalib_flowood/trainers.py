@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning's trainers: which loaders they have, before they are asked for a batch, and others in their place.
+"""Lightning's trainers: their loaders and how to replace them, and all that is private to Lightning.
 
-What Lightning gives is reached by its public names. It has none for the loaders of a fit as they were made, before each
-device got its share of them, none for others in their place once the fit has begun, none for the table of a test, none
-for averaged weights, and none for whether a fit has left a checkpoint.
-(``trainer.datamodule`` does not do: it stays that of an earlier run where a later one gets loaders.) These are reached
-by :func:`field`, here and in :mod:`anomalib_flowood.saving` and nowhere else, and the versions that have them bound
-those that this package takes.
+Public names are used wherever there are some. There are none for the loaders of a fit as they were made, before each
+device got its share, for replacing them once a fit has begun, for the table of a test, for averaged weights, and for
+whether a fit has left a checkpoint. (``trainer.datamodule`` does not help: it stays that of an earlier run when a later
+one gets loaders.) These are reached by :func:`field`, here and in :mod:`anomalib_flowood.saving` and nowhere else, and
+decide which versions of Lightning this package supports.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer that a module is attached to, if it is."""
+    """The trainer that a module is attached to, if any."""
     try:
         return module.trainer
     except RuntimeError:  # Lightning's, of a module without one
@@ -32,26 +31,23 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """The callbacks of a trainer, which has them without a type."""
+    """The callbacks of a trainer, which Lightning does not type."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def drop_callbacks(trainer: Trainer, drop: Callable[[Any], bool]) -> None:
-    """Take callbacks from a trainer; the list that it was given stays as it is."""
+    """Remove callbacks from a trainer, but not from the list that it was given."""
     owner: Any = trainer
     owner.callbacks = [callback for callback in callbacks_of(trainer) if not drop(callback)]
 
 
 def is_trial(trainer: Any) -> bool:
-    """Whether a trainer runs a batch or two to see that everything works, of which nothing is kept.
-
-    Lightning does not declare the attribute.
-    """
+    """Whether a trainer only runs a batch or two to see that everything works, and keeps nothing."""
     return bool(trainer.fast_dev_run)
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a fit's training images, as a data module makes them or as they were given.
+    """The loaders of a fit's training images, as the data module made them or as they were given.
 
     Raises:
         RuntimeError: If this version of Lightning keeps its loaders elsewhere.
@@ -60,23 +56,23 @@ def training_loaders(trainer: Trainer) -> list[Any]:
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a fit's validation images, likewise; none where there is no validation."""
+    """The loaders of a fit's validation images; none where there is no validation."""
     if not trainer.enable_validation:
         return []
     return _listed(_source(trainer.fit_loop.epoch_loop.val_loop).dataloader())
 
 
 def images_of(loaders: list[Any]) -> int:
-    """How many images loaders have, as far as their data sets know a number."""
+    """The number of images in loaders, without those of data sets that have no length."""
     data_sets = [getattr(loader, "dataset", None) for loader in loaders]
     return sum(len(data_set) for data_set in data_sets if isinstance(data_set, Sized))
 
 
 def check_validation_images(trainer: Trainer) -> None:
-    """Refuse to validate where the data module has no images for it; anomalib's then lack an attribute.
+    """Refuse to validate without validation images: anomalib's data modules then lack an attribute.
 
     Raises:
-        ValueError: If it has none; the message names the option that says so.
+        ValueError: If there are none; the message names the option that holds some out.
     """
     try:
         if trainer.validating:
@@ -96,10 +92,10 @@ def check_validation_images(trainer: Trainer) -> None:
 
 
 def prediction_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a prediction that is about to begin; none where nothing is predicted.
+    """The loaders of a prediction that is about to begin; none where nothing is to be predicted.
 
     Raises:
-        ValueError: If there are fewer images than processes, which Lightning does without a word about it.
+        ValueError: If there are fewer images than processes, of which Lightning says nothing.
     """
     if not trainer.predicting:
         return []
@@ -116,7 +112,7 @@ def prediction_loaders(trainer: Trainer) -> list[Any]:
 
 
 def reduce_gradients(trainer: Trainer, there_are: bool) -> None:
-    """Let several processes share gradients, or, where nothing trains, do without: PyTorch refuses to wrap it then."""
+    """Let several processes share gradients if there are any: PyTorch refuses to wrap a module that has none."""
     if isinstance(trainer.strategy, DDPStrategy):
         vars(trainer.strategy).pop("configure_ddp", None)
         if not there_are:
@@ -128,7 +124,7 @@ def _nothing() -> None:
 
 
 def check_dealing(trainer: Trainer) -> None:
-    """Refuse several processes each of which would see all images.
+    """Refuse several processes that would each see all images.
 
     Raises:
         ValueError: If so; the message names the argument.
@@ -143,12 +139,12 @@ def check_dealing(trainer: Trainer) -> None:
 
 
 def is_dealt_once(sampler: Sampler) -> bool:
-    """Whether a sampler deals images out to processes without repeating any, as that of a prediction does."""
+    """Whether a sampler deals images out to processes without repeating any, as in a prediction."""
     return isinstance(sampler, UnrepeatedDistributedSampler)
 
 
 def loader_of(trainer: Trainer, number: int = 0) -> Any:
-    """The loader that a validation or a test is reading, with the share of this process."""
+    """The loader that a validation or a test is reading, which has the share of this process."""
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     return _listed(loaders)[number]
 
@@ -159,7 +155,7 @@ def train_on(trainer: Trainer, loader: DataLoader) -> None:
 
 
 def unlist_training(trainer: Trainer) -> None:
-    """Let a fit that has begun take a loader that was given in a list as if it were not."""
+    """Let a fit that has begun use the training loader that it was given in a list."""
     given = _source(trainer.fit_loop).dataloader()
     if isinstance(given, list | tuple):
         train_on(trainer, given[0])
@@ -182,9 +178,9 @@ def validate_on(trainer: Trainer, loader: DataLoader) -> None:
 
 
 def forget_iterator(trainer: Trainer) -> None:
-    """Let a fit that has begun draw the order of its first epoch anew, when it comes to that; errors as above.
+    """Let a fit that has begun draw the order of its first epoch anew; errors as above.
 
-    The order has been drawn if a scheduler has asked for the number of steps.
+    It has been drawn already if a scheduler has asked for the number of steps.
     """
     field(trainer.fit_loop, "_combined_loader")
     trainer.fit_loop._combined_loader = None
@@ -196,12 +192,12 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def put_between_batches(loops: dict[str, Any], batches: int, *, validate: bool) -> None:
-    """Let a checkpoint say that its fit stands between two batches, from where Lightning goes on as if uninterrupted.
+    """Change a checkpoint's progress to between two batches, from where Lightning resumes as if uninterrupted.
 
-    From within a batch it draws a random number too many, and of a validation that has not ended it leaves out all.
+    From within a batch it would draw one random number too many, and it would skip a validation that has begun.
 
     Args:
-        loops: The checkpoint's counts, which are changed.
+        loops: The progress of the checkpoint's loops, which is changed.
         batches: How many batches of the epoch are done.
         validate: Whether the validation that follows is still to be done.
     """
@@ -218,7 +214,7 @@ def put_between_batches(loops: dict[str, Any], batches: int, *, validate: bool) 
 
 
 def put_between_epochs(loops: dict[str, Any]) -> None:
-    """Likewise for one that was about to begin an epoch, which Lightning would leave out."""
+    """Likewise for a fit that was about to begin an epoch, which Lightning would skip."""
     progress = loops["fit_loop"]["epoch_progress"]
     for epoch in (progress["current"], progress["total"]):
         done = epoch["processed"]
@@ -226,41 +222,41 @@ def put_between_epochs(loops: dict[str, Any]) -> None:
 
 
 def put_before_end(loops: dict[str, Any]) -> None:
-    """Likewise for one that stood behind an epoch whose last hooks were not all done: it stands before them again."""
+    """Likewise for a fit that was within the last hooks of an epoch: it goes back to before them."""
     progress = loops["fit_loop"]["epoch_progress"]
     for epoch in (progress["current"], progress["total"]):
         epoch["processed"] -= 1
 
 
 def epochs_done(trainer: Trainer) -> int:
-    """How many epochs a trainer has done, in an earlier fit, too, from which the next goes on."""
+    """How many epochs a trainer has done, including those of an earlier fit."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     return progress.processed
 
 
 def epochs_are_left(trainer: Trainer) -> bool:
-    """Whether its limit in epochs leaves any."""
+    """Whether a trainer's limit on epochs leaves any."""
     return _are_left(trainer.max_epochs, epochs_done(trainer))
 
 
 def no_epoch_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
-    """Whether a fit that is about to go on from a checkpoint has done all its epochs."""
+    """Whether a fit that is about to be resumed has done all its epochs."""
     done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     return not _are_left(trainer.max_epochs, done)
 
 
 def _are_left(limit: int | None, done: int) -> bool:
-    """Whether a limit in epochs, ``None`` or -1 for none, leaves any."""
+    """Whether a limit on epochs, ``None`` or -1 for none, leaves any."""
     return limit is None or limit < 0 or done < limit
 
 
 def no_step_is_left(trainer: Trainer, checkpoint: dict[str, Any]) -> bool:
-    """Whether it has reached a limit in steps or time."""
+    """Whether a fit that is about to be resumed has reached a limit on steps or time."""
     return trainer.should_stop or 0 <= trainer.max_steps <= checkpoint["global_step"]
 
 
 def stops_early(trainer: Trainer) -> bool:
-    """Whether a fit that was asked to stop does so after the present batch, or epoch, as its least length lets it."""
+    """Whether a fit that was asked to stop does so now: not before ``min_epochs`` and ``min_steps``."""
     loop = trainer.fit_loop
     epochs = trainer.current_epoch + loop.epoch_loop.batch_progress.is_last_batch
     is_long = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
@@ -268,10 +264,10 @@ def stops_early(trainer: Trainer) -> bool:
 
 
 def lift_limits(trainer: Trainer) -> tuple[int, bool]:
-    """Let a fit begin that goes on behind its last step, where Lightning would leave out all that follows it.
+    """Let a fit resume after its last step, where Lightning would skip all that follows it.
 
     Returns:
-        The limits in steps and in time, for :func:`finish_epoch`.
+        The limits on steps and on time, for :func:`finish_epoch`.
     """
     limits = trainer.max_steps, trainer.should_stop
     trainer.fit_loop.epoch_loop.max_steps, trainer.should_stop = -1, False
@@ -279,12 +275,12 @@ def lift_limits(trainer: Trainer) -> tuple[int, bool]:
 
 
 def finish_epoch(trainer: Trainer, limits: tuple[int, bool], *, validated: bool) -> None:
-    """End an epoch after its last step, within a limit that is reached; the fit, which has begun, ends then.
+    """End the epoch of a resumed fit after its last step, and let the fit end by its limits.
 
     Args:
         trainer: The trainer of the fit.
         limits: What :func:`lift_limits` returned.
-        validated: Whether the validation is done that follows the step, if one does.
+        validated: Whether the validation that follows the step, if any, is done.
     """
     loop = trainer.fit_loop
     loop.epoch_loop.max_steps, trainer.should_stop = limits
@@ -312,7 +308,7 @@ def forget_results(trainer: Trainer) -> None:
 
 
 def skip_batches(trainer: Trainer, batches: int) -> None:
-    """Pass over the first batches of an epoch that a resumed fit is about to go on with.
+    """Skip the first batches of the epoch in which a fit is resumed.
 
     Args:
         trainer: The trainer of the fit, which has made its iterator and counts these batches itself.
@@ -324,7 +320,7 @@ def skip_batches(trainer: Trainer, batches: int) -> None:
     iterator = field(field(trainer.fit_loop, "_data_fetcher"), "iterator")
     for _ in range(batches):
         next(iterator, None)
-    # What loggers count by: one more where Lightning passes over a validation first.
+    # The step that loggers see: Lightning adds one where it skips a validation first.
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = trainer.global_step - validation_is_due(trainer)
 
@@ -339,15 +335,15 @@ def _replace_loader(loop: Any, loader: DataLoader) -> None:
     field(source, "instance")
     field(loop, "_combined_loader")
     source.instance = loader
-    loop._combined_loader = None  # what the scheduler, which asks for the number of steps, has set up already
+    loop._combined_loader = None  # made already where a scheduler has asked for the number of steps
 
 
 def name_results(trainer: Trainer, name: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Change what the table shows that Lightning prints at the end of a test.
+    """Change what Lightning's table at the end of a test shows.
 
     Args:
         trainer: The trainer of the test.
-        name: Gets the results of one data loader, values by metric, and returns what is to be shown.
+        name: Takes the results of one data loader, values by metric, and returns what to show.
 
     Raises:
         RuntimeError: If this version of Lightning prints its table elsewhere.
@@ -362,7 +358,7 @@ def _source(loop: Any) -> Any:
 
 
 def field(owner: Any, name: str) -> Any:
-    """What is private to Lightning; a version of it that has no such thing is named, in a ``RuntimeError``."""
+    """Get an attribute that is private to Lightning; ``RuntimeError`` if this version of it has none."""
     if not hasattr(owner, name):
         kind = owner.__name__ if isinstance(owner, type) else type(owner).__name__
         msg = (
