@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -31,10 +31,8 @@ class FlowDensity(Protocol):
     """Whether the inputs are dequantised pixels, ``(N, C, H, W)`` in the open unit cube."""
     parts: ClassVar[int]
     """Number of terms whose sum is −log p."""
-
-    def new_flow(self) -> InvertibleModule:
-        """Make one more flow of the same architecture, with weights of its own."""
-        ...
+    new_flow: Callable[[], InvertibleModule]
+    """Makes one more flow of the same architecture, with weights of its own."""
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> Density:
         """Evaluate the density of prepared inputs, with another flow of the same shape if one is given."""

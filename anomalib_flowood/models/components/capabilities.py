@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector can do beyond scoring images. Who wants it asks for it, and for no class.
+"""What a detector can do beyond scoring images. Whoever needs one of these asks for it, and not for a class.
 
 =====================  ==============================================  ===========================================
 capability             a detector has it if                            who asks
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
-import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor
 
@@ -43,34 +42,18 @@ class PixelDensity(Protocol):
         ...
 
 
-class Draws(Protocol):
-    """A torch model that images can be drawn from."""
-
-    def draw(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, ``(n, C, H, W)``, not clamped to [0, 1], from latents of so large a standard deviation."""
-        ...
-
-
-class Embeds(Protocol):
-    """A torch model that turns an image into a vector, near those of images that show the same."""
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Embed pre-processed images, ``(N, C, H, W)``, as vectors, ``(N, D)``, to be compared by their cosine."""
-        ...
-
-
 class LayerView(NamedTuple):
-    """What one layer of feature maps says of images.
+    """What one layer of feature maps says about images.
 
     Attributes:
         name: The layer's.
         descriptors: What each position shows, to be compared by Euclidean distance, ``(N, D, h, w)``.
-        whitened: What of it is unlike normal images at this position: D independent numbers that are standard normal
-            for these, ``(N, D, h, w)``.
+        whitened: How unlike normal images each position is: D independent numbers that are standard normal for normal
+            images, ``(N, D, h, w)``.
         map: The layer's anomaly map in standard deviations of normal positions, ``(N, h, w)``.
         shares: Parts of the image score, ``(N,)`` each, by what they are of; those of all layers sum to the score.
-        kind: The number of each image's kind, ``(N,)``, where normal images are of several: then whitened numbers are
-            to be compared within a kind.
+        kind: The index of each image's kind, ``(N,)``, where normal images are of several; whitened numbers can then
+            only be compared within a kind.
     """
 
     name: str
@@ -81,24 +64,16 @@ class LayerView(NamedTuple):
     kind: Tensor | None = None
 
 
-class ViewsLayers(Protocol):
-    """A torch model whose score is made of what several layers say of the positions of an image."""
-
-    def layer_views(self, images: Tensor) -> list[LayerView]:
-        """View pre-processed images, ``(N, C, H, W)``, layer by layer."""
-        ...
-
-
 class Contributions(NamedTuple):
     """What makes images unlikely, direction by direction.
 
     Attributes:
         names: Of the K directions.
-        parts: What each direction is of, K names, alike for directions of the same part.
-        coordinates: Along the directions, in standard deviations of normal images, ``(N, K)``; NaN for what is no
-            direction, but all that is beyond them.
+        parts: The part of the embedding that each direction belongs to, K names.
+        coordinates: Along the directions, in standard deviations of normal images, ``(N, K)``; NaN for the rest of a
+            part, which is no single direction.
         nats: What each adds to −log p, up to a constant, ``(N, K)``.
-        kind: Where each kind of image has directions of its own, that of each, ``(N,)``.
+        kind: The index of each image's kind, ``(N,)``, where each kind has directions of its own.
     """
 
     names: list[str]
@@ -106,14 +81,6 @@ class Contributions(NamedTuple):
     coordinates: Tensor
     nats: Tensor
     kind: Tensor | None = None
-
-
-class Contributes(Protocol):
-    """A torch model whose −log p is a sum over directions."""
-
-    def contributions(self, images: Tensor) -> Contributions:
-        """Take −log p of pre-processed images, ``(N, C, H, W)``, apart."""
-        ...
 
 
 def reads_pixels(model: Any) -> TypeGuard[PixelDensity]:
@@ -132,23 +99,38 @@ def scales(model: Any) -> TypeGuard[PixelDensity]:
     return couples(model) and any(coupling.scale is not None for coupling in couplings)
 
 
-def draws(model: Any) -> TypeGuard[Draws]:
-    """Whether images can be drawn from a torch model."""
+def draws(model: Any) -> bool:
+    """Whether images can be drawn from a torch model.
+
+    ``draw(n, temperature, generator)`` returns images, ``(n, C, H, W)``, not clamped to [0, 1], from latents with the
+    standard deviation ``temperature``.
+    """
     return callable(getattr(model, "draw", None))
 
 
-def embeds(model: Any) -> TypeGuard[Embeds]:
-    """Whether a torch model embeds images."""
+def embeds(model: Any) -> bool:
+    """Whether a torch model turns images into vectors that lie near those of images which show the same.
+
+    ``embed(images)`` takes pre-processed images, ``(N, C, H, W)``, and returns vectors, ``(N, D)``, to be compared by
+    their cosine.
+    """
     return callable(getattr(model, "embed", None))
 
 
-def views_layers(model: Any) -> TypeGuard[ViewsLayers]:
-    """Whether a torch model views images layer by layer; one that has the method may say that it cannot now."""
+def views_layers(model: Any) -> bool:
+    """Whether the score of a torch model is made of what several layers say of the positions of an image.
+
+    ``layer_views(images)`` takes pre-processed images, ``(N, C, H, W)``, and returns a list of :class:`LayerView`. A
+    model may have the method, and say by an attribute ``views_layers`` that it cannot in its present configuration.
+    """
     return callable(getattr(model, "layer_views", None)) and getattr(model, "views_layers", True)
 
 
-def contributes(model: Any) -> TypeGuard[Contributes]:
-    """Whether a torch model takes −log p apart, direction by direction."""
+def contributes(model: Any) -> bool:
+    """Whether −log p of a torch model is a sum over directions.
+
+    ``contributions(images)`` takes pre-processed images, ``(N, C, H, W)``, and returns :class:`Contributions`.
+    """
     return callable(getattr(model, "contributions", None))
 
 

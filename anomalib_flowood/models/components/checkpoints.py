@@ -149,43 +149,31 @@ def settings_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stored.items() if not name.startswith("_")}
 
 
-def differing_settings(
-    stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str]
-) -> dict[str, tuple[Any, Any]]:
-    """Compare settings with those of a checkpoint.
-
-    Args:
-        stored: The checkpoint's ``hyper_parameters``. What it lacks is of a later version, and not compared.
-        given: Settings of a detector.
-        may_change: Names of settings that are not compared.
-
-    Returns:
-        Of each setting that differs, the checkpoint's value and the one given. Where a ``local-dir:`` backbone lies
-        is no difference: its weights come from the checkpoint.
-    """
-    differing = {}
-    for name in stored.keys() & given.keys() - set(may_change):
-        theirs, ours = stored[name], given[name]
-        moved = name == "backbone" and any(str(value).startswith(LOCAL_DIR) for value in (theirs, ours))
-        if not moved and plain(theirs) != plain(ours):
-            differing[name] = (theirs, ours)
-    return dict(sorted(differing.items()))
-
-
 def check_settings(
     path: object, stored: Mapping[str, Any], given: Mapping[str, Any], may_change: Collection[str], remedy: str
 ) -> None:
     """Refuse settings that differ from a checkpoint's, by name.
 
+    Where a ``local-dir:`` backbone lies does not count: its weights come from the checkpoint.
+
+    Args:
+        path: The checkpoint's file, to be named in the error.
+        stored: The checkpoint's ``hyper_parameters``. What it lacks is of a later version, and does not count.
+        given: Settings of a detector.
+        may_change: Names of settings that may differ.
+        remedy: What to do, for the error.
+
     Raises:
-        SettingsError: If there are any; see :func:`differing_settings`.
+        SettingsError: If there are any.
     """
-    differing = differing_settings(stored, given, may_change)
+    differing = []
+    for name in sorted(stored.keys() & given.keys() - set(may_change)):
+        theirs, ours = stored[name], given[name]
+        moved = name == "backbone" and any(str(value).startswith(LOCAL_DIR) for value in (theirs, ours))
+        if not moved and plain(theirs) != plain(ours):
+            differing.append(f"{name} is {theirs!r} there and {ours!r} here")
     if differing:
-        listed = "; ".join(
-            f"{name} is {theirs!r} there and {ours!r} here" for name, (theirs, ours) in differing.items()
-        )
-        msg = f"{named(path)} was trained with other settings: {listed}. {remedy}"
+        msg = f"{named(path)} was trained with other settings: {'; '.join(differing)}. {remedy}"
         raise SettingsError(msg)
 
 

@@ -37,6 +37,8 @@ class FlowModel(nn.Module):
 
     reads_pixels: ClassVar[bool] = False
     parts: ClassVar[int] = 2
+    new_flow: Callable[[], InvertibleModule]
+    """Makes one more flow of the same architecture, with weights of its own."""
     fitted: Tensor
     """Whether it was trained and its scores mean something: a fit has validated it or finished an epoch."""
 
@@ -54,7 +56,7 @@ class FlowModel(nn.Module):
         self.base = base
         self.dims = dims
         self.levels = levels
-        self._new_flow = new_flow
+        self.new_flow = new_flow
         self.register_buffer("fitted", torch.tensor(False))
         self.scorer = score_class(self)
         self.nll = NegativeLogLikelihood(self)
@@ -64,10 +66,6 @@ class FlowModel(nn.Module):
         """Precision of the density."""
         tensors = chain(self.parameters(), self.buffers())
         return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-
-    def new_flow(self) -> InvertibleModule:
-        """Make one more flow of the same architecture, with weights of its own."""
-        return self._new_flow()
 
     @property
     def trained_flows(self) -> list[InvertibleModule]:

@@ -90,6 +90,8 @@ class FrozenFeatures(FlowModule):
     The detector implements :meth:`extract`, :meth:`fit_features` and :meth:`prepare_features`.
     """
 
+    model: Any
+    """With the methods ``extract`` and ``prepare``, unless the detector has :meth:`extract` and so on itself."""
     cache_gib: float = 2.0
     """Memory for all features that are stored at a time, in GiB; what is more lies in a temporary file."""
     reference_images: ClassVar[int] = 0
@@ -115,7 +117,7 @@ class FrozenFeatures(FlowModule):
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the features of pre-processed images; one row per image."""
-        raise NotImplementedError
+        return self.model.extract(images)
 
     def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
         """Return the features of training images that are to be stored, for detectors that do not store all.
@@ -139,8 +141,8 @@ class FrozenFeatures(FlowModule):
         raise NotImplementedError
 
     def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Turn some features, on any device, into what the flow trains on, once and not at every step."""
-        raise NotImplementedError
+        """Turn features, on any device, into the flow's inputs, once and not at every step."""
+        return self.model.prepare(features)
 
     def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The same of training images, for detectors that store theirs otherwise."""

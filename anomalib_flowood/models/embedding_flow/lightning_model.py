@@ -141,22 +141,11 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             score=score,
         )
 
-    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the pooled features, ``(N, P)``, and the layers' maps, ``(N, C, h, w)``."""
-        return self.model.extract(images)
-
     def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> None:
         """Fit embedding, kinds and their densities."""
         kinds.report(self.model.fit_features(features, copies), "the density")
 
-    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return standardised coordinates, ``(N, k)``, and the rest of the log-density, ``(N,)``.
-
-        Where there are several kinds, that of each image comes last, ``(N,)``.
-        """
-        return self.model.prepare(features)
-
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """The same, with noise on the coordinates."""
+        """What :meth:`EmbeddingFlowModel.prepare` returns, with noise on the coordinates."""
         coordinates, rest, *kind = self.inputs_of(batch)
         return self.model.blur(coordinates, *kind), rest, *kind

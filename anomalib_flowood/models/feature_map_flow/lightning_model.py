@@ -208,10 +208,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """As all detectors do; with tiles, some tiles after the others."""
         return super().judged(batch) if self.model.tiles is None else self.model.judged(batch.image)
 
-    def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the feature maps, ``(N, C, h, w)`` for each layer."""
-        return self.model.extract(images)
-
     def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
         """Return the feature maps of training images in half precision: they are many.
 
@@ -249,15 +245,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self._reference, self._copies = features, copies
         self._whitened = None
 
-    def prepare_features(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``.
-
-        Last comes that by which an image's kind is known.
-        """
-        return self.model.prepare(features)
-
     def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The same, with the reduced maps in half precision."""
+        """Prepare the features of training images, with the reduced maps in half precision."""
         maps = 2 * len(self.model.layers)
         prepared = self.prepare_features(features)
         return tuple(part.half() if place in range(0, maps, 2) else part for place, part in enumerate(prepared))
@@ -267,7 +256,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return self.model.epoch_steps(images) if self._trainable else None
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
-        """Each layer's reduced map, ``(N, D, h, w)``, and the rest of its log-density, ``(N, h, w)``; see above."""
+        """What :meth:`FeatureMapFlowModel.prepare` returns for a batch, in the detector's precision."""
         return tuple(part.to(self.dtype) for part in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
