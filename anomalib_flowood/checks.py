@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused of scores, on every floor in the same words."""
+"""Checks of scores, sizes, batches and data loading that several parts share."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def refuse_nan(scores: Tensor | np.ndarray, what: str = "scores", first: Callable[[int], str] | None = None) -> None:
-    """Refuse scores that have no rank; infinite ones have.
+    """Refuse scores that are NaN, and so cannot be ranked; infinite ones can.
 
     Args:
         scores: Scores of any shape.
-        what: What they are, as a user would say it, in the plural.
-        first: Says of what a score is, from its place among all; the first NaN is named so.
+        what: What users call them, in the plural.
+        first: Names what a score is of, from its index; the error names the first NaN so.
 
     Raises:
         ValueError: If a score is NaN.
@@ -46,23 +46,24 @@ _MOST = {
     "modes": 65_536,
     "subspace_dim": 65_536,
 }
-"""The largest value of arguments that say how much is to be built: far more than is of use, and not too much to try."""
+"""The largest values of arguments that are sizes: far more than is of use, and still possible to build."""
 
 
-def check_sizes(**sizes: float | None) -> None:
+def check_sizes(arguments: Mapping[str, Any]) -> None:
     """Refuse sizes that nobody means, before anything is built.
 
     Args:
-        **sizes: Values by the arguments' names; ``None`` for a detector's own choice.
+        arguments: A detector's arguments by name; a size that is ``None`` is the detector's own choice.
 
     Raises:
-        ValueError: If one is too large, or NaN; ``cache_gib`` also if it is negative.
+        ValueError: If a size is too large, or NaN; ``cache_gib`` also if it is negative.
     """
-    for argument, value in sizes.items():
+    for argument, most in _MOST.items():
+        value = arguments.get(argument)
         if value is None:
             continue
-        if not value <= _MOST[argument]:
-            msg = f"{argument} must be at most {_MOST[argument]:,.0f}, got {value}."
+        if not value <= most:
+            msg = f"{argument} must be at most {most:,.0f}, got {value}."
             raise ValueError(msg)
         if argument == "cache_gib" and value < 0:
             msg = f"cache_gib must be at least 0, got {value}."
@@ -80,7 +81,7 @@ def check_batch(batch: Any) -> None:
     """Refuse batches that are not anomalib's, before anything asks them for images.
 
     Args:
-        batch: What a loader gives.
+        batch: What a loader returned.
 
     Raises:
         TypeError: If it is something else, or a single item.
@@ -124,10 +125,10 @@ _LEAST = {"train_batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed":
 
 
 def check_loading(data: Any) -> None:
-    """Refuse, by the argument's name, what no data loader and no generator of random numbers takes.
+    """Refuse batch sizes, numbers of workers and seeds that PyTorch does not take, by the argument's name.
 
     Args:
-        data: A data module, anomalib's or ours; one that has no such arguments passes.
+        data: A data module, anomalib's or ours; arguments that it lacks are not checked.
 
     Raises:
         ValueError: If a batch has no images, there are fewer than 0 workers, or a seed is negative.
@@ -140,13 +141,13 @@ def check_loading(data: Any) -> None:
 
 
 def check_workers(data: Any) -> None:
-    """Refuse workers of a data loader where their queues cannot be made; without them nothing is asked of the machine.
+    """Refuse workers of a data loader on a machine without the shared memory that they need.
 
     Args:
         data: As for :func:`check_loading`.
 
     Raises:
-        OSError: If there is no shared memory, with what helps.
+        OSError: If there is none; the message says what helps.
     """
     if not getattr(data, "num_workers", 0):
         return
@@ -169,13 +170,13 @@ def no_shared_memory(reason: str) -> str:
 
 
 def refuse_infinite(values: Tensor, images: str, what: str, so: str) -> None:
-    """Refuse values that nothing can be fitted on.
+    """Refuse values to which nothing can be fitted.
 
     Args:
         values: The values of each image, ``(N, …)``.
-        images: Which images these are.
-        what: What a value is, in the singular.
-        so: What cannot be done with them.
+        images: Which images these are: ``"training"``, say.
+        what: What users call a value.
+        so: What cannot be done, as the end of a sentence.
 
     Raises:
         ValueError: If a value is NaN or infinite; the message counts the images.

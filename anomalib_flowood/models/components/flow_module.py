@@ -59,19 +59,19 @@ from .training import FlowTraining
 logger = logging.getLogger(__name__)
 
 _FEW = 200
-"""Training images that are no fewer are not called few."""
+"""Fewer training images than these are few."""
 
 _SHRUNK = 8
-"""How many times as long as what they are resized to the sides of images are of which it is said what is lost."""
+"""Images whose sides are shrunk by more than this lose details that users are told of."""
 
 _SMALLER = 2
-"""The same of images of which it is said that a larger size shows more of them."""
+"""For images whose sides are shrunk by more than this, users are told what a larger image_size would do."""
 
 _MUCH = 2**30
-"""Bytes of returned predictions that a user is told of."""
+"""Bytes of returned predictions from which on a user is warned."""
 
 _COMPONENTS = (PreProcessor, PostProcessor, Evaluator)
-"""Callbacks that belong to a detector, and not to whoever made the trainer."""
+"""Callbacks that belong to a detector, not to the trainer."""
 
 _MAX_VALUE = "anomalib_flowood_max_value"
 
@@ -85,34 +85,34 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
 
     model: FlowModel
     images_at_once: int = 32
-    """Images that ``flowood predict`` scores at once; no score depends on what else is in its batch."""
+    """Images that ``flowood predict`` scores at once; no score depends on the other images of its batch."""
     bits_seconds = 0.0
-    """Seconds of the last test that went into bits per dimension, and not into scores."""
+    """Seconds that the last test spent on bits per dimension rather than scores."""
     _saved_whole = False
-    """Whether the last checkpoint has all that a score needs."""
+    """Whether the last checkpoint has everything that scores need."""
     _unknowing_at = -1
     """The step of a validation at which training did not seem to end."""
     max_value: int | None
-    """What white is in image files of 16 bits, from the data that the detector was trained on; kept in checkpoints.
+    """The value of white in 16-bit image files, from the training data; kept in checkpoints.
 
-    There is no such attribute as long as the detector has seen neither data nor a checkpoint.
+    The attribute is missing until the detector has seen data or a checkpoint.
     """
 
     # -- what images are, and how they are scored ------------------------------------------------------------------
 
     @property
     def takes_bytes(self) -> bool:
-        """Whether images of the detector's size may come in 8 bits, ``uint8``, where others lie in [0, 1]."""
+        """Whether images of the detector's size may be ``uint8``, instead of floats in [0, 1]."""
         return False
 
     def setup(self, stage: str) -> None:
-        """Learn from the data module what white is in files of 16 bits; in all but a fit, tell it."""
+        """Check data and trainer; in a fit take the value of white from the data module, otherwise set it there."""
         check_loading(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_workers(self.trainer.datamodule)  # type: ignore[attr-defined]
         check_validation_images(self.trainer)
         check_dealing(self.trainer)
         super().setup(stage)
-        if processes.ranks() > 1:  # Lightning asks for one device, lest images count twice; here the second is left out
+        if processes.ranks() > 1:  # Lightning advises one device, since images repeat; here repeated ones do not count
             warnings.filterwarnings("ignore", message=".*`DistributedSampler` that replicates some samples")
         save_whole(self.trainer)
         if stage == TrainerFn.FITTING:
@@ -124,7 +124,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             self._read_alike()
 
     def begin_fit(self) -> None:
-        """Train on one loader, which may be given in a list, where Lightning would make lists of its batches.
+        """Train on one loader, which may be given in a list; Lightning would make lists of its batches then.
 
         Raises:
             ValueError: If there are several.
@@ -140,10 +140,10 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             count_share(self.trainer)
 
     def check_number(self, images: int) -> None:
-        """Refuse so few training images that there is nothing to fit; a detector that knows a bound has it."""
+        """Refuse too few training images to fit anything to; detectors with such a bound override it."""
 
     def _tell_of_few_images(self) -> None:
-        """Say whether few images will do."""
+        """Say whether few images are enough."""
         images = images_of(training_loaders(self.trainer))
         if not 0 < images < _FEW:
             return
@@ -159,7 +159,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         )
 
     def _tell_of_lost_details(self) -> None:
-        """Say what is lost of images that are larger than what they are resized to, by the first of them."""
+        """Say what resizing loses, if the first training image is much larger than the detector's input."""
         data_sets = (getattr(loader, "dataset", None) for loader in training_loaders(self.trainer))
         tables = (getattr(data_set, "samples", None) for data_set in data_sets)  # anomalib's; torchvision has lists
         paths = [str(path) for table in tables for path in getattr(table, "image_path", ())[:1]]
@@ -183,18 +183,18 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             )
 
     def _read_alike(self) -> None:
-        """Let images be read as those of the training were."""
+        """Let images be read as the training images were."""
         trainer: Any = self.trainer
         read_as_trained(self, trainer.datamodule, prediction_loaders(trainer))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what white is in files of 16 bits."""
+        """Add the value of white in 16-bit files."""
         super().on_save_checkpoint(checkpoint)
         self._saved_whole = self._is_whole()
         checkpoint[_MAX_VALUE] = getattr(self, "max_value", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load as :class:`Restoring` does, and read images as those of the training were."""
+        """Load as :class:`Restoring` does, and read images as the training images were."""
         super().on_load_checkpoint(checkpoint)
         self.max_value = checkpoint.get(_MAX_VALUE)
         if trainer_of(self) is not None:
@@ -214,32 +214,32 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         super().on_train_epoch_end()
 
     def on_fit_end(self) -> None:
-        """Leave a checkpoint that scores in any case: none is written where no validation follows the last epoch."""
+        """Make sure that there is a checkpoint that can score: Lightning writes none without a last validation."""
         super().on_fit_end()
         keep_end(self.trainer, whole=self._saved_whole or not self._is_whole())
         say_if_kept_earlier(self.trainer)
 
     def _is_whole(self) -> bool:
-        """Whether all is fitted that a score needs."""
+        """Whether everything is fitted that scores need."""
         return bool(self.model.fitted) and self.model.scorer.ready
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch for the threshold, and log the mean −log p per dimension of its normal images.
 
-        As long as the score is not fitted, which it is at the end of training, −log p stands in for it.
+        Until the score is fitted, at the end of training, −log p stands in for it.
         """
         found, losses = self.judged(batch)
         batch.update(**found._asdict())
         own = processes.own_rows(self.trainer, batch_idx, len(losses), dataloader_idx)
         processes.cut(batch, own)
         losses = losses[:own] if batch.gt_label is None else losses[:own][~batch.gt_label]
-        if losses.numel() or processes.ranks() > 1:  # that another process has some, this one cannot know
+        if losses.numel() or processes.ranks() > 1:  # all processes have to log, since another one may have some
             value = losses.mean() if losses.numel() else losses.new_zeros(())
             self.log("val_loss", value, prog_bar=True, batch_size=losses.numel(), sync_dist=True)
         return batch
 
     def judged(self, batch: Any) -> tuple[InferenceBatch, Tensor]:
-        """Score a batch, by −log p as long as the score is not fitted; also return −log p per dimension, ``(N,)``."""
+        """Score a batch, by −log p until the score is fitted; also return −log p per dimension, ``(N,)``."""
         model, inputs = self.model, self.inputs_of(batch)
         found = model.predict(inputs, None if model.scorer.ready else model.nll)
         assert found.pred_score is not None  # every detector scores images
@@ -248,8 +248,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch; where the score is a likelihood, put its ``bits_per_dim``, ``(N,)``, beside it.
 
-        Those of pixels take more evaluations of the flow, which the score does without: nothing is computed unless a
-        metric wants them, and ``bits_seconds`` says how long it took.
+        Those of pixels take further evaluations of the flow, which scores do not need: they are only computed if a
+        metric wants them, and ``bits_seconds`` says how long that took.
         """
         outputs: Any = super().test_step(batch, batch_idx)
         metrics: list[Any] = [*self.evaluator.test_metrics] if isinstance(self.evaluator, Evaluator) else []
@@ -262,12 +262,12 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         return outputs
 
     def on_test_start(self) -> None:
-        """Set the clock of the bits per dimension to zero."""
+        """Reset the time spent on bits per dimension."""
         super().on_test_start()
         self.bits_seconds = 0.0
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Say what predictions will take that Lightning keeps until the end, unless ``return_predictions=False``."""
+        """Warn of the memory of predictions, which Lightning keeps until the end if it is to return them."""
         super().on_predict_batch_end(outputs, batch, batch_idx, dataloader_idx)
         if batch_idx or dataloader_idx or not self.trainer.predict_loop.return_predictions:
             return
@@ -283,7 +283,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             )
 
     def _clock(self) -> float:
-        """Seconds, when all that was begun on the device is done."""
+        """Seconds, after the device has finished its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
@@ -291,9 +291,9 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     # -- anomalib ------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Anomalib's components, in the place of those of another detector that the trainer has worked with before.
+        """Return anomalib's components, and remove those of a detector that the trainer worked with before.
 
-        Lightning replaces callbacks of the same class alone, and two pre-processors would change images in turn.
+        Lightning only replaces callbacks of the same class, and two pre-processors would both change the images.
         """
         trainer = trainer_of(self)
         if trainer is not None:
@@ -302,7 +302,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         return [*components]
 
     def teardown(self, stage: str) -> None:
-        """Take the components and results from the trainer, which may work with another detector next: see above."""
+        """Remove components and results from the trainer, which may work with another detector next."""
         super().teardown(stage)
         forget_results(self.trainer)
         own = {id(part) for part in (self.pre_processor, self.post_processor, self.evaluator, self.visualizer)}
@@ -321,8 +321,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     def configure_evaluator() -> Evaluator:
         """AUROC and FPR95, of each outside set too; the labels' F1 score; bits per dimension of likelihoods.
 
-        AUPR depends on how many images of either side there are, and the detection error follows AUROC: a
-        :class:`PerSetEvaluator` without arguments logs these too.
+        A :class:`PerSetEvaluator` without arguments also logs AUPR, which depends on how many images of either side
+        there are, and the detection error, which follows AUROC.
         """
         return PerSetEvaluator(
             test_metrics=[

@@ -29,13 +29,13 @@ from .stored_features import FeatureBatch, FeatureDataset, FeatureStore, feature
 logger = logging.getLogger(__name__)
 
 _PREPARED = 2**22
-"""Numbers of features that are prepared at a time: 16 MiB."""
+"""The most numbers that are prepared at a time: 16 MiB."""
 
 _DETERMINISTIC = (v2.Resize, v2.CenterCrop, v2.Pad, v2.Normalize, v2.Grayscale, v2.ToDtype, v2.ToImage, v2.Identity)
 
 
 class ImagesOnly(Callback):
-    """Hands a pre-processor the batches that hold images, and spares it those that hold stored features.
+    """Calls a pre-processor for batches of images, and not for those of stored features.
 
     Args:
         pre_processor: anomalib's pre-processor, itself a callback.
@@ -74,18 +74,18 @@ class ImagesOnly(Callback):
 class FrozenFeatures(FlowModule):
     """Mixin for detectors on a frozen backbone, to the left of :class:`FlowModule`.
 
-    When a fit starts, the backbone sees every training and validation image once, in the order of the data set; of
-    several processes each has a share, and gets the features of all. The detector fits what it needs on
-    the features (:meth:`fit_features`), and the trainer's loaders are replaced by ones over the stored features. With
-    random training augmentations the training images differ from epoch to epoch, so that they are extracted anew.
+    When a fit starts, the backbone sees every training and validation image once, in the order of the data set;
+    several processes share the work, and each gets the features of all images. The detector fits what it needs to the
+    features (:meth:`fit_features`), and the trainer's loaders are replaced by loaders of the stored features. With
+    random training augmentations, features are extracted anew in every epoch.
 
-    Of few training images (:attr:`few_images`) the backbone sees turned copies, too: by half a circle, and by quarters
-    of one if images are square. They count as further training images where they are as near to the others as the
-    images themselves (:func:`~.rotations.turns_that_fit`), as parts are that lie anyhow. Of 128 and more, a sample is
-    turned first, and turns that clearly do not fit are left at that.
+    If there are few training images (:attr:`few_images`), the backbone also sees copies turned by 180°, and by 90° and
+    270° if images are square. They count as further training images where they are as near to the others as the images
+    themselves (:func:`~.rotations.turns_that_fit`), as for parts without a fixed orientation. Of 128 images or more, a
+    sample is turned first, and turns that clearly do not fit are dropped.
 
-    Stored features lie in main memory, whatever the device of the detector. What is computed of them is computed on
-    that device, some rows at a time: torch models bring the features that they get to their own device and precision.
+    Stored features lie in main memory, whatever the device of the detector. Computations on them run on that device,
+    some rows at a time: torch models move features to their own device and precision.
 
     The detector implements :meth:`extract`, :meth:`fit_features` and :meth:`prepare_features`.
     """
@@ -93,25 +93,25 @@ class FrozenFeatures(FlowModule):
     model: Any
     """With the methods ``extract`` and ``prepare``, unless the detector has :meth:`extract` and so on itself."""
     cache_gib: float = 2.0
-    """Memory for all features that are stored at a time, in GiB; what is more lies in a temporary file."""
+    """Memory for all stored features, in GiB; what does not fit goes to a temporary file."""
     reference_images: ClassVar[int] = 0
-    """Training images of which :meth:`keep_reference` gets the features where they are not stored anyhow."""
+    """The most images whose features :meth:`keep_reference` gets where features are not stored; 0 for none at all."""
     least_images: ClassVar[int] = 2
-    """Training images without which there is nothing to fit."""
+    """The fewest training images that can be fitted to."""
 
     may_change = FlowModule.may_change | {"rotations"}
     configure_pre_processor = staticmethod(default_pre_processor)
 
     rotations: bool = True
-    """Whether turned copies of few training images are tried."""
+    """Whether turned copies are tried if training images are few."""
     few_images: ClassVar[int] = 500
-    """As many gain by them; more have seen what is normal, and would take long."""
+    """The most images that turned copies are tried for: more gain little by them, and take long."""
 
     _kept_gib: float = 0.0
-    """Of it, what the features have that are trained on."""
+    """The part of it that the training features take."""
 
     def epoch_steps(self, images: int) -> int | None:
-        """Return the steps of an epoch with so many images, drawn with replacement; ``None`` for each one once."""
+        """Return the steps of an epoch that draws images with replacement; ``None`` to see each image once."""
         del images
         return None
 
@@ -120,7 +120,7 @@ class FrozenFeatures(FlowModule):
         return self.model.extract(images)
 
     def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
-        """Return the features of training images that are to be stored, for detectors that do not store all.
+        """Return the features of training images that are to be stored: a detector may store only some.
 
         Args:
             images: A batch of pre-processed images.
@@ -134,9 +134,8 @@ class FrozenFeatures(FlowModule):
         """Fit what comes before the flow.
 
         Args:
-            features: Those of all training images, in main memory or a file: one row for each, or several, one after
-                the other: itself, and turned copies of it.
-            copies: How many rows that are.
+            features: Those of all training images, in main memory or a file.
+            copies: Rows of each image, one after the other: itself, and turned copies of it.
         """
         raise NotImplementedError
 
@@ -145,26 +144,25 @@ class FrozenFeatures(FlowModule):
         return self.model.prepare(features)
 
     def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The same of training images, for detectors that store theirs otherwise."""
+        """The same for training images, which a detector may store differently."""
         return self.prepare_features(features)
 
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
-        """Take the prepared features of training images, in main memory or a file, when a fit begins.
+        """Keep prepared features of training images for what is fitted after the flow has been trained.
 
-        Of all of them; where augmentations change them from epoch to epoch, of ``reference_images`` at most.
-
-        They are for what is fitted when the flow has been trained. A resumed fit brings them, too.
+        It is called when a fit begins, and when it is resumed. With random augmentations the features are those of
+        ``reference_images`` images at most.
 
         Args:
-            features: As :meth:`fit_features` gets them.
-            copies: How many rows each image has.
+            features: In main memory or a file, rows as for :meth:`fit_features`.
+            copies: Rows of each image.
         """
 
     def takes_default(self, pre_processor: Any) -> bool:
-        """Whether images are to be pre-processed as for the backbone: nothing else is given, nor what a subclass makes.
+        """Whether images are pre-processed as the backbone wants: neither the user nor a subclass says otherwise.
 
         Args:
-            pre_processor: The argument.
+            pre_processor: The argument of the detector.
         """
         return pre_processor is True and type(self).configure_pre_processor is default_pre_processor
 
@@ -214,7 +212,7 @@ class FrozenFeatures(FlowModule):
             train_on(trainer, feature_loader(dataset, batch_size, shuffle=True, batches=steps))
 
     def _turns_to_try(self, loader: DataLoader) -> int:
-        """How many of the quarter turns the backbone is to see of each training image: 1, 2 or 4."""
+        """Return in how many rotations the backbone is to see each training image: 1, 2 or 4."""
         images = len(cast("Sized", loader.dataset))
         if not self.rotations or images > self.few_images:
             return 1
@@ -222,17 +220,17 @@ class FrozenFeatures(FlowModule):
         turns = 4 if height == width else 2
         if images < turns * rotations.SAMPLE:
             return turns
-        # Most that do not fit show in a few images already, and the others need not be turned.
+        # A few images show most turns that do not fit, which saves turning the others.
         few = Subset(loader.dataset, draw(images, rotations.SAMPLE).tolist())
         sample = DataLoader(few, batch_size=rotations.SAMPLE // 4, collate_fn=loader.collate_fn)
         features = self._extract_all(sample, 1.0, "sampled training", turns)[0].features
         tried, aurocs = rotations.turns_that_fit(features, turns, rotations.SURE)
         if tried < turns:
-            _report(aurocs, rotations.SURE, f"So it is with {len(few)} of them, and {_rotations(tried)} will be tried.")
+            _report(aurocs, rotations.SURE, f"Measured on {len(few)} of them; {_rotations(tried)} will be tried.")
         return tried
 
     def _with_turns_that_fit(self, features: tuple[Tensor, ...], turns: int) -> tuple[tuple[Tensor, ...], int]:
-        """Leave copies out that are turned so that normal images are not; return how many each image has, too."""
+        """Drop the turned copies that do not look normal; also return how many rows each image has left."""
         if turns == 1:
             return features, 1
         kept, aurocs = rotations.turns_that_fit(features, turns, rotations.LIMIT)
@@ -281,11 +279,11 @@ class FrozenFeatures(FlowModule):
     def _extract_all(
         self, loader: DataLoader, limit: float, what: str, turns: int = 1
     ) -> tuple[FeatureStore, Tensor | None, Tensor | None]:
-        """Extract features of all images; return their labels, and the masks of validation images, where they have."""
+        """Extract the features of all images; also return labels, and masks of validation images, if there are any."""
         trainer: Trainer = self.trainer
         training = self.training
         self.eval()
-        # A share is applied to the stored features, by Lightning, at every epoch.
+        # A limit that is a fraction is applied by Lightning, to the loader of stored features.
         own, counts = processes.shares(loader, limit if isinstance(limit, int) else None, self.images_at_once == 1)
         total = len(counts)
         images = sum(sum(of_one) for of_one in processes.gathered_objects(counts))
@@ -322,7 +320,7 @@ class FrozenFeatures(FlowModule):
         self, prepare: Callable[..., tuple[Tensor, ...]], features: tuple[Tensor, ...], room_gib: float
     ) -> FeatureStore:
         store = FeatureStore(len(features[0]), room_gib)
-        # As many rows as are few numbers, since each batch reads the statistics of all kinds of image.
+        # Large batches if rows are short, since each batch reads the statistics of all kinds of image.
         numbers = sum(feature[0].numel() for feature in features)
         at_once = 1 if self.images_at_once == 1 else min(max(64, _PREPARED // numbers), AT_ONCE)  # 1: many tiles
         for rows in zip(*(feature.split(at_once) for feature in features), strict=True):
@@ -331,18 +329,18 @@ class FrozenFeatures(FlowModule):
 
 
 def _of_all(known: Tensor | None, count: int) -> Tensor | None:
-    """What a batch knows of its first images, labels or masks, of all processes."""
+    """Gather labels or masks of a batch's first images from all processes."""
     return None if known is None else processes.gathered(known[:count].to(torch.uint8)).bool().cpu()
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """What batches know of all images, if each knows it."""
+    """Join the labels or masks of batches, if all of them have some."""
     known = [part for part in parts if part is not None]
     return torch.cat(known) if len(known) == len(parts) else None
 
 
 def _report(aurocs: list[float], limit: float, consequence: str) -> None:
-    """Say what turns do to images."""
+    """Log how turned images compare, and what follows from it."""
     if not processes.rank():
         logger.info(
             "Turned by %s, training images are farther from the nearest other one with AUROC %s: 0.50 is no "
@@ -382,13 +380,13 @@ def _single(loaders: list[Any], what: str) -> Any:
 
 
 def _described(loader: Any) -> str:
-    """What a loader is, and of what where that cannot be counted."""
+    """Name a loader's class, and that of a data set that has no length."""
     kind, data_set = type(loader).__name__, getattr(loader, "dataset", None)
     return kind if data_set is None or isinstance(data_set, Sized) else f"{kind} of {type(data_set).__name__}"
 
 
 def _is_random(transform: Any) -> bool:
-    """Whether a transform may give another image from one epoch to the next."""
+    """Whether a transform may change from one epoch to the next."""
     if transform is None or isinstance(transform, _DETERMINISTIC):
         return False
     if isinstance(transform, v2.Compose):

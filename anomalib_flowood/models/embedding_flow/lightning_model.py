@@ -102,16 +102,6 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_sizes(
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-            subspace_dim=subspace_dim,
-            map_dims=map_dims,
-            modes=modes,
-            kind_images=kind_images,
-            feature_noise=feature_noise,
-        )
         super().__init__(
             pre_processor=(
                 backbone_pre_processor(backbone, image_size) if self.takes_default(pre_processor) else pre_processor
@@ -120,6 +110,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.rotations = rotations

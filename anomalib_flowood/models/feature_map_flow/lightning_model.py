@@ -137,9 +137,6 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_sizes(coupling_layers=coupling_layers, hidden_channels=hidden_channels, bottleneck_dim=bottleneck_dim)
-        check_sizes(subspace_dim=subspace_dim, layout_dims=layout_dims, bank_size=bank_size, kind_images=kind_images)
-        check_sizes(feature_noise=feature_noise, cache_gib=cache_gib)
         super().__init__(
             pre_processor=(
                 _pre_processor(backbone, image_size, tile_size) if self.takes_default(pre_processor) else pre_processor
@@ -148,6 +145,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.cache_gib = cache_gib

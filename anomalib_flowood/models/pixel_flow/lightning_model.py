@@ -109,17 +109,13 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_sizes(
-            coupling_layers=coupling_layers,
-            hidden_channels=hidden_channels,
-            bottleneck_dim=bottleneck_dim,
-        )
         super().__init__(
             pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
         self.model = PixelFlowModel(
