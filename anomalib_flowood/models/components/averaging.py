@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks that average the weights of a training: the average is what is scored and calibrated, or it is refused."""
+"""Callbacks that average weights: the average is scored and calibrated, or the callback is refused."""
 
 from __future__ import annotations
 
@@ -20,50 +20,48 @@ logger = logging.getLogger(__name__)
 
 
 class Averaging(Mixin):
-    """Takes the average of ``StochasticWeightAveraging`` before the last validation, and keeps it from doing harm.
+    """Takes the average of ``StochasticWeightAveraging`` before the last validation, and protects frozen batch norms.
 
-    Lightning takes it when all is over, after the last checkpoint; for the sake of batch norms it goes through one more
-    epoch with it, at whose end validation and checkpoint are. There is nothing to add to the average by then.
+    Lightning takes the average after the last checkpoint. Where the flow has batch norms, it first runs one more epoch
+    with the average to update them, at whose end are the last validation and checkpoint; there is nothing to do then.
     """
 
     model: FlowModel
     _frozen_norms: tuple[tuple[_BatchNorm, dict[str, Tensor]], ...] = ()
-    """Batch norms that no training may change, and what they hold, where a callback would reset them."""
+    """Frozen batch norms and their buffers, which the callback would reset."""
 
     def setup(self, stage: str) -> None:
         """Refuse callbacks that average more than weights.
 
         Raises:
-            ValueError: If there is one, with what to set instead.
+            ValueError: If there is one; the message says what to set instead.
         """
         super().setup(stage)
         for callback in callbacks_of(self.trainer):
             if stage == TrainerFn.FITTING and isinstance(callback, WeightAveraging):
                 msg = (
-                    f"{type(callback).__name__} averages and exchanges not weights alone but whatever a fit finds in "
-                    "one piece, calibration included (buffers, whatever use_buffers says). Use "
-                    "StochasticWeightAveraging, or train without averaging."
+                    f"{type(callback).__name__} averages and exchanges buffers, too, whatever use_buffers says: fitted "
+                    "statistics and the calibration. Use StochasticWeightAveraging, or train without averaging."
                 )
                 raise ValueError(msg)
 
     def on_fit_start(self) -> None:
-        """Refuse an average that would be of nothing: Lightning gives the weights back that the fit began with then.
+        """Refuse an average over no epoch, for which Lightning restores the weights from before the fit.
 
         Raises:
-            ValueError: If so, with what to set instead.
+            ValueError: If so; the message says what to set instead.
         """
         for average in self._averages():
             if not average.swa_start <= average.swa_end < float("inf"):
                 msg = (
-                    f"StochasticWeightAveraging is to begin in epoch {average.swa_start + 1}, and there is no last "
-                    f"epoch that is no earlier (max_epochs is {average.swa_end + 1:g}): set max_epochs of the trainer "
-                    "to more, or swa_epoch_start to less."
+                    f"StochasticWeightAveraging is to begin in epoch {average.swa_start + 1}, but training ends before "
+                    f"(max_epochs is {average.swa_end + 1:g}): raise max_epochs, or lower swa_epoch_start."
                 )
                 raise ValueError(msg)
         super().on_fit_start()
 
     def on_train_start(self) -> None:
-        """Keep what batch norms of a frozen network hold; go on with an average that a checkpoint has brought."""
+        """Keep the buffers of frozen batch norms; go on with an average from a checkpoint."""
         averages = self._averages()
         trained = {module for flow in self.model.trained_flows for module in flow.modules()}
         self._frozen_norms = tuple(
@@ -71,14 +69,14 @@ class Averaging(Mixin):
             for module in (self.modules() if averages else ())
             if isinstance(module, _BatchNorm) and module not in trained
         )
-        if self.trainer.fit_loop.restarted_mid_epoch:  # whose beginning Lightning leaves out
+        if self.trainer.fit_loop.restarted_mid_epoch:  # Lightning skips the beginning of such an epoch
             for average in averages:
                 average.on_train_epoch_start(self.trainer, self)
             self._restore_norms()
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
-        """Give batch norms back what they held, and forget gradients: in its own epoch there is a step without any."""
+        """Restore frozen batch norms, and drop gradients: the callback's own epoch has a step without any."""
         super().on_train_epoch_start()
         if self._averages():
             self.zero_grad()
@@ -90,18 +88,18 @@ class Averaging(Mixin):
                 setattr(module, name, value.clone())
 
     def on_validation_start(self) -> None:
-        """Take the average before anything is judged, fitted or calibrated by it."""
+        """Take the average before anything is judged, fitted or calibrated with it."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._take_average()
         super().on_validation_start()
 
     def on_train_epoch_end(self) -> None:
-        """Take the average where no validation did."""
+        """Take the average if no validation did."""
         self._take_average()
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
-        """Let go what was kept; say where the weights are no average."""
+        """Free the kept buffers; warn if the weights are no average."""
         super().on_train_end()
         self._frozen_norms = ()
         epochs: int = self.trainer.current_epoch

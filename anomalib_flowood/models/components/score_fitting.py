@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When and on what a detector's score is fitted: with the last weights of a training, before they are calibrated."""
+"""Fits a detector's score with the last weights of a training, before the calibration."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class ScoreFitting(Mixin):
 
     model: FlowModel
     _fitted_to: tuple[int, ...] = ()
-    """Which weights of the present training the score is fitted to."""
+    """Checksums of the weights of the present training that the score is fitted to."""
 
     def inputs_of(self, batch: Any) -> Inputs:
-        """What the density of a pre-processed batch is computed from."""
+        """Return the inputs of the density for a pre-processed batch."""
         return self.model.inputs(batch.image)
 
     def on_train_epoch_start(self) -> None:
-        """Forget what the score has learnt of other weights."""
+        """Forget what was fitted to earlier weights."""
         super().on_train_epoch_start()
         self.forget_weights()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """The same where a validation in the midst of the epoch has fitted it."""
+        """Forget what a validation in the middle of the epoch has fitted."""
         if self._fitted_to:
             self.forget_weights()
         return super().on_train_batch_start(batch, batch_idx)
@@ -51,13 +51,13 @@ class ScoreFitting(Mixin):
         self._fitted_to = ()
 
     def on_train_epoch_end(self) -> None:
-        """Fit the score where no validation did."""
+        """Fit the score if no validation did."""
         super().on_train_epoch_end()
         if not self.model.scorer.ready and self._training_ends():
             self.fit_score(self._training_loader())
 
     def on_train_end(self) -> None:
-        """Fit the score to weights that a callback has averaged; say where it could not be fitted."""
+        """Fit the score again if a callback has averaged the weights since; warn if it is not fitted."""
         super().on_train_end()
         if self._fitted_to and self._fitted_to != self._weights():
             self.fit_score(self._training_loader())
@@ -80,7 +80,7 @@ class ScoreFitting(Mixin):
         return tuple(checksum(weight) for weight in self.model.parameters())
 
     def _training_loader(self) -> Any:
-        """The trainer's loader; of several processes each has the images of all, and not its share."""
+        """The trainer's loader; with several processes one of all images, and not of this process's share."""
         trainer: Any = self.trainer
         return trainer.train_dataloader if processes.ranks() == 1 else training_loaders(trainer)[0]
 
@@ -102,7 +102,7 @@ class ScoreFitting(Mixin):
         training = self.model.training
         self.model.eval()
         scorer.fit(self.model, self._score_inputs(loader, scorer.fit_images))
-        processes.from_rank_zero([*scorer.buffers()])  # each has drawn an order of its own
+        processes.from_rank_zero([*scorer.buffers()])  # each process has seen the images in another order
         self.model.train(training)
         self._fitted_to = self._weights()
         if isinstance(self.post_processor, ConformalPostProcessor):
@@ -110,7 +110,7 @@ class ScoreFitting(Mixin):
 
     @torch.no_grad()
     def _score_inputs(self, loader: Iterable[Any], images: int) -> Iterator[Inputs]:
-        """Prepare so many images of a loader, as far as it has them."""
+        """Prepare so many images of a loader, or all if it has fewer."""
         total = min(images, images_of([loader]) or images)
         with Progress(transient=True, disable=not self._shows_progress) as progress:
             bar = progress.add_task(f"Fitting the score {self.model.scorer.name}", total=total)
@@ -118,7 +118,7 @@ class ScoreFitting(Mixin):
             for batch in loader:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
                 transform = getattr(self.pre_processor, "transform", None)
-                if transform is not None and hasattr(batch, "image"):  # stored features are of pre-processed images
+                if transform is not None and hasattr(batch, "image"):  # stored features have been pre-processed
                     batch.image = transform(batch.image)
                 inputs = tuple(part[: images - seen] for part in self.inputs_of(batch))
                 yield inputs
@@ -133,15 +133,15 @@ class ScoreFitting(Mixin):
         return trainer is None or (trainer.progress_bar_callback is not None and trainer.is_global_zero)
 
     def _training_ends(self) -> bool:
-        """Whether the weights may be the last ones: at the end of the last epoch, or where any may be chosen.
+        """Whether the weights may be the final ones: training ends here, or a callback may choose these weights.
 
-        It is asked when a validation begins, and at the end of an epoch.
+        It is called when a validation begins, and at the end of an epoch.
         """
         trainer = self.trainer
         loop = trainer.fit_loop
-        if stops_early(trainer) or 0 <= trainer.max_steps <= trainer.global_step:  # in the midst of an epoch, too
+        if stops_early(trainer) or 0 <= trainer.max_steps <= trainer.global_step:  # even in the middle of an epoch
             return True
-        # Early stopping, or the best checkpoint; in the midst of an epoch, too.
+        # Early stopping, or a choice of the best checkpoint.
         if any(getattr(callback, "monitor", None) for callback in callbacks_of(trainer)):
             return True
         ends = loop.max_epochs not in {None, -1} and trainer.current_epoch + 1 >= loop.max_epochs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a flow is trained: its loss, its optimizer, and the end of a training that diverged."""
+"""How a flow is trained: loss, optimizer, learning rate, and what happens if training diverges."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from .mixin import Mixin
 logger = logging.getLogger(__name__)
 
 _FINDER = (
-    "trains before what a detector trains on is prepared, and what it has trained would count where weights are chosen "
-    "later. Leave it out, and set {}."
+    "trains before the detector's training data are prepared, and its trial steps would count when the best weights "
+    "are chosen. Leave it out, and set {}."
 )
 _REFUSED: dict[type[Callback], str] = {
     LearningRateFinder: _FINDER.format("learning_rate"),
@@ -55,15 +55,15 @@ _REFUSED: dict[type[Callback], str] = {
         "coupling_layers make a flow smaller."
     ),
 }
-"""Callbacks with which no detector can be trained, and why."""
+"""Callbacks with which no detector can be trained, and the reasons."""
 
 
 _CHECKED_FIRST = 2
-"""Validation batches that Lightning tries before a training, where nobody says how many."""
+"""Validation batches that Lightning tries before a training by default."""
 
 
 class DownToZero(CosineAnnealingLR):
-    """Our own schedule, which is set to the length that a training turns out to have; one of the user's never is."""
+    """Our own schedule, whose length is adjusted to the training's; a user's schedule is left alone."""
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -71,7 +71,7 @@ class TrainingDivergedError(FloatingPointError):
 
 
 class FlowTraining(Mixin):
-    """Maximum likelihood with Adam, as long as the detector says where the trainer does not.
+    """Maximum likelihood with Adam, for as many epochs as the trainer says, or else the detector.
 
     The detector sets ``max_epochs`` and ``learning_rate``, and implements ``training_inputs``. Where ``max_epochs`` is
     ``None``, it implements :meth:`epochs_for`.
@@ -81,7 +81,7 @@ class FlowTraining(Mixin):
     max_epochs: int | None
     learning_rate: float
     _epochs_by_images = False
-    """Whether the present fit has no limit but what the detector sets by the number of training images."""
+    """Whether the length of the present fit is still to be set from the number of training images."""
 
     @property
     def trainer(self) -> Trainer:
@@ -92,16 +92,15 @@ class FlowTraining(Mixin):
     def trainer(self, trainer: Trainer | None) -> None:
         if trainer is not None:
             check_precision(trainer.precision)
-            # As early, since what a callback does first comes before :meth:`setup`.
+            # Here, since callbacks may act before :meth:`setup`.
             _check_callbacks(trainer)
-        # Here, and not in `trainer_arguments`, which would override what the user asked for: when a fit begins, a
-        # trainer without any limit would run 1,000 epochs. A limit in steps or time is a limit; where nothing trains,
-        # there is nothing to spend time on.
+        # A trainer without any limit would run 1,000 epochs. The limit is set here, and not in `trainer_arguments`,
+        # which would override the user's. A limit on steps or time counts as one, unless nothing trains.
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is None:
             return
-        if trainer.num_sanity_val_steps == _CHECKED_FIRST:  # of anomalib's detectors none, whatever is asked for
-            trainer.num_sanity_val_steps = 0  # metrics that want images of either kind refuse so few
+        if trainer.num_sanity_val_steps == _CHECKED_FIRST:  # anomalib's detectors set it to 0 in any case
+            trainer.num_sanity_val_steps = 0  # so few images lack one of the classes that metrics need
         reduce_gradients(trainer, bool(self._trainable))
         loop = trainer.fit_loop
         timers = [callback for callback in callbacks_of(trainer) if isinstance(callback, Timer)]
@@ -111,12 +110,12 @@ class FlowTraining(Mixin):
             loop.max_epochs = 1 if self.max_epochs is None or not self._trainable else self.max_epochs
 
     def setup(self, stage: str) -> None:
-        """Set the number of epochs by the number of training images, which is known now, if nothing else says it."""
+        """Check the trainer; set the number of epochs from that of training images, if nothing else does."""
         super().setup(stage)
         if stage == TrainerFn.FITTING:
             self._check_trainer()
         if stage == TrainerFn.FITTING and self._epochs_by_images:
-            self._epochs_by_images = False  # once: the trainer has a limit from now on
+            self._epochs_by_images = False  # the trainer has a limit from now on
             images = images_of(training_loaders(self.trainer))
             if not images:
                 msg = (
@@ -127,10 +126,10 @@ class FlowTraining(Mixin):
             self.trainer.fit_loop.max_epochs = self.epochs_for(images)
 
     def _check_trainer(self) -> None:
-        """Refuse, before anything is trained, what would train nothing, or something else first.
+        """Refuse limits with which nothing would be trained, and an engine that has trained before.
 
         Raises:
-            ValueError: If so, with what to set instead.
+            ValueError: If so; the message says what to set instead.
         """
         trainer: Any = self.trainer
         if torch.is_inference_mode_enabled() or any(weight.is_inference() for weight in self.parameters()):
@@ -156,7 +155,7 @@ class FlowTraining(Mixin):
             raise ValueError(msg)
 
     def on_train_start(self) -> None:
-        """Let the learning rate follow the length that the training has now, with all that was resumed.
+        """Adjust the learning rate to the length of the training, which is known now.
 
         Raises:
             ValueError: If a schedule of the user's would end before it.
@@ -172,9 +171,10 @@ class FlowTraining(Mixin):
             )
 
     def _follow_length(self) -> None:
-        """Set a cosine to the number of steps, which is known only now: stored features, or a resumed training.
+        """Set the cosine's length to the number of steps.
 
-        It was set by the number of batches of images, or is a checkpoint's, of a training that was to end earlier.
+        Until now it was that of the loader of images, which stored features have replaced, or that of a checkpoint
+        whose training was to be shorter.
         """
         for config in self.trainer.lr_scheduler_configs:
             scheduler, steps = config.scheduler, self._steps_of_training()
@@ -199,7 +199,7 @@ class FlowTraining(Mixin):
                 group["lr"] = rate * share
 
     def _steps_of_training(self) -> float:
-        """How often the optimizer will have stepped, also where a callback accumulates gradients by the epoch."""
+        """Return the total number of optimizer steps, also if a callback changes the accumulation by epoch."""
         trainer, steps = self.trainer, self.trainer.estimated_stepping_batches
         schedules = [each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler)]
         epochs = trainer.max_epochs
@@ -209,12 +209,12 @@ class FlowTraining(Mixin):
         return min(steps, sum(math.ceil(trainer.num_training_batches / batches) for batches in accumulated))
 
     def epochs_for(self, images: int) -> int:
-        """How many epochs to train on so many images, where neither the trainer nor ``max_epochs`` says it."""
+        """Return how many epochs to train on so many images, if neither the trainer nor ``max_epochs`` says so."""
         raise NotImplementedError
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """Nothing: what the user gives to the trainer is obeyed."""
+        """Nothing, so that the user's arguments of the trainer are kept."""
         return {}
 
     @property
@@ -222,7 +222,7 @@ class FlowTraining(Mixin):
         return [parameter for flow in self.model.trained_flows for parameter in flow.parameters()]
 
     def training_inputs(self, batch: Any) -> Inputs:
-        """What the density of a training batch is computed from, with the noise that training adds."""
+        """Return the inputs of the density for a training batch, with the noise that training adds."""
         raise NotImplementedError
 
     def training_loss(self, inputs: Inputs) -> Tensor:
@@ -230,7 +230,7 @@ class FlowTraining(Mixin):
         return -self.model.density(inputs).log_prob.mean() / self.model.dims
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean −log p per dimension; the losses of the flows that a score trains beside are added.
+        """Return the mean −log p per dimension, plus the losses of flows that the score trains alongside.
 
         Raises:
             TrainingDivergedError: If it is NaN or infinite.
@@ -243,17 +243,17 @@ class FlowTraining(Mixin):
             loss = loss + others
         if not bool(torch.isfinite(loss)):
             self._diverged(f"the loss is {loss.item()} in epoch {self.trainer.current_epoch}, batch {batch_idx}")
-        # Lightning goes backward even where nothing trains.
+        # Lightning calls backward() even if nothing trains.
         return loss if loss.requires_grad else loss.requires_grad_()
 
     def on_validation_start(self) -> None:
-        """Mark the torch model as fitted, which is what a fit validates."""
+        """Mark the torch model as fitted before a fit validates it."""
         super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.model.fitted.fill_(True)
 
     def on_train_epoch_end(self) -> None:
-        """Mark the torch model as fitted where no validation did, so that it may be loaded and exported."""
+        """Mark the torch model as fitted if no validation did, so that it can be loaded and exported."""
         self.model.fitted.fill_(True)
         super().on_train_epoch_end()
 
@@ -266,15 +266,15 @@ class FlowTraining(Mixin):
                     self._diverged(f"the weights of {name} are NaN or infinite")
 
     def configure_optimizers(self) -> Any:
-        """Adam on the flows, its learning rate following a cosine down to zero over the whole training.
+        """Return Adam for the flows, with a cosine that takes the learning rate to zero over the whole training.
 
-        Nothing where there are no couplings: what comes before them is fitted, and nothing trains.
+        Without couplings there is nothing to train, and no optimizer.
         """
         parameters = self._trainable
         if not parameters:
             return None
-        # A fused optimizer divides the gradients by the loss scale of 16-mixed inside of its step, and so after they
-        # were clipped; Lightning refuses a gradient_clip_val then, with bf16-mixed, too.
+        # With 16-mixed a fused optimizer divides the gradients by the loss scale inside its step, after they were
+        # clipped. Lightning then refuses gradient_clip_val, with bf16-mixed, too.
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, fused=None if mixed else True)
         steps = self.trainer.estimated_stepping_batches
@@ -289,7 +289,7 @@ class FlowTraining(Mixin):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says; by default to a norm that only an outlier reaches."""
+        """Clip as the trainer says; by default to a norm that only outliers exceed."""
         if not self._trainable:
             return
         if gradient_clip_val is None:
@@ -313,10 +313,10 @@ class FlowTraining(Mixin):
 
 
 def _check_callbacks(trainer: Trainer) -> None:
-    """Refuse, before a fit begins, callbacks with which it would end in an error, or in other weights.
+    """Refuse callbacks with which a fit would end in an error or in wrong weights, before it begins.
 
     Raises:
-        ValueError: If there is one, with the reason and what to do instead.
+        ValueError: If there is one; the message has the reason and what to do instead.
     """
     if trainer.state.fn != TrainerFn.FITTING:
         return

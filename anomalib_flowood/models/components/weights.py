@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are checked before they decide: none is NaN, and the calibration is theirs."""
+"""Weights are checked before they are used: none is NaN, and the calibration belongs to them."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ logger = logging.getLogger(__name__)
 
 
 def checksum(value: Tensor) -> int:
-    """A number that changes with a tensor's values: the same on every device, and in float64 what it is in float32."""
+    """Return a checksum of a tensor's values, the same on every device and for float32 and float64."""
     value = value.detach().float() if value.is_floating_point() else value
     values: Any = value.cpu().contiguous().numpy()
     return zlib.crc32(values)
 
 
 class CheckedWeights(Mixin):
-    """Checks weights and their calibration wherever they are about to be used."""
+    """Checks weights and their calibration whenever they are about to be used."""
 
     model: FlowModel
     may_change: ClassVar[frozenset[str]] = frozenset({"score", "max_epochs", "learning_rate", "pre_trained"})
-    """Arguments that may differ from those of a checkpoint: the score, and what counts in training alone."""
+    """Arguments that may differ from a checkpoint's: the score, and what only training needs."""
 
     _seen: tuple[tuple[int, int], ...] = ()
-    """Versions of the weights that were checked last."""
+    """Versions of the weights at the last check."""
 
     def fingerprint(self) -> Tensor:
-        """Return a hash of all that a score depends on, ``(32,)``, bytes: weights, fitted statistics, settings, score.
+        """Return a hash of everything that scores depend on, ``(32,)``, bytes: weights, statistics, settings, score.
 
-        It is the same on every device, and in float64 what it is in float32.
+        It is the same on every device, and for float32 and float64.
         """
         scorer = self.model.scorer if self.model.scorer.ready else self.model.nll
         defaults = inspect.signature(type(self).__init__).parameters
-        # Those alone that are not the default, so that a setting which a later version adds changes nothing.
+        # Without defaults, so that the hash stays the same when a later version adds a setting.
         settings = {
             name: value
             for name, value in plain(settings_of(self.hparams)).items()
@@ -61,15 +61,14 @@ class CheckedWeights(Mixin):
         for name, value in self.model.state_dict().items():
             if name == "fitted":  # says that training went on to the end of an epoch
                 continue
-            # Nobody forges weights: a checksum of each tensor is enough, and three times as fast.
+            # Nobody forges weights: checksums are enough, and three times as fast as hashing all bytes.
             digest.update(f"{name} {tuple(value.shape)} {checksum(value)}\n".encode())
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     def check_weights(self) -> None:
         """Refuse weights that are NaN; drop a calibration that is not of the present weights, score and settings.
 
-        Tests, predictions, exports and loading do so by themselves, and so does a call of the detector where weights
-        have changed since.
+        Tests, predictions, exports and loading call it, and so does a call of the detector after weights have changed.
 
         Raises:
             ValueError: If a weight is NaN or infinite, or the calibration too small for its ``alpha``.
@@ -80,9 +79,9 @@ class CheckedWeights(Mixin):
         self._seen = self._versions()
 
     def check_fitted(self, what: str) -> None:
-        """Refuse a detector that was never fitted, whose scores mean nothing.
+        """Refuse a detector that was never fitted, whose scores are meaningless.
 
-        Tests, validations, predictions and exports do so by themselves.
+        Tests, validations, predictions and exports call it.
 
         Args:
             what: What is about to be done with it, for the error.
@@ -98,20 +97,20 @@ class CheckedWeights(Mixin):
             raise NotFittedError(msg)
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Return what changes whenever a weight or the calibration does, at little cost."""
+        """Return a cheap key that changes whenever a weight or the calibration does."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         if isinstance(self.post_processor, ConformalPostProcessor):
             tensors.append(self.post_processor.calibration)
         return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
     def forward(self, batch: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Score images and decide, as :meth:`AnomalibModule.forward` does, by a calibration that is theirs."""
+        """Score images as :meth:`AnomalibModule.forward` does, after a check if weights have changed."""
         if not torch.compiler.is_compiling() and self._seen != self._versions():
             self.check_weights()
         return super().forward(batch, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load weights; a calibration among them that is of others is dropped.
+        """Load weights; drop a calibration that does not belong to them.
 
         Raises:
             ValueError: If a weight is NaN or infinite.
@@ -121,7 +120,7 @@ class CheckedWeights(Mixin):
         return keys
 
     def on_fit_end(self) -> None:
-        """Keep no calibration that is of other weights than the final ones; say so where there is none."""
+        """Drop a calibration of other weights than the final ones; warn if there is none."""
         super().on_fit_end()
         processor = self.post_processor
         missing = isinstance(processor, ConformalPostProcessor) and not processor.calibrated
@@ -135,19 +134,19 @@ class CheckedWeights(Mixin):
         self.check_weights()
 
     def on_validation_start(self) -> None:
-        """Calibrate a detector that was fitted, or is being fitted, alone."""
+        """Refuse to calibrate a detector that was never fitted."""
         super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.check_fitted("validate")
 
     def on_test_start(self) -> None:
-        """Test a detector that was fitted, and decide by the calibration of these weights, alone."""
+        """Refuse to test a detector that was never fitted; check its weights."""
         super().on_test_start()
         self.check_fitted("test")
         self.check_weights()
 
     def on_predict_start(self) -> None:
-        """Predict with a detector that was fitted, and decide by the calibration of these weights, alone."""
+        """Refuse to predict with a detector that was never fitted; check its weights."""
         super().on_predict_start()
         self.check_fitted("predict with")
         self.check_weights()
