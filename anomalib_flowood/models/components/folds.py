@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are scored by what was fitted to others."""
+"""Cross-validation folds: images are scored by fits to the others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from .rotations import rows_of
 
 _FOLDS = 5
-"""Parts of the images: each is scored by what was fitted to the others."""
+"""Number of folds."""
 _SCORED = 100
-"""Images from which scales are known well enough: no further part is scored after these."""
+"""Images that are enough to know scales: after these no further fold is scored."""
 
 
 def folds(rows: int, copies: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield some images and the others, as indices, until enough others came; drawn once for all.
+    """Yield the rows to fit to and those to score, as indices, until enough images are scored; always the same.
 
     Args:
         rows: Number of rows.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of normal images, say the products of a line, found without labels: to each a fit of its own."""
+"""Kinds of normal images, such as several products, which are found without labels and fitted separately."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from anomalib_flowood import flows, processes
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 10_000
-"""Images among which kinds are looked for: every one is compared with every other."""
+"""The most images among which kinds are looked for: all are compared with each other."""
 
 _FITTED = 1000
-"""Images of a kind that others are compared with, and a whitening is fitted to; more change nothing but the time."""
+"""The most images of a kind that others are compared with, and a whitening is fitted to; more only take longer."""
 
 _SAME = 1e-5
-"""Of the length of points: those that are no farther apart differ by rounding alone, which batches make."""
+"""As a share of the points' length: the distance up to which points are the same but for rounding."""
 
 
 def pooled(features: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Describe images by what is in them, wherever it is: each layer's mean feature vector, of length 1.
+    """Describe images by what they contain, wherever it is: each layer's mean feature vector, of length 1.
 
     Args:
         features: Feature maps of some layers, ``(N, C, h, w)`` each, or their means, ``(N, C)``.
-        like: Of the device and precision that the result has.
+        like: A tensor of the device and precision that the result is to have.
 
     Returns:
         ``(N, P)``, with the sum P of the layers' channels.
@@ -43,17 +43,17 @@ def pooled(features: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def kinds_of(points: Tensor, least: int) -> np.ndarray:
-    """Find groups of points that have nothing to do with each other.
+    """Find groups of points that are unconnected.
 
     They are the connected components of the graph that joins each point with its ``least - 1`` nearest ones, the
     symmetric k-nearest-neighbour graph (Maier et al. 2009, "Optimal construction of k-nearest-neighbor graphs for
     identifying noisy clusters", section 2): two groups are one as soon as a single point has a neighbour in the other.
-    Each has ``least`` points at least, therefore, and there is no distance to choose. Points that are the same count as
-    one: to nothing but copies of an image nothing can be fitted.
+    So each has at least ``least`` points, and there is no distance to choose. Equal points count as one: nothing can be
+    fitted to mere copies of an image.
 
     Args:
         points: ``(n, P)``.
-        least: The fewest points of a group; from 2.
+        least: The fewest points of a group, at least 2.
 
     Returns:
         The number of each point's group, ``(n,)``.
@@ -68,26 +68,26 @@ def kinds_of(points: Tensor, least: int) -> np.ndarray:
 
 
 def _connected(nearest: np.ndarray, joined: np.ndarray | bool = True) -> np.ndarray:
-    """Number of the connected component of each point, ``(n,)``, from its nearest ones, ``(n, k)``, or some of them."""
+    """Connected component of each point, ``(n,)``, by its nearest ones, ``(n, k)``, or only those that are joined."""
     rows, places = np.nonzero(np.broadcast_to(joined, nearest.shape))
     graph = coo_array((np.ones(len(rows)), (rows, nearest[rows, places])), shape=(len(nearest), len(nearest)))
     return connected_components(graph, directed=False)[1]
 
 
 class Kinds(nn.Module):
-    """Tells of which kind an image is: of that of the training image that is most like it.
+    """Tells the kind of an image: that of the most similar training image.
 
     Args:
-        least: The fewest training images of a kind; 0 if all images are to be one kind.
+        least: The fewest training images of a kind; 0 if all images are of one kind.
 
     Raises:
-        ValueError: If it is negative, 1 or 2: each image of a kind is scored by what is fitted to others of it.
+        ValueError: If it is negative, 1 or 2: images of a kind are scored by fits to others of the kind.
     """
 
     points: Tensor | None
-    """Training images as :func:`pooled` describes them, ``(R, P)``; a buffer, as the other; ``None`` with one kind."""
+    """Training images as :func:`pooled` describes them, ``(R, P)``; a buffer; ``None`` with one kind."""
     of_points: Tensor | None
-    """The number of their kind, ``(R,)``."""
+    """The index of each one's kind, ``(R,)``; a buffer."""
     _like: Tensor
 
     def __init__(self, least: int) -> None:
@@ -98,17 +98,17 @@ class Kinds(nn.Module):
         self.least = least
         self.register_buffer("points", None)
         self.register_buffer("of_points", None)
-        self.register_buffer("_like", torch.zeros(0), persistent=False)  # knows device and precision
+        self.register_buffer("_like", torch.zeros(0), persistent=False)  # has the module's device and precision
 
     def fit(self, images: int, points: flows.Rows) -> list[Tensor]:
         """Find the kinds of training images.
 
         Args:
             images: Their number.
-            points: What :func:`pooled` says of them, ``(images, P)``.
+            points: What :func:`pooled` returns for them, ``(images, P)``.
 
         Returns:
-            Of each kind the indices of some images, as many as a whitening is fitted to.
+            For each kind, the indices of the images that a whitening is fitted to.
         """
         self.forget()
         if not self.least:
@@ -126,19 +126,19 @@ class Kinds(nn.Module):
         return fitted
 
     def forget(self) -> None:
-        """Know one kind."""
+        """Know only one kind."""
         self.points = self.of_points = None
 
     @flows.full_precision
     def forward(self, points: Tensor) -> Tensor | None:
-        """Return the number of each image's kind, ``(N,)``, from what :func:`pooled` says; ``None`` if there is one."""
+        """Return the index of each image's kind, ``(N,)``, from what :func:`pooled` returns; ``None`` with one kind."""
         if self.points is None or self.of_points is None:
             return None
-        # All are of the same length: the nearest is the most alike.
+        # All have the same length, so the largest product is that with the nearest.
         return self.of_points[(points.to(self.points) @ self.points.T).argmax(1)]
 
     def of_features(self, features: Sequence[Tensor]) -> Tensor | None:
-        """Return the same from features, which are pooled only where there are several kinds."""
+        """Return the same for features, which are only pooled if there are several kinds."""
         return None if self.points is None else self(pooled(features, like=self.points))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -149,11 +149,11 @@ class Kinds(nn.Module):
 
 
 def fit_to_each(rows: Sequence[Tensor], fit: Callable[[Tensor], None], modules: Sequence[flows.ForEachKind]) -> None:
-    """Fit modules to each kind, and let them hold what was fitted: of several kinds side by side.
+    """Fit modules to each kind, and let them hold all fits.
 
     Args:
         rows: The rows of each kind.
-        fit: Fits the modules to some rows.
+        fit: Fits the modules to given rows.
         modules: The modules.
     """
     fits = []
@@ -166,16 +166,16 @@ def fit_to_each(rows: Sequence[Tensor], fit: Callable[[Tensor], None], modules: 
 
 
 def report(images: Sequence[int], what: str) -> None:
-    """Say how many kinds there are, if there are several.
+    """Log how many kinds there are, if there are several.
 
     Args:
-        images: Number of images of each.
+        images: The number of images of each kind.
         what: What was fitted to each kind.
     """
     if len(images) > 1 and not processes.rank():
         logger.info(
-            "The training images are of %d kinds that have nothing to do with each other, and %s of each was fitted to "
-            "its own: %s images. kind_images=0 takes all for one kind.",
+            "The training images are of %d kinds that have nothing to do with each other, and %s was fitted to each "
+            "kind separately: %s images. kind_images=0 treats all as one kind.",
             len(images),
             what,
             ", ".join(map(str, images)),

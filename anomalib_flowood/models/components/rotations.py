@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training images turned by quarters of a circle: which turns leave normal images normal."""
+"""Training images turned by multiples of 90°, and which turns leave normal images normal."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from anomalib_flowood.flows import full_precision
 from anomalib_flowood.metrics import auroc
 
 QUARTERS = (0, 2, 1, 3)
-"""Quarter turns, in an order in which the first, the first two and all of them make a group."""
+"""Quarter turns, ordered so that the first, the first two and all four each form a group."""
 
 LIMIT = 0.75
-"""The AUROC from which on a turned image is another kind of image: halfway between chance and certainty."""
+"""The AUROC above which turned images count as another kind of image: halfway between chance and certainty."""
 
 SAMPLE = 32
-"""Images of which turns are looked at first, where there are four times as many or more."""
+"""Images of the sample that is turned first, if there are four times as many or more."""
 
 SURE = 0.9
-"""The AUROC from which on these few leave no doubt: of 32 images one of :data:`LIMIT` scatters by 0.06."""
+"""The AUROC above which the sample leaves no doubt: with 32 images an AUROC of :data:`LIMIT` scatters by 0.06."""
 
 _PLACES = 4
-"""Maps are pooled to so many rows and columns: turned or not shows in what lies where."""
+"""Rows and columns to which maps are pooled: turns show in what lies where."""
 
 
 def turned(images: Tensor, turns: int) -> list[Tensor]:
@@ -32,7 +32,7 @@ def turned(images: Tensor, turns: int) -> list[Tensor]:
 
     Args:
         images: ``(N, C, H, W)``; square, if there are 4 turns.
-        turns: How many of :data:`QUARTERS` there are to be, 1, 2 or 4.
+        turns: The number of rotations, the first ones of :data:`QUARTERS`: 1, 2 or 4.
 
     Returns:
         The images in each of these rotations, ``(N, C, H, W)`` each.
@@ -41,9 +41,9 @@ def turned(images: Tensor, turns: int) -> list[Tensor]:
 
 
 def together(features: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Bring what was made of images in each rotation, ``(N, ...)``, together: ``(turns * N, ...)``, image by image.
+    """Interleave the features of each rotation, ``(N, ...)``: ``(turns * N, ...)``, image by image.
 
-    By rows: maps that have their channels last keep them there.
+    Maps in channels-last memory format stay in it.
     """
     if len(features) == 1:
         return features[0]
@@ -53,12 +53,12 @@ def together(features: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def rows_of(images: Tensor, copies: int) -> Tensor:
-    """The rows of images, ``(n,)``, that have some copies each, one after the other: ``(n * copies,)``."""
+    """Return the rows of images, ``(n,)``, that have several rows each, one after the other: ``(n * copies,)``."""
     return (images[:, None] * copies + torch.arange(copies)).flatten()
 
 
 def first_turns(features: tuple[Tensor, ...], turns: int, kept: int) -> tuple[Tensor, ...]:
-    """Of what :func:`together` returns of ``turns`` rotations, the first ``kept`` of each image."""
+    """Keep the first ``kept`` of the ``turns`` rows that :func:`together` returns for each image."""
     if kept == turns:
         return features
     return tuple(part[torch.arange(len(part)) % turns < kept] for part in features)
@@ -67,19 +67,19 @@ def first_turns(features: tuple[Tensor, ...], turns: int, kept: int) -> tuple[Te
 def turns_that_fit(features: tuple[Tensor, ...], turns: int, limit: float = LIMIT) -> tuple[int, list[float]]:
     """Find out which turns leave normal images normal, from their features.
 
-    A nearest-neighbour test of two samples (Schilling 1986, Journal of the American Statistical Association 81), with
-    every image left out of what it is compared with: if images lie in any rotation, a turned one is as near to the
-    nearest of the others as it is itself, and if their rotation is given it is farther away. An anomaly that consists
-    of being turned is therefore one that these features do not see, where the test finds a turn to fit.
+    A nearest-neighbour two-sample test (Schilling 1986, Journal of the American Statistical Association 81), in which
+    no image is compared with itself: if images come in any rotation, a turned image is as near to the nearest other
+    image as it was unturned, and if they come in one rotation it is farther away. Where the test finds that a turn
+    fits, these features could not detect turned images as anomalies either.
 
     Args:
         features: What a backbone gives for N images in each rotation, as :func:`together` brings it together: pooled,
             ``(turns * N, C)``, or maps, ``(turns * N, C, h, w)``. At least two images.
         turns: 1, 2 or 4.
-        limit: The AUROC from which on a turn does not fit.
+        limit: The AUROC above which a turn does not fit.
 
     Returns:
-        How many of :data:`QUARTERS` fit, 1, 2 or 4, and for each of them the AUROC of the turned images' distances
+        How many of :data:`QUARTERS` fit, 1, 2 or 4, and for each turn the AUROC of the turned images' distances
         against those of the images: 0.5 is no difference.
     """
     distances = torch.stack([_squares(part, turns) for part in features]).sum(0).sqrt()  # (turns, N, N)
@@ -92,7 +92,7 @@ def turns_that_fit(features: tuple[Tensor, ...], turns: int, limit: float = LIMI
 
 @full_precision
 def _squares(part: Tensor, turns: int) -> Tensor:
-    """Squared distances of turned images to the images themselves, of a part of their features, ``(turns, N, N)``."""
+    """Squared distances of turned images to unturned ones, by a part of their features, ``(turns, N, N)``."""
     part = part.float()
     if part.ndim == 4:
         part = nn.functional.adaptive_avg_pool2d(part, (min(_PLACES, part.shape[2]), min(_PLACES, part.shape[3])))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features in the place of images: where they are stored, and the batches that a detector trains on."""
+"""Stored features that replace images: where they are kept, and the batches that a detector trains on."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FeatureBatch(UpdateMixin):
-    """A batch of stored features in the place of images; same fields as anomalib's batches otherwise.
+    """A batch of stored features instead of images, with the other fields of anomalib's batches.
 
     Attributes:
         features: What the detector extracted, a tuple of tensors whose first dimension is the batch.
         gt_label: 0 for normal and 1 for anomalous images, ``(N,)``.
-        gt_mask: Their masks, ``(N, H, W)``, where they have some.
-        anomaly_map: As in anomalib's batches without the dimension of channels, ``(N, H, W)``.
-        image_path: Their files, where they are known.
+        gt_mask: Their masks, ``(N, H, W)``, if there are any.
+        anomaly_map: Without a channel dimension, as in anomalib's batches, ``(N, H, W)``.
+        image_path: Their files, if they are known.
     """
 
     features: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class FeatureBatch(UpdateMixin):
     image_path: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Bring maps to the shape of masks, as anomalib's batches do whenever they are updated."""
+        """Give maps the shape of masks, as anomalib's batches do on every update."""
         if self.anomaly_map is not None and self.anomaly_map.ndim == 4:
             self.anomaly_map = self.anomaly_map.squeeze(1)
 
@@ -77,7 +77,7 @@ class FeatureDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> FeatureBatch:
-        """Return the features of several images as one batch: what a loader calls for each of its batches."""
+        """Return the features of several images as one batch; loaders call it for each batch."""
         index = torch.as_tensor(indices)
         labels, masks = (None if known is None else known[index] for known in (self.labels, self.masks))
         paths = None if self.paths is None else [self.paths[place] for place in indices]
@@ -92,9 +92,8 @@ def feature_loader(
     Args:
         dataset: The features.
         batch_size: Images of a batch.
-        shuffle: Draw them in another order every time.
-        batches: So many batches of images drawn with replacement, in the place of every image once. Of several
-            processes each has its share of them.
+        shuffle: Draw a new order in every epoch.
+        batches: Draw so many batches with replacement, instead of each image once; several processes share them.
     """
     order: Sampler[int] = SequentialSampler(dataset)
     if shuffle and batches is not None and processes.ranks() > 1:
@@ -102,7 +101,7 @@ def feature_loader(
     elif shuffle:
         drawn = None if batches is None else batches * batch_size
         order = RandomSampler(dataset, replacement=drawn is not None, num_samples=drawn)
-    # With the batch size told to the loader, so that Lightning can put another sampler in place of this one.
+    # The loader knows the batch size, so that Lightning can replace the sampler.
     return DataLoader(dataset, batch_size, sampler=order, collate_fn=_ready)
 
 
@@ -115,13 +114,13 @@ class FeatureStore:
     """Features of many images, one row each: in memory, or mapped to a file where memory is short.
 
     Args:
-        rows: The most rows that will come.
-        room_gib: The most memory to take, in GiB; what needs more goes to a temporary file, which the system removes
-            when the features are no longer used.
+        rows: The most rows that will be added.
+        room_gib: The most memory to take, in GiB. Features that need more go to a temporary file, which the system
+            removes when they are no longer used.
     """
 
     taken_gib: float = 0.0
-    """Memory that is taken, in GiB: nothing where the features are in a file."""
+    """Memory that the features take, in GiB; 0 if they are in a file."""
 
     def __init__(self, rows: int, room_gib: float) -> None:
         self.rows, self.room_gib = rows, room_gib
@@ -132,7 +131,7 @@ class FeatureStore:
         """Add the features of some images, tensors with one row per image.
 
         Raises:
-            OSError: If they belong in a file, and there is no room for it.
+            OSError: If there is no room for the file that they belong in.
         """
         if not self._columns:
             self._columns = self._allocate(features)
@@ -143,7 +142,7 @@ class FeatureStore:
 
     @property
     def features(self) -> tuple[Tensor, ...]:
-        """What was added."""
+        """All features that were added."""
         return tuple(column[: self._filled] for column in self._columns)
 
     def _allocate(self, features: tuple[Tensor, ...]) -> list[Tensor]:
@@ -163,7 +162,7 @@ class FeatureStore:
 
 
 def _laid_out(feature: Tensor, shape: tuple[int, ...], new: Callable[..., Tensor]) -> Tensor:
-    """A new tensor of some shape, whose maps have their channels last where a feature's have: such are copied fast."""
+    """Make a tensor with the memory format of a feature, which makes copying fast."""
     if feature.ndim == 4 and feature.is_contiguous(memory_format=torch.channels_last):
         images, channels, height, width = shape
         return new((images, height, width, channels), dtype=feature.dtype).permute(0, 3, 1, 2)
@@ -171,11 +170,11 @@ def _laid_out(feature: Tensor, shape: tuple[int, ...], new: Callable[..., Tensor
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in a temporary file, which has its room on the disk before anything is written."""
+    """Map a tensor to a temporary file, whose room on the disk is reserved first."""
     size = math.prod(shape)
     with NamedTemporaryFile(prefix="flowood-features-") as file:  # The mapping outlives the name.
         try:
-            if hasattr(os, "posix_fallocate"):  # else writing to a full disk would end the process without a word
+            if hasattr(os, "posix_fallocate"):  # writing to a full disk would kill the process
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         except OSError as error:
             msg = (
