@@ -86,7 +86,7 @@ class Resuming(Mixin):
             elif (over or no_step_is_left(self.trainer, drawn)) and bool(self.model.fitted):
                 logger.warning(
                     "The checkpoint %s is of a training that has ended: its weights stay as they are, and no "
-                    "checkpoint is written. Leave out ckpt_path to fit to these images, or raise max_epochs to train on.",
+                    "checkpoint is written. Leave out ckpt_path to fit to these images; raise max_epochs to train on.",
                     self.trainer.ckpt_path,
                 )
             elif over or no_step_is_left(self.trainer, drawn):
