@@ -79,11 +79,11 @@ def own_rows(trainer: Trainer, batch_number: int, rows: int, loader_number: int 
     if ranks() == 1:
         return rows
     loader = loader_of(trainer, loader_number)
-    sampler = getattr(loader, "sampler", None)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)  # also of a user's batch sampler
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last or is_dealt_once(sampler):
         return rows
     own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-    return max(0, min(rows, own - batch_number * loader.batch_size))
+    return max(0, min(rows, own - batch_number * batch_size_of(loader)))
 
 
 def cut(batch: Any, rows: int) -> None:

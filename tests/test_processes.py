@@ -5,14 +5,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from model_helpers import data
 from run_in_two_processes import DETECTORS, EXACT, LOADING, TRAINED, run
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from anomalib_flowood import processes
 
 HERE = Path(__file__).parent
+
+
+class OwnBatches(BatchSampler):
+    """A user's way to make batches."""
+
+
+@pytest.mark.parametrize("batches", [OwnBatches, BatchSampler])
+def test_repeated_images_do_not_count_however_batches_are_made(batches, monkeypatch):
+    images = TensorDataset(torch.arange(5.0))
+    sampler = DistributedSampler(images, num_replicas=2, rank=1, shuffle=False)  # images 1 and 3, and 0 once more
+    loader = DataLoader(images, batch_sampler=batches(sampler, 2, drop_last=False))
+    monkeypatch.setattr(processes, "ranks", lambda: 2)
+    trainer = SimpleNamespace(testing=True, test_dataloaders=loader)
+    assert [processes.own_rows(trainer, *batch) for batch in ((0, 2), (1, 1))] == [2, 0]
 
 
 @pytest.fixture(scope="module")
