@@ -122,7 +122,7 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
     if loader.batch_sampler is None:
         raise TypeError(SINGLE_IMAGES)
     size = batch_size_of(loader)
-    sampler: Any = loader.sampler if loader.batch_size is not None else getattr(loader.batch_sampler, "sampler", None)
+    sampler: Any = getattr(loader.batch_sampler, "sampler", None)
     shuffled = isinstance(sampler, RandomSampler) or getattr(sampler, "shuffle", False)
     if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
         rows = list(range(len(loader.dataset)))  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen timm backbones that give maps, in one layout and at any size that they take."""
+"""Frozen timm backbones that return feature maps, in one layout and at any image size that they take."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .folding import folded
 from .weights import create_backbone
 
 _STEPS = (14, 16, 28, 32, 48, 64, 224)
-"""Sizes of which networks take multiples: patches, windows of patches, and what several of them come to."""
+"""Image sizes whose multiples networks take: patches, windows of patches, and combinations of them."""
 
 _CPU_CHUNK = 16
-"""Images that go through a backbone at once on the CPU: more fall out of the caches, twice as slow at 64 and worse."""
+"""Images that go through a backbone at once on the CPU: more do not fit the caches, and 64 take twice the time."""
 
 
 def create_feature_maps(
@@ -119,17 +119,17 @@ class PooledAndMaps(nn.Module):
 
 @full_precision
 def run_backbone(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """Run a backbone as fast as the device allows in full precision, so that its features are the same everywhere.
+    """Run a backbone in full precision, so that its features are the same everywhere, and as fast as possible.
 
     Args:
         backbone: From :func:`create_feature_maps`, or :class:`PooledAndMaps`.
         images: Images as the backbone wants them, ``(N, 3, H, W)``.
 
     Returns:
-        What the backbone returns, always as a tuple: pooled features, ``(N, D)``, or maps, ``(N, C, h, w)``.
+        The backbone's outputs, as a tuple: pooled features, ``(N, D)``, or maps, ``(N, C, h, w)``, or both.
     """
     images = images.contiguous(memory_format=torch.channels_last)
-    if torch.compiler.is_compiling():  # whoever runs an exported graph folds batch norms, too
+    if torch.compiler.is_compiling():  # runtimes fold the batch norms of exported graphs themselves
         return _outputs(backbone, images)
     backbone = folded(backbone, images)
     if images.device.type != "cpu":
@@ -142,7 +142,7 @@ def _outputs(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     output = backbone(images)
     if isinstance(output, Tensor):
         return (output,)
-    # timm's networks that take maps out say how they are laid out; it asks others for the layout that is wanted.
+    # timm's feature extractors say which layout their maps have; other networks were asked for NCHW.
     if getattr(backbone, "output_fmt", Format.NCHW) == Format.NHWC:
         return tuple(nhwc_to(layer, Format.NCHW) for layer in output)
     return tuple(output)
@@ -151,13 +151,13 @@ def _outputs(backbone: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
 def _pooled_and_maps(network: Any, images: Tensor, indices: list[int]) -> list[Tensor]:
     if not indices:
         return [network(images)]
-    # To the end: some networks would stop behind the last of these layers, and pool what it gives.
+    # To the end: some networks would otherwise stop at the last of these layers, and pool its output.
     last, maps = network.forward_intermediates(images, indices=indices, output_fmt="NCHW", stop_early=False)
     return [network.forward_head(last), *maps]
 
 
 def _check_maps(maps: Sequence[Tensor], infos: Sequence[dict[str, Any]]) -> None:
-    """Check that maps are ``(N, C, h, w)``, by the channels that timm gives for their layers."""
+    """Check that maps are ``(N, C, h, w)``, with the number of channels that timm states for their layers."""
     for layer, info in zip(maps, infos, strict=True):
         if layer.ndim != 4 or layer.shape[1] != info["num_chs"]:
             msg = (
@@ -172,16 +172,16 @@ def _check_size(
     build: Callable[[tuple[int, int]], nn.Module],
     check: Callable[[nn.Module, Tensor], None],
 ) -> None:
-    """Check that a network takes images of a size, before its weights are fetched: on tensors without storage.
+    """Check that a network takes images of a size before its weights are fetched, on meta tensors.
 
     Args:
         name: The backbone's name.
         image_size: Height and width; by default the size that the backbone was trained at.
         build: Makes the network for a size of images, with random weights.
-        check: Runs the network on an image, and raises if what it gives is not what was asked for.
+        check: Runs the network on an image, and raises if its outputs are not as expected.
 
     Raises:
-        ValueError: If it does not. Some sizes that it takes are named.
+        ValueError: If it does not take them; the message names some sizes that it takes.
     """
 
     def problem(size: tuple[int, int]) -> str:

