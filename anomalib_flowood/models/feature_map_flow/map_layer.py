@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before and after the flow of one layer of FeatureMapFlow."""
+"""What comes before and behind the flow of one layer of FeatureMapFlow."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .layer_flows import coupled
 from .nearest_patches import NearestPatches, standardised
 
 _CHUNK = 64
-"""Images whose latents are computed, and whitened, at once in a fit."""
+"""Images whose latents are computed and whitened at a time in a fit."""
 
 _SHARE = 0.5
-"""What a map of distances counts for beside the anomaly map, which knows what belongs where."""
+"""Weight of the map of distances relative to the anomaly map, which knows what belongs where."""
 
 _BESIDE_BANK = 0.5
-"""What the most anomalous positions of the finest shown layer count for in the image score, beside its memory bank: of
-all evidence both tell least (docs/tried.md)."""
+"""Weight in the image score of the most anomalous positions of the finest shown layer, if it has a memory bank: of all
+evidence these two tell the least (docs/tried.md)."""
 
 _BLOCKS = (4, 2, 1)
-"""Rows and columns over which the layout of the finest layer may be constant."""
+"""Sides of the blocks over which the layout of the finest layer may be constant, the preferred first."""
 
 
 class MapLayer(flows.ForEachKind):
-    """Descriptors of one layer's maps and their principal subspace; and the whitening of what the flow leaves.
+    """Descriptors of one layer's maps, their principal subspace, and the whitening of the flow's latents.
 
     Args:
         name: The layer's name, for errors.
@@ -44,18 +44,18 @@ class MapLayer(flows.ForEachKind):
         top: Whether the layer's map is shown, and its most anomalous positions are evidence.
         whole: Whether its mean over all positions is evidence.
         top_fraction: The share of positions that are the most anomalous.
-        finer: ``(D, h, w)`` of each finer map that is shown. Directions of whole maps of the finest are constant over
-            blocks of positions, as light and texture are, if its mean over all positions, which sees what whitening
-            leaves, is no evidence.
-        bank_size: The most positions of the finest shown layer that are kept, for the distance to the nearest of them
-            (:class:`NearestPatches`): it is shown, too, and the largest of an image is evidence. A shown layer with
-            fewer positions keeps as many more: there are as many distances. 0 for none.
+        finer: ``(D, h, w)`` of each finer map that is shown. In the finest layer the directions of whole maps are
+            constant over blocks of positions, as light and texture are, unless its mean over all positions is evidence,
+            which depends on what whitening leaves.
+        bank_size: The most positions in the memory bank of the finest shown layer (:class:`NearestPatches`): distances
+            to the nearest of them are shown, too, and the largest one in an image is evidence. Coarser shown layers
+            keep more positions, in inverse proportion to their size. 0 for no bank.
     """
 
     location: Tensor
     """Mean of the anomaly map over normal images, ``()``, nats."""
     spread: Tensor
-    """Its standard deviation, ``()``, by which layers are brought to a common scale."""
+    """Its standard deviation, ``()``, which brings layers to a common scale."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class MapLayer(flows.ForEachKind):
         self.register_buffer("spread", torch.ones(()))
 
     def check_number(self, images: int) -> None:
-        """Refuse fewer training images than the directions of descriptors take."""
+        """Refuse too few training images for the directions of descriptors."""
         self.subspace.check(images * math.prod(self.size), self._points)
 
     @property
@@ -105,17 +105,17 @@ class MapLayer(flows.ForEachKind):
         """Reduce maps, ``(N, C, h, w)``.
 
         Returns:
-            What the flow models, ``(N, D, h, w)``, and what else belongs to the log-density at each position,
-            ``(N, h, w)``, nats.
+            The input of the flow, ``(N, D, h, w)``, and the rest of the log-density at each position, ``(N, h, w)``,
+            nats.
         """
         return self.subspace(self.descriptors(maps))
 
     def reduced(self, maps: Tensor) -> Tensor:
-        """Reduce maps as :meth:`forward` does, without the rest of the log-density, which no score needs."""
+        """Reduce maps as :meth:`forward` does, without the rest of the log-density, which scores do not need."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
     def fit_behind(self, flow: SequenceINN, maps: Tensor, shown: Sequence[Tensor], copies: int = 1) -> list[Tensor]:
-        """Fit all that comes behind the flow: whitening, memory bank, scales.
+        """Fit everything behind the flow: whitening, memory bank, scales.
 
         Args:
             flow: The layer's.
@@ -137,16 +137,16 @@ class MapLayer(flows.ForEachKind):
         return self.statistics(unseen, self.fit_nearest(shown, rows, copies))
 
     def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
-        """Fit the whitening to what the flow gives for training images.
+        """Fit the whitening to the latents of training images.
 
         Args:
-            latents: Those of the flow, ``(N, D, h, w)``.
+            latents: The flow's, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
             copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
 
         Returns:
-            The rows of some of the images, ``(m,)``, and their anomaly maps, ``(m, h, w)``, nats, each by a whitening
-            that was fitted to others.
+            The rows of some of the images, ``(m,)``, and their anomaly maps by whitenings that were fitted to other
+            images, ``(m, h, w)``, nats.
         """
         moments = flows.PositionMoments(latents)
         rows, unseen = [], []
@@ -167,7 +167,7 @@ class MapLayer(flows.ForEachKind):
         self.layout.fit(whitened, overwrite=True)
 
     def forget_whitening(self) -> None:
-        """Whiten nothing: what was fitted is of other weights of the flow."""
+        """Forget what was fitted to other weights of the flow, and whiten nothing."""
         self.positions.forget()
         self.layout.forget()
         if self.nearest is not None:
@@ -183,10 +183,11 @@ class MapLayer(flows.ForEachKind):
     def anomaly_map(self, latents: Tensor, scales: Tensor, kind: Tensor | None = None) -> Tensor:
         """Return anomaly maps, ``(N, h, w)``, nats.
 
-        The constants of the whitening are left out: where images differ more, all of them would look anomalous.
+        They leave the constants of the whitening out, with which all images would look anomalous at positions where
+        images vary more.
 
         Args:
-            latents: Those of the flow, ``(N, D, h, w)``.
+            latents: The flow's, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
             kind: The number of each image's kind, ``(N,)``, where there are several.
         """
@@ -197,10 +198,9 @@ class MapLayer(flows.ForEachKind):
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
     def fit_nearest(self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1) -> Tensor | None:
-        """Choose the normal positions that are kept, of reduced maps of training images in any precision.
+        """Fill the memory bank from reduced maps of training images, in any precision, as :meth:`NearestPatches.fit`.
 
-        Arguments and what it returns are those of :meth:`NearestPatches.fit`, but for the maps, which are those of the
-        finer shown layers and of this one, and nothing is returned where no positions are kept.
+        The maps are those of the finer shown layers and of this one. Returns ``None`` if there is no bank.
         """
         if self.nearest is None:
             return None
@@ -212,7 +212,7 @@ class MapLayer(flows.ForEachKind):
         return self.nearest.fit(compared, scored, copies)
 
     def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> Tensor | None:
-        """Distances of positions to the nearest normal one, ``(N, h, w)``; ``None`` where none are kept.
+        """Distances of positions to the nearest in the memory bank, ``(N, h, w)``; ``None`` if there is no bank.
 
         Args:
             shown: Reduced maps of the finer shown layers, and of this one, ``(N, D, h, w)`` each.
@@ -221,7 +221,7 @@ class MapLayer(flows.ForEachKind):
         return None if self.nearest is None else self.nearest(self._compared(shown), kind)
 
     def _compared(self, shown: Sequence[Tensor]) -> Tensor:
-        """What positions are compared by, ``(N, sum of D, h, w)``: finer maps are averaged to this one's size."""
+        """Vectors by which positions are compared, ``(N, sum of D, h, w)``: finer maps are averaged to this size."""
         *finer, own = shown
         return torch.cat([*(functional.adaptive_avg_pool2d(maps, self.size) for maps in finer), own], dim=1)
 
@@ -236,22 +236,22 @@ class MapLayer(flows.ForEachKind):
 
     @property
     def shares(self) -> list[float]:
-        """What each map counts for that is :meth:`shown`."""
+        """The weight of each map that is :meth:`shown`."""
         return [1.0] * self.top + [_SHARE] * (self.nearest is not None)
 
     def shown(self, maps: Tensor, distances: Tensor | None, kind: Tensor | None = None) -> list[Tensor]:
-        """Which maps are shown, ``(N, h, w)``, in units of normal images, from what :meth:`statistics` takes."""
+        """Return the maps to show, ``(N, h, w)``, in units of normal images; arguments as for :meth:`statistics`."""
         found = [self.standardise(maps, kind)] if self.top else []
         if distances is not None and self.nearest is not None:
             found.append(self.nearest.standardise(distances, kind))
         return found
 
     def statistics(self, maps: Tensor, distances: Tensor | None) -> list[Tensor]:
-        """What is said of images: one to three statistics, ``(N,)`` each.
+        """Return the evidence about images: one to three statistics, ``(N,)`` each.
 
         Args:
             maps: Their anomaly maps, ``(N, h, w)``.
-            distances: Of each position to the nearest normal one, where any are kept (:attr:`nearest`).
+            distances: What :meth:`distances` returns.
         """
         positions = maps.flatten(1)
         found = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
@@ -260,10 +260,10 @@ class MapLayer(flows.ForEachKind):
         return [*found, positions.mean(1)] if self.whole else found
 
     def weights(self, images: int) -> list[float]:
-        """What each of :meth:`statistics` counts for, of a fit to so many images.
+        """Return the weights of :meth:`statistics` after a fit to so many images.
 
-        Of fewer images than a position has numbers its Gaussian is a guess, where a bank is made of all positions.
-        Beside a bank the most anomalous ones count for as much less as there are fewer images (docs/tried.md).
+        With fewer images than a position has numbers, its Gaussian is a guess, while a bank draws on all positions.
+        Beside a bank, the weight of the most anomalous positions then falls in proportion (docs/tried.md).
         """
         bank = self.nearest is not None
         of_top = self._of_top * min(1.0, images / self.dims) if bank else self._of_top
@@ -271,7 +271,7 @@ class MapLayer(flows.ForEachKind):
 
     @property
     def statistic_names(self) -> list[str]:
-        """What :meth:`statistics` are of."""
+        """The names of :meth:`statistics`."""
         return [
             *([f"{self.name}: its most anomalous positions"] * self.top),
             *([f"{self.name}: its patch that is least like any normal one"] * (self.nearest is not None)),
@@ -286,7 +286,7 @@ def new_layers(
     roles: Sequence[tuple[bool, bool]],
     **arguments: Any,
 ) -> list[MapLayer]:
-    """Return layers, from the finest, by their names, channels, shapes and roles, ``(top, whole)``."""
+    """Return layers, from the finest on, from their names, channels, shapes and roles, ``(top, whole)``."""
     layers: list[MapLayer] = []
     finer: list[tuple[int, int, int]] = []
     for name, own, shape, (top, whole) in zip(names, channels, shapes, roles, strict=True):
@@ -296,7 +296,7 @@ def new_layers(
 
 
 def shown_before(layers: Iterable[MapLayer], reduced: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield what each layer's positions are compared by: reduced maps of shown layers up to it, from the finest."""
+    """Yield for each layer the reduced maps of the shown layers up to it, from the finest on."""
     shown: list[Tensor] = []
     for layer, maps in zip(layers, reduced, strict=True):
         shown = [*shown, maps] if layer.top else shown
@@ -304,5 +304,5 @@ def shown_before(layers: Iterable[MapLayer], reduced: Iterable[Tensor]) -> Itera
 
 
 def _block(size: tuple[int, int]) -> int:
-    """The largest blocks that make up a map."""
+    """The side of the largest blocks that a map divides into."""
     return next(block for block in _BLOCKS if not any(side % block for side in size))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How unlike anything normal each position is, wherever in the image that may be."""
+"""How unlike any normal position each position of a map is, wherever that may be."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from anomalib_flowood import flows
 from .coreset import farthest_first
 
 _CANDIDATES = 100_000
-"""Positions of training images among which those of the memory bank are chosen: more take longer, and tell a little
-more (docs/tried.md)."""
+"""The most positions among which those of the memory bank are chosen: more take longer and gain little
+(docs/tried.md)."""
 _PART = 128
-"""Positions of the bank that are compared at once: what comes of them for one image stays in a processor's cache."""
+"""Positions of the bank that are compared at a time: the results for one image fit into a processor's cache."""
 _ALIKE = 1e-5
-"""Squared distance, as a share of a position's squared length, below which it is one of the bank: the difference of two
-numbers that are the same is rounding, whose root is thousands of times as large."""
+"""The least squared distance, as a share of a position's squared length. The distance of a position that is in the bank
+would be the root of a rounding error, which is thousands of times as large as the error."""
 _DISTANCES = 2**20
-"""Distances that are in memory at a time, of some images to one part of the bank."""
+"""Distances in memory at a time, of some images to one part of the bank."""
 
 
 class NearestPatches(flows.ForEachKind):
     """Distance of each position of a map to the nearest normal one, of any image and from any place in it.
 
-    A Gaussian of each position knows what belongs there; where parts lie anyhow, or every one has another layout, that
-    is anything. Then an anomaly is what is nowhere in normal images. As in PatchCore (Roth et al. 2022, "Towards Total
-    Recall in Industrial Anomaly Detection", section 3.2) normal positions are kept in a memory bank, each the farthest
-    from those before it, so that rare ones are among them. Distances are of reduced maps, whose directions all have
-    variance 1 over normal positions.
+    A Gaussian for each position knows what belongs there, which is no help if parts lie in any place, or each has
+    another layout. Then an anomaly is what occurs nowhere in normal images. As in PatchCore (Roth et al. 2022, "Towards
+    Total Recall in Industrial Anomaly Detection", section 3.2) normal positions are kept in a memory bank, each the
+    farthest from those before it, so that rare ones are among them. Distances are of reduced maps, whose directions all
+    have variance 1 over normal positions.
 
     Args:
         dims: D, numbers of a position.
@@ -56,7 +56,7 @@ class NearestPatches(flows.ForEachKind):
         self.register_buffer("spread", torch.ones(()))
 
     def fit(self, maps: Tensor, scored: Tensor, copies: int = 1) -> Tensor:
-        """Choose the positions that are kept, and set the scale of distances.
+        """Choose the positions of the bank, and set the scale of distances.
 
         Args:
             maps: Reduced maps of training images, ``(N, D, h, w)``.
@@ -64,7 +64,7 @@ class NearestPatches(flows.ForEachKind):
             copies: Rows of each image, one after the other.
 
         Returns:
-            Distances of the positions of these to the nearest that are kept of other images, ``(m, h, w)``.
+            Distances of their positions to the nearest in the bank from other images, ``(m, h, w)``.
         """
         _, _, height, width = maps.shape
         candidates = flows.draw(len(maps) * height * width, _CANDIDATES).to(maps.device)
@@ -77,7 +77,7 @@ class NearestPatches(flows.ForEachKind):
         found = []
         for row in scored.tolist():
             others = self.bank[images[chosen] != row // copies]
-            if not len(others):  # all are of an image that is far from any other
+            if not len(others):  # the bank is all of this image
                 others = points[images != row // copies]
             found.append(self._distances(maps[row : row + 1].to(others), others))
         distances = torch.cat(found)
@@ -85,12 +85,12 @@ class NearestPatches(flows.ForEachKind):
         return distances
 
     def forget(self) -> None:
-        """Keep nothing but the mean."""
+        """Empty the bank, but for the mean."""
         self.bank = self.bank.new_zeros(1, self.bank.shape[-1])
         self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
     def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
-        """Hold several fits; banks with fewer positions keep the last one several times."""
+        """Hold several fits; smaller banks are filled up with their last position."""
         most = max(len(bank) for bank, *_ in fits)
         super().join([(torch.cat([bank, bank[-1:].expand(most - len(bank), -1)]), *scale) for bank, *scale in fits])
 
