@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ middle, with 0.25 1.3 times. By −log p a flow detects better behind a flatter 
 
 NOISE_DRAWS = 4
 """Draws of the dequantisation's noise that bits per dimension are averaged over."""
-
-_UNSAVED_ALPHA = 0.05
-"""Alpha of checkpoints that do not name it, which version 0.1.0 wrote."""
 
 
 class Logit(Layer):
@@ -73,10 +69,6 @@ class Logit(Layer):
     def _log_det(y: Tensor, squeeze: Tensor) -> Tensor:
         # d logit(p) / dp = 1 / (p (1 - p)), and -log(p (1 - p)) = softplus(y) + softplus(-y).
         return (functional.softplus(y) + functional.softplus(-y) + squeeze.log()).flatten(1).sum(1)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}alpha", torch.tensor(_UNSAVED_ALPHA))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def dequantize(images: Tensor, noise: Tensor | None = None) -> Tensor:

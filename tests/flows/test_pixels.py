@@ -48,10 +48,6 @@ def test_alpha_is_loaded_with_the_weights():
     x = torch.rand(2, 1, 4, 4)
     loaded.load_state_dict(saved.state_dict())
     torch.testing.assert_close(loaded(x), saved(x))
-    # Checkpoints from before it was kept had the literature's.
-    before = {name: value for name, value in saved.state_dict().items() if not name.endswith("alpha")}
-    loaded.load_state_dict(before)
-    torch.testing.assert_close(loaded(x)[0], logit(x.double(), alpha=0.05)[0].float())
 
 
 @given(level=st.integers(0, 255), noise=st.floats(0, 0.999))

@@ -99,16 +99,6 @@ def test_there_is_one_density_where_no_kinds_are_wanted():
     torch.testing.assert_close(detector(images).pred_score, -detector.log_prob(images) / detector.dims)
 
 
-@torch.no_grad()
-def test_weights_from_before_there_were_kinds_load():
-    detector, again = model(kind_images=0), model()
-    detector.fit_features(detector.extract(products(20)))
-    saved = {name: value for name, value in detector.state_dict().items() if not name.startswith("unseen.")}
-    again.load_state_dict(saved)
-    images = products(2)
-    torch.testing.assert_close(again(images).pred_score, detector(images).pred_score)
-
-
 def parts(folder):
     return OneClass(folder, "good", val_split_ratio=0.3)
 

@@ -499,12 +499,6 @@ def test_checkpoints_hold_calibrations_of_maps(caplog):
     saved.forget()
     assert torch.isnan(saved.pixel_threshold)
 
-    before = {name: value for name, value in fresh.state_dict().items() if name != "pixel_calibration"}
-    fresh.load_state_dict(before)
-    assert "from before thresholds of pixels were calibrated on maps: validate once" in caplog.text
-    assert fresh.calibrated
-    assert fresh(predictions).pred_mask is None
-
 
 def test_checkpoints_hold_calibrations_of_any_size(caplog):
     saved, fresh = calibrated(images=57, alpha=0.03), calibrated(images=400)

@@ -73,8 +73,7 @@ def check_export(
     target = path if target is None else target
     if detector.check_images is None:
         print(
-            f"Check of {target}: nothing could be checked, for the detector keeps no normal images: they are large, or "
-            "it was fitted by an earlier version."
+            f"Check of {target}: nothing could be checked, for the detector keeps no normal images, which are too large."
         )
         return {"images": 0}
     raw = "raw_score" in reference(detector, detector.check_images[:1] / 255)

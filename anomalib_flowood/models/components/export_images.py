@@ -29,11 +29,11 @@ _CHECK_KEY = "anomalib_flowood_check_images"
 
 
 class KeepsImages(Mixin):
-    """Takes a few normal images when a fit begins, from its validation set, and keeps them in checkpoints."""
+    """Takes a few normal images from the validation set when a fit begins, and keeps them in checkpoints."""
 
     model: FlowModel
     check_images: Tensor | None = None
-    """Normal images at the detector's input size, ``(n, 3, H, W)``, uint8; ``None`` in checkpoints of old."""
+    """Normal images at the detector's input size, ``(n, 3, H, W)``, uint8; ``None`` if they are too large to keep."""
 
     def on_fit_start(self) -> None:
         """Keep a few normal images for checks of later exports."""
@@ -69,7 +69,7 @@ def _image_loader(trainer: Trainer) -> DataLoader | None:
 
 
 def _normal_images(loader: DataLoader | None, count: int) -> Iterator[Tensor]:
-    """Yield so many normal images of a loader, ``(3, H, W)``, without a worker or a random number of the training's."""
+    """Yield so many normal images of a loader, ``(3, H, W)``, without workers or the training's random numbers."""
     if loader is None:
         return
     # One at a time, since images may differ in size. A loader that takes whole batches out of its data set goes as is.

@@ -124,20 +124,13 @@ class ConformalPostProcessor(PostProcessor):
             self._alpha = stored
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a calibration of any size; checkpoints from before there was one leave the detector uncalibrated."""
+        """Take a calibration of any size; a checkpoint of another post-processor leaves the detector uncalibrated."""
         if f"{prefix}calibration" not in state_dict:
             logger.warning(
-                "The checkpoint has no calibration scores, which labels and p-values come from: it is of an early "
-                "version, or was trained with another post-processor, as anomalib's. There are raw scores alone. "
-                "`flowood validate --ckpt_path` calibrates, and writes a checkpoint with the calibration; "
+                "The checkpoint has no calibration scores, which labels and p-values come from: it was trained with "
+                "another post-processor, such as anomalib's. There are raw scores alone. `flowood validate --ckpt_path` "
+                "calibrates, and writes a checkpoint with the calibration; "
                 "open_checkpoint(PATH, post_processor=PostProcessor()) has what anomalib's has learnt."
-            )
-        elif f"{prefix}pixel_calibration" not in state_dict and bool(
-            state_dict.get(f"{prefix}pixel_max", self.pixel_max).isfinite()
-        ):
-            logger.warning(
-                "The checkpoint is from before thresholds of pixels were calibrated on maps: validate once, or maps "
-                "stay raw and no pixel is marked."
             )
         for name in ("calibration", "pixel_calibration", "calibrated_for"):
             buffer = getattr(self, name)

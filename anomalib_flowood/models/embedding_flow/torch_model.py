@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
@@ -271,11 +270,6 @@ class EmbeddingFlowModel(FlowModel):
         ratios = [part.tail_variance[..., None] / part.variances[..., : part.directions] for part in gaussians]
         shares = torch.cat(ratios, dim=-1).sqrt()
         return coordinates + (shares if kind is None else shares[kind]) * torch.randn_like(coordinates)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, value in self.unseen.state_dict(prefix=f"{prefix}unseen.").items():
-            state_dict.setdefault(name, value)  # weights of a version that had no kinds lack them
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
         """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
