@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports that say what they are, do not replace each other, and are compared with PyTorch before anybody uses them."""
+"""Exports that describe themselves, do not overwrite those of other models, and are checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class RawInferenceBatch(NamedTuple):
 class CheckedExport(CheckedWeights, KeepsImages):
     """Mixin for :class:`~anomalib.models.components.AnomalibModule`, to the left of it.
 
-    Each export gets a ``model.json`` beside it (:mod:`anomalib_flowood.exported`), is never written over that of
-    another model, and ends with a check: a few normal images, which fits take from their validation set and checkpoints
-    keep, go through the exported model and through PyTorch. All of it is done in a folder of its own, from where the
-    files take their places once they are whole: an export that fails or is killed leaves an earlier one as it was.
+    Each export gets a ``model.json`` beside it (:mod:`anomalib_flowood.exported`), never overwrites that of another
+    model, and ends with a check: a few normal images, which a fit takes from the validation set and checkpoints keep,
+    go through the exported model and through PyTorch. All files are made in a temporary folder and moved when they are
+    complete: an export that fails or is killed leaves an earlier one as it was.
     """
 
     check_exports: bool = True
@@ -83,7 +83,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
 
     @torch.no_grad()
     def raw_scores(self, images: Tensor) -> Tensor:
-        """Raw scores of images, ``(N,)``, of which the post-processor's ``p_values`` are; for torch exports.
+        """Return raw scores, ``(N,)``, for the post-processor's ``p_values``; torch exports are called by it.
 
         Args:
             images: In [0, 1], ``(N, 3, H, W)``.
@@ -91,9 +91,9 @@ class CheckedExport(CheckedWeights, KeepsImages):
         return self.model(self.pre_processor(images) if self.pre_processor else images).pred_score
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as :meth:`AnomalibModule.to_torch` does, described and checked; its weights want no gradients.
+        """Export as :meth:`AnomalibModule.to_torch` does, described and checked, with weights that need no gradients.
 
-        With gradients anomalib's inferencer, which takes none, would give tensors that neither NumPy nor a copy takes.
+        Otherwise the outputs of anomalib's inferencer would need gradients, and could not be converted to NumPy.
 
         Raises:
             NotFittedError: If the detector was never fitted.
@@ -116,10 +116,10 @@ class CheckedExport(CheckedWeights, KeepsImages):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Path:
-        """Export as :meth:`AnomalibModule.to_onnx` does, described and checked; OpenVINO export passes here too.
+        """Export as :meth:`AnomalibModule.to_onnx` does, described and checked; OpenVINO exports call it, too.
 
-        The graph computes a tensor ``raw_score``. It is no output of ``model.onnx``, since anomalib's inferencer hands
-        all outputs to a batch with fixed fields, but of ``model_raw.onnx``, the same graph on the same file of weights.
+        The graph computes a tensor ``raw_score``. It is an output not of ``model.onnx``, since anomalib's inferencer
+        passes all outputs to a batch with fixed fields, but of ``model_raw.onnx``, the same graph and the same weights.
 
         Raises:
             NotFittedError: If the detector was never fitted.
@@ -144,7 +144,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
         return target
 
     def _graph(self, export_root: Path | str, model_file_name: str, input_size: Any, **kwargs: Any) -> Path:
-        """Export to ONNX, with the graph that gives the raw score beside it."""
+        """Export to ONNX, with a second graph that also returns the raw score."""
         import onnx
 
         with self._set("_gives_raw_score"), _out_of_place(self):
@@ -175,7 +175,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
             ModuleNotFoundError: If INT8 is wanted, and NNCF is not installed.
             ExportCheckError: If the exported model, in single precision and not compressed, gives other scores.
         """
-        # anomalib's third argument behind these two is the compression, and the next its data.
+        # Of anomalib's further arguments, the second is the compression, and the third its data.
         compression = CompressionType(given) if (given := _argument("compression_type", 1, args, kwargs)) else None
         if compression in _INT8:
             check_quantisable(self.model)
@@ -201,18 +201,18 @@ class CheckedExport(CheckedWeights, KeepsImages):
 
     @contextmanager
     def _calibrated_by_export(self, data: Any, args: Any, kwargs: Any, wanted: bool) -> Iterator[None]:
-        """For a while, calibrate on what an export gives for the validation images, where that is wanted."""
+        """Within the context, hold a calibration of an export's own scores of validation images, if wanted."""
         post_processor = self.post_processor
         if not wanted or not isinstance(post_processor, ConformalPostProcessor) or not post_processor.calibrated:
             yield
             return
         names = ("calibration", "pixel_calibration", "calibrated_for")
         before = {name: getattr(post_processor, name) for name in names}
-        post_processor.forget()  # so that the graph gives raw scores and maps
+        post_processor.forget()  # so that the graph returns raw scores and maps
         try:
             with TemporaryDirectory() as folder, self._set("_within_calibration"):
                 runtime = openvino_runtime(super().to_openvino(folder, "model", *args, **kwargs), raw=False)
-            if not hasattr(data, "val_data"):  # INT8 weights take no look at images
+            if not hasattr(data, "val_data"):  # not set up yet: INT8 weights need no images
                 _set_up(self, data)
             post_processor.calibrate(*raw_scores(runtime, normal_images(data.val_dataloader(), runtime.shape)))
             yield
@@ -221,7 +221,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
                 setattr(post_processor, name, value)
 
     def _compress_ov_model(self, model: Any, compression_type: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Compress an OpenVINO model as anomalib does, but for INT8, which is for the backbone alone."""
+        """Compress an OpenVINO model as anomalib does, but only the backbone to INT8."""
         compression = CompressionType(compression_type)
         if compression == CompressionType.INT8:
             return with_small_weights(model, self._backbone_nodes)
@@ -240,10 +240,10 @@ class CheckedExport(CheckedWeights, KeepsImages):
             delattr(self, name)  # the class has it as False
 
     def _export_root(self, given: Path | str) -> Path:
-        """Where to export to: beside the checkpoint, where anomalib's engine was given no ``export_root``.
+        """Return where to export to: beside the checkpoint, if anomalib's engine was given no ``export_root``.
 
-        The engine then names its folder of all runs, in which every model has the same place. It is told by what
-        anomalib puts there: the runs of this detector's class, one of which the checkpoint belongs to.
+        The engine then passes its folder of all runs, where all models would share one place. That folder is recognised
+        by the checkpoint, which belongs to one of the runs of this detector's class in it.
         """
         given = Path(given)
         if self._checkpoint_path is None:
@@ -253,7 +253,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
         return run if within and within[0] == type(self).__name__ else given
 
     def _target(self, given: Path | str, export_type: ExportType, name: str) -> Path:
-        """Where an export is to be, unless that of another model is there."""
+        """Return the path of an export; ``ValueError`` if that of another model is there."""
         path = self._export_root(given) / "weights" / export_type.value / name
         described = description_path(path)
         if not path.exists() and not described.exists():
@@ -270,7 +270,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
 
     @contextmanager
     def _whole_export(self, target: Path) -> Iterator[Path]:
-        """Let anomalib export below another root, from where all files take their places beside the target at once."""
+        """Let anomalib export to a temporary root, from which all files are moved beside the target at once."""
         with whole_files(target.parent, last=description_path(target).name) as folder, _told_of_room(target):
             yield folder
             made = folder / "weights"
@@ -292,7 +292,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
     def _describe_and_check(
         self, path: Path, target: Path, export_type: ExportType, compression: str | None = None
     ) -> None:
-        """Check an export, and write its ``model.json``, whatever the check finds; the target is where it will be."""
+        """Check an export, and write its ``model.json``, whatever the check finds; ``target`` is its final path."""
         device = self.device
         self.eval().to("cpu")  # graphics processors round differently
         try:
@@ -322,12 +322,12 @@ class CheckedExport(CheckedWeights, KeepsImages):
 
 
 _NO_ROOM = ("unexpected pos", "iostream error", "requested and")
-"""What PyTorch's, OpenVINO's and NumPy's writers say of a disk without room."""
+"""What PyTorch, OpenVINO and NumPy say when the disk is full."""
 
 
 @contextmanager
 def _told_of_room(target: Path) -> Iterator[None]:
-    """Say of an export that could not be written what may be the reason."""
+    """Explain an export that could not be written because the disk is full."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -340,7 +340,7 @@ def _told_of_room(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let no weight of a module want gradients."""
+    """Within the context, no weight of a module needs gradients."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -353,9 +353,9 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _out_of_place(module: nn.Module) -> Iterator[None]:
-    """Let no activation write to what it is given: PyTorch traces the same graph in two thirds of the time.
+    """Within the context, no activation works in place: PyTorch then traces the same graph in two thirds of the time.
 
-    An in-place ReLU6 is decomposed step by step each time that a graph with a batch of any size is traced.
+    With a dynamic batch size, each in-place ReLU6 would be decomposed step by step.
     """
     in_place = [part for part in module.modules() if getattr(part, "inplace", False) is True]
     for part in in_place:
@@ -368,7 +368,7 @@ def _out_of_place(module: nn.Module) -> Iterator[None]:
 
 
 def root_beside(checkpoint: Path | str) -> Path:
-    """Return the ``export_root`` whose ``weights/`` lies beside a checkpoint: that of its run, or its own folder."""
+    """Return the ``export_root`` beside a checkpoint: the folder of its run, or its own folder."""
     checkpoint = Path(checkpoint)
     if checkpoint.absolute().parts[-3:-1] != ("weights", "lightning"):
         return checkpoint.parent
@@ -376,11 +376,11 @@ def root_beside(checkpoint: Path | str) -> Path:
 
 
 def _set_up(detector: CheckedExport, data: Any) -> None:
-    """Have a data module read its images as those that a detector was trained on."""
-    data.setup(TrainerFn.FITTING)  # as a trainer does: anomalib's draw their splits anew at any other call
+    """Let a data module read its images as the detector's training images were read."""
+    data.setup(TrainerFn.FITTING)  # as trainers call it: anomalib's data modules split anew at any other call
     read_as_trained(detector, data)  # no trainer has it
 
 
 def _argument(name: str, place: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """An argument that may be given by its place or by its name."""
+    """Return an argument that may be given by position or by name."""
     return kwargs.get(name, args[place] if len(args) > place else None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported model beside the detector in PyTorch, on the same images."""
+"""Compares an exported model with the detector in PyTorch, on the same images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BOUND = 1e-4
-"""The largest difference between an export in single precision and PyTorch, relative; see :func:`compare`."""
+"""The largest relative difference allowed between an export in single precision and PyTorch; see :func:`compare`."""
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -50,7 +50,7 @@ class Runtime:
     Attributes:
         run: Takes images in [0, 1], ``(N, 3, H, W)``, and returns the outputs by name.
         shape: The shape of its input; ``None`` for a dimension that may vary.
-        takes_bytes: Whether images may also be of 8 bits.
+        takes_bytes: Whether images may also be ``uint8``.
     """
 
     run: Callable[[np.ndarray], Outputs]
@@ -61,20 +61,18 @@ class Runtime:
 def check_export(
     detector: KeepsImages, path: Path, export_type: ExportType, compression: str | None, target: Path | None = None
 ) -> dict[str, Any]:
-    """Compare the export with PyTorch; print what was found, and return it for ``model.json``.
+    """Compare an export with PyTorch; print the differences, and return them for ``model.json``.
 
     Args:
         detector: In evaluation mode, on the CPU.
         path: The exported model.
         export_type: Its type.
         compression: How it is compressed, if it is.
-        target: Where it will be, for what is printed; ``None`` if it stays.
+        target: Its final path, to be printed; ``None`` if it stays where it is.
     """
     target = path if target is None else target
     if detector.check_images is None:
-        print(
-            f"Check of {target}: nothing could be checked, for the detector keeps no normal images, which are too large."
-        )
+        print(f"Check of {target}: nothing could be checked, for the detector keeps no normal images (too large).")
         return {"images": 0}
     raw = "raw_score" in reference(detector, detector.check_images[:1] / 255)
     load: Any = {
@@ -85,8 +83,7 @@ def check_export(
     try:
         runtime = load(path)
         if compression is not None:
-            # It is calibrated on images that were scaled down to the detector's size: ones that were enlarged before
-            # are none that it has seen.
+            # At their own size only: it was calibrated on images of the detector's size, and not on enlarged ones.
             own = (side or size for side, size in zip(runtime.shape[2:], detector.check_images.shape[2:], strict=True))
             runtime = replace(runtime, shape=[*runtime.shape[:2], *own])
         found, images, passed = compare_runtime(detector, runtime)
@@ -134,15 +131,15 @@ def torch_runtime(path: Path, device: str | torch.device = "cpu") -> Runtime:
 
 
 def module_runtime(detector: Any) -> Runtime:
-    """Compute in PyTorch; one image after the other with a detector that takes no more at once.
+    """Return a runtime that computes in PyTorch, one image at a time if the detector takes no more.
 
     Args:
-        detector: In evaluation mode; it computes where it is.
+        detector: In evaluation mode, on the device to compute on.
     """
     count = 1 if detector.images_at_once == 1 else None
 
     def run(images: np.ndarray) -> Outputs:
-        # PyTorch warns of arrays that cannot be written to, as those of grey images, whose channels are one.
+        # A copy of read-only arrays, of which PyTorch warns: the channels of grey images share their memory.
         return reference(detector, torch.from_numpy(images if images.flags.writeable else images.copy()))
 
     return Runtime(run, (count, 3, None, None), detector.takes_bytes)
@@ -158,14 +155,14 @@ def onnx_runtime(path: Path) -> Runtime:
 
     raw = raw_onnx_path(path)
     options = onnxruntime.SessionOptions()
-    # By itself it has a thread for every core, also for those that the process may not use, and all wait by spinning.
+    # By default there is a spinning thread for every core, even for those that the process may not use.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else math.inf
     if allowed < (os.cpu_count() or 1):
         options.intra_op_num_threads = int(allowed)
     graph = raw if raw.exists() else path
     content = graph.read_bytes()
     weights = [file for file in path.parent.glob("*.onnx.data") if file.name.encode() in content]
-    # Else they stay a file that is mapped: a copy of another export over it would change, or end, what computes.
+    # In memory, not mapped: copying another export over the file would change the weights, or crash the process.
     if weights and hasattr(options, "add_external_initializers_from_files_in_memory"):
         held = [file.read_bytes() for file in weights]
         options.add_external_initializers_from_files_in_memory([file.name for file in weights], held, [*map(len, held)])
@@ -180,8 +177,8 @@ def onnx_runtime(path: Path) -> Runtime:
 def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") -> Runtime:
     """Load an OpenVINO export for the CPU.
 
-    A graph whose sizes are known is up to a sixth faster: the first image that comes alone has one compiled for its
-    size, in about half a second.
+    A graph with fixed sizes is up to a sixth faster: for the first single image one is compiled for its size, which
+    takes about half a second.
 
     Args:
         path: Of the ``.xml`` file.
@@ -194,12 +191,12 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
     import openvino
 
     core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # a copy of another export over the file would change, or end, this one
+    core.set_property({"ENABLE_MMAP": False})  # as for ONNX: no mapped file
     model = core.read_model(path)
     if raw:
         model.add_outputs("raw_score")
-    # On a thread of its own: where it computes, OpenVINO (2026.4) leaves a stack for signals behind that it has freed,
-    # and the end of a data loader's process, which is a signal, would be the end of this one.
+    # On a thread of its own: OpenVINO (2026.4) leaves a freed signal stack behind on threads that it computes on, so
+    # that the signal from a data loader's process that ends would crash this process.
     thread = ThreadPoolExecutor(1)
     hint = {"INFERENCE_PRECISION_HINT": precision} if precision else {}
     compiled = thread.submit(core.compile_model, model, "CPU", hint).result()
@@ -224,29 +221,29 @@ def openvino_runtime(path: Path, *, raw: bool, precision: str | None = "f32") ->
 
 
 def openvino_default_precision() -> str:
-    """Return what OpenVINO's CPU plugin computes in on this machine unless told otherwise: ``f32`` or ``bf16``."""
+    """Return the default precision of OpenVINO's CPU plugin on this machine: ``f32`` or ``bf16``."""
     import openvino
 
     return openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
 
 
 def raw_onnx_path(path: Path) -> Path:
-    """Return the graph beside an ONNX export that also gives the raw score."""
+    """Return the path of the graph beside an ONNX export that also returns the raw score."""
     return path.with_stem(f"{path.stem}_raw")
 
 
 @torch.no_grad()
 def reference(detector: AnomalibModule, images: Tensor, step: float = 0.0) -> Outputs:
-    """What the detector gives in PyTorch, pre-processing the images as it does when it is tested.
+    """Return the detector's outputs in PyTorch, with the pre-processing of a test.
 
     Args:
         detector: In evaluation mode.
-        images: In [0, 1], ``(N, 3, H, W)``; of 8 bits where the detector takes them so.
+        images: In [0, 1], ``(N, 3, H, W)``; or ``uint8``, if the detector takes bytes.
         step: How far raw scores and maps are moved before they are post-processed, relative to their absolute value,
-            or to 1 where that is less.
+            or to 1 if that is larger.
 
     Returns:
-        The fields of anomalib's batch that are not ``None``, and ``raw_score`` where it is not ``pred_score``.
+        The fields of anomalib's batch that are not ``None``, and ``raw_score`` if it differs from ``pred_score``.
     """
     images = images.to(detector.device)
     if images.dtype != torch.uint8:
@@ -264,11 +261,11 @@ def reference(detector: AnomalibModule, images: Tensor, step: float = 0.0) -> Ou
 
 
 def batches(images: Tensor, shape: Sequence[int | None]) -> Iterator[Tensor]:
-    """Yield images as an export takes them: in two sizes, or in the only one that it takes.
+    """Yield images in two sizes, or in the only size that an export takes.
 
     Args:
         images: Images at the detector's input size, ``(n, 3, H, W)``, uint8.
-        shape: Of the export's input.
+        shape: The shape of the export's input.
 
     Yields:
         Images in [0, 1], ``(N, 3, H, W)``.
@@ -284,19 +281,18 @@ def batches(images: Tensor, shape: Sequence[int | None]) -> Iterator[Tensor]:
 
 
 def rounding(detector: AnomalibModule, images: Tensor, expected: Outputs, *, pixels: bool) -> Outputs:
-    """How far PyTorch's own outputs move with the last digits of numbers in single precision.
+    """Return how much PyTorch's own outputs change with the last digits of single precision.
 
-    Normal scores that lie close together have normalised scores that move with the last digits of the raw ones, which
-    are moved by a millionth; of 1, where they are smaller: a log-density that passes through 0 is a sum of numbers that
-    do not, and its last digits are theirs.
+    Normal scores that lie close together have normalised scores that depend on the last digits of the raw ones. These
+    are moved by a millionth of their value, or of 1 if they are smaller: a log-density near 0 is a sum of larger
+    numbers, and has their last digits.
 
     Args:
         detector: In evaluation mode.
         images: In [0, 1], ``(N, 3, H, W)``.
         expected: Their outputs.
-        pixels: Move pixels, too, by a 4,000th of a grey level. A flow on pixels rounds them to 256 levels after they
-            were resized: one that lies between two levels but for the last digit goes either way, and takes the score
-            along.
+        pixels: Move pixels, too, by a 4,000th of a grey level. A flow on pixels rounds them to 256 levels after
+            resizing: one that lies just between two levels may go either way, which changes the score.
     """
     small = 1e-6
     moved = [reference(detector, images, step) for step in (-small, small)]
@@ -314,13 +310,13 @@ def compare(got: Outputs, expected: Outputs, slack: Outputs | None = None) -> di
     """Return the largest differences of an export from PyTorch, and the number of labels that differ.
 
     Scores and maps in [0, 1] differ by ``|a - b| / (|b| + 0.1)``. Raw ones have no scale of their own, and differ by
-    ``|a - b|`` over the largest of the batch. Labels count if the score is not at the threshold but for rounding, where
-    one of the calibration images, of which these may be some, always is.
+    ``|a - b|`` over the largest of the batch. Labels count unless the score is at the threshold but for rounding: one
+    of the calibration images always is, and it may be among these images.
 
     Args:
         got: Outputs of the export.
         expected: Outputs of PyTorch.
-        slack: What they may differ by without a difference.
+        slack: Differences that do not count.
     """
     differences: dict[str, float] = {}
     normalised = "raw_score" in expected
@@ -345,7 +341,7 @@ def compare(got: Outputs, expected: Outputs, slack: Outputs | None = None) -> di
 
 
 def worst(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Put the differences of several batches together: the largest ones, and all labels."""
+    """Combine the differences of several batches: the largest ones, and the number of labels."""
     return {name: (sum if name == "labels" else max)(one[name] for one in found) for name in found[0]}
 
 
@@ -355,7 +351,7 @@ def agree(differences: Mapping[str, float]) -> bool:
 
 
 def readable(differences: Mapping[str, float], images: int) -> str:
-    """Put differences in words: ``raw score 3e-07, score 2e-06, labels of 0 of 10 images``."""
+    """Describe differences: ``raw score 3e-07, score 2e-06, labels of 0 of 10 images``."""
     parts = [f"{_TITLES[name]} {value:.1g}" for name, value in differences.items() if name != "labels"]
     if "labels" in differences:
         parts.append(f"labels of {differences['labels']} of {counted(images, 'image')}")
