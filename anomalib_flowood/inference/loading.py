@@ -24,9 +24,9 @@ from anomalib_flowood.models.components.export_check import (
 
 _SUFFIXES = {".pt", ".onnx", ".xml", ".json"}
 _NEEDED = {"export_type", "file", "image_size", "level", "max_value", "raw_score"}
-"""Keys of a description that 0.1.0 did not write all of."""
+"""Keys of a description, some of which version 0.1.0 did not write."""
 _NAMED = 5
-"""Files that a message names at most."""
+"""The most files that a message names."""
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
@@ -35,20 +35,20 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Detector:
     Args:
         path: A checkpoint (``model.ckpt``), an export (``model.xml``, ``model.onnx``, ``model.pt``, or the
             ``model.json`` beside it), or the folder of an export. OpenVINO computes in single precision.
-        device: Where PyTorch computes, ``"cuda"`` say: that of a checkpoint or a torch export. Others are for the CPU.
+        device: Where PyTorch computes, for a checkpoint or a torch export: ``"cuda"``, say. Other exports are for the
+            CPU.
 
     Returns:
-        The detector, which reads and resizes images as its training did, and has its calibration. Pickled, it is the
+        The detector, which reads and resizes images as its training did, and has its calibration. It is pickled as the
         file's absolute path, from which it is loaded again.
 
     Raises:
-        FileNotFoundError: If there is nothing of that name, no export in a folder, or no ``model.json`` beside it, nor
-            ``model_raw.onnx``, which gives an ONNX export's raw scores.
-        ValueError: If a folder holds several exports; if a file is none of these, or an export of an earlier or later
-            version; if files of an export are not those that it was made with, or its description was changed; if a
-            torch export is to be loaded, which runs the code in it, and the environment variable
-            ``TRUST_REMOTE_CODE`` is not 1: anomalib's rule; if an export for the CPU is to be loaded for another
-            device, or PyTorch has no such device here.
+        FileNotFoundError: If there is no such file or folder, no export in a folder, or no ``model.json`` or
+            ``model_raw.onnx`` beside an export that needs it.
+        ValueError: If a folder holds several exports; if a file is none of these, or an export of an incompatible
+            version; if files of an export were replaced, or its description was changed; if PyTorch does not have the
+            device here, or the export is for the CPU only. Also if a torch export is to be loaded, which runs the code
+            in it, and the environment variable ``TRUST_REMOTE_CODE`` is not 1, which is anomalib's rule.
         CheckpointError: If a checkpoint is broken.
         ModuleNotFoundError: If the runtime of an export is not installed.
     """
@@ -86,10 +86,10 @@ def _loaded(path: Path, device: str | torch.device) -> Detector:
 
 
 def of_module(module: Any, again: Any = None) -> Detector:
-    """Score with a trained detector that is in memory.
+    """Wrap a trained detector that is in memory.
 
     Args:
-        module: One of the detectors of this package. It is put into evaluation mode, and computes where it is.
+        module: One of the detectors of this package. It is put into evaluation mode, and computes on its own device.
         again: See :class:`Detector`; by default this function and the module.
     """
     module = module.eval()
@@ -108,7 +108,7 @@ def of_module(module: Any, again: Any = None) -> Detector:
 
 
 def _export_in(folder: Path) -> Path:
-    """The one export in a folder."""
+    """Return the only export in a folder."""
     found = sorted(file for file in folder.iterdir() if _is_export(file))
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
@@ -123,12 +123,12 @@ def _export_in(folder: Path) -> Path:
 
 
 def _is_export(file: Path) -> bool:
-    """Whether it holds a model: not what describes one, nor the graph of raw scores beside an ONNX model."""
+    """Whether a file is a model, and neither a description nor the graph of raw scores beside an ONNX model."""
     return file.suffix in _SUFFIXES - {".json"} and not (file.suffix == ".onnx" and file.stem.endswith("_raw"))
 
 
 def _described(path: Path, known: dict[str, Any]) -> Path:
-    """The export that a description is of: the file of its name, be both called otherwise than when they were made."""
+    """Return the export that a description belongs to, by name, though both may have been renamed."""
     if missing := sorted(_NEEDED - known.keys()):
         msg = f"{description_path(path)} is of an earlier version, without {', '.join(missing)}: export the model anew."
         raise ValueError(msg)
@@ -157,7 +157,7 @@ def _described(path: Path, known: dict[str, Any]) -> Path:
 
 
 def _renamed(name: str, model: str, path: Path) -> Path:
-    """Where a file of an export is that may be called otherwise now; an ONNX graph names the file of its weights."""
+    """Return the path of an export's file after a renaming; the weights of an ONNX graph keep their name."""
     stem = Path(model).stem
     kept = name.endswith(".onnx.data") or not name.startswith(stem)
     return path.with_name(name if kept else path.stem + name.removeprefix(stem))
@@ -168,7 +168,7 @@ def _runtime(path: Path, known: dict[str, Any], device: str | torch.device) -> R
         return _computing(path, known, device)
     except (ValueError, ModuleNotFoundError, FileNotFoundError):
         raise
-    except Exception as error:  # every runtime has its own for a file that is not whole
+    except Exception as error:  # each runtime has its own errors for broken files
         reason = " ".join(str(error).split())[:200]
         msg = f"{path} cannot be loaded: is it whole, with what lies beside it? ({reason}) Export the model again."
         raise ValueError(msg) from error
@@ -194,7 +194,7 @@ def _computing(path: Path, known: dict[str, Any], device: str | torch.device) ->
 
 
 def _named(device: str | torch.device) -> torch.device:
-    """The device of a name, whether it is there or not."""
+    """Return the device of a name, whether it is available or not."""
     try:
         return torch.device(device)
     except RuntimeError as error:
@@ -203,7 +203,7 @@ def _named(device: str | torch.device) -> torch.device:
 
 
 def _check_device(device: str | torch.device) -> None:
-    """Refuse a device that is not there, of which each kind of it has an error of its own, before a model is read."""
+    """Refuse a device that is not available, before a model is read."""
     named = _named(device)
     try:
         torch.empty(1, device=named)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: opened with the class and the settings that they hold, by versions that can read them."""
+"""Opens checkpoints with the class and the settings that they name."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ VERSION = "anomalib_flowood_version"
 _REASONS = {
     "0.2.0": "its fitted statistics have moved into modules of their own, and their names with them",
 }
-"""Why checkpoints from before a version cannot be read."""
+"""Why checkpoints from before these versions cannot be read."""
 
 _UNNAMED = "0.1.0 or before"
 _CONFORMAL = "anomalib_flowood.models.components.ConformalPostProcessor"
 _LEVEL = {"alpha", "contamination"}
-"""What its configuration holds; other post-processors have others."""
+"""The keys of its configuration; other post-processors have others."""
 
 
 class SettingsError(ValueError):
-    """Settings were given that differ from a checkpoint's, and may not."""
+    """Settings were given that differ from a checkpoint's, but may not."""
 
 
 def open_checkpoint(path: str | Path, **changes: Any) -> Any:
-    """Open a trained detector: its class, settings and weights are the checkpoint's.
+    """Open a trained detector with the class, settings and weights of a checkpoint.
 
     Args:
         path: A checkpoint that a detector of this package wrote.
         **changes: Arguments of the class that may differ from the checkpoint's: ``score``,
-            ``post_processor=ConformalPostProcessor(alpha=…)``, what only training needs, and other components.
+            ``post_processor=ConformalPostProcessor(alpha=…)``, other components, and what only training needs.
 
     Returns:
         The detector, on the CPU.
@@ -68,8 +68,8 @@ def detector_class(path: object, checkpoint: Mapping[str, Any]) -> Any:
         A subclass of ``AnomalibModule``.
 
     Raises:
-        CheckpointError: If no detector of this package wrote it, or one that nobody imported, or a version that the
-            detector cannot read.
+        CheckpointError: If no detector of this package wrote it, its class is not imported, or its version cannot be
+            read.
     """
     writer = checkpoint.get(CLASS)
     if writer is None:
@@ -87,9 +87,10 @@ def detector_class(path: object, checkpoint: Mapping[str, Any]) -> Any:
 
 
 def imported_class(checkpoint: Mapping[str, Any]) -> Any:
-    """Find the class that wrote a checkpoint among those that are imported; ``None`` if it is not there.
+    """Find the class that wrote a checkpoint among imported ones; ``None`` if it is not there.
 
-    Of several of the name it is that of the same module; where that has defined it anew, as notebooks do, the last.
+    If several have the name, it is that of the same module; the last one, if the module has redefined it, as notebooks
+    do.
     """
     classes = [cls for cls in subclasses(AnomalibModule) if cls.__name__ == checkpoint.get(CLASS)]
     written = [cls for cls in classes if cls.__module__ == checkpoint.get(MODULE)]
@@ -97,12 +98,12 @@ def imported_class(checkpoint: Mapping[str, Any]) -> Any:
 
 
 def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) -> None:
-    """Refuse a checkpoint from before the version whose checkpoints a detector can read.
+    """Refuse a checkpoint from before the earliest version that a detector can read.
 
     Args:
         path: Its file, to be named in the error.
         checkpoint: What was read from it.
-        detector: The class that wrote it; its ``readable_since`` is the earliest version, if there is one.
+        detector: The class that wrote it; its ``readable_since`` is that version, if there is one.
 
     Raises:
         CheckpointError: If an earlier version wrote it.
@@ -120,7 +121,7 @@ def check_version(path: object, checkpoint: Mapping[str, Any], detector: Any) ->
 
 
 def saved_arguments(path: object, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint's detector was built from, as a configuration file has it.
+    """Return how a checkpoint's detector was built, as in a configuration file.
 
     Args:
         path: Its file, to be named in errors.
@@ -178,15 +179,15 @@ def check_settings(
 
 
 def check_finite(path: object, state_dict: Mapping[str, Any]) -> None:
-    """Refuse weights with which there is no score.
+    """Refuse weights that cannot give scores.
 
     Args:
         path: The checkpoint that they are from, to be named in the error; ``None`` for those of a detector in memory.
         state_dict: A detector's.
 
     Raises:
-        ValueError: If a weight or a fitted statistic is NaN, or one that is not a score's infinite; of a checkpoint, a
-            :class:`CheckpointError`.
+        ValueError: If a weight or a fitted statistic is NaN, or infinite and not a score's; a
+            :class:`CheckpointError` for a checkpoint.
     """
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or not name.startswith("model."):
@@ -202,7 +203,7 @@ def check_finite(path: object, state_dict: Mapping[str, Any]) -> None:
 
 
 def check_fitted(path: object, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse what an interrupted training leaves before anything is fitted.
+    """Refuse the checkpoint of a training that was interrupted before anything was fitted.
 
     Args:
         path: The checkpoint's file, to be named in the error.
@@ -221,7 +222,7 @@ def check_fitted(path: object, checkpoint: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Bring a setting to what JSON knows, so that a tuple equals a list and a path its text."""
+    """Convert a setting to what JSON knows, so that a tuple equals a list, and a path its text."""
     return json.loads(json.dumps(value, default=str))
 
 

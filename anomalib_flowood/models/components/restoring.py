@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector leaves in a checkpoint, and how one is made of it again."""
+"""What a detector saves in a checkpoint, and how it is restored."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 
 class Restoring(CheckedWeights):
-    """Saves class, score and version; loads with the checkpoint's settings, and refuses what does not fit."""
+    """Saves class, score and version; loads with the checkpoint's settings, and refuses checkpoints that do not fit."""
 
     readable_since: ClassVar[str | None] = None
-    """Version of this package whose checkpoints are the oldest that can be read; ``None`` if all can."""
+    """The earliest version of this package whose checkpoints can be read; ``None`` if all can."""
     _left = ""
-    """Score of a checkpoint that was left behind, as has been said."""
+    """The score of a checkpoint that was dropped, of which the user has been told."""
     _scored_anew: ClassVar[bool] = False
-    """Whether whoever loads fits the score and calibrates it, so that nothing is missing."""
+    """Whether the caller fits and calibrates the score anew, so that a dropped one is no loss."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the names of class, module, score and version."""
@@ -54,14 +54,13 @@ class Restoring(CheckedWeights):
         self._leave_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another class or of other settings; leave behind what belongs to another score.
+        """Refuse the checkpoint of another class or of other settings; drop what belongs to another score.
 
         Raises:
             ValueError: If it was written by another class or by a version that is too old, or lacks the flows that the
                 score trains.
-            SettingsError: If it was trained with other settings than this detector has: neither can be applied to the
-                other, since which were meant nobody knows.
-            CheckpointError: If a weight is NaN or infinite, or nothing is fitted yet, unless a fit goes on with it.
+            SettingsError: If it was trained with other settings than this detector has: nobody knows which are meant.
+            CheckpointError: If a weight is NaN or infinite, or nothing is fitted yet, unless a fit is resumed.
         """
         trainer = trainer_of(self)
         path = None if trainer is None else trainer.ckpt_path
@@ -83,9 +82,9 @@ class Restoring(CheckedWeights):
         super().on_load_checkpoint(checkpoint)
 
     def _leave_score(self, checkpoint: dict[str, Any]) -> None:
-        """Leave behind what belongs to another score than this detector's, and what was calibrated with it."""
+        """Drop what belongs to another score than this detector's, including its calibration."""
         scorer, state = self.model.scorer, checkpoint["state_dict"]
-        # Not from the hyper-parameters, which by now are those that the checkpoint is loaded with.
+        # Not from the hyper-parameters, which are those of the loading detector by now.
         trained = checkpoint.get(SCORE, "nll")
         if trained == scorer.name:
             return
@@ -95,7 +94,7 @@ class Restoring(CheckedWeights):
                 f"with score {trained!r}. Train with score {scorer.name!r}."
             )
             raise ValueError(msg)
-        # The engine loads what a command has opened before.
+        # Said once: the engine loads a checkpoint again that a command has opened.
         if trained != self._left and not self._scored_anew:
             logger.warning(
                 "The checkpoint has the score %r and this detector %r (argument score): what belongs to the former "
@@ -106,7 +105,7 @@ class Restoring(CheckedWeights):
         self._left = trained
         for key in [key for key in state if key.startswith("model.scorer.")]:
             del state[key]
-        # The thresholds of any post-processor; anomalib's are NaN before a validation.
+        # Thresholds of any post-processor: anomalib's are NaN before a validation.
         for key in [key for key in state if key.startswith("post_processor.")]:
             value = state[key]
             if "calibrat" in key:
@@ -115,9 +114,9 @@ class Restoring(CheckedWeights):
                 state[key] = torch.full_like(value, float("nan"))
 
     def _leave_callback_state(self, checkpoint: dict[str, Any]) -> None:
-        """Take the post-processor out of the callbacks' states, which are restored after the weights.
+        """Remove the post-processor from the callbacks' states, which are restored after the weights.
 
-        It is a part of the detector, with whose weights its calibration comes.
+        It is a part of the detector, and its calibration is restored with the weights.
         """
         if isinstance(self.post_processor, Callback):
             checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
@@ -142,9 +141,9 @@ class Restoring(CheckedWeights):
             FileNotFoundError: If there is no such file.
             CheckpointError: If it is broken, does not fit, was written by another class or by a version that is too
                 old, or is of a training that had fitted nothing yet.
-            SettingsError: If another setting is given that differs from the checkpoint's.
+            SettingsError: If a setting is given that may not differ from the checkpoint's, but does.
         """
-        # Before anything is built: the other class's arguments may name a backbone that is not here.
+        # Before anything is built: another class's settings may name a backbone that is not at hand.
         checkpoint = read_checkpoint(checkpoint_path)
         cls._check_writer(checkpoint, checkpoint_path)
         check_fitted(checkpoint_path, checkpoint)
@@ -158,7 +157,7 @@ class Restoring(CheckedWeights):
             cls.may_change,
             f"Leave them out, or train with them. What may change: {allowed}, and the post-processor's alpha.",
         )
-        # Among those are what a class gives to the one that it is derived from.
+        # Settings also hold arguments that a class passes to its base class.
         inits = [vars(parent)["__init__"] for parent in cls.__mro__ if "__init__" in vars(parent)]
         known = {name for init in inits for name in inspect.signature(init).parameters}
         unknown = sorted(stored.keys() - known)
@@ -170,7 +169,7 @@ class Restoring(CheckedWeights):
                 ", ".join(unknown),
             )
         if "pre_trained" in stored:
-            # The checkpoint holds the backbone's weights: nothing needs to be fetched.
+            # The checkpoint holds the backbone's weights, so nothing needs to be fetched.
             kwargs["pre_trained"] = False
         if "_instantiator" in checkpoint["hyper_parameters"]:
             kwargs["_instantiator"] = None  # LightningCLI's, whose parser a command has replaced
@@ -190,7 +189,7 @@ class Restoring(CheckedWeights):
 
 @contextmanager
 def scored_anew() -> Iterator[None]:
-    """Load checkpoints whose score is fitted and calibrated next: that another one is left behind is no loss then."""
+    """Within the context, say nothing of dropped scores: the loaded detector's score is fitted and calibrated next."""
     Restoring._scored_anew = True
     try:
         yield
