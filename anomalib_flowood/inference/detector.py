@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loaded detector, and what it says of images."""
+"""A loaded detector, and the scores that it gives."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ ReadImage = tuple[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a detector says of N images, in the order in which they were given.
+    """Scores and decisions for N images, in the order in which they were given.
 
     Attributes:
-        paths: Their files; empty texts where there are none.
-        score: In [0, 1], above 0.5 exactly where the label is 1, ``(N,)``; the raw score of a detector that was never
-            validated.
-        raw_score: What the detector computes, of which p-values are, ``(N,)``; higher is more anomalous.
+        paths: Their files; empty strings where there are none.
+        score: In [0, 1], above 0.5 exactly where the label is 1, ``(N,)``; the raw score without a calibration.
+        raw_score: What the detector computes, and p-values are based on, ``(N,)``; higher is more anomalous.
         p_value: Conformal p-values, ``(N,)``, float64: :func:`anomalib_flowood.conformal.p_values`; ``None`` without a
             calibration. ``p_value <= level`` is the label at any level.
         label: Whether they are anomalous at the detector's level, ``(N,)``; ``None`` without a calibration.
         anomaly_map: In [0, 1], with 0.5 at the threshold of pixels, ``(N, H, W)`` at the detector's size; ``None`` of
-            detectors that judge whole images.
+            detectors of whole images.
     """
 
     paths: tuple[str, ...]
@@ -56,13 +55,14 @@ class Detector:
     """A trained detector that scores images: :func:`anomalib_flowood.load` makes one.
 
     Args:
-        runtime: What computes.
-        size: Height and width that images are resized to beforehand; ``None`` leaves them as they are.
-        calibration: Raw scores of normal images, ``(n,)``; nothing where there are none.
+        runtime: Computes the outputs.
+        size: Height and width that images are resized to first; ``None`` leaves them as they are.
+        calibration: Raw scores of normal images, ``(n,)``; empty without a calibration.
         level: The largest p-value that is labelled anomalous.
-        max_value: What white was in files of 16 bits in training.
-        left_out: Raw scores of images that were held out, too, and may be anomalies: drift alone is tested with them.
-        again: A function and its arguments that make the same detector, by which it is pickled: no runtime can be.
+        max_value: The value of white in 16-bit files in training.
+        left_out: Raw scores of held-out images that may be anomalies: only drift is tested with them.
+        again: A function and its arguments that make the same detector. It is pickled as these, since runtimes cannot
+            be pickled.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Detector:
         self.again = again
 
     def __reduce__(self) -> tuple[Callable[..., Detector], tuple[Any, ...]]:
-        """Be made again where it is unpickled, as in another process: of the same file, which has to be there."""
+        """Pickle as the function that makes it again: from the same file, which has to be there."""
         if self.again is None:
             msg = "A Detector of a runtime of your own cannot be pickled: make it in each process."
             raise TypeError(msg)
@@ -97,10 +97,10 @@ class Detector:
         Args:
             images: Files, folders, arrays, tensors, Pillow images, or any iterable of these, a generator too: see
                 :func:`~anomalib_flowood.inference.images.each_image`.
-            maps: Whether to keep anomaly maps, which take most of the memory: 200 KB an image at 224 x 224 pixels.
+            maps: Whether to keep anomaly maps, which take most of the memory: 200 KB per image of 224 x 224 pixels.
 
         Returns:
-            What is said of them, with a first axis for a single image, too.
+            The scores, with a first axis even for a single image.
 
         Raises:
             FileNotFoundError: If a folder holds no image.
@@ -122,12 +122,12 @@ class Detector:
         return Scores(paths=tuple(chain.from_iterable(part.paths for part in parts)), **joined)
 
     def score_batches(self, images: Any) -> Iterator[Scores]:
-        """Score images batch by batch: no more than 32 are in memory, whatever their number.
+        """Score images batch by batch, with no more than 32 in memory.
 
         Arguments and errors as for :meth:`score`.
 
         Yields:
-            What is said of the next images.
+            The scores of the next images.
         """
         read = self.read(images)
         while chunk := list(islice(read, self.images_at_once)):
@@ -165,7 +165,7 @@ class Detector:
         """Score images that :meth:`read` gave, :attr:`images_at_once` at most.
 
         Yields:
-            What is said of them: of all together, or of one after the other where their sizes differ.
+            The scores of all of them, or of one after the other if their sizes differ.
 
         Raises:
             ValueError: If an image has no score.
@@ -179,7 +179,7 @@ class Detector:
             yield self._scores(paths, np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
 
     def drift_p_value(self, raw_scores: np.ndarray) -> float:
-        """Whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""
+        """Test whether images, together, are like normal ones: :func:`anomalib_flowood.conformal.drift_p_value`."""
         return conformal.drift_p_value(self._held_out, torch.from_numpy(np.asarray(raw_scores, dtype=np.float64)))
 
     def _scores(self, paths: tuple[str, ...], images: np.ndarray) -> Scores:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detectors by scikit-learn's conventions."""
+"""The detectors as scikit-learn estimators."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ _SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 class FlowOutlierDetector(OutlierMixin, BaseEstimator):
-    """A detector of this package as a scikit-learn estimator of outliers.
+    """A detector of this package as a scikit-learn outlier detector.
 
-    Signs are scikit-learn's: what is normal has the higher scores, and is 1; what is anomalous is -1.
+    Signs are scikit-learn's: normal images have higher scores and the label 1, anomalous ones -1.
 
     Args:
         detector: ``"EmbeddingFlow"``, ``"FeatureMapFlow"`` or ``"PixelFlow"``.
         arguments: Those of the detector, by name.
-        alpha: The level of :meth:`predict`: the largest share of normal images that is called anomalous, in
-            expectation; what others call contamination, but of images that ``fit`` has not seen.
-        random_state: Seed of the split into images to fit to and images to calibrate on, and of the training; a
-            ``RandomState`` gives another one in each fit, and ``None`` leaves both to chance.
+        alpha: The level of :meth:`predict`: the largest expected share of normal images that are called anomalous,
+            among images that ``fit`` has not seen. Other estimators have ``contamination`` instead.
+        random_state: Seed of the training, and of the split into images to fit to and images to calibrate on. A
+            ``RandomState`` gives another seed in each fit, and ``None`` leaves both to chance.
 
     Attributes:
         module_: The fitted detector.
@@ -72,7 +72,7 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> FlowOutlierDetector:  # noqa: N803  (scikit-learn's name)
-        """Fit to normal images, of which some are held out to calibrate on.
+        """Fit to normal images, some of which are held out to calibrate on.
 
         Args:
             X: A folder, an array, or other images: see :func:`~anomalib_flowood.inference.images.each_image`. The first
@@ -118,31 +118,31 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
                 enable_progress_bar=False,
             )
             engine.fit(module, datamodule=data)  # type: ignore[arg-type]  # not one of anomalib's
-        module.trainer = None  # which holds all images, and their features
-        module.max_value = white  # which a fit takes from a data module
+        module.trainer = None  # it holds all images and their features
+        module.max_value = white  # a fit takes it from the data module, which has none
         self.module_ = module
         self.offset_ = -float(module.post_processor.image_threshold)
         return self
 
     def fit_predict(self, X: Any, y: Any = None, **arguments: Any) -> np.ndarray:  # noqa: N803
-        """Fit to images, and decide about the same ones, ``(N,)``; they may come from a generator."""
+        """Fit to images, which a generator may give, and label the same ones, ``(N,)``."""
         return super().fit_predict(list(X) if isinstance(X, Iterator) else X, y, **arguments)
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: N803
-        """Raw scores with the sign turned, ``(N,)``: higher is more normal."""
+        """Return negative raw scores, ``(N,)``: higher is more normal."""
         check_is_fitted(self)
         return -of_module(self.module_).score(_samples(X), maps=False).raw_score.astype(np.float64)
 
     def decision_function(self, X: Any) -> np.ndarray:  # noqa: N803
-        """How far images are on the normal side of the threshold, ``(N,)``; negative of what is anomalous."""
+        """Return distances from the threshold, ``(N,)``: positive for normal images, negative for anomalous ones."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
-        """Decide: 1 of what is normal, -1 of what is anomalous, ``(N,)``."""
+        """Label images, ``(N,)``: 1 if normal, -1 if anomalous."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that samples are images, and no rows of a table."""
+        """Tell scikit-learn that samples are images, not rows of a table."""
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
@@ -151,9 +151,9 @@ class FlowOutlierDetector(OutlierMixin, BaseEstimator):
 
 @contextmanager
 def _left_alone() -> Iterator[None]:
-    """Leave the process as it was: its random numbers, and the seed that Lightning takes for later trainers'.
+    """Restore the process's random state, and the seed that Lightning would use for later trainers.
 
-    Ctrl-C is a ``KeyboardInterrupt``, of which Lightning makes the end of the process.
+    Ctrl-C raises ``KeyboardInterrupt``, where Lightning would end the process.
     """
     before = {name: os.environ.get(name) for name in _SEEDS}
     try:
@@ -171,10 +171,10 @@ def _left_alone() -> Iterator[None]:
 
 
 def _seed(given: Any) -> int | None:
-    """The seed that scikit-learn's ``random_state`` stands for.
+    """Return the seed that scikit-learn's ``random_state`` stands for.
 
     Raises:
-        ValueError: If it stands for none.
+        ValueError: If it is no seed.
     """
     if isinstance(given, np.random.RandomState):
         return int(given.randint(np.iinfo(np.int32).max))
@@ -187,13 +187,13 @@ def _seed(given: Any) -> int | None:
 
 
 def _samples(given: Any) -> Any:
-    """Tell grey images from one in colour: by scikit-learn's convention samples come first, however few they are.
+    """Give arrays of grey images a channel axis: by scikit-learn's convention the first axis is that of samples.
 
     Raises:
-        ValueError: If an array is a table, whose rows would be those of one picture, or has several columns of paths,
-            of which one label each would be more than there are samples.
+        ValueError: If an array is a table, whose rows would be taken for those of one image, or has several columns of
+            paths, which would give more labels than there are samples.
     """
-    if isinstance(given, pd.DataFrame):  # which would be gone through by the names of its columns
+    if isinstance(given, pd.DataFrame):  # iterating over it would yield column names
         given = given.to_numpy()
     if isinstance(given, np.ndarray) and given.dtype.kind in PATHS:
         if given.ndim == 2 and given.shape[1] != 1:
@@ -208,12 +208,12 @@ def _samples(given: Any) -> Any:
             "Give X.reshape(len(X), H, W), or X[None] if it is one grey image."
         )
         raise ValueError(msg)
-    grey = given.ndim == 3 and given.shape[2] not in CHANNELS  # else one image, (H, W, C): nobody has any so narrow
+    grey = given.ndim == 3 and given.shape[2] not in CHANNELS  # otherwise one image, (H, W, C)
     return given[:, None] if grey else given
 
 
 def _check_normal_alone(folder: Path) -> None:
-    """Refuse a folder whose sub-folders say that not all of its images are normal."""
+    """Refuse a folder if the names of its sub-folders say that not all images are normal."""
     images = image_files(folder, tell=False) if folder.is_dir() else []
     places = {place for image in images for place in image.parents if folder in (place, *place.parents)}
     for place in sorted(places, key=lambda path: (path.name != "train", path)):
@@ -228,7 +228,7 @@ def _check_normal_alone(folder: Path) -> None:
 
 
 class _Normal(Dataset):
-    """Normal images, read one by one as they are asked for, as :class:`Detector` reads them."""
+    """Normal images, which are read when they are asked for, as :class:`Detector` reads them."""
 
     def __init__(self, images: Sequence[Any], size: tuple[int, int] | None, max_value: int | None) -> None:
         self.images, self.size, self.max_value = images, size, max_value
@@ -242,9 +242,9 @@ class _Normal(Dataset):
 
 
 class _Divided(LightningDataModule):
-    """Images that are fitted to, and others that are held out; says how more would be."""
+    """Images that are fitted to, and held-out ones; also says how more could be held out."""
 
-    name, category = "images", ""  # which anomalib's engine names a folder by
+    name, category = "images", ""  # anomalib's engine names a folder by them
 
     def __init__(self, to_fit: DataLoader, to_calibrate: DataLoader, images: int) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class _Divided(LightningDataModule):
         return self.to_calibrate
 
     def how_to_hold_out(self, images: int) -> str:
-        """Say what makes so many validation images of those that there are, for messages."""
+        """Say, for messages, how to get so many validation images."""
         needed = needed_for(images, None, self.images)
         return f"fit to {needed} normal images, of which {images} are held out; there are {self.images}"
 

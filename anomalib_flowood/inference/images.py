@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as users have them: files, folders, arrays, Pillow's images, and iterables of these."""
+"""Images in any form: files, folders, arrays, Pillow images, and iterables of these."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from anomalib_flowood.files import at_home
 
 CHANNELS = (1, 3, 4)
 PATHS = "UTO"
-"""Kinds of NumPy's arrays that hold paths."""
+"""Kinds of NumPy arrays that hold paths."""
 _WHITE = {"uint8": 255, "uint16": 65535}
 
 SingleImage: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
-"""A file, the content of one, an image of Pillow's, or an array ``(C, H, W)``."""
+"""A file, the content of a file, a Pillow image, or an array ``(C, H, W)``."""
 
 
 def each_image(
     given: Any, max_value: int | None = None, *, keep_bytes: bool = False
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Go through images one by one, each as the detectors' own data sets read it.
+    """Yield images one by one, read as the detectors' own data sets read them.
 
     Args:
-        given: A file or a folder, whose masks, in ``ground_truth``, are left out; the content of a file, bytes; an
-            image of Pillow's; an array or a tensor, one image or several: ``(H, W)``, ``(H, W, C)``, ``(C, H, W)``,
-            ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)``,
-            where C is 1, 3 or 4, and the fourth is dropped; or an iterable of these. Arrays are ``uint8``, ``uint16``,
-            or floats in [0, 1]. ``(3, H, W)`` is one image in colour, not three grey ones.
-        max_value: What white is in 16 bits: see :func:`~anomalib_flowood.data.read_image`.
-        keep_bytes: Leave what has been read in 8 bits.
+        given: A file or a folder, without the masks in its ``ground_truth``; the content of a file, as bytes; a Pillow
+            image; an array or a tensor, one image or several: ``(H, W)``, ``(H, W, C)``, ``(C, H, W)``, ``(N, H, W)``,
+            ``(N, H, W, C)`` or ``(N, C, H, W)``, where C is 1, 3 or 4, and a fourth channel is dropped; or an iterable
+            of these. Arrays are ``uint8``, ``uint16``, or floats in [0, 1]. ``(3, H, W)`` is one colour image, not
+            three grey ones.
+        max_value: The value of white in 16 bits: see :func:`~anomalib_flowood.data.read_image`.
+        keep_bytes: Leave 8-bit images as ``uint8``.
 
     Yields:
         The path, empty where there is none, and the image, ``(1 or 3, H, W)``: float32 in [0, 1], or uint8.
@@ -67,12 +67,12 @@ def of_single(image: SingleImage, max_value: int | None) -> tuple[str, np.ndarra
 
 
 def single_images(given: Any) -> Iterator[SingleImage]:
-    """Take images apart without reading a file: paths, bytes, Pillow's images, and arrays of ``(C, H, W)``.
+    """Yield single images without reading files: paths, bytes, Pillow images, and arrays ``(C, H, W)``.
 
     Arguments and errors as for :func:`each_image`, but for those of files and values.
     """
     if isinstance(given, str | Path):
-        if given == "":  # as a path it would be the folder of the process, and all below it
+        if given == "":  # as a path it would be the current folder, and all below it
             msg = "The name of the images is empty: give a file or a folder."
             raise FileNotFoundError(msg)
         path = at_home(given)
@@ -83,7 +83,7 @@ def single_images(given: Any) -> Iterator[SingleImage]:
         yield from files
     elif isinstance(given, bytes | bytearray | memoryview | Image.Image):
         yield given if isinstance(given, Image.Image) else bytes(given)
-    elif isinstance(given, np.ndarray) and given.dtype.kind in PATHS:  # of paths, as scikit-learn divides them
+    elif isinstance(given, np.ndarray) and given.dtype.kind in PATHS:  # of paths, as scikit-learn splits them
         for item in given.ravel():
             yield from single_images(item)
     elif isinstance(given, np.ndarray | Tensor):
@@ -98,7 +98,7 @@ def single_images(given: Any) -> Iterator[SingleImage]:
 
 
 def _split(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Images of shape ``(C, H, W)`` out of an array of any layout."""
+    """Yield images ``(C, H, W)`` of an array in any layout."""
     shape = array.shape
     if array.ndim == 2:
         yield array[None]
@@ -148,11 +148,11 @@ def _of_array(image: np.ndarray, max_value: int | None) -> np.ndarray:
 
 
 def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
-    """Its pixels as the camera was held; transparency is dropped, as it is of files.
+    """Return the pixels of a Pillow image, turned as its EXIF data say, without transparency, as for files.
 
-    Of colours of 16 bits Pillow has kept the upper 8; their files are read with all.
+    Of 16-bit colours Pillow has kept the upper 8 bits; files are read with all.
     """
-    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF that was opened; its copy has none
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF; lost in the copy below
     bits, inverted = max(tags.get(BITSPERSAMPLE, (16,))), tags.get(PHOTOMETRIC_INTERPRETATION) == 0  # white is
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -169,7 +169,7 @@ def _of_pillow(image: Image.Image, max_value: int | None) -> np.ndarray:
 
 
 def _scaled(image: np.ndarray) -> np.ndarray:
-    """Bytes in [0, 1]; floats as they are."""
+    """Scale bytes to [0, 1]; leave floats as they are."""
     if image.dtype != np.uint8:
         return image
     scaled = np.array(image, dtype=np.float32, order="C")  # a copy, to be divided in place: images may be large
@@ -178,7 +178,7 @@ def _scaled(image: np.ndarray) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: tuple[int, int] | None, *, keep_bytes: bool = False) -> np.ndarray:
-    """Resize an image as training did, and spread one channel over three.
+    """Resize an image as training did, and repeat a single channel three times.
 
     Args:
         image: What :func:`each_image` yields.
