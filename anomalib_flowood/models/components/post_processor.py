@@ -128,7 +128,7 @@ class ConformalPostProcessor(PostProcessor):
         if f"{prefix}calibration" not in state_dict:
             logger.warning(
                 "The checkpoint has no calibration scores, which labels and p-values come from: it was trained with "
-                "another post-processor, such as anomalib's. There are raw scores alone. `flowood validate --ckpt_path` "
+                "another post-processor, as anomalib's. There are raw scores alone. `flowood validate --ckpt_path` "
                 "calibrates, and writes a checkpoint with the calibration; "
                 "open_checkpoint(PATH, post_processor=PostProcessor()) has what anomalib's has learnt."
             )
