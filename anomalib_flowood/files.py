@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import re
 import shutil
@@ -170,6 +171,17 @@ def held(folder: Path) -> Iterator[None]:
 def _sync(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that may not be written to, or made, before the work whose results are to go there.
+
+    Raises:
+        PermissionError: If so.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def at_home(path: str | Path) -> Path:

@@ -40,7 +40,7 @@ from anomalib_flowood.cli.subcommands import SUBCOMMANDS
 from anomalib_flowood.data.prediction import ReadAsTrained, read_as_trained
 from anomalib_flowood.data.skipping import skipping_arguments
 from anomalib_flowood.engine import RunEngine
-from anomalib_flowood.files import at_home
+from anomalib_flowood.files import at_home, check_writable
 from anomalib_flowood.models.components import FlowModule, root_beside
 from anomalib_flowood.names import check_known
 from anomalib_flowood.parsing import FlowoodParser
@@ -164,6 +164,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
         arguments = self.config_init["score"]
         name, given = arguments["score"], arguments["ckpt_path"]
         output = arguments["output"] or given.with_name(f"{given.stem}-{name}.ckpt")
+        check_writable(output.parent)
         detector, data = self.model, arguments["data"]
         check_workers(data)
         data.prepare_data()

@@ -21,6 +21,7 @@ from rich.console import Console
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import Results, ScoreRecorder, another_process_ended, measure
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder, used_folder
+from anomalib_flowood.files import check_writable
 from anomalib_flowood.look import from_here, typed
 from anomalib_flowood.metrics import DETECTION_METRICS, NOT_DEFINED
 from anomalib_flowood.models.components import ConformalPostProcessor
@@ -69,6 +70,7 @@ class ResultsCLI(AnomalibCLI):
             msg = f"--output {output} has to be a folder: several files are written into it."
             raise ValueError(msg)
         else:
+            check_writable(output)
             yield output
 
     def keep_predictions(self, predictions: Any, errors: dict[str, str]) -> bool:

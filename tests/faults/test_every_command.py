@@ -17,9 +17,12 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands_helpers import COMMANDS, ENDLESS, FRESH, check_left, ended, said, started, world
+
+from anomalib_flowood import files
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that nothing is imported anew")
 
@@ -196,6 +199,16 @@ def no_locks() -> None:
 def test_workers_without_shared_memory_are_refused(name, here):
     check_told_of_workers(ended(started(name, here, no_locks, "--data.num_workers=2"), 60), here)
     assert ended(started("explain", here, no_locks, "--data.num_workers=2")) == 0, said(here)
+
+
+@pytest.mark.parametrize(("name", "output"), [("score", "model-typicality.ckpt"), ("explain", "explained")])
+def test_a_place_that_may_not_be_written_is_refused_before_the_work(name, output, here):
+    def prepare() -> None:
+        files.os = SimpleNamespace(**{**vars(os), "access": lambda *_args: False})
+
+    assert ended(started(name, here, prepare)) == 1
+    assert "may not be read or written (Permission denied). To write elsewhere, name --output." in said(here)
+    assert not (here / output).exists()
 
 
 @pytest.mark.parametrize("name", ["train", "test", "score"] if FULL else ["train"])
