@@ -152,6 +152,11 @@ class ResultsCLI(AnomalibCLI):
             return
         if _alike(before, processor.calibration):
             return  # those of the training's own validation images
+        try:
+            check_writable(given.parent)
+        except PermissionError as error:
+            msg = f"The calibration is kept beside {given}, where nothing may be written: validate a copy elsewhere."
+            raise ValueError(msg) from error
         output = given.with_name(f"{given.stem}-calibrated.ckpt")
         self.engine.trainer.save_checkpoint(output, weights_only=True)
         if not processes.rank():

@@ -201,12 +201,19 @@ def test_workers_without_shared_memory_are_refused(name, here):
     assert ended(started("explain", here, no_locks, "--data.num_workers=2")) == 0, said(here)
 
 
+def nothing_may_be_written() -> None:
+    files.os = SimpleNamespace(**{**vars(os), "access": lambda *_args: False})
+
+
+def test_a_calibration_that_cannot_be_kept_says_what_to_validate(here):
+    assert ended(started("validate", here, nothing_may_be_written)) == 0  # it is the checkpoint's own
+    assert ended(started("validate", here, nothing_may_be_written, "--data.val_split_ratio=0.4")) == 1
+    assert "where nothing may be written: validate a copy elsewhere." in said(here)
+
+
 @pytest.mark.parametrize(("name", "output"), [("score", "model-typicality.ckpt"), ("explain", "explained")])
 def test_a_place_that_may_not_be_written_is_refused_before_the_work(name, output, here):
-    def prepare() -> None:
-        files.os = SimpleNamespace(**{**vars(os), "access": lambda *_args: False})
-
-    assert ended(started(name, here, prepare)) == 1
+    assert ended(started(name, here, nothing_may_be_written)) == 1
     assert "may not be read or written (Permission denied). To write elsewhere, name --output." in said(here)
     assert not (here / output).exists()
 
