@@ -163,7 +163,7 @@ def test_help_names_the_default_detector():
         ([*TRAIN, "--model.image_size", "96"], "--model.image_size: Expected: tuple, written [A,B]. Got value: 96"),
         ([*TRAIN, "--model.image_size", "96,96"], "Expected: tuple, written [A,B]. Got value: 96,96"),
         ([*TRAIN, "--data.val_split_ratio", "a"], "--data.val_split_ratio: Expected: float. Got value: a"),
-        ([*TRAIN, "--config", "gone.yaml"], "--config: File does not exist: '"),
+        ([*TRAIN, "--config", "gone.yaml"], "There is no configuration file gone.yaml"),
         ([*TRAIN, "stray"], "stray belongs to no option."),
         (["benchmark", "--confg", "x"], "There is no option --confg. Did you mean '--config'?"),
         (["report", "--output", "x"], "FOLDER has to be given."),

@@ -459,6 +459,7 @@ def test_what_is_to_be_typed_next_can_be_typed(tmp_path):
     ],
 )
 def test_a_benchmark_is_new_or_goes_on(here, arguments, message, capsys):
+    (here / "a.yaml").touch()
     with pytest.raises(SystemExit) as exit_info:
         main(["benchmark", *arguments])
     assert exit_info.value.code == 1
