@@ -76,9 +76,8 @@ class _Scores(Metric):
             raise ValueError(msg)
         # Encoded as file names are, since names may come from folders.
         text = os.fsencode("".join(f"{name}\0" for name in names))
-        self.source.append(
-            torch.tensor(list(text), dtype=torch.uint8, device=preds.device)
-        )  # dtype: also of an empty list
+        # With its type, which an empty list does not say.
+        self.source.append(torch.tensor(list(text), dtype=torch.uint8, device=preds.device))
 
     def _keep(self, preds: Tensor, target: Tensor) -> None:
         self.preds.append(preds.flatten())
@@ -175,8 +174,10 @@ class AUROC(SetMetric):
     measure = staticmethod(auroc)
     counts: list[Tensor]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(fields, prefix, strict, **kwargs)
         self.add_state("counts", default=[], dist_reduce_fx="cat")
 
     def _keep(self, preds: Tensor, target: Tensor) -> None:
@@ -335,8 +336,10 @@ class BitsPerDim(SetMetric):
     higher_is_better = False
     default_fields = ("bits_per_dim", "gt_label")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, fields: Sequence[str] | None = None, prefix: str = "", strict: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(fields, prefix, strict, **kwargs)
         self.name = f"{self.title}/{INSIDE}"
 
     @staticmethod
