@@ -90,8 +90,8 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     """Seconds that the last test spent on bits per dimension rather than scores."""
     _saved_whole = False
     """Whether the last checkpoint has everything that scores need."""
-    _unknowing_at = -1
-    """The step of a validation at which training did not seem to end."""
+    _went_on_at = -1
+    """The step of the last validation, if training was to go on behind it; else -1."""
     max_value: int | None
     """The value of white in 16-bit image files, from the training data; kept in checkpoints.
 
@@ -201,14 +201,14 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
             self._read_alike()
 
     def on_validation_start(self) -> None:
-        """Note where training did not seem to end."""
+        """Note whether training is to go on: only for its last validation everything is fitted."""
         super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._unknowing_at = -1 if self._training_ends() else self.trainer.global_step
+            self._went_on_at = -1 if self._training_ends() else self.trainer.global_step
 
     def on_train_epoch_end(self) -> None:
-        """Validate once more where a stop came behind the validation, before which nothing was fitted for the last."""
-        if self._training_ends() and self._unknowing_at == self.trainer.global_step:
+        """Validate once more if training ends behind a validation that expected it to go on, as a callback may ask."""
+        if self._training_ends() and self._went_on_at == self.trainer.global_step:
             validate_again(self.trainer)
             self._saved_whole = False  # what is saved is from before
         super().on_train_epoch_end()
