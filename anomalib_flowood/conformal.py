@@ -2,10 +2,10 @@
 """Split-conformal p-values, the decisions they allow, and a test for drift.
 
 A detector is calibrated on the scores of n in-distribution images that it was not trained on. If a new image is
-exchangeable with them, all n + 1 places among their scores are equally likely for it, whatever the detector and the
-distribution. Its place is its p-value: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World (2005); for
-anomaly detection Laxhammar and Falkman (2015); as a multiple test Bates, Candès, Lei, Romano and Sesia, Testing for
-Outliers with Conformal p-values (2023, arXiv 2104.08279).
+exchangeable with them, its score is equally likely to take any of the n + 1 ranks among theirs, whatever the detector
+and the distribution. That rank gives the p-value: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World
+(2005); for anomaly detection Laxhammar and Falkman (2015); for multiple testing Bates, Candès, Lei, Romano and Sesia,
+Testing for Outliers with Conformal p-values (2023, arXiv 2104.08279).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 from anomalib_flowood.checks import refuse_nan
 
 DEFAULT_ALPHA = 0.05
-"""The level of labels unless another one is chosen."""
+"""Default level: images with a p-value below it are labelled anomalous."""
 
 BY_DATA_MODULE = "(val_split_ratio of the data module, of anomalib's also val_split_mode: from_train)"
-"""What holds out calibration images where nobody knows where they come from."""
+"""How to hold out calibration images, for messages that cannot name the data module."""
 
 HOLD_OUT = f"hold out more {BY_DATA_MODULE}"
-"""What helps where there are too few of them."""
+"""The remedy that messages give where there are too few calibration images."""
 
 
 def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
-    """Share of the calibration images, and the image itself, that are at least as anomalous as the image.
+    """Conformal p-value of each score: the share of images, itself included, that are at least as anomalous.
 
     p = (1 + #{calibration scores ≥ score}) / (n + 1), the marginal p-value of Bates et al. 2023.
 
@@ -41,25 +41,24 @@ def p_values(calibration: Tensor, scores: Tensor) -> Tensor:
         scores: Scores of other images, of any shape; they may be infinite.
 
     Returns:
-        p-values from 1 / (n + 1) to 1, float64, shaped as ``scores``. Float64 holds them so exactly that ``p < alpha``
-        never depends on rounding.
+        p-values from 1 / (n + 1) to 1, shaped as ``scores``; float64, so that ``p < alpha`` never depends on rounding.
 
     Raises:
         ValueError: If a score is NaN, or there is no calibration score.
     """
     _check_scores(calibration, scores)
-    ascending = np.sort(calibration.cpu().double().numpy(), axis=None)  # float64 holds numbers of any precision
-    found = p_values_among(ascending, scores.detach().cpu().double().numpy())
+    ascending = np.sort(_float64(calibration), axis=None)
+    found = p_values_among(ascending, _float64(scores))
     return torch.from_numpy(np.asarray(found)).to(scores.device)
 
 
 def p_values_among(ascending: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The same as :func:`p_values`, float64, where the calibration scores are sorted already, and no score is NaN."""
+    """As :func:`p_values`, for calibration scores that are sorted already, and scores without NaN; float64."""
     return (1 + len(ascending) - np.searchsorted(ascending, scores)) / (len(ascending) + 1)
 
 
 def images_needed(alpha: float) -> int:
-    """Return the fewest calibration images of which a p-value can be below ``alpha``.
+    """Return the fewest calibration images with which a p-value can be below ``alpha``.
 
     The smallest p-value is 1 / (n + 1), so that n + 1 > 1 / α is needed: n ≥ ⌊1 / α⌋.
 
@@ -75,18 +74,18 @@ def images_needed(alpha: float) -> int:
 def threshold_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
     """Return m such that p < α exactly where the score exceeds the m-th largest calibration score.
 
-    p < α says that 1 + k < α (n + 1), with k calibration scores that are as large. The largest such k is m - 1 with
-    m = ⌈α (n + 1)⌉ - 1, and no more than m - 1 are as large exactly if the m-th is not. An image that is exchangeable
-    with the calibration images takes each of the n + 1 places with the same probability, so that it is flagged with
-    probability m / (n + 1) < α, and less often if scores can tie.
+    p < α means 1 + k < α (n + 1), where k calibration scores are at least as large as the image's. The largest such k
+    is m - 1 with m = ⌈α (n + 1)⌉ - 1, and k ≤ m - 1 exactly if the m-th largest calibration score is smaller. An image
+    that is exchangeable with the calibration images takes each of the n + 1 ranks with the same probability, so that
+    it is flagged with probability m / (n + 1) < α, and less often if scores can tie.
 
     Args:
         images: Number n of calibration images.
-        alpha: The level, in (0, 1). It is meant as written: 0.05 is 1 / 20, and not the float beside it.
-        remedy: What helps where there are too few images, for the message.
+        alpha: The level, in (0, 1). It is taken as written: 0.05 is exactly 1 / 20, not the nearest float.
+        remedy: What to do about too few images, for the message.
 
     Raises:
-        ValueError: If the level is not in (0, 1), or cannot be reached with so few images: the message says how many
+        ValueError: If the level is not in (0, 1), or cannot be reached with so few images; the message says how many
             are needed.
     """
     needed = images_needed(alpha)
@@ -102,15 +101,15 @@ def threshold_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
 
 
 def nearest_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
-    """Return :func:`threshold_rank`, or 1 where so few images cannot reach the level.
+    """Return :func:`threshold_rank`, or 1 where there are too few images to reach the level.
 
-    With 1, images are flagged that score above all calibration images: a share of 1 / (n + 1) of those that are
-    exchangeable with them, the least above 0 that there is.
+    At rank 1, images that score above all calibration images are flagged: a share of 1 / (n + 1) of those that are
+    exchangeable with them, the smallest above 0 that is possible.
 
     Args:
         images: Number n of calibration images.
         alpha: The level, in (0, 1).
-        remedy: What helps where there are none, for the message.
+        remedy: What to do if there are none, for the message.
 
     Raises:
         ValueError: If the level is not in (0, 1), or there are no images.
@@ -119,7 +118,7 @@ def nearest_rank(images: int, alpha: float, remedy: str = HOLD_OUT) -> int:
 
 
 def few_images(images: int, alpha: float) -> str:
-    """Say what it costs that a level cannot be reached, in numbers.
+    """Say what it costs, in numbers, that there are too few calibration images for a level.
 
     Args:
         images: Number n of calibration images, at least 1 and fewer than :func:`images_needed`.
@@ -136,35 +135,35 @@ def few_images(images: int, alpha: float) -> str:
 
 
 def rate_interval(images: int, rank: int) -> tuple[float, float]:
-    """Bounds of the share of fresh normal images that one calibration flags, in 90 of 100 calibrations.
+    """Bounds between which the share of new normal images that are flagged lies for 90 of 100 calibration sets.
 
-    The share is Beta(m, n + 1 - m) distributed over calibration sets (Vovk 2012, arXiv 1209.2673, proposition 2b).
+    Over calibration sets the share follows Beta(m, n + 1 - m) (Vovk 2012, arXiv 1209.2673, proposition 2b).
 
     Args:
         images: Number n of calibration images.
-        rank: Those are flagged that score above the m-th largest calibration score: see :func:`threshold_rank`.
+        rank: m; images that score above the m-th largest calibration score are flagged: see :func:`threshold_rank`.
     """
     low, high = stats.beta.ppf([0.05, 0.95], rank, images + 1 - rank)
     return float(low), float(high)
 
 
 def alarms_p_value(alarms: int, fresh: int, images: int, rank: int) -> float:
-    """Return how likely chance gives as many alarms, or more, among normal images that did not calibrate.
+    """Return the probability of at least this many alarms among normal images outside the calibration set.
 
-    The share of fresh images that raise an alarm is Beta(m, n + 1 - m) distributed over calibrations, so that their
-    number is beta-binomial. It is small where the images are not like those that calibrate.
+    Over calibration sets the share of new images that raise an alarm follows Beta(m, n + 1 - m), so that their number
+    is beta-binomial. A small probability says that the images are not like the calibration images.
 
     Args:
-        alarms: How many of them raise an alarm.
-        fresh: Their number.
+        alarms: How many of the images raise an alarm.
+        fresh: How many images there are.
         images: Number n of calibration images.
-        rank: m, the rank among these that is the threshold, at least 1.
+        rank: m, at least 1: the m-th largest calibration score is the threshold.
     """
     return float(stats.betabinom.sf(alarms - 1, fresh, rank, images + 1 - rank))
 
 
 def more_images(images: int) -> str:
-    """Say what more calibration images would buy.
+    """Say which levels the calibration images allow, and how many a lower level takes.
 
     Args:
         images: Number n of calibration images, at least 1.
@@ -176,14 +175,15 @@ def more_images(images: int) -> str:
 
 
 def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
-    """p-value of the hypothesis that a batch of images, as a whole, comes from where the calibration images come from.
+    """p-value of the hypothesis that a batch of images comes from the same distribution as the calibration images.
 
-    The two-sample Kolmogorov-Smirnov test of the scores, which depends on them through the batch's conformal p-values
-    alone. Methods that combine independent p-values, Fisher's for one, raise more false alarms than they promise: the
-    p-values of a batch share their calibration images (Bates et al. 2023). A rank test counts that in (Magnani, Sesia
-    and Solari 2023, arXiv 2308.05534): all orders of exchangeable scores are equally likely. SciPy's null distribution
-    is exact up to 10,000 images on either side and asymptotic beyond; ties make the test conservative. It answers to
-    any difference, and so also to batches that are too likely, as digits are to many flows trained on clothes.
+    The two-sample Kolmogorov-Smirnov test of the scores, which depends on them only through the batch's conformal
+    p-values. Methods for independent p-values, such as Fisher's, would raise more false alarms than they promise,
+    because the p-values of a batch share their calibration images (Bates et al. 2023). A rank test accounts for that
+    (Magnani, Sesia and Solari 2023, arXiv 2308.05534): all orders of exchangeable scores are equally likely. SciPy's
+    null distribution is exact up to 10,000 images on either side and asymptotic beyond; ties make the test
+    conservative. It detects any difference, and so also batches that are too likely, as digits are to many flows
+    trained on clothes.
 
     Args:
         calibration: Scores of in-distribution images, ``(n,)``.
@@ -196,45 +196,44 @@ def drift_p_value(calibration: Tensor, scores: Tensor) -> float:
     if scores.numel() == 0:
         msg = "There are no scores to test for drift."
         raise ValueError(msg)
-    # Float64 holds numbers of any precision.
-    samples = (values.detach().flatten().cpu().double().numpy() for values in (calibration, scores))
-    return float(stats.ks_2samp(*samples).pvalue)
+    return float(stats.ks_2samp(_float64(calibration).ravel(), _float64(scores).ravel()).pvalue)
 
 
 _LEAST = 1e-300
-"""Below it float64 loses digits, and then all of them."""
+"""About where float64 begins to lose digits; not far below, everything is 0."""
 
 
 def p_text(p_value: float, digits: int = 2, least: float = _LEAST) -> str:
-    """Say what a p-value is, to stand behind a p: ``= 0.031``, or ``< 1e-300``, since none is 0.
+    """Format a p-value to follow the letter p: ``= 0.031``, or ``< 1e-300``, since no p-value is 0.
 
     Args:
         p_value: The p-value.
-        digits: How many to show.
-        least: Below it no digits are shown.
+        digits: Significant digits.
+        least: Below it, only the bound is shown.
     """
     return f"< {least:.0e}" if p_value < least else f"= {p_value:.{digits}g}"
 
 
 CONTAMINATION_LEVEL = 0.01
-"""Of how many clean calibrations in expectation, at most, a warning says that they look contaminated."""
+"""Level of the test: at most this share of clean calibration sets is warned of, in expectation."""
 _NAMED = 10
-"""The most files that a warning names."""
+"""Most files that a warning names."""
 _NO_FILES: Mapping[str, float] = {}
 
 
 def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
-    """p-value of the hypothesis that no calibration score lies apart above the others, and how many do if any.
+    """p-value of the hypothesis that the highest calibration scores are not set apart by a gap, and how many are.
 
-    Where excesses over the lower quartile have a power law's tail, the logarithms' spacings i (e_i - e_(i+1)), from the
-    largest score down, are independent and exponential with one mean (Rényi 1953). A spacing among the upper tenth is
-    compared with all below it, down to the median: the chance to be so large is (1 + d / rest)^-(number below), times
-    the number of places looked at (Bonferroni). Lighter tails, such as a Gaussian's, have smaller spacings above than
-    below, which makes the test conservative. No test can tell contamination from a tail without saying what tails are.
-    Each score is taken for a draw of its own, from a continuous distribution: where images come in many copies, the
-    p-values of clean calibrations are too small.
+    If the excesses over the lower quartile have a power-law tail, the normalised spacings i (e_i - e_(i+1)) of their
+    logarithms, from the largest score down, are independent and exponential with one mean (Rényi 1953). Each spacing in
+    the upper tenth is compared with all those below it, down to the median: a spacing d is at least as large as
+    observed with probability (1 + d / (sum of those below))^-(number of those below), which is multiplied by the number
+    of places tested (Bonferroni). Lighter tails, such as a Gaussian's, have smaller spacings above than below, which
+    makes the test conservative. No test can tell contamination from a heavy tail without an assumption about tails.
+    Scores are assumed to be independent draws from a continuous distribution: if images come in many copies, the
+    p-values of clean calibration sets are too small.
 
-    Anomalies that lie among normal images, one by one at all distances, or that are more than a tenth are not seen.
+    Anomalies whose scores lie scattered among those of normal images, or which are more than a tenth, are not detected.
 
     Args:
         calibration: Scores of calibration images, ``(n,)``, finite.
@@ -244,25 +243,25 @@ def contamination_p_value(calibration: Tensor) -> tuple[float, int]:
     """
     ascending = calibration.detach().cpu().double().sort().values
     images = len(ascending)
-    places, deep = images // 10, images // 2
+    places, half = images // 10, images // 2
     if places < 2:
         return 1.0, 0
-    excesses = (ascending.flip(0)[: deep + 1] - torch.quantile(ascending, 0.25)).clamp(min=1e-300)
-    spacings = torch.arange(1, deep + 1) * -excesses.log().diff()
-    below = spacings.flip(0).cumsum(0).flip(0)[1 : places + 1].clamp(min=1e-300)
-    others = deep - torch.arange(1, places + 1)
-    chances = (1 + spacings[:places] / below).pow(-others)
-    place = int(chances.argmin())
-    return min(1.0, places * float(chances[place])), place + 1
+    excesses = (ascending.flip(0)[: half + 1] - torch.quantile(ascending, 0.25)).clamp(min=1e-300)
+    spacings = torch.arange(1, half + 1) * -excesses.log().diff()
+    sum_below = spacings.flip(0).cumsum(0).flip(0)[1 : places + 1].clamp(min=1e-300)
+    number_below = half - torch.arange(1, places + 1)
+    probabilities = (1 + spacings[:places] / sum_below).pow(-number_below)
+    place = int(probabilities.argmin())
+    return min(1.0, places * float(probabilities[place])), place + 1
 
 
 def looks_contaminated(calibration: Tensor, contamination: float = 0.0, files: Mapping[str, float] = _NO_FILES) -> str:
-    """Say that calibration scores look contaminated, and what it costs; nothing where they do not.
+    """Say that calibration scores look contaminated, and what that costs; the empty string if they do not.
 
     Args:
         calibration: As for :func:`contamination_p_value`.
-        contamination: The share that is taken for possible: see :func:`trimmed`. What it covers is not told.
-        files: Scores by the files that gave them, as far as they are known.
+        contamination: The share that may be contaminated, see :func:`trimmed`; no warning is given of what it covers.
+        files: Scores by the names of the files that they belong to, as far as these are known.
     """
     p_value, apart = contamination_p_value(calibration)
     images = calibration.numel()
@@ -282,11 +281,11 @@ def looks_contaminated(calibration: Tensor, contamination: float = 0.0, files: M
 
 
 def trimmed_number(images: int, contamination: float) -> int:
-    """The most images that can be contaminated, k = ⌊contamination · n⌋.
+    """Return the largest number of images that may be contaminated, k = ⌊contamination · n⌋.
 
     Args:
         images: Number n of calibration images.
-        contamination: The largest share that may be, in [0, 0.5).
+        contamination: The largest share that may be contaminated, in [0, 0.5).
 
     Raises:
         ValueError: If the share is not in [0, 0.5).
@@ -298,21 +297,23 @@ def trimmed_number(images: int, contamination: float) -> int:
 
 
 def trimmed(ascending: Tensor, contamination: float) -> Tensor:
-    """Calibration scores without the k largest, where up to k of n may be of anomalies, nobody knows which.
+    """Drop the k largest calibration scores, where up to k of n may belong to anomalies, and nobody knows which.
 
-    Let S be a fresh normal image's score, c ≤ k the number of contaminated scores, whatever they are and whoever chose
-    them, and N = n - c that of clean ones, with which S is exchangeable. With p = (1 + #{kept ≥ S}) / (n - k + 1):
+    Let S be the score of a new normal image, c ≤ k the number of contaminated scores, whatever their values and however
+    they were chosen, and N = n - c the number of clean ones, with which S is exchangeable. With
+    p = (1 + #{kept ≥ S}) / (n - k + 1):
 
-    - False alarms: P(p ≤ j / (n - k + 1)) ≤ (j + k) / (n - c + 1) for every whole j, and so, at a level α with its rank
-      m = :func:`threshold_rank` (n - k, α), P(p < α) ≤ (m + k) / (n - k + 1) < α + k / (n - k + 1).
-      Proof: p ≤ j / (n - k + 1) says that at most j - 1 kept scores are ≥ S. With the k that were dropped, at most
-      j + k - 1 of all are, and so of the clean ones. S is then among the j + k largest of N + 1 exchangeable scores,
-      where it is with probability (j + k) / (N + 1) at most.
-    - No blindness: the threshold is at most the m-th largest clean score, wherever the contaminated ones lie.
-      Proof: it is the (m + k)-th largest of all; k of those above or at it can be contaminated, so m are clean.
-    - Where the k dropped are the contaminated ones, as those far above the others, what is kept is a clean calibration:
-      P(p < α) ≤ m / (n - k + 1) < α. Where nothing is contaminated the first bound is (m + k) / (n + 1): that is the
-      price, since no rule can tell a normal image that scores high from an anomaly.
+    - False alarms: P(p ≤ j / (n - k + 1)) ≤ (j + k) / (n - c + 1) for every integer j, and so, at a level α with its
+      rank m = :func:`threshold_rank` (n - k, α), P(p < α) ≤ (m + k) / (n - k + 1) < α + k / (n - k + 1).
+      Proof: p ≤ j / (n - k + 1) means that at most j - 1 kept scores are ≥ S. With the k dropped ones, at most
+      j + k - 1 of all scores are, and so at most as many clean ones. S is then among the j + k largest of N + 1
+      exchangeable scores, which has a probability of at most (j + k) / (N + 1).
+    - Power: the threshold is at most the m-th largest clean score, whatever the contaminated ones are.
+      Proof: it is the (m + k)-th largest of all; at most k of those at or above it are contaminated, so at least m are
+      clean.
+    - If the k dropped scores are exactly the contaminated ones, as when these lie far above the others, the kept ones
+      are a clean calibration set: P(p < α) ≤ m / (n - k + 1) < α. If nothing is contaminated, the first bound is
+      (m + k) / (n + 1). That is the price: no rule can tell a high-scoring normal image from an anomaly.
 
     Args:
         ascending: Calibration scores, sorted, ``(n,)``.
@@ -325,24 +326,24 @@ def trimmed(ascending: Tensor, contamination: float) -> Tensor:
 
 
 def trimmed_bound(images: int, contamination: float, rank: int) -> float:
-    """The largest share of fresh normal images that is flagged in expectation, (m + k) / (n - k + 1): :func:`trimmed`.
+    """Return the bound of :func:`trimmed` on the expected share of normal images flagged: (m + k) / (n - k + 1).
 
     Args:
         images: Number n of calibration images, before any is dropped.
         contamination: The largest share of them that may be contaminated.
-        rank: m; those are flagged that score above the m-th largest score that is kept.
+        rank: m; images that score above the m-th largest kept score are flagged.
     """
     dropped = trimmed_number(images, contamination)
     return (rank + dropped) / (images - dropped + 1)
 
 
 def price_of_trimming(images: int, contamination: float, rank_of: Callable[[int], int]) -> str:
-    """Say what is promised where some calibration images may be anomalies; nothing where none may.
+    """Say which share of false alarms is guaranteed if some calibration images may be anomalies; "" if none may.
 
     Args:
         images: Number n of calibration images, before any is dropped.
         contamination: The largest share of them that may be contaminated.
-        rank_of: Gives the rank m of the threshold among a number of scores.
+        rank_of: Returns the rank m of the threshold among a given number of scores.
     """
     dropped = trimmed_number(images, contamination)
     if not dropped:
@@ -360,7 +361,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
 
 
+def _float64(values: Tensor) -> np.ndarray:
+    """Return values of any precision, on any device, as an array; float64 holds them all exactly."""
+    return values.detach().cpu().double().numpy()
+
+
 def _exact(alpha: float) -> Fraction:
+    """Return the level as it was written, in decimal."""
     if not 0 < alpha < 1:
         msg = f"alpha must lie between 0 and 1, got {alpha}."
         raise ValueError(msg)

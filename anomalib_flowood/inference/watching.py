@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder into which images arrive: each is scored once, whenever the process is killed."""
+"""Watch a folder into which images arrive: each is scored exactly once, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("path", "size", "modified_ns", "time", "score", "raw_score", "p_value", "label", "error")
 
 Key = tuple[str, int, int]
-"""Which image a file holds: its path below the folder, its size, and when it was modified, in nanoseconds."""
+"""What identifies an image: its path relative to the folder, its size in bytes, and its modification time in ns."""
 
 
 @contextmanager
 def only_writer(table: Path) -> Iterator[None]:
-    """Keep other processes from a table for a while: they would score every image again.
+    """Hold a lock on a table: a second process would score every image again.
 
     Raises:
-        ValueError: If another one writes it.
+        ValueError: If another process holds it.
     """
     table.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(table.with_name(f".{table.name}.lock"))
@@ -44,8 +44,8 @@ def only_writer(table: Path) -> Iterator[None]:
     except Timeout:
         msg = f"Another `flowood watch` writes {table}: stop it, or name another table."
         raise ValueError(msg) from None
-    # Some network drives have no locks, which versions of filelock say in either way. What else may be wrong with the
-    # folder the table will meet.
+    # Some network drives have no locks; which of the two errors says so depends on filelock's version. Any other
+    # problem with the folder will show when the table is written.
     except (NotImplementedError, OSError) as error:
         logger.warning("%s cannot be locked (%s): see that no other `flowood watch` writes it.", table, error)
     try:
@@ -57,24 +57,25 @@ def only_writer(table: Path) -> Iterator[None]:
 class Watcher:
     """Scores the images that arrive in a folder, and appends a row for each to a table.
 
-    The row is on the disk before an anomalous image is set aside. So a process that is killed leaves no image without
-    both: the next one cuts off a row that was written in part, and sets aside what rows call anomalous and still lies
-    there. A name that is used again, for a file of another size or time, is another image.
+    The row is on the disk before an anomalous image is set aside, so that nothing is lost when the process is killed:
+    the next one cuts off a row that was only partly written, and sets aside the images that have a row which calls them
+    anomalous, but are still in the folder. A file of a known name, but another size or time, is a new image.
 
     Args:
         detector: The detector.
         folder: The folder, searched by the rule of :func:`~anomalib_flowood.data.image_files`.
-        table: The table, CSV; what it has is not scored again.
-        aside: Folder for anomalous images, in the folders that they arrived in; ``None`` leaves them where they are.
-        link: Whether to link to anomalous images from there, and not to move them.
-        patience: Seconds for which a file that cannot be read has to be unchanged to be taken for broken; until then it
-            may still be on its way.
+        table: The table, a CSV file; images that have a row are not scored again.
+        aside: Folder to which anomalous images are moved, below the same subfolders; ``None`` leaves them where they
+            are.
+        link: Whether to create links to anomalous images in ``aside`` instead of moving them.
+        patience: Seconds without a change after which an unreadable file counts as broken; until then it may still be
+            being written.
 
     Raises:
-        NotADirectoryError: If there is no such folder, or the one for anomalous images is a file.
-        ValueError: If the table is something else, or damaged; if the folder for anomalous images is the folder itself,
-            or holds it: all that arrives would have been set aside already; if there is one, and the detector, without
-            a calibration, calls nothing anomalous.
+        NotADirectoryError: If there is no such folder, or ``aside`` is a file.
+        ValueError: If the table is another file, or damaged; if ``aside`` is the folder itself or contains it, so that
+            all images would already count as set aside; if ``aside`` is given, but the detector has no calibration and
+            therefore calls nothing anomalous.
     """
 
     def __init__(
@@ -110,22 +111,22 @@ class Watcher:
             raise ValueError(msg)
         self._anomalous = self._restore()
         self._seen: dict[Path, tuple[Key, float]] = {}
-        """Files without a row, and since when each has been as it is, by a clock that nobody sets."""
-        self._told: set[Path] = set()
+        """Files without a row, each with its key and when that was first seen (``time.monotonic``)."""
+        self._reported: set[Path] = set()
 
     def look(self) -> list[Path]:
         """Score the images that have not changed since the last look.
 
         Returns:
-            Those that got a row.
+            The images that were given a row.
         """
         seen, done = {}, []
         for path in self._images():
             key = self._key(path)
-            if key is None:  # gone, or moved by somebody else
+            if key is None:  # deleted or moved meanwhile
                 continue
             if key in self._anomalous:
-                if self._anomalous[key]:  # killed before it was set aside
+                if self._anomalous[key]:  # an earlier process was killed before it set it aside
                     self._set_aside(path, key)
                 continue
             before, since = self._seen.get(path, (None, 0.0))
@@ -138,9 +139,9 @@ class Watcher:
 
     def _images(self) -> list[Path]:
         found = find(self.folder, self.aside)
-        tell_of_unread([path for path in found.unread if path not in self._told])  # once, and not every second
-        tell_of_closed({path: reason for path, reason in found.closed.items() if path not in self._told})
-        self._told = {*found.unread, *found.closed}
+        tell_of_unread([path for path in found.unread if path not in self._reported])  # once, not every second
+        tell_of_closed({path: reason for path, reason in found.closed.items() if path not in self._reported})
+        self._reported = {*found.unread, *found.closed}
         return found.images
 
     def _key(self, path: Path) -> Key | None:
@@ -151,18 +152,24 @@ class Watcher:
         return path.relative_to(self.folder).as_posix(), status.st_size, status.st_mtime_ns
 
     def _score(self, path: Path, key: Key, since: float) -> bool:
-        """Give an image its row, unless it is still on its way; it has been as it is since then."""
+        """Score an image and write its row; return whether there is one, which there is not while it is being written.
+
+        Args:
+            path: The image.
+            key: What identifies it.
+            since: When it was first seen with this key (``time.monotonic``).
+        """
         stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
             found = self.detector.score(path, maps=False)
-        except ValueError as error:  # of a broken file, or an image that has no score
-            unchanged = max(time.time() - key[2] / 1e9, time.monotonic() - since)  # cameras' clocks may be ahead
+        except ValueError as error:  # a broken file, or an image that has no score
+            unchanged = max(time.time() - key[2] / 1e9, time.monotonic() - since)  # a camera's clock may be ahead
             if self._key(path) != key or unchanged < self.patience:
                 return False
             self._append((*key, stamp, "", "", "", "", " ".join(str(error).split())))
             self._anomalous[key] = False
             return True
-        if self._key(path) != key:  # written to while it was read
+        if self._key(path) != key:  # changed while it was read
             return False
         p_value = "" if found.p_value is None else float(found.p_value[0])
         anomalous = found.label is not None and bool(found.label[0])
@@ -183,29 +190,29 @@ class Watcher:
         except FileNotFoundError:
             if path.exists():
                 raise
-            # Somebody else has taken it: it has its row.
+            # Somebody has moved the image meanwhile; it has its row.
         except PermissionError as error:
             if self.link or os.access(path.parent, os.W_OK):
                 raise
             msg = f"{path} may not be taken out of its folder: --link true leaves it there, and links to it."
             raise PermissionError(msg) from error
-        self._anomalous[key] = False  # what somebody takes out of there, or puts back, stays so
+        self._anomalous[key] = False  # done: if somebody moves the image back, it stays there
 
     def _move(self, path: Path, target: Path) -> None:
-        """Move an image, or link to it, where no other one is."""
+        """Move an image, or link to it, without overwriting another one."""
         stem, number = target.stem, 2
-        while os.path.lexists(target):  # of an earlier image of this name
+        while os.path.lexists(target):  # an earlier image of this name
             if target.is_symlink() and target.resolve() == path.resolve():
                 if self.link:
                     return
-                target.unlink()  # and the image takes its place
+                target.unlink()  # the image itself replaces the link
                 break
-            if not self.link and _is_copy(target, path):  # killed before the image was removed
+            if not self.link and _is_copy(target, path):  # an earlier process was killed before it removed the image
                 path.unlink()
                 return
             target = target.with_stem(f"{stem}-{number}")
             number += 1
-        if self.link or path.is_symlink():  # which, moved, might lead elsewhere
+        if self.link or path.is_symlink():  # a relative link, if moved, would lead elsewhere
             target.symlink_to(path.resolve())
             if not self.link:
                 path.unlink()
@@ -213,7 +220,7 @@ class Watcher:
             shutil.move(path, target, copy_function=_copy_whole)
 
     def _append(self, row: tuple) -> None:
-        """Write a row so that it is on the disk when this returns."""
+        """Append a row, which is on the disk when this returns."""
         text = io.StringIO(newline="")
         csv.writer(text, quoting=quoting(row), lineterminator="\n").writerow(map(escaped, row))
         with self.table.open("ab") as file:
@@ -222,9 +229,9 @@ class Watcher:
             os.fsync(file.fileno())
 
     def _restore(self) -> dict[Key, bool]:
-        """Read which images have a row, and whether it calls them anomalous; cut off a row that is not whole."""
+        """Return which images have a row, and whether it calls them anomalous; cut off an incomplete row."""
         content = self.table.read_bytes() if self.table.exists() else b""
-        self._check_header(content)  # before anything is cut off
+        self._check_header(content)  # before anything is cut off, since it may be another file
         whole = content[: _end_of_rows(content)]
         if whole != content:
             self._check_cut(whole, content[len(whole) :])
@@ -238,14 +245,14 @@ class Watcher:
         known = {}
         try:
             next(rows)
-            for row in filter(None, rows):  # without lines that are empty
+            for row in filter(None, rows):  # skips empty lines
                 known[(unescaped(row[0]), int(row[1]), int(row[2]))] = row[7] == "1"
         except (ValueError, IndexError, csv.Error) as error:
             raise self._damaged(rows.line_num) from error
         return known
 
     def _check_cut(self, whole: bytes, cut: bytes) -> None:
-        """Refuse to cut off more than one row: a quote that does not end makes one of all that follow."""
+        """Refuse to cut off more than one row: an unclosed quote makes one row of all the lines after it."""
         _, *lines = cut.decode("utf-8", NAMES).splitlines()
         if any(len(next(csv.reader([line]), ())) == len(COLUMNS) for line in lines):
             raise self._damaged(whole.count(b"\n") + 1)
@@ -257,7 +264,7 @@ class Watcher:
         )
 
     def _check_header(self, content: bytes) -> None:
-        """Refuse a file that is no table of ours, nor the beginning of one that was killed in its first line."""
+        """Refuse a file that has other columns; an incomplete first line of a table of ours is accepted."""
         line, ended, _ = content.partition(b"\n")
         given = line.decode("utf-8", "backslashreplace").rstrip("\r").replace('"', "")
         known = ",".join(COLUMNS)
@@ -269,7 +276,7 @@ class Watcher:
 
 
 def _end_of_rows(content: bytes) -> int:
-    """Where the last whole row ends: the last line break that is not part of a name, which is in quotes then."""
+    """Return the end of the last complete row: of the last line break outside of quotes, where names may have one."""
     last = end = content.rfind(b"\n") + 1
     while content.count(b'"', 0, end) % 2:
         end = content.rfind(b"\n", 0, end - 1) + 1
@@ -277,13 +284,13 @@ def _end_of_rows(content: bytes) -> int:
 
 
 def _copy_whole(source: str | Path, target: str | Path) -> None:
-    """Copy a file to another disk so that it appears there whole, whenever the process is killed."""
+    """Copy a file to another disk so that it appears there complete or not at all."""
     with whole_file(target) as file:
         shutil.copy2(source, file)
 
 
 def _is_copy(target: Path, source: Path) -> bool:
-    """Whether a file is that which :func:`_copy_whole` made of another one; some disks keep even seconds alone."""
+    """Whether a file is a copy that :func:`_copy_whole` made of another one; some disks store times to 2 seconds."""
     if target.is_symlink() or not target.is_file() or abs(target.stat().st_mtime - source.stat().st_mtime) > 2:
         return False
     return filecmp.cmp(source, target, shallow=False)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenVINO models that compute in single precision on every CPU.
 
-OpenVINO's CPU plugin computes in bfloat16 where the processor can, unless whoever compiles the model says otherwise. An
-anomaly score is a small difference of large numbers, and eight bits of mantissa do not hold it. A model file cannot ask
-for a precision, but each of its nodes can: the attribute ``precise``, with which OpenVINO keeps a node out of half
-precision, keeps it out of bfloat16 too. Nodes that the plugin replaces by others lose it. So those are replaced here
-first, by what the plugin leaves alone, to the same numbers.
+OpenVINO's CPU plugin computes in bfloat16 where the processor supports it, unless whoever compiles the model says
+otherwise. An anomaly score is a small difference of large numbers, for which eight bits of mantissa are too few. A
+model file cannot set a precision, but each of its nodes can: the attribute ``precise``, which excludes a node from half
+precision, also excludes it from bfloat16. A node that the plugin rewrites into others loses the attribute, so such
+nodes are replaced here beforehand by equivalent ones that the plugin leaves alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def keep_single_precision(path: Path, *, half_weights: bool = False) -> None:
     """Rewrite an OpenVINO model so that its nodes keep single precision when it is compiled.
 
     Args:
-        path: The model's ``.xml``, with its ``.bin`` beside it; both are replaced.
-        half_weights: Store weights in half precision, as the model did before.
+        path: The model's ``.xml``, with its ``.bin`` beside it; both are overwritten.
+        half_weights: Whether the model stores its weights in half precision, and is to keep doing so.
     """
     import openvino as ov
 
     core = ov.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the file is written anew below
+    core.set_property({"ENABLE_MMAP": False})  # the file is overwritten below
     model = core.read_model(path)
     for node in model.get_ordered_ops():
         replace = _REPLACEMENTS.get(node.get_type_name())
@@ -45,45 +45,46 @@ def keep_single_precision(path: Path, *, half_weights: bool = False) -> None:
 
 
 def _mark(path: Path) -> None:
-    """Give every node the attribute, which OpenVINO's Python cannot set."""
-    tree = ET.parse(path)  # noqa: S314  # written a moment ago, by OpenVINO
+    """Set the attribute of every node in the file, since OpenVINO's Python API cannot."""
+    tree = ET.parse(path)  # noqa: S314  # OpenVINO has just written it
     for layer in tree.getroot().findall("layers/layer"):
         information = layer.find("rt_info")
         if information is None:
             information = ET.Element("rt_info")
             layer.insert(0 if layer.find("data") is None else 1, information)
-        if information.find("attribute[@name='precise']") is None:  # half-precision weights have brought it
+        if information.find("attribute[@name='precise']") is None:  # nodes with half-precision weights have it already
             ET.SubElement(information, "attribute", name="precise", version="0")
     tree.write(path, xml_declaration=True)
 
 
 def _subtract(node: Any) -> Any:
-    """Two sums in the place of a difference, which the plugin would turn into a sum and a change of sign."""
+    """Two additions for a subtraction, which the plugin would turn into an addition and a negation."""
     from openvino import opset13 as ops
 
     value, subtracted = node.input_values()
-    # No constant: the plugin would merge it with those of products and sums before it, to nodes without the attribute.
+    # The factor -0.5 must not be a constant: the plugin would fuse it with the constants of preceding products and sums
+    # into nodes without the attribute.
     half = ops.multiply(subtracted, ops.clamp(subtracted, -0.5, -0.5))
     return ops.add(ops.add(value, half), half)
 
 
 def _divide(node: Any) -> Any:
-    """A product with the inverse, which the plugin would make of a quotient; the exponent must not be a constant."""
+    """A product with the inverse, into which the plugin would turn a division; the exponent must not be a constant."""
     from openvino import opset13 as ops
 
     value, divisor = node.input_values()
-    of_length = _by_length(value, divisor.get_node())
-    if of_length is not None:
-        return of_length
+    normalized = _normalize_l2(value, divisor.get_node())
+    if normalized is not None:
+        return normalized
     if divisor.get_node().get_type_name() == "Constant":
         return ops.multiply(value, np.float32(1) / divisor.get_node().data)
     return ops.multiply(value, ops.power(divisor, ops.clamp(divisor, -1, -1)))
 
 
-def _by_length(value: Any, divisor: Any) -> Any:
-    """OpenVINO's own normalisation of maps, where they are divided by the lengths of their vectors; else ``None``.
+def _normalize_l2(value: Any, divisor: Any) -> Any:
+    """OpenVINO's L2 normalisation for maps that are divided by the lengths of their channel vectors; else ``None``.
 
-    A power, of which a quotient is made otherwise, would be taken of every channel's number.
+    The product with a power, which other divisions become, would compute the power for every channel.
     """
     from openvino import opset13 as ops
 
@@ -99,7 +100,7 @@ def _by_length(value: Any, divisor: Any) -> Any:
 
 
 def _max_pool(node: Any) -> Any:
-    """The older form of a pooling, to which the plugin brings the newer one; that also says where the maxima are."""
+    """The older version of max pooling, to which the plugin converts the newer one; that can also return indices."""
     from openvino import opset1 as ops
 
     options = node.get_attributes()
@@ -111,7 +112,7 @@ def _max_pool(node: Any) -> Any:
 
 
 def _pad(node: Any) -> Any:
-    """The older form of a padding, to which the plugin brings the newer one; that may also cut off."""
+    """The older version of padding, to which the plugin converts the newer one; that can also crop."""
     from openvino import opset1 as ops
 
     value, begin, end, *fill = node.input_values()
@@ -122,7 +123,7 @@ def _pad(node: Any) -> Any:
 
 
 def _unsqueeze(node: Any) -> Any:
-    """A reshape in the place of an unsqueeze."""
+    """A reshape for an unsqueeze."""
     from openvino import opset13 as ops
 
     axes = node.input_value(1).get_node()
@@ -140,7 +141,7 @@ def _unsqueeze(node: Any) -> Any:
 
 
 def _broadcast(node: Any) -> Any:
-    """A product with ones of that shape: the plugin turns a repetition into another, but for that of integers."""
+    """A product with ones of that shape, broadcast as integers: the plugin rewrites a broadcast of floats."""
     from openvino import opset13 as ops
 
     value, shape = node.input_values()[:2]
@@ -151,7 +152,7 @@ def _broadcast(node: Any) -> Any:
 
 
 def _matmul(node: Any) -> Any:
-    """A 1 x 1 convolution in the place of a product with a constant matrix."""
+    """A 1 x 1 convolution for a product with a constant matrix."""
     from openvino import opset13 as ops
 
     matrix = node.input_value(1).get_node()
@@ -167,7 +168,7 @@ def _matmul(node: Any) -> Any:
     leading = None
     if rank > 2:
         leading = ops.gather(ops.shape_of(source, output_type="i64"), np.arange(rank - 1), np.int64(0))
-    while source.get_node().get_type_name() == "Reshape":  # two reshapes in a row are replaced by one
+    while source.get_node().get_type_name() == "Reshape":  # the plugin would merge two reshapes in a row
         source = source.get_node().input_value(0)
     columns = ops.reshape(source, np.array([-1, inputs, 1, 1]), special_zero=False)
     kernel = np.ascontiguousarray(weights, dtype=np.float32)[:, :, None, None]
@@ -177,7 +178,7 @@ def _matmul(node: Any) -> Any:
 
 
 def _interpolate(node: Any) -> Any:
-    """The older form of an interpolation, to which the plugin brings the newer one."""
+    """The older version of interpolation, to which the plugin converts the newer one."""
     from openvino import opset10 as ops
 
     options = node.get_attributes()
@@ -189,7 +190,7 @@ def _interpolate(node: Any) -> Any:
 
 
 def _resize(node: Any) -> Any:
-    """OpenVINO's own antialiased resize in the place of `AntialiasedResize`: ``(columns @ (rows @ images).mT).mT``."""
+    """OpenVINO's antialiased resize for that of `AntialiasedResize`: ``(columns @ (rows @ images).mT).mT``."""
     from openvino import opset13 as ops
 
     outer = node.input_value(0).get_node()
@@ -207,7 +208,7 @@ def _resize(node: Any) -> Any:
 
 
 def _transpose(node: Any) -> Any:
-    """One transposition in the place of two in a row, of which the plugin would make one."""
+    """One transposition for two in a row, which the plugin would merge."""
     from openvino import opset13 as ops
 
     inner = node.input_value(0).get_node()
@@ -221,16 +222,16 @@ def _transpose(node: Any) -> Any:
 
 
 def _depends_on_size(value: Any, images: Any) -> bool:
-    """Whether a value is made of the shape of the images and of constants alone."""
-    left, seen = [value], set()
-    while left:
-        node = left.pop().get_node()
+    """Whether a value is computed from the shape of the images and constants only."""
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop().get_node()
         if node.get_friendly_name() in seen or (node.get_type_name() == "ShapeOf" and node.input_value(0) == images):
             continue
         if not node.input_values() and node.get_type_name() != "Constant":
             return False
         seen.add(node.get_friendly_name())
-        left += node.input_values()
+        pending += node.input_values()
     return True
 
 
