@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What densities are put together from: PyTorch and FrEIA, scikit-learn where something is fitted; without anomalib."""
+"""Building blocks of densities: PyTorch and FrEIA, with scikit-learn for what is fitted; nothing of anomalib."""
 
 from .architectures import ARCHITECTURES, map_flow, pixel_flow, vector_flow
 from .bases import Base, GaussianMixture, StandardNormal, StudentT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stacks of couplings: the flows that the detectors use."""
+"""Stacks of coupling layers: the flows that the detectors use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .subnets import SUBNETS, check_bottleneck, subnet_constructor, subnets_with
 
 
 class _Net(NamedTuple):
-    """An s,t-network, but for the size of what it sees, and whether there is an s."""
+    """The settings of a coupling's s,t-network, without the size of its input."""
 
     name: str
     hidden_channels: int
@@ -36,7 +36,7 @@ class _Net(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """The arguments of :func:`pixel_flow` that an architecture needs, its defaults filled in."""
+    """The arguments of :func:`pixel_flow` that an architecture needs, with its defaults filled in."""
 
     architecture: str
     scales: int
@@ -55,9 +55,9 @@ class Architecture:
 
     Attributes:
         append: Appends the layers to a flow on images.
-        subnet: The default s,t-network.
-        coupling_layers: The default number.
-        hidden_channels: The default width of the networks.
+        subnet: Default s,t-network.
+        coupling_layers: Default number of coupling layers.
+        hidden_channels: Default width of the networks.
     """
 
     append: _Append
@@ -96,11 +96,12 @@ def pixel_flow(
 ) -> SequenceINN:
     """Build a flow on dequantised images: logit, then the couplings of an architecture.
 
-    - ``single_scale``: couplings of one mask family, as Kirichenko et al. (2020, section 6) compare masks.
+    - ``single_scale``: couplings of one mask family, as in the comparison of masks by Kirichenko et al. (2020,
+      section 6).
     - ``realnvp`` (Dinh et al. 2017, section 3.6): at each scale checkerboard couplings, a squeeze, channel
       couplings, and half of the channels factored out; at the last scale checkerboard couplings alone.
     - ``glow`` (Kingma and Dhariwal 2018, section 3): at each scale a squeeze, steps of ActNorm, invertible 1×1
-      convolution and channel coupling, and, but for the last scale, half of the channels factored out.
+      convolution and channel coupling, and, except at the last scale, half of the channels factored out.
 
     Args:
         shape: ``(C, H, W)`` of the images.
@@ -108,22 +109,22 @@ def pixel_flow(
         scales: Number of scales of ``realnvp`` and ``glow``. The first halves the height and width ``scales - 1``
             times, the other ``scales`` times; they must be multiples of 2 to that power.
         mask: Mask family of ``single_scale``, one of :data:`~anomalib_flowood.flows.MASKS`; ``cycle`` by default.
-            Couplings see the image after a 2×2 squeeze where it has fewer channels than the mask needs. The other
-            architectures have masks of their own.
-        native: Let the networks see what feeds the mask alone, where the mask has such a form
-            (:func:`~anomalib_flowood.flows.native_form`); the others have the zero-masked form only.
+            An image with fewer channels than the mask needs is squeezed 2×2 first. The other architectures have masks
+            of their own.
+        native: Whether the networks see only the values that feed them, where the mask has such a native form
+            (:func:`~anomalib_flowood.flows.native_form`); other masks have the zero-masked form only.
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`; by default ``bottleneck`` for ``single_scale``,
             ``resnet`` for ``realnvp``, ``highway`` for ``glow``. The latter two take convolutional ones only.
-        coupling_layers: Number of couplings (``single_scale``; 8 by default), of couplings in each of the groups
+        coupling_layers: Number of couplings (``single_scale``; 8 by default), of couplings in each group
             (``realnvp``; the paper's 3 by default, at least 2, and one more at the last scale), or of steps at each
             scale (``glow``; 8 by default).
         hidden_channels: Width of the s,t-networks; 256 by default for ``single_scale``, 64 for the others.
             ``realnvp`` doubles it with every squeeze.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` and ``conv_bottleneck`` networks.
+        bottleneck_dim: Width of the squeeze in the ``bottleneck`` and ``conv_bottleneck`` networks.
         num_blocks: Blocks of the ``resnet`` and ``highway`` networks.
-        batch_norm: Batch normalisation in the ``resnet`` networks.
+        batch_norm: Whether the ``resnet`` networks use batch normalisation.
         scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
-            couplings, which leave all scaling to the logit, and to ActNorm and 1×1 convolutions where there are some.
+            couplings, which leave all scaling to the logit and, in ``glow``, to ActNorm and the 1×1 convolutions.
         logit_alpha: Alpha of the :class:`~anomalib_flowood.flows.Logit`; 0.05 in the literature.
 
     Returns:
@@ -133,20 +134,20 @@ def pixel_flow(
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this shape.
     """
-    usual = ARCHITECTURES[architecture]
+    defaults = ARCHITECTURES[architecture]
     net = _Net(
-        name=usual.subnet if subnet is None else subnet,
-        hidden_channels=usual.hidden_channels if hidden_channels is None else hidden_channels,
+        name=defaults.subnet if subnet is None else subnet,
+        hidden_channels=defaults.hidden_channels if hidden_channels is None else hidden_channels,
         bottleneck_dim=bottleneck_dim,
         scale=scale,
         num_blocks=num_blocks,
         batch_norm=batch_norm,
     )
-    layers = usual.coupling_layers if coupling_layers is None else coupling_layers
+    layers = defaults.coupling_layers if coupling_layers is None else coupling_layers
     _at_least("scales", scales)
     flow = SequenceINN(*shape)
     flow.append(Logit, alpha=logit_alpha)
-    usual.append(flow, _Stack(architecture, scales, mask, native, net, layers))
+    defaults.append(flow, _Stack(architecture, scales, mask, native, net, layers))
     return flow
 
 
@@ -200,7 +201,7 @@ def _append_glow_scale(flow: SequenceINN, stack: _Stack) -> None:
     for _ in range(stack.coupling_layers):
         flow.append(ActNorm)
         flow.append(InvertibleConv1x1)
-        # Always the same half: the convolution before it has mixed the channels.
+        # Always the same half of the channels, since the convolution has mixed them.
         _append_couplings(flow, "channel", stack.native, stack.net, 1)
     if stack.scales > 1:
         flow.append(FactorOut, fill=partial(_append_glow_scale, stack=stack._replace(scales=stack.scales - 1)))
@@ -210,7 +211,7 @@ def _append_glow_scale(flow: SequenceINN, stack: _Stack) -> None:
 def _check_multi_scale(flow: SequenceINN, stack: _Stack, squeezes: int) -> None:
     who = f"Architecture {stack.architecture!r}"
     if stack.mask is not None:
-        MASKS[stack.mask]  # an unknown name is a typing error, whatever the architecture
+        MASKS[stack.mask]  # raises if the name is unknown, which is the more likely mistake
         msg = (
             f"{who} has its own masks: leave mask out, or choose architecture 'single_scale' for couplings with mask "
             f"{stack.mask!r}."
@@ -255,7 +256,7 @@ def map_flow(
         subnet: One of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        bottleneck_dim: Width of the squeeze in the ``bottleneck`` network.
         scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
             couplings, whose log-determinant is 0.
 
@@ -279,7 +280,7 @@ def _append_couplings(flow: SequenceINN, mask: str, native: bool, net: _Net, cou
     for layer in range(coupling_layers):
         sides = coupling_mask(mask, shape, layer)
         if SUBNETS[net.name].squeezes:
-            # By the values of the mask: the network sees zeros and padding, too, which tell it nothing.
+            # Only values that feed the network count: zeros of the mask and padding carry no information.
             check_bottleneck(net.bottleneck_dim, int(sides.feed.sum()))
         if form:
             flow.append(form, layer=layer, subnet_constructor=constructor, scale=net.scale)
@@ -303,12 +304,12 @@ def vector_flow(
         subnet: A fully connected one of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the s,t-networks.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
+        bottleneck_dim: Width of the squeeze in the ``bottleneck`` network.
         scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none`` for additive
             couplings, whose log-determinant is 0.
 
     Returns:
-        The flow: ``flow(x) -> (z, log_det)``, ``x`` of shape ``(N, dims)``.
+        The flow: ``flow(x) -> (z, log_det)`` with ``x`` of shape ``(N, dims)``.
 
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense for this length.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base distributions: what the latents of a flow are distributed like.
+"""Base distributions: the distributions of a flow's latents.
 
-A base is a module with ``log_prob(z)``, nats, and ``radius(z)``, the distance from its mean, or from the nearest of
-several; ``z`` is ``(N, ...)``, and both are ``(N,)``. Where latents are independent, it also has ``elementwise(z)``,
-the log-density of each.
+A base is a module with ``log_prob(z)``, in nats, and ``radius(z)``, the distance from its mean, or from the nearest
+mean of a mixture; ``z`` is ``(N, ...)``, and both are ``(N,)``. A base of independent latents also has
+``elementwise(z)``, the log-density of each latent.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .precision import full_precision
 from .rows import Moments, Rows, draw, in_turn, take
 
 _POINTS_PER_MODE = 10
-"""A Gaussian of a mixture is to stand for a kind of points, and not for one of them."""
+"""Points per Gaussian of a mixture, at least: each is to describe a cluster, not a single point."""
 
 _CLUSTERED = 10_000
-"""Most points among which k-means searches, for the time it takes; then all of them count."""
+"""Most points that k-means runs on, to limit its time; all points are then assigned to the clusters found."""
 
 
 class Base(Protocol):
-    """What a density needs of a base distribution."""
+    """The interface of a base distribution."""
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of latents, ``(N, ...)``; nats, ``(N,)``."""
@@ -54,20 +54,20 @@ class StandardNormal(nn.Module):
         return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
     def radius(self, z: Tensor) -> Tensor:
-        """Distance of latents, ``(N, ...)``, from the mean, which is 0; ``(N,)``."""
+        """Distance of latents, ``(N, ...)``, from the mean at 0; ``(N,)``."""
         return z.flatten(1).norm(dim=1)
 
 
 class StudentT(nn.Module):
-    """Independent Student's t distributions, whose tails forgive single latents far out.
+    """Independent Student's t distributions, whose heavy tails penalise single outlying latents less.
 
-    Source: Alexanderson and Henter 2020 (arXiv 2006.06599), who take a multivariate one; here each latent has its own.
+    Source: Alexanderson and Henter 2020 (arXiv 2006.06599), who use a multivariate one; here each latent has its own.
 
     Args:
         degrees: Degrees of freedom; the more, the closer to :class:`StandardNormal`.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If they are not above 0.
     """
 
     def __init__(self, degrees: float = 10.0) -> None:
@@ -79,7 +79,7 @@ class StudentT(nn.Module):
 
     def elementwise(self, z: Tensor) -> Tensor:
         """Log-density of each latent, nats; of the shape of ``z``."""
-        # Unchecked, since PyTorch refuses NaN, which an overflow of the flow leaves: others say what that means.
+        # Not validated: PyTorch would refuse NaN, which an overflow of the flow causes and which is handled elsewhere.
         return distributions.StudentT(self.degrees, validate_args=False).log_prob(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -87,22 +87,22 @@ class StudentT(nn.Module):
         return self.elementwise(z).flatten(1).sum(1)
 
     def radius(self, z: Tensor) -> Tensor:
-        """Distance of latents, ``(N, ...)``, from the centre, which is 0; ``(N,)``."""
+        """Distance of latents, ``(N, ...)``, from the centre at 0; ``(N,)``."""
         return z.flatten(1).norm(dim=1)
 
 
 class GaussianMixture(ForEachKind):
     """A mixture of Gaussians of unit covariance over latents that are vectors, ``(N, k)``.
 
-    A tied covariance is a linear transform before it: :meth:`fit` returns what the covariance is where the points are,
-    and :meth:`transform` brings the means along to where it is the identity.
+    A covariance that all Gaussians share is a linear transform before the mixture: :meth:`fit` returns the covariance
+    within clusters, and :meth:`transform` maps the means to the space in which it is the identity.
 
-    What is inside comes in clusters, which k-means finds. The mixture is the mean of those that several runs find,
-    so that where one of them starts matters less.
+    The Gaussians are clusters found by k-means. The mixtures of several runs are averaged, so that the random start
+    of a run matters less.
 
     Args:
         dims: k.
-        modes: Gaussians that a run of k-means finds; at most one for ten points.
+        modes: Clusters of each run of k-means; at most one for ten points.
         clusterings: Runs of k-means, whose mixtures are averaged.
 
     Raises:
@@ -110,9 +110,9 @@ class GaussianMixture(ForEachKind):
     """
 
     centres: Tensor
-    """Means, ``(clusterings * modes, k)``; a buffer, as the other. Of several fits both have those in front."""
+    """Means, ``(clusterings * modes, k)``; a buffer, like the other. With several fits, both get a first dimension."""
     log_weights: Tensor
-    """Logarithms of their shares, ``(clusterings * modes,)``, which sum to 1, of several fits all together."""
+    """Logarithms of the mixture weights, ``(clusterings * modes,)``; the weights of all fits together sum to 1."""
 
     def __init__(self, dims: int, modes: int = 1, clusterings: int = 8) -> None:
         super().__init__()
@@ -127,15 +127,15 @@ class GaussianMixture(ForEachKind):
         self.register_buffer("log_weights", torch.full((slots,), -math.log(slots)))
 
     def fit(self, points: Rows) -> Tensor:
-        """Find means and shares.
+        """Find means and weights.
 
-        k-means runs on 10,000 of the points at most. Then every point is in the cluster whose mean is nearest.
+        k-means runs on at most 10,000 of the points. Then every point belongs to the cluster whose mean is nearest.
 
         Args:
-            points: ``(n, k)``, of which only some are looked at at a time.
+            points: ``(n, k)``, read a part at a time.
 
         Returns:
-            The covariance of the points within clusters, ``(k, k)``, float64, in main memory.
+            The covariance of the points within clusters, ``(k, k)``, float64, on the CPU.
 
         Raises:
             ValueError: If there are no points.
@@ -143,44 +143,44 @@ class GaussianMixture(ForEachKind):
         if not len(points):
             msg = "A mixture of Gaussians is fitted to points, and there are none."
             raise ValueError(msg)
-        most = self.centres.shape[-2]
-        modes = max(1, min(most // self.clusterings, len(points) // _POINTS_PER_MODE))
-        centres, share, covariance = _cluster(points, modes, self.clusterings)
-        # More slots than Gaussians: some share one, which is the same density.
-        slots = torch.arange(most) % len(centres)
-        self.centres = centres[slots].to(self.centres)
-        self.log_weights = (share[slots] / torch.bincount(slots)[slots]).log().to(self.log_weights)
+        slots = self.centres.shape[-2]
+        modes = max(1, min(slots // self.clusterings, len(points) // _POINTS_PER_MODE))
+        centres, weights, covariance = _cluster(points, modes, self.clusterings)
+        # If there are more slots than clusters, several slots share a cluster and its weight: the density is the same.
+        cluster = torch.arange(slots) % len(centres)
+        self.centres = centres[cluster].to(self.centres)
+        self.log_weights = (weights[cluster] / torch.bincount(cluster)[cluster]).log().to(self.log_weights)
         return covariance
 
     def transform(self, matrix: Tensor) -> None:
-        """Move the means to where points ``x`` become ``x @ matrix``, and have a covariance of I.
+        """Map the means to the space of the points ``x @ matrix``, in which the covariance within clusters is I.
 
         Args:
-            matrix: ``(k, k)``, in main memory.
+            matrix: ``(k, k)``, on the CPU.
         """
         self.centres = (self.centres.cpu().to(matrix) @ matrix).to(self.centres)
 
     def log_prob(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Log-density of latents, ``(N, k)``, each by the fit to its kind, ``(N,)``, if there are several; nats."""
+        """Log-density of latents, ``(N, k)``, in nats; with several fits, each by that of its kind, ``(N,)``."""
         return self.by_kind(self._log_prob, z, kind)
 
     def radius(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Distance of latents, ``(N, k)``, from the nearest mean, of their kind, ``(N,)``; ``(N,)``."""
+        """Distance of latents, ``(N, k)``, from the nearest mean of their kind, ``(N,)``; ``(N,)``."""
         return self.by_kind(self._radius, z, kind)
 
     def nearest(self, z: Tensor, kind: Tensor | None = None) -> Tensor:
-        """The mean that is nearest to each of some latents, ``(N, k)``, of their kind, ``(N,)``: ``(N, k)``."""
+        """For each of the latents, ``(N, k)``, the nearest mean of its kind, ``(N,)``; ``(N, k)``."""
         return self.by_kind(self._nearest, z, kind)
 
     def weigh(self, log_shares: Tensor) -> None:
-        """Give several fits, which :meth:`join` has put together, their shares of one mixture; logarithms, ``(K,)``.
+        """Make the fits that :meth:`join` has put together one mixture, with the given log-weights, ``(K,)``.
 
-        Then :meth:`log_prob` of a kind is its part of that mixture, and the others are left out.
+        :meth:`log_prob` then returns the log-density of a kind's own component of that mixture, weight included.
         """
         self.log_weights = self.log_weights + log_shares.log_softmax(0).to(self.log_weights)[:, None]
 
     def of(self, kind: Tensor) -> Base:
-        """The distribution of latents whose kinds are known, ``(N,)``."""
+        """Return the base of latents whose kinds are given, ``(N,)``."""
         return _OfKinds(self, kind)
 
     @full_precision
@@ -200,7 +200,7 @@ class GaussianMixture(ForEachKind):
 
 
 class _OfKinds:
-    """A base of latents whose kinds are known."""
+    """The base of latents whose kinds are given."""
 
     def __init__(self, mixture: GaussianMixture, kind: Tensor) -> None:
         self.log_prob = partial(mixture.log_prob, kind=kind)
@@ -208,8 +208,8 @@ class _OfKinds:
 
 
 def _kernels(z: Tensor, centres: Tensor) -> Tensor:
-    """Return z c - |c|^2 / 2 of latents, ``(N, k)``, and means, ``(M, k)``, or those of each: ``(N, M)``."""
-    # By a matrix product: no tensor of N x modes x k numbers.
+    """Return z·c - |c|² / 2, ``(N, M)``, for latents, ``(N, k)``, and means, ``(M, k)`` or ``(N, M, k)``."""
+    # A matrix product needs no tensor of N x M x k numbers.
     constant = -0.5 * centres.square().sum(-1)
     if centres.ndim == 2:
         return torch.addmm(constant, z, centres.T)
@@ -220,13 +220,13 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
     """Find clusters by several runs of k-means.
 
     Args:
-        points: ``(N, k)``.
-        modes: Clusters of a run.
-        runs: Runs, which start elsewhere.
+        points: ``(n, k)``.
+        modes: Clusters of each run.
+        runs: Number of runs, each with another random start.
 
     Returns:
-        The means of the clusters of all runs, ``(M, k)``, the shares of the runs' points in them, ``(M,)``, and the
-        covariance of the points within clusters, ``(k, k)``; float64, in main memory.
+        The means of the clusters of all runs, ``(M, k)``, their shares of the points, which sum to 1 over all runs,
+        ``(M,)``, and the covariance of the points within clusters, ``(k, k)``; float64, on the CPU.
     """
     some = take(points, draw(len(points), _CLUSTERED)).float().cpu().numpy()
     n, k = len(points), some.shape[1]
@@ -234,7 +234,7 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
     sums, sizes = torch.zeros(runs, modes, k).double(), torch.zeros(runs, modes).double()
 
     def find(run: int) -> KMeans:
-        # Random starts and few steps: the mean over runs makes up for what each of them lacks.
+        # One random start and few iterations are enough, since the mixtures of all runs are averaged.
         return KMeans(modes, init="random", n_init=1, max_iter=10, random_state=run).fit(some)
 
     def count_in(clusters: KMeans, total: Tensor, size: Tensor) -> None:
@@ -242,8 +242,9 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
         total.index_add_(0, kind, exact)
         size += kind.bincount(minlength=modes)
 
-    # Runs side by side, each by one thread: from three on, scikit-learn adds up its sums in the order in which they are
-    # done. OpenMP's limit is of a thread; BLAS's, which scikit-learn sets and takes back meanwhile, of the process.
+    # Runs in parallel, each in one thread: with three or more, scikit-learn adds partial sums in the order in which
+    # threads finish, so that results vary. OpenMP's limit holds per thread, BLAS's for the process; scikit-learn itself
+    # sets and restores the latter meanwhile.
     with (
         threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1, "openmp")) as threads,
@@ -254,8 +255,7 @@ def _cluster(points: Rows, modes: int, runs: int) -> tuple[Tensor, Tensor, Tenso
             single = exact.float().numpy()
             moments.add(exact)
             list(threads.map(count_in, clusterings, sums, sizes))
-    # Where points are the same, clusters may be without any: these are left out.
-    found = sizes > 0
+    found = sizes > 0  # among identical points, clusters may be empty
     means, size = sums[found] / sizes[found][:, None], sizes[found]
     deviations = (means - moments.mean) * size[:, None].sqrt()
     scatter = n * runs * moments.covariance - deviations.T @ deviations

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coupling layers as FrEIA invertible modules.
 
-All forms compute what Dinh et al. (2017, equations 7 to 9) call an affine coupling, with the scale
-``s = w * tanh(s_raw)`` of the paper's code (Kirichenko et al. 2020), ``w`` learned per channel::
+All of them are affine couplings (Dinh et al. 2017, equations 7 to 9) with the log-scale ``s = w * tanh(s_raw)`` of the
+code of Kirichenko et al. (2020), where ``w`` is learned per channel::
 
-    s_raw, t = subnet(fed values)
+    s_raw, t = subnet(values that feed the network)
     y = (x + t) * exp(s)    where the mask changes x,    y = x elsewhere
     log_det = sum of s over the changed values
 
-or, without a scale (``s = 0``), the additive coupling of Dinh et al. (2015, "NICE", section 3.2), which keeps volumes:
-``t = subnet(fed values)``, and the log-determinant is 0.
+or, without a scale (``s = 0``), the volume-preserving additive couplings of Dinh et al. (2015, "NICE", section 3.2):
+``t = subnet(values that feed the network)`` and ``log_det = 0``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .masks import MASKS, CouplingMask
 from .precision import full_precision
 
 _CLOCKWISE = (0, 1, 3, 2)
-"""Quadrants clockwise from the top left, as places in reading order."""
+"""The quadrants clockwise from the top left, as indices in reading order."""
 
 SCALES = ("tanh", "none")
 """Log-scales of a coupling by the names that users type: bounded by a learned weight, or none (additive couplings)."""
@@ -37,7 +37,7 @@ SubnetConstructor = Callable[[int, int], nn.Module]
 
 
 def check_scale(scale: str) -> None:
-    """Refuse a name that is not among :data:`SCALES`.
+    """Check that a name is one of :data:`SCALES`.
 
     Raises:
         ValueError: If it is not.
@@ -46,18 +46,18 @@ def check_scale(scale: str) -> None:
 
 
 class AffineCoupling(Layer):
-    """What all forms share: the scale, the s,t-network and the log-determinant.
+    """Base class of the couplings: the scale, the s,t-network and the log-determinant.
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, as FrEIA passes it.
-        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``; there are two channels out for
-            each that is changed, one without a scale.
+        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``; the network has two output
+            channels for each changed channel, one without a scale.
         dims_c: Shapes of conditions; FrEIA's convention, none are supported.
-        channels: Channels that feed the network, and channels of what is changed; all of them by default.
+        channels: Number of channels that feed the network, and of channels that are changed; all by default.
         scale: One of :data:`SCALES`; ``none`` for an additive coupling.
 
     Raises:
-        ValueError: If there is more than one input, a condition, or the scale is unknown.
+        ValueError: If there is more than one input, there is a condition, or the scale is unknown.
     """
 
     scale: nn.Parameter | None
@@ -81,7 +81,7 @@ class AffineCoupling(Layer):
 
     @classmethod
     def subnet_size(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the spatial size of what the network sees of an input.
+        """Return the spatial size of the network's input.
 
         Args:
             shape: ``(C, H, W)`` or ``(D,)``.
@@ -95,13 +95,13 @@ class AffineCoupling(Layer):
         """Evaluate the s,t-network.
 
         Args:
-            fed: Values that the network sees, ``(N, C, ...)``.
+            fed: The network's input, ``(N, C, ...)``.
 
         Returns:
             ``s`` (bounded by ``|w|``; zeros without a scale) and ``t``, each ``(N, C, ...)``.
         """
-        # The density is exact for whatever the network returns, so training may run it in 16 bits. Scores must not
-        # depend on the precision of the training.
+        # The log-determinant is exact whatever the network returns, so training may run the network in 16 bits. Scores
+        # must not depend on the trainer's precision.
         network = self.subnet if self.training else self._exact_subnet
         out = network(fed).to(fed.dtype)
         if self.scale is None:
@@ -121,13 +121,13 @@ class AffineCoupling(Layer):
             rev: Undo the transformation.
 
         Returns:
-            The transformed input, and the log-scales ``s`` of the forward direction, which sum to its
-            log-determinant; see :meth:`spread` for where they are.
+            The transformed input, and the log-scales ``s`` of the forward direction, whose sum is its log-determinant;
+            :meth:`spread` maps them to the positions of the values.
         """
         raise NotImplementedError
 
     def spread(self, s: Tensor) -> Tensor:
-        """Place log-scales where the values are that they scaled; zero elsewhere.
+        """Put each log-scale at the position of the value that it scaled, and zero elsewhere.
 
         Args:
             s: Log-scales from :meth:`couple`.
@@ -145,16 +145,16 @@ class AffineCoupling(Layer):
 
 
 class MaskedCoupling(AffineCoupling):
-    """Affine coupling in the zero-masked form: the network sees the whole input with zeros off the mask.
+    """Affine coupling in the zero-masked form: the network sees the whole input, with zeros off the mask.
 
-    Works for every mask and every shape; the paper's own form.
+    The form of Kirichenko et al. (2020); works for every mask and every shape.
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``.
         mask: The two sides of the coupling, boolean tensors of that shape.
         subnet_constructor: Called as ``subnet_constructor(C, 2 * C)``; the network keeps the spatial size.
         dims_c: FrEIA's convention; none are supported.
-        scale: One of :data:`SCALES`; without one the network has C channels out, not 2 C. Likewise in other forms.
+        scale: One of :data:`SCALES`; with ``none`` the network has C output channels, not 2 C, as in the other forms.
 
     Raises:
         ValueError: If the mask does not fit the shape, or its sides overlap.
@@ -178,7 +178,7 @@ class MaskedCoupling(AffineCoupling):
         if bool((mask.feed & mask.change).any()):
             msg = "A value cannot both feed the network and be changed: the layer would not be invertible."
             raise ValueError(msg)
-        # Buffers, not parameters; rebuilt from the configuration, so kept out of checkpoints.
+        # Rebuilt from the configuration, so kept out of checkpoints.
         self.register_buffer("feed", mask.feed.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("change", mask.change.to(torch.get_default_dtype()), persistent=False)
 
@@ -193,14 +193,14 @@ Form = TypeVar("Form", bound=type[AffineCoupling])
 
 
 def native_form(mask: str) -> Callable[[Form], Form]:
-    """Make a coupling known as the native form of a mask: its network sees what feeds the mask, and no zeros.
+    """Register a coupling as the native form of a mask: its network sees only the values that feed it, and no zeros.
 
     Args:
         mask: One of :data:`~anomalib_flowood.flows.MASKS`.
 
     Returns:
         Decorator of a class that is called with ``dims_in``, ``layer`` (index in the stack), ``subnet_constructor``
-        and ``scale``, and changes what the mask of that layer changes.
+        and ``scale``, and changes the values that the mask of that layer changes.
     """
 
     def register(coupling: Form) -> Form:
@@ -212,10 +212,10 @@ def native_form(mask: str) -> Callable[[Form], Form]:
 
 @native_form("channel")
 class ChannelCoupling(AffineCoupling):
-    """Affine coupling of the channel mask in its native form: the network sees one half of the channels alone.
+    """Affine coupling of the channel mask in its native form: the network sees only one half of the channels.
 
-    Even layers read the first ``C // 2`` channels and change the others, odd layers the other way round, as the
-    zero-masked form does.
+    As in the zero-masked form, even layers read the first ``C // 2`` channels and change the others, odd layers the
+    other way round.
 
     Args:
         dims_in: One shape, ``[(C, H, W)]`` or ``[(D,)]``, of at least two channels.
@@ -255,7 +255,7 @@ class ChannelCoupling(AffineCoupling):
         return torch.cat(parts, dim=1), s
 
     def spread(self, s: Tensor) -> Tensor:
-        """Place the scales of the half in all channels; see :meth:`AffineCoupling.spread`."""
+        """Put the log-scales of the changed half among all channels; see :meth:`AffineCoupling.spread`."""
         parts = [torch.zeros_like(s[:, :1]).expand(-1, length, *s.shape[2:]) for length in self.halves]
         parts[self.target] = s
         return torch.cat(parts, dim=1)
@@ -263,10 +263,10 @@ class ChannelCoupling(AffineCoupling):
 
 @native_form("cycle")
 class QuadrantCoupling(AffineCoupling):
-    """Affine coupling of the cycle mask in its native form: the network works on one quadrant alone.
+    """Affine coupling of the cycle mask in its native form: the network sees only one quadrant.
 
-    Layer ``k`` reads quadrant ``k % 4`` and changes the next one clockwise, as the zero-masked form does, at a
-    quarter of the work. Quadrants of odd-sized images are padded with zeros, after their values, to a common size.
+    As in the zero-masked form, layer ``k`` reads quadrant ``k % 4`` and changes the next one clockwise, at a quarter of
+    the cost. Quadrants of odd-sized images are padded with zeros, at the bottom and the right, to a common size.
 
     Args:
         dims_in: One image shape, ``[(C, H, W)]``.
@@ -310,7 +310,7 @@ class QuadrantCoupling(AffineCoupling):
         return join_quadrants(parts), s
 
     def spread(self, s: Tensor) -> Tensor:
-        """Place the scales of the quadrant in the image; see :meth:`AffineCoupling.spread`."""
+        """Put the log-scales of the changed quadrant into the image; see :meth:`AffineCoupling.spread`."""
         top, left = (length // 2 * place for length, place in zip(self.shape[1:], divmod(self.target, 2), strict=True))
         return functional.pad(s, (left, self.shape[2] - left - s.shape[3], top, self.shape[1] - top - s.shape[2]))
 
@@ -321,13 +321,13 @@ def affine(x: Tensor, s: Tensor, t: Tensor, rev: bool) -> Tensor:
 
 
 def cycle_quadrants(layer: int) -> tuple[int, int]:
-    """Return which quadrant a layer of the cycle mask reads, and which it changes, as places in reading order."""
+    """Return which quadrant a layer of the cycle mask reads, and which it changes, as indices in reading order."""
     return _CLOCKWISE[layer % 4], _CLOCKWISE[(layer + 1) % 4]
 
 
 def split_quadrants(x: Tensor) -> list[Tensor]:
-    """Split images, ``(N, C, H, W)``, into their quadrants, in reading order; the last ones are the larger."""
-    # Splitting and concatenating differentiate into each other; slices would fill an image with zeros each.
+    """Split images, ``(N, C, H, W)``, into quadrants in reading order; of odd sizes the last ones are the larger."""
+    # split and cat are each other's gradient; the gradient of each slice would be a whole image of zeros.
     heights, widths = ((length // 2, length - length // 2) for length in x.shape[2:])
     return [part for row in x.split(heights, dim=2) for part in row.split(widths, dim=3)]
 
@@ -338,7 +338,7 @@ def join_quadrants(parts: list[Tensor]) -> Tensor:
 
 
 def pad_to(part: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Pad a quadrant with zeros, after its values, to the common size of all."""
+    """Pad a quadrant with zeros, at the bottom and the right, to the common size."""
     height, width = size
     return functional.pad(part, (0, width - part.shape[3], 0, height - part.shape[2]))
 

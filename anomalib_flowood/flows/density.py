@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A density, composed: invertible transforms, and a base distribution of their latents. Written once, here."""
+"""The density of a flow: invertible transforms, and a base distribution of their latents."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .positions import PositionFlow
 
 @dataclass(frozen=True)
 class Density:
-    """What a flow says about a batch.
+    """The density of a batch under a flow, in parts.
 
     Attributes:
-        terms: What sums to the log-density: log p of the base distribution first, then the log-determinants, and the
-            rest where there is one; nats, ``(N,)`` each.
+        terms: The summands of the log-density: log p of the base distribution, the log-determinant, and the rest where
+            there is one; nats, ``(N,)`` each.
         latents: Latents of each of the flows that are evaluated side by side, ``(N, ...)``.
-        base: The base distribution of each.
+        base: The base distribution of all of them.
     """
 
     terms: tuple[Tensor, ...]
@@ -42,7 +42,7 @@ class Density:
 
     @property
     def radius(self) -> Tensor:
-        """Distance of the latents from the mean of the base, the nearest where it is a mixture; ``(N,)``."""
+        """Distance of the latents from the mean of the base, or the nearest mean of a mixture; ``(N,)``."""
         return torch.stack([self.base.radius(z) for z in self.latents]).norm(dim=0)
 
 
@@ -55,44 +55,43 @@ def density(
     *,
     after: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Density:
-    """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, and a rest that is known already.
+    """Evaluate ``log p(x) = log p_base(f(x)) + log|det df/dx|``, plus a rest that is known already.
 
     Args:
-        flow: ``flow(x) -> (z, log_det)``. Without any transform in it, it is the identity.
+        flow: ``flow(x) -> (z, log_det)``; the identity if it has no layers.
         base: The distribution of z.
         x: ``(N, ...)``.
-        rest: What else belongs to the log-density, nats, ``(N,)``: of what x was made from, see
+        rest: The part of the log-density that lies outside of x, nats, ``(N,)``: see
             :class:`~anomalib_flowood.flows.PrincipalSubspace`.
-        condition: What the flow is told from outside, ``(N, C)``; the density is that of x under this condition.
-        after: What else transforms the flow's latents, and gives their log-determinants, ``(N,)``, too.
+        condition: The flow's condition, ``(N, C)``; the density is that of x given this condition.
+        after: A further transform of the flow's latents, which also returns its log-determinants, ``(N,)``.
     """
     z, log_det = flow(x) if condition is None else flow(x, c=[condition])
     if after is not None:
-        z, of_after = after(z)
-        log_det = log_det + of_after
+        z, log_det_after = after(z)
+        log_det = log_det + log_det_after
     log_prob = base.log_prob(z)
-    terms = (log_prob, torch.zeros_like(log_prob) + log_det)  # without a transform log_det is the number 0
+    terms = (log_prob, torch.zeros_like(log_prob) + log_det)  # log_det of a flow without layers is the number 0
     return Density(terms if rest is None else (*terms, rest), (z,), base)
 
 
 def independent(densities: Sequence[Density]) -> Density:
-    """Put densities of independent variables together, with one kind of base: their log-densities add up."""
+    """Combine densities of independent variables that share a base: their log-densities add up, term by term."""
     terms = tuple(sum(same[1:], same[0]) for same in zip(*(part.terms for part in densities), strict=True))
     return Density(terms, tuple(z for part in densities for z in part.latents), densities[0].base)
 
 
 def couple(couplings: SequenceINN, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run couplings, and keep apart by how much they scale each value.
+    """Run couplings, and return the log-scale of each value instead of their sum, the log-determinant.
 
     Args:
-        couplings: Couplings, and nothing else.
+        couplings: A flow of couplings only.
         x: ``(N, ...)``.
-        condition: What a :class:`~anomalib_flowood.flows.PositionFlow` is told from outside, ``(N, C)``, where that is
-            known; by default it finds out itself.
+        condition: The condition of a :class:`~anomalib_flowood.flows.PositionFlow`, ``(N, C)``; by default the flow
+            computes it from x.
 
     Returns:
-        Latents, and the log-scales of each value over all couplings, which sum to the log-determinant; both of the
-        shape of x.
+        Latents, and the log-scales of each value, summed over all couplings; both of the shape of x.
     """
     if condition is None and isinstance(couplings, PositionFlow):
         condition = couplings.condition(x)
@@ -105,7 +104,7 @@ def couple(couplings: SequenceINN, x: Tensor, condition: Tensor | None = None) -
 
 
 class SideBySide(InvertibleModule):
-    """Flows side by side, each on an input of its own: ``flow([x, …]) -> ([z, …], log_det)``.
+    """Flows side by side, each with an input of its own: ``flow([x, …]) -> ([z, …], log_det)``.
 
     Args:
         flows: One flow for each input.
@@ -123,7 +122,7 @@ class SideBySide(InvertibleModule):
     def forward(
         self, x_or_z: Tensor | Sequence[Tensor], c: object = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor | list[Tensor], Tensor]:
-        """Run all flows; a single one may be given its input without a list, and answers likewise."""
+        """Run all flows; with a single one, the input may be a tensor instead of a list, and so is the output."""
         del c, jac
         single = isinstance(x_or_z, Tensor)
         inputs = [x_or_z] if single else x_or_z

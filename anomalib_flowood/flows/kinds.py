@@ -19,7 +19,7 @@ class ForEachKind(nn.Module):
 
     of_kind: dict[str, int]
     """Names of the buffers that a fit sets, with the number of trailing dimensions that are known before the fit. The
-    others depend on the data, so a checkpoint may bring any size."""
+    other dimensions depend on the data, so that a checkpoint may hold any size."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, known in self.of_kind.items():
@@ -40,18 +40,18 @@ class ForEachKind(nn.Module):
             setattr(self, name, torch.stack(values))
 
     def by_kind(self, compute: Callable[..., Tensor], x: Tensor, kind: Tensor | None) -> Tensor:
-        """Compute something for each sample, with the buffers of its kind.
+        """Compute something for each sample with the buffers of its kind.
 
         Args:
             compute: Takes samples and the buffers :attr:`of_kind`, and returns a row for each sample. In an exported
-                graph it gets the buffers of each sample, ``(N, ...)``.
+                graph the buffers are those of each sample, ``(N, ...)``.
             x: The samples, ``(N, ...)``.
-            kind: The index of each sample's kind, ``(N,)``; ``None`` where there is one fit.
+            kind: The index of each sample's kind, ``(N,)``; ``None`` if there is one fit.
         """
         buffers = [getattr(self, name) for name in self.of_kind]
         if kind is None:
             return compute(x, *buffers)
-        if torch.compiler.is_compiling():  # a graph cannot loop over the kinds that a batch happens to hold
+        if torch.compiler.is_compiling():  # a graph cannot loop over the kinds that occur in a batch
             return compute(x, *(buffer[kind] for buffer in buffers))
         kinds = kind.unique().tolist()
         if len(kinds) < 2:

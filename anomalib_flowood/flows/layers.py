@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invertible layers beside the couplings: squeeze, factoring out, ActNorm, 1×1 convolution.
+"""Invertible layers other than couplings: squeeze, factoring out, ActNorm, 1×1 convolution.
 
-FrEIA has some of them, which do not fit here: its squeeze is a convolution, which GPUs compute in reduced precision
-(TF32) by default, so that a reordering would round; its ActNorm starts in evaluation and in the inverse direction,
-and forgets across checkpoints whether it has started.
+FrEIA's own do not fit: its squeeze is a convolution, which GPUs compute in reduced precision (TF32) by default, so that
+a mere reordering would round; its ActNorm also initialises in evaluation and in the inverse direction, and a checkpoint
+does not keep whether it has been initialised.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 from .precision import full_precision
 
 _CONSTANT = 1e-5
-"""Standard deviation below which a channel counts as constant: half a grey level is a hundred times as much."""
+"""Standard deviation below which a channel counts as constant; half a grey level is about a hundred times as much."""
 
 
 class Layer(InvertibleModule):
@@ -96,7 +96,7 @@ def _blocks_of(x: Tensor) -> Tensor:
 
 
 def _is_empty(x: Tensor) -> bool:
-    """Whether there is no image: PyTorch's shuffles leave the shape of an empty batch as it is (2.14)."""
+    """Whether a batch is empty: PyTorch's pixel shuffles do not change the shape of an empty one (2.14)."""
     return not torch.compiler.is_compiling() and len(x) == 0
 
 
@@ -104,7 +104,7 @@ class Squeeze(_ImageLayer):
     """Turn blocks of 2 × 2 pixels into channels: ``(C, H, W)`` to ``(4 C, H / 2, W / 2)``.
 
     Source: Dinh et al. (2017), section 3.6. The four pixels of a channel become neighbouring channels, in reading
-    order. Nothing is computed, so that the inverse is exact.
+    order. Values are only reordered, so that the inverse is exact.
 
     Args:
         dims_in: One image shape, ``[(C, H, W)]``, of even height and width.
@@ -138,7 +138,7 @@ class Unsqueeze(_ImageLayer):
         dims_c: FrEIA's convention; none are supported.
 
     Raises:
-        ValueError: If the input is no image, or four does not divide its number of channels.
+        ValueError: If the input is no image, or its number of channels is not a multiple of 4.
     """
 
     def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
@@ -158,10 +158,10 @@ class Unsqueeze(_ImageLayer):
 
 
 class FactorOut(_ImageLayer):
-    """Send the first half of the channels through an inner flow; the other half are latents already.
+    """Send the first half of the channels through an inner flow; the other half is final.
 
-    Source: Dinh et al. (2017), section 3.6. Theirs drops the finished half from the tensor; here it rides along, so
-    that latents keep the shape of the image and a flow of many scales is used like any other.
+    Source: Dinh et al. (2017), section 3.6. They remove the final half from the tensor; here it stays, so that latents
+    keep the shape of the image and a multi-scale flow is used like any other.
 
     Args:
         dims_in: One image shape, ``[(C, H, W)]``, of at least two channels.
@@ -192,19 +192,18 @@ class FactorOut(_ImageLayer):
             raise ValueError(msg)
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor | float]:
-        """Run the inner flow on half of the channels; its log-determinant is the whole one."""
-        inner, done = x.split(self.halves, dim=1)
+        """Run the inner flow on half of the channels; its log-determinant is that of the layer."""
+        inner, final = x.split(self.halves, dim=1)
         inner, log_det = self.inner(inner, rev=rev)
-        return torch.cat((inner, done), dim=1), log_det
+        return torch.cat((inner, final), dim=1), log_det
 
 
 class ActNorm(_ImageLayer):
-    """Shift and scale each channel, ``y = (x + b) exp(l)``, starting so that the first batch comes out standardised.
+    """Shift and scale each channel, ``y = (x + b) exp(l)``, initialised so that the first batch comes out standardised.
 
-    Source: Kingma and Dhariwal (2018), section 3.1. The start happens once, in the forward direction of the training
-    mode; a checkpoint remembers it. Until then, and in the other directions and modes, the layer is what its
-    parameters say: at first the identity. A channel that is constant over the first batch is shifted and keeps its
-    scale.
+    Source: Kingma and Dhariwal (2018), section 3.1. The initialisation happens once, in the first forward pass in
+    training mode, and checkpoints keep it. Until then the layer is the identity. A channel that is constant over the
+    first batch is shifted and keeps its scale.
 
     Args:
         dims_in: One image shape, ``[(C, H, W)]``.
@@ -215,9 +214,9 @@ class ActNorm(_ImageLayer):
     """
 
     initialized: Tensor
-    """Whether the start has happened; a buffer."""
-    _seen = False
-    """Whether it was seen to have happened: then nobody waits for the device, which knows, in every step."""
+    """Whether the layer has been initialised; a buffer."""
+    _initialized_here = False
+    """The same as a plain attribute: reading the buffer in every step would wait for the device."""
 
     def __init__(self, dims_in: Iterable[tuple[int, ...]], dims_c: Iterable[tuple[int, ...]] | None = None) -> None:
         super().__init__(dims_in, dims_c)
@@ -232,17 +231,17 @@ class ActNorm(_ImageLayer):
         self.log_scale.copy_(-torch.where(std > _CONSTANT, std, torch.ones_like(std)).log().reshape(-1, 1, 1))
         self.initialized.fill_(True)
 
-    def _has_started(self) -> bool:
-        self._seen = self._seen or bool(self.initialized)
-        return self._seen
+    def _is_initialized(self) -> bool:
+        self._initialized_here = self._initialized_here or bool(self.initialized)
+        return self._initialized_here
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._seen = False
+        self._initialized_here = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Shift and scale ``x``, or undo it."""
-        if self.training and not rev and len(x) and not self._has_started():  # nothing has no mean
+        if self.training and not rev and len(x) and not self._is_initialized():
             self._initialize(x)
         log_det = (self.shape[1] * self.shape[2] * self.log_scale.sum()).expand(x.shape[0])
         if rev:
@@ -264,9 +263,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class InvertibleConv1x1(_ImageLayer):
     """Mix the channels by a learned matrix ``W = P L (U + diag(s))``, the same for every pixel.
 
-    Source: Kingma and Dhariwal (2018), section 3.2, the LU parameterisation: ``P`` is a permutation and the signs of
-    ``s`` are fixed, so that ``W`` can never become singular and ``log|det W| = sum log|s|`` costs nothing. Starts as
-    a random rotation.
+    Source: Kingma and Dhariwal (2018), section 3.2, the LU parameterisation: ``P`` is a fixed permutation and the signs
+    of ``s`` are fixed, so that ``W`` cannot become singular and ``log|det W| = sum log|s|`` costs nothing. ``W`` is
+    initialised as a random rotation.
 
     Args:
         dims_in: One image shape, ``[(C, H, W)]``.
@@ -293,7 +292,7 @@ class InvertibleConv1x1(_ImageLayer):
         self.log_s = nn.Parameter(diagonal.abs().log())
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
-        # Known from the shape, so kept out of checkpoints.
+        # Determined by the shape, so kept out of checkpoints.
         self.register_buffer("below", below, persistent=False)
         self.register_buffer("identity", identity, persistent=False)
 
@@ -316,7 +315,7 @@ class InvertibleConv1x1(_ImageLayer):
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
         """Multiply the channels of ``x`` by ``W``, or by its inverse."""
         weight = self._inverse_weight() if rev else self.weight()
-        # A matrix product and not a convolution, which GPUs compute in reduced precision by default.
+        # Not a convolution, which GPUs compute in reduced precision by default.
         y = (weight @ x.flatten(2)).unflatten(2, self.shape[1:])
         log_det = (self.shape[1] * self.shape[2] * self.log_s.sum()).expand(x.shape[0])
         return y, -log_det if rev else log_det

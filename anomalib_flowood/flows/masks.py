@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coupling masks: which values feed the s,t-network of a coupling layer, and which ones the layer changes.
+"""Coupling masks: which values feed the s,t-network of a coupling layer, and which values the layer changes.
 
 A mask is one function, registered by :func:`register_mask` under the name that users type.
 """
@@ -33,7 +33,7 @@ class CouplingMask(NamedTuple):
 
 
 MaskFunction = Callable[[tuple[int, ...], int], CouplingMask]
-"""Shape of the input without the batch, index of the layer in its stack: the layer's mask."""
+"""Takes the shape of the input without the batch and the index of the layer in its stack; returns the mask."""
 
 
 @dataclass
@@ -41,12 +41,11 @@ class MaskFamily:
     """The masks of a stack of couplings.
 
     Attributes:
-        mask: The mask of each layer.
-        needs: What a shape must have for neither side of a mask to be empty, for the message where one is.
+        mask: Returns the mask of a layer.
+        needs: What a shape needs for neither side of the mask to be empty; for the error message.
         channels: Fewest channels; a flow on images squeezes those with fewer.
-        vectors: Whether it is also defined on vectors ``(D,)``, and not on images ``(C, H, W)`` alone.
-        native: Coupling that sees what feeds the mask alone, where there is one; see
-            :func:`~anomalib_flowood.flows.native_form`.
+        vectors: Whether it is defined on vectors ``(D,)`` as well as on images ``(C, H, W)``.
+        native: The coupling of its native form, if it has one; see :func:`~anomalib_flowood.flows.native_form`.
     """
 
     mask: MaskFunction
@@ -63,20 +62,20 @@ MASKS: Registry[MaskFamily] = Registry("mask")
 def register_mask(
     name: str, *, needs: str, channels: int = 1, vectors: bool = False
 ) -> Callable[[MaskFunction], MaskFunction]:
-    """Make a function known as a mask family.
+    """Register a function as a mask family.
 
     Args:
         name: The name that users type.
-        needs: What a shape must have for neither side of a mask to be empty.
+        needs: What a shape needs for neither side of the mask to be empty, as the error message says it.
         channels: Fewest channels; a flow on images squeezes those with fewer.
-        vectors: Whether the function takes ``(D,)``, too.
+        vectors: Whether the function takes ``(D,)`` as well.
 
     Returns:
         Decorator of a function that takes the shape and the index of the layer, and returns its
         :class:`CouplingMask`.
 
     Raises:
-        ValueError: If another module has a mask of the name.
+        ValueError: If another module has registered a mask of that name.
     """
 
     def register(mask: MaskFunction) -> MaskFunction:
@@ -91,11 +90,11 @@ def coupling_mask(name: str, shape: tuple[int, ...], layer: int) -> CouplingMask
 
     Args:
         name: One of :data:`MASKS`.
-        shape: ``(C, H, W)`` of the image; where the mask is defined on vectors, ``(D,)`` also works.
+        shape: ``(C, H, W)`` of the image, or ``(D,)`` if the mask is defined on vectors.
         layer: Index of the layer in its stack.
 
     Returns:
-        The mask; boolean tensors of shape ``shape``.
+        The mask; boolean tensors of that shape.
 
     Raises:
         ValueError: If the name is unknown, or the shape leaves one side of the mask empty.
@@ -104,7 +103,7 @@ def coupling_mask(name: str, shape: tuple[int, ...], layer: int) -> CouplingMask
     if len(shape) != 3 and not family.vectors:
         msg = f"Mask {name!r} is defined on images (C, H, W), not on the shape {shape}."
         raise ValueError(msg)
-    # The first layer, too: a shape that fits some layers of a stack only does not fit the stack.
+    # The first layer is checked, too: a shape has to fit all layers of a stack.
     for mask in (family.mask(shape, 0), family.mask(shape, layer)):
         if not (mask.feed.any() and mask.change.any()):
             msg = f"Mask {name!r} leaves nothing to change on the shape {shape}: it needs {family.needs}."
@@ -116,11 +115,11 @@ def halves(first: Tensor, layer: int) -> CouplingMask:
     """Let two halves swap their roles from layer to layer.
 
     Args:
-        first: Boolean tensor; ``True`` for what feeds the network in the first layer.
+        first: Boolean tensor; ``True`` where a value feeds the network in the first layer.
         layer: Index of the layer in its stack.
 
     Returns:
-        The layer's mask: what does not feed the network is changed.
+        The layer's mask: values that do not feed the network are changed.
     """
     feed = first.clone() if layer % 2 == 0 else ~first
     return CouplingMask(feed, ~feed)
@@ -174,7 +173,8 @@ def quadrants(height: int, width: int) -> tuple[Quadrant, ...]:
 def cycle(shape: tuple[int, ...], layer: int) -> CouplingMask:
     """Quadrant ``layer % 4`` feeds the network, and the next one clockwise is changed.
 
-    Four layers pass before a quadrant's information returns to it (Kirichenko et al. 2020, section 6.1 and appendix).
+    It takes four layers until a quadrant's information returns to it (Kirichenko et al. 2020, section 6.1 and
+    appendix).
     """
     parts = quadrants(shape[1], shape[2])
     feed, change = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From 8-bit pixels to the space in which couplings work, and the likelihood's units."""
+"""From 8-bit pixels to the space in which couplings work, and from nats to bits per dimension."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ LEVELS = 256
 """Grey levels of an 8-bit image."""
 
 LOGIT_ALPHA = 0.25
-"""Margin that the logit keeps at both ends of the unit interval. The smaller it is, the steeper the logit is at black
-and white: with 0.05 (Dinh et al. 2017, section 4.1) a grey level at black is stretched 5.3 times as much as one in the
-middle, with 0.25 1.3 times. By −log p a flow detects better behind a flatter logit: see benchmarks/paper."""
+"""Margin of the logit at both ends of the unit interval. The smaller it is, the steeper the logit is at black and
+white: with 0.05 (Dinh et al. 2017, section 4.1) a grey level at black is stretched 5.3 times as much as one in the
+middle, with 0.25 1.3 times. A flow detects better by −log p behind a flatter logit: see benchmarks/paper."""
 
 NOISE_DRAWS = 4
-"""Draws of the dequantisation's noise that bits per dimension are averaged over."""
+"""Draws of dequantisation noise over which bits per dimension are averaged."""
 
 
 class Logit(Layer):
-    """Stretches the unit interval towards black and white: ``y = logit(alpha + (1 - 2 alpha) x)``.
+    """Stretch the unit interval towards black and white: ``y = logit(alpha + (1 - 2 alpha) x)``.
 
-    Source: Dinh et al. (2017), section 4.1. The log-determinant is counted, so densities refer to the unit cube. The
-    cube lands between logit(alpha) and logit(1 - alpha), and nothing keeps a flow within these bounds: some of its
-    density lies beyond black and white, as far as ``-alpha / (1 - 2 alpha)`` and ``(1 - alpha) / (1 - 2 alpha)`` (-0.5
-    and 1.5 for 0.25). No image lies there, so that mass is lost to the likelihood.
+    Source: Dinh et al. (2017), section 4.1. The log-determinant is included, so that densities refer to the unit cube.
+    The image of the cube lies between logit(alpha) and logit(1 - alpha), but nothing keeps a flow within these bounds:
+    some of its mass lies beyond black and white, as far as ``-alpha / (1 - 2 alpha)`` and
+    ``(1 - alpha) / (1 - 2 alpha)`` (-0.5 and 1.5 for 0.25), where there are no images, and is lost to the likelihood.
 
     Args:
         dims_in: One shape of any rank.
         dims_c: FrEIA's convention; none are supported.
-        alpha: Margin kept at both ends of the unit interval, above 0 and below 1/2.
+        alpha: Margin at both ends of the unit interval, above 0 and below 1/2.
 
     Raises:
-        ValueError: If alpha is out of range, there is more than one input, or a condition.
+        ValueError: If alpha is out of range, there is more than one input, or there is a condition.
     """
 
     alpha: Tensor
@@ -53,7 +53,7 @@ class Logit(Layer):
         if not 0 < alpha < 0.5:
             msg = f"logit_alpha must be above 0 and below 0.5, got {alpha}."
             raise ValueError(msg)
-        # The same weights with another alpha are another density, so checkpoints hold it.
+        # With another alpha the same weights give another density, so checkpoints hold it.
         self.register_buffer("alpha", torch.tensor(alpha))
 
     def transform(self, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,8 @@ def dequantize(images: Tensor, noise: Tensor | None = None) -> Tensor:
 
     Args:
         images: Images in [0, 1], ``(N, C, H, W)``; rounded to 8 bits first.
-        noise: ``u`` in [0, 1), ``(N, C, H, W)``, or ``(C, H, W)`` for all images alike. Without it ``u = 1/2``, which
-            makes a score deterministic.
+        noise: ``u`` in [0, 1), ``(N, C, H, W)``, or ``(C, H, W)`` for all images. By default ``u = 1/2``, which makes a
+            score deterministic.
 
     Returns:
         Values in (0, 1), of the same shape.
@@ -90,29 +90,29 @@ def dequantization_noise(shape: Sequence[int], draws: int = NOISE_DRAWS, seed: i
     """Draw noise for :func:`dequantize`: the same for every image, so that no value depends on the batch.
 
     A Latin hypercube (McKay, Beckman and Conover 1979, Technometrics 21): every draw is uniform, and at every position
-    the draws fall into different ones of as many equal parts of [0, 1]. With four draws a mean over them varied half as
-    much from seed to seed as one over independent draws.
+    each of n draws falls into another one of n equal parts of [0, 1]. With four draws their mean varied half as much
+    from seed to seed as that of independent draws.
 
     Args:
         shape: Shape of an image, ``(C, H, W)``.
         draws: Number of draws.
-        seed: Seed of the draws.
+        seed: Random seed.
 
     Returns:
         ``(draws, C, H, W)``, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
-    part = torch.rand(draws, *shape, generator=generator).argsort(dim=0)
-    return (part + torch.rand(draws, *shape, generator=generator)) / draws
+    stratum = torch.rand(draws, *shape, generator=generator).argsort(dim=0)
+    return (stratum + torch.rand(draws, *shape, generator=generator)) / draws
 
 
 def bits_per_dim(log_prob: Tensor, dims: int, levels: int = LEVELS) -> Tensor:
     """Convert a log-density to bits per dimension.
 
-    The literature's figure is the mean of this over uniform noise, an upper bound on the bits per dimension of the best
-    code for the 8-bit image that the density defines (Theis et al. 2016, section 3.1):
-    −E_u[log2 p(x + u)] ≥ −log2 E_u[p(x + u)]. At the centre of the bins it is lower, since a flow can put its density
-    there.
+    The literature reports the mean of this over uniform noise, an upper bound on the bits per dimension of the discrete
+    model of 8-bit images that the density defines (Theis et al. 2016, section 3.1):
+    −E_u[log2 p(x + u)] ≥ −log2 E_u[p(x + u)]. At the centres of the bins it is lower, since a flow can concentrate its
+    density there.
 
     Args:
         log_prob: Log-density in nats with respect to the unit cube, ``(N,)``.

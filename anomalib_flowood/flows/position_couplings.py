@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Couplings of the single positions of a map, with weights that all positions share."""
+"""Couplings on the single positions of a map, with weights that all positions share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .precision import full_precision
 from .subnets import check_bottleneck
 
 _FREQUENCIES = 4
-"""Octaves of the sines and cosines of a position, the first of half a period."""
+"""Octaves of the sines and cosines that encode a position; the first has half a period over the map."""
 
 
 def encode_places(height: int, width: int, frequencies: int = _FREQUENCIES) -> Tensor:
-    """Describe the positions of a map by sines and cosines of their row and column (Vaswani et al. 2017, section 3.5).
+    """Encode the positions of a map by sines and cosines of row and column (Vaswani et al. 2017, section 3.5).
 
     Args:
         height: Rows.
@@ -47,47 +47,50 @@ def encode_places(height: int, width: int, frequencies: int = _FREQUENCIES) -> T
 
 
 def split_by_digit(dims: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Halve numbers by a binary digit of their place: the next digit for every second layer.
+    """Split channels into halves by a binary digit of their index; every second layer uses the next digit.
 
-    So any two of them are in different halves after a few layers (Gao et al. 2020, "i-flow", section 3.2).
+    Any two channels are thus in different halves of some layer in a short stack (Gao et al. 2020, "i-flow",
+    section 3.2).
 
     Args:
-        dims: How many numbers there are, at least 2.
-        layer: Index of the layer in its stack; in the layers between, the halves swap their roles.
+        dims: Number of channels, at least 2.
+        layer: Index of the layer in its stack; odd layers swap the halves of the layer before.
 
     Returns:
-        The places of the numbers that feed the layer, and of those that it changes.
+        The indices of the channels that feed the network, and of those that the layer changes.
     """
-    places = torch.arange(dims)
+    channels = torch.arange(dims)
     digit = layer // 2 % (dims - 1).bit_length()
-    feeds = (places >> digit) % 2 == layer % 2
-    return places[feeds], places[~feeds]
+    feeds = (channels >> digit) % 2 == layer % 2
+    return channels[feeds], channels[~feeds]
 
 
 class PositionCoupling(AffineCoupling):
-    """Coupling of single positions: one network for all of them changes half of a position's numbers.
+    """Coupling on single positions: one network, shared by all positions, changes half of the channels of each.
 
-    The network sees the other half, where the position is, and the image's condition, if there is one. The halves are
+    The network sees the other half, the encoded position, and the image's condition, if there is one. The halves are
     those of :func:`split_by_digit`.
 
     Args:
         dims_in: One map shape, ``[(D, h, w)]``, of at least two channels.
         layer: Index of the layer in its stack.
-        subnet_constructor: Called as ``subnet_constructor(numbers seen, numbers out)``; it works on vectors.
-        dims_c: ``[(C,)]`` for a condition: C numbers for each image that the flow does not change.
+        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``; it works on vectors.
+        dims_c: ``[(C,)]`` for a condition: C numbers for each image, which the flow does not change.
         scale: One of :data:`~anomalib_flowood.flows.SCALES`.
-        context_dims: Numbers that a subclass tells the network beside these.
+        context_dims: Further input channels of the network, for a subclass.
 
     Raises:
-        ValueError: If the input is no map, has one channel only, or the condition is none.
+        ValueError: If the input is no map, has one channel only, or the condition is no vector.
     """
 
     places: Tensor
-    """What the network is told of each position, ``(h * w, E)``; a buffer, as the others."""
+    """The encoded positions, ``(h * w, E)``; a buffer, like the others."""
     fed: Tensor
+    """Indices of the channels that feed the network."""
     changed: Tensor
+    """Indices of the channels that the layer changes."""
     order: Tensor
-    """Puts the numbers that feed the network, followed by the changed ones, back to their places; ``(D,)``."""
+    """Puts the channels that feed the network, followed by the changed ones, back in order; ``(D,)``."""
 
     def __init__(
         self,
@@ -108,30 +111,30 @@ class PositionCoupling(AffineCoupling):
             raise ValueError(msg)
         places = encode_places(*shape[1:])
         fed, changed = split_by_digit(shape[0], layer)
-        seen = len(fed) + places.shape[1] + sum(dims[0] for dims in dims_c) + context_dims
-        super().__init__(dims_in, subnet_constructor, channels=(seen, len(changed)), scale=scale)
+        channels_in = len(fed) + places.shape[1] + sum(dims[0] for dims in dims_c) + context_dims
+        super().__init__(dims_in, subnet_constructor, channels=(channels_in, len(changed)), scale=scale)
         self.dims_c = dims_c
         if self.scale is not None:
-            self.scale = nn.Parameter(self.scale.detach().flatten())  # of vectors
-        # Known from the configuration, so kept out of checkpoints.
+            self.scale = nn.Parameter(self.scale.detach().flatten())  # the network works on vectors
+        # Determined by the configuration, so kept out of checkpoints.
         self.register_buffer("places", places.to(torch.get_default_dtype()), persistent=False)
         for name, index in (("fed", fed), ("changed", changed), ("order", torch.cat([fed, changed]).argsort())):
             self.register_buffer(name, index, persistent=False)
 
-    def at(self, x: Tensor, told: Sequence[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
+    def at(self, x: Tensor, given: Sequence[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
         """Transform the vectors of single positions.
 
         Args:
             x: ``(n, D)``.
-            told: What the network is told beside them, ``(n, ...)`` each: the places, the condition, the context.
+            given: The network's further inputs, ``(n, ...)`` each: encoded positions, condition, context.
             rev: Undo the transformation.
 
         Returns:
-            The vectors, ``(n, D)``, and the log-scales of the changed numbers, ``(n, changed)``.
+            The vectors, ``(n, D)``, and the log-scales of the changed channels, ``(n, changed)``.
         """
-        # Not by x[:, index], whose gradient takes five times as long.
+        # The gradient of x[:, index] would take five times as long.
         fed, changed = x.index_select(1, self.fed), x.index_select(1, self.changed)
-        s, t = self.scale_and_shift(torch.cat([fed, *told], dim=1))
+        s, t = self.scale_and_shift(torch.cat([fed, *given], dim=1))
         return torch.cat([fed, affine(changed, s, t, rev)], dim=1).index_select(1, self.order), s
 
     def couple(self, x: Tensor, rev: bool = False, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -142,44 +145,43 @@ class PositionCoupling(AffineCoupling):
             rev: Undo the transformation.
             condition: ``(N, C)``, where the coupling takes one.
         """
-        told = [] if condition is None else [condition]
-        return self._on_map(x, self.places, told, rev)
+        return self._on_map(x, [] if condition is None else [condition], rev)
 
-    def _on_map(self, x: Tensor, places: Tensor, images: list[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """Transform the positions of a map, ``(N, D, h, w)``, told the places and what holds for each image."""
+    def _on_map(self, x: Tensor, of_images: list[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+        """Transform the positions of maps, ``(N, D, h, w)``, given what holds for a whole image, ``(N, ...)`` each."""
         size = x.shape[2:]
         vectors = x.flatten(2).transpose(1, 2)  # (N, h * w, D)
-        n, count = x.shape[0], places.shape[0]  # len() would fix the number of images in an exported model
-        told = [places[None].expand(n, -1, -1), *(what[:, None].expand(-1, count, -1) for what in images)]
-        out = self.at(vectors.flatten(0, 1), [part.flatten(0, 1) for part in told], rev)
+        n, count = x.shape[0], self.places.shape[0]  # len() would fix the batch size of an exported model
+        given = [self.places[None].expand(n, -1, -1), *(part[:, None].expand(-1, count, -1) for part in of_images)]
+        out = self.at(vectors.flatten(0, 1), [part.flatten(0, 1) for part in given], rev)
         y, s = (part.unflatten(0, (-1, count)).transpose(1, 2).unflatten(2, size) for part in out)
         return y, s
 
     def spread(self, s: Tensor) -> Tensor:
-        """Place the scales of the half in all channels; see :meth:`AffineCoupling.spread`."""
+        """Put the log-scales of the changed half among all channels; see :meth:`AffineCoupling.spread`."""
         fed = torch.zeros_like(s[:, :1]).expand(-1, self.fed.shape[0], *s.shape[2:])
         return torch.cat([fed, s], dim=1).index_select(1, self.order)
 
 
 class QuadrantContextCoupling(PositionCoupling):
-    """Coupling of the positions of one quadrant, told K numbers that are squeezed out of the quadrant before.
+    """Coupling on the positions of one quadrant, given K numbers into which the previous quadrant is squeezed.
 
     The cycle mask and the bottleneck of Kirichenko et al. (2020, section 6) as context: layer k reads quadrant
-    ``k % 4``, which it leaves alone, and changes half of the numbers of each position in the next one clockwise. The
-    halves change after every round of four layers.
+    ``k % 4``, which it leaves unchanged, and changes half of the channels of each position in the next one clockwise.
+    The halves are others after every round of four layers.
 
     Args:
         dims_in: One map shape, ``[(D, h, w)]``, of at least two channels and 2 × 2 positions.
         layer: Index of the layer in its stack.
-        subnet_constructor: Called as ``subnet_constructor(numbers seen, numbers out)``; it works on vectors.
+        subnet_constructor: Called as ``subnet_constructor(channels_in, channels_out)``; it works on vectors.
         bottleneck_dim: K.
-        hidden_channels: Width of the network that squeezes.
+        hidden_channels: Width of the squeezing network.
         dims_c: ``[(C,)]`` for a condition; see :class:`PositionCoupling`.
         scale: One of :data:`~anomalib_flowood.flows.SCALES`.
 
     Raises:
-        ValueError: As for :class:`PositionCoupling`, if the map has one row or column only, or K is no fewer than the
-            numbers of a quadrant.
+        ValueError: As for :class:`PositionCoupling`; also if the map has one row or column only, or K is not smaller
+            than the number of values in a quadrant.
     """
 
     def __init__(
@@ -212,8 +214,8 @@ class QuadrantContextCoupling(PositionCoupling):
         parts = split_quadrants(x)
         squeeze = self.squeeze if self.training else self._exact_squeeze
         context = squeeze(pad_to(parts[self.source], self.size).flatten(1)).to(x.dtype)
-        images = [context] if condition is None else [condition, context]
-        parts[self.target], s = self._on_map(parts[self.target], self.places, images, rev)
+        of_images = [context] if condition is None else [condition, context]
+        parts[self.target], s = self._on_map(parts[self.target], of_images, rev)
         return join_quadrants(parts), s
 
     @full_precision
@@ -221,7 +223,7 @@ class QuadrantContextCoupling(PositionCoupling):
         return self.squeeze(quadrant)
 
     def spread(self, s: Tensor) -> Tensor:
-        """Place the scales in all channels of the whole map; see :meth:`AffineCoupling.spread`."""
+        """Put the log-scales among all channels of the whole map; see :meth:`AffineCoupling.spread`."""
         parts = split_quadrants(s.new_zeros(s.shape[0], *self.shape))
         parts[self.target] = super().spread(s)
         return join_quadrants(parts)

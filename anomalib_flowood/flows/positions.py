@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flows on the single positions of a map: one density of a position's vector, with weights that all positions share.
+"""Flows on the single positions of a map: the density of a position's vector, with weights that all positions share.
 
-An image has as many positions as its map is large, so that a flow of single positions learns from far more samples than
-one of whole maps. What it is to know beside a position's vector it is told: where the position is, and what the rest of
-the image is like.
+An image has many positions, so that a flow on single positions learns from far more samples than one on whole maps.
+Beside a position's vector it is given where the position is and, on request, what the rest of the image is like.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from .position_couplings import PositionCoupling, QuadrantContextCoupling
 from .subnets import subnet_constructor
 
 CONTEXTS = ("none", "mean", "quadrant")
-"""What a layer is told of the rest of the image, by the names that users type; see :func:`position_flow`."""
+"""What a layer knows of the rest of the image, by the names that users type; see :func:`position_flow`."""
 
 
 class PositionFlow(SequenceINN):
-    """Couplings of single positions; :func:`position_flow` builds it.
+    """A flow on single positions, built by :func:`position_flow`.
 
-    It is called as any flow, ``flow(x) -> (z, log_det)``. With context ``mean`` the image's condition may be given, as
-    FrEIA does, ``flow(x, c=[condition])``; without it, it is that of :meth:`condition`, which the inverse cannot know.
+    It is called like any flow, ``flow(x) -> (z, log_det)``. With context ``mean`` the condition may be given in FrEIA's
+    way, ``flow(x, c=[condition])``; by default :meth:`condition` computes it, which is impossible for the inverse.
 
     Args:
         shape: ``(D, h, w)`` of the maps.
@@ -40,7 +39,7 @@ class PositionFlow(SequenceINN):
         self.context = context
 
     def condition(self, x: Tensor) -> Tensor | None:
-        """What the layers are told of images from outside of the flow.
+        """Return the condition of the layers.
 
         Args:
             x: Maps before the flow, ``(N, D, h, w)``.
@@ -69,19 +68,19 @@ class PositionFlow(SequenceINN):
     def at(
         self, x: Tensor, places: Tensor, condition: Tensor | None = None, rev: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Transform the vectors of single positions, of whatever images: what training does.
+        """Transform the vectors of single positions, of any images, as training does.
 
         Args:
             x: ``(n, D)``; see :func:`draw_positions`.
-            places: Index of each one's position in its map, in reading order; ``(n,)``, integers.
-            condition: With context ``mean``, what :meth:`condition` gives for each one's image, ``(n, D)``.
+            places: Index of each vector's position in its map, in reading order; ``(n,)``, integers.
+            condition: With context ``mean``, the :meth:`condition` of each vector's image, ``(n, D)``.
             rev: Undo the transformation.
 
         Returns:
             Latents, ``(n, D)``, and the log-determinant at each position, ``(n,)``.
 
         Raises:
-            ValueError: If the context is ``quadrant``, which only whole maps have, or a condition is missing.
+            ValueError: If the context is ``quadrant``, which needs whole maps, or a condition is missing or not used.
         """
         if self.context == "quadrant":
             msg = "With context 'quadrant' the flow needs whole maps: flow(x), not flow.at(x, places)."
@@ -91,8 +90,8 @@ class PositionFlow(SequenceINN):
             raise ValueError(msg)
         log_det = x.new_zeros(len(x))
         for coupling in reversed(self) if rev else self:
-            told = [coupling.places[places]]
-            x, s = coupling.at(x, told if condition is None else [*told, condition], rev)
+            given = [coupling.places[places]]
+            x, s = coupling.at(x, given if condition is None else [*given, condition], rev)
             log_det = log_det + s.sum(1)
         return x, -log_det if rev else log_det
 
@@ -102,12 +101,12 @@ def draw_positions(maps: Tensor, count: int, generator: torch.Generator | None =
 
     Args:
         maps: ``(N, D, h, w)``.
-        count: How many.
+        count: Number of positions.
         generator: Source of randomness, on the maps' device.
 
     Returns:
-        Their vectors, ``(count, D)``, their places in the map in reading order, ``(count,)``, and the indices of their
-        images, ``(count,)``.
+        Their vectors, ``(count, D)``, the indices of the positions in their maps, in reading order, ``(count,)``, and
+        the indices of their images, ``(count,)``.
 
     Example:
         A training step of a flow with context ``mean``:
@@ -136,16 +135,15 @@ def position_flow(
     bottleneck_dim: int = 16,
     scale: str = "none",
 ) -> PositionFlow:
-    """Build a flow on the positions of maps: each has a density of its own, and all of them share their weights.
+    """Build a flow on the positions of maps: each position has its own density, with weights that all of them share.
 
-    Each layer changes half of a position's numbers from the other half, from where the position is, and from its
-    context:
+    Each layer changes half of a position's channels, given the other half, the encoded position, and its context:
 
     - ``none``: nothing else.
-    - ``mean``: the mean of the image's vectors before the flow, from outside of it. The density of a position is that
-      for images with such a mean. Where one model is to know many kinds of images, it says which kind this is.
-    - ``quadrant``: a layer changes one quadrant of the map, and is told ``bottleneck_dim`` numbers that are squeezed
-      out of the quadrant before, which it leaves alone. It takes four layers to change every position once.
+    - ``mean``: the mean of the image's vectors before the flow, as a condition: the density of a position is that in
+      images with such a mean. It tells one model for many kinds of images which kind an image is of.
+    - ``quadrant``: ``bottleneck_dim`` numbers into which the previous quadrant is squeezed. A layer changes one
+      quadrant of the map and leaves the others unchanged, so that it takes four layers to change every position.
 
     Args:
         shape: ``(D, h, w)`` of the maps.
@@ -153,8 +151,10 @@ def position_flow(
         subnet: A fully connected one of :data:`~anomalib_flowood.flows.SUBNETS`.
         coupling_layers: Number of couplings; without any the flow is the identity.
         hidden_channels: Width of the networks.
-        bottleneck_dim: Numbers that pass from the quadrant before, and the squeeze of the ``bottleneck`` network.
-        scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; by default there are none.
+        bottleneck_dim: Numbers into which the previous quadrant is squeezed, and the width of the squeeze in the
+            ``bottleneck`` network.
+        scale: Log-scales of the couplings, one of :data:`~anomalib_flowood.flows.SCALES`; ``none``, the default, for
+            additive couplings.
 
     Returns:
         The flow: ``flow(x) -> (z, log_det)`` with ``x`` of shape ``(N, D, h, w)``.

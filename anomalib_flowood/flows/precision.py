@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where reduced precision may be used, and where it may not."""
+"""Full precision for densities, whatever the trainer's precision is."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from torch import Tensor, nn
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-# Precisions are of the process: the first of several threads sets them, and the last one puts them back.
+# These settings hold for the whole process: the first thread to need them sets them, the last one restores them.
 _lock = Lock()
 _depth: Counter[str] = Counter()
 _before: dict[str, list[tuple[Any, str]]] = {}
 
-
 _WITHOUT_DOUBLES = {"mps"}
+"""Types of devices that have no float64."""
 
 
 def with_doubles(device: torch.device) -> torch.device:
-    """Where numbers of a device are computed in float64: there, or on the CPU where the device has none."""
+    """Return the device on which to compute in float64: the given one, or the CPU if that has no float64."""
     return torch.device("cpu") if device.type in _WITHOUT_DOUBLES else device
 
 
 def full_precision(method: _Method) -> _Method:
-    """Decorate what a density is computed by, so that it works in the precision of its tensors, and no less.
+    """Decorate a part of the computation of a density, so that it runs in no less than the precision of its tensors.
 
-    A score is a small difference of large numbers, for which neither 16 bits (``torch.autocast``, the trainer's
-    ``16-mixed`` and ``bf16-mixed``) nor TF32 (what GPUs multiply float32 in: PyTorch's default for convolutions, and
-    for matrix products what ``torch.set_float32_matmul_precision`` asks for, which with ``medium`` are bfloat16 on CPUs
-    that have it) have enough digits.
+    A score is a small difference of large numbers, for which 16 bits (``torch.autocast``, the trainer's ``16-mixed``
+    and ``bf16-mixed``) are too few, and so is TF32 on GPUs (PyTorch's default for convolutions of float32, and for
+    matrix products if ``torch.set_float32_matmul_precision`` says so; with ``medium``, CPUs that have bfloat16 multiply
+    in it).
 
     Args:
-        method: A method of a module, or a function whose first argument is a module or a tensor. That says on what
-            device: the module by its parameters, or its buffers where it has none.
+        method: A method of a module, or a function whose first argument is a module or a tensor. The device is that of
+            the tensor, or of the module's first parameter or buffer.
 
     Returns:
-        The method, which autocast and products of reduced precision leave alone. Nothing changes where it is traced for
-        an export.
+        The method, without autocast and products of reduced precision. Where it is traced for an export, nothing
+        changes.
     """
 
     @wraps(method)
@@ -59,30 +59,31 @@ def full_precision(method: _Method) -> _Method:
 
 
 @contextmanager
-def _exactly(kind: str) -> Iterator[None]:
+def _exactly(device_type: str) -> Iterator[None]:
     with _lock:
-        if not _depth[kind]:
-            _before[kind] = _in_full_precision(kind)
-        _depth[kind] += 1
+        if not _depth[device_type]:
+            _before[device_type] = _set_full_precision(device_type)
+        _depth[device_type] += 1
     try:
-        if torch.amp.is_autocast_available(kind):
-            with torch.autocast(kind, enabled=False):
+        if torch.amp.is_autocast_available(device_type):
+            with torch.autocast(device_type, enabled=False):
                 yield
         else:
             yield
     finally:
         with _lock:
-            _depth[kind] -= 1
-            if not _depth[kind]:
-                for level, precision in reversed(_before.pop(kind)):
+            _depth[device_type] -= 1
+            if not _depth[device_type]:
+                for level, precision in reversed(_before.pop(device_type)):
                     level.fp32_precision = precision
 
 
-def _in_full_precision(kind: str) -> list[tuple[Any, str]]:
-    """Let a kind of device multiply in full precision; return what to set to undo it."""
+def _set_full_precision(device_type: str) -> list[tuple[Any, str]]:
+    """Let devices of a type multiply in full precision; return the levels that were changed, with their settings."""
     backends: Any = torch.backends
-    # What has no precision of its own takes that of the level above it. Convolutions of CUDA have a default, which they
-    # would lose if it were set: the level above overrules it. That of the CPU can be read, but not set (PyTorch 2.14).
+    # A level without a precision of its own inherits that of the level above. CUDA's convolutions have a default, which
+    # would be lost if it were set, so the level above them is set, which overrides it. On the CPU the level above can
+    # be read, but not set (PyTorch 2.14).
     levels = {
         "cuda": [
             (backends.cudnn, backends),
@@ -92,7 +93,7 @@ def _in_full_precision(kind: str) -> list[tuple[Any, str]]:
         "cpu": [(backends.mkldnn.conv, backends.mkldnn), (backends.mkldnn.matmul, backends.mkldnn)],
     }
     before = []
-    for level, above in levels.get(kind, []):
+    for level, above in levels.get(device_type, []):
         precision = level.fp32_precision
         if precision != "ieee":
             before.append((level, "none" if precision == above.fp32_precision else precision))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of numbers that need not be in memory all at once, and what is found of them in one pass."""
+"""Rows of numbers that need not be in memory all at once, and moments that one pass over them yields."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from .fitted import directions_of, principal_directions
 
 AT_ONCE = 512
-"""Rows of images that are in memory at a time."""
+"""Rows that are in memory at a time."""
 
 _SHUFFLED = 2**24
-"""Most numbers that are shuffled to draw some of them: 128 MiB."""
+"""Most indices that are shuffled in order to draw some of them: 128 MiB."""
 
 
 class Rows(Protocol):
-    """What a tensor is, as far as a fit needs it: rows, of which some are asked for."""
+    """The part of a tensor's interface that a fit needs: rows, read some at a time."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -31,11 +31,11 @@ class Rows(Protocol):
 
 
 class Computed:
-    """Rows that are computed of others when they are asked for.
+    """Rows that are computed from others when they are read.
 
     Args:
-        compute: Turns rows of ``sources`` into as many.
-        sources: The others, equally many of each.
+        compute: Turns rows of all ``sources`` into as many computed rows.
+        sources: What the rows are computed from, all of the same length.
     """
 
     def __init__(self, compute: Callable[[tuple[Tensor, ...]], Tensor], sources: Sequence[Rows]) -> None:
@@ -51,20 +51,20 @@ class Computed:
 
 
 def in_turn(rows: Rows, size: int = AT_ONCE) -> Iterator[Tensor]:
-    """Yield all rows in order, so many at a time."""
+    """Yield all rows in order, ``size`` at a time."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def take(rows: Rows, index: Tensor) -> Tensor:
-    """Return rows of some indices, ``(m,)``, which are put together from so many at a time."""
+    """Return the rows at the given indices, ``(m,)``, read :data:`AT_ONCE` at a time."""
     return torch.cat([rows[part] for part in index.split(AT_ONCE)])
 
 
 def draw(count: int, most: int) -> Tensor:
-    """Draw numbers below ``count``, without replacement and always the same: all of them, or ``most``; in order.
+    """Draw at most ``most`` of the numbers below ``count``, without replacement and always the same ones; sorted.
 
-    Of more than 16 million, those that were drawn twice are left out, a few in a thousand.
+    If ``count`` is above 16 million, numbers that are drawn twice are dropped, so that a few in a thousand are missing.
     """
     if count <= most:
         return torch.arange(count)
@@ -75,12 +75,12 @@ def draw(count: int, most: int) -> Tensor:
 
 
 class Moments:
-    """Number, mean and scatter of points that come some at a time, ``(n, D)``; float64, in main memory.
+    """Number, mean and scatter of points that are added some at a time, ``(n, D)``; float64, on the CPU.
 
-    As long as there are no more points than numbers in one, the points themselves are kept, which is less.
+    As long as there are no more points than dimensions, the points themselves are kept, which takes less memory.
 
     Args:
-        points: The first of them.
+        points: The first points.
     """
 
     def __init__(self, points: Tensor | None = None) -> None:
@@ -91,7 +91,7 @@ class Moments:
             self.add(points)
 
     def add(self, points: Tensor) -> None:
-        """Count some points in, ``(n, D)``."""
+        """Add points, ``(n, D)``."""
         if not len(points):
             return
         points = points.cpu().double()
@@ -102,7 +102,7 @@ class Moments:
                 return
             points = torch.cat(self._kept)
             self._kept.clear()
-            # Of points around their mean: squares of a mean far from 0 would drown the rest.
+            # Relative to the mean of the first points: squares of a mean far from 0 would swamp the variances.
             self._shift, self._sum = points.mean(0), points.new_zeros(points.shape[1])
             self._scatter = points.new_zeros(points.shape[1], points.shape[1])
         centred = points - self._shift
@@ -111,27 +111,27 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """``(D,)``."""
+        """Mean, ``(D,)``."""
         return torch.cat(self._kept).mean(0) if self._scatter is None else self._shift + self._sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """Over n, ``(D, D)``."""
+        """Covariance with the divisor n, ``(D, D)``."""
         if self._scatter is None:
             centred = torch.cat(self._kept) - self.mean
             return centred.T @ centred / self.count
-        off = self._sum / self.count
-        return self._scatter / self.count - off[:, None] * off
+        offset = self._sum / self.count
+        return self._scatter / self.count - offset[:, None] * offset
 
     @property
     def variances(self) -> Tensor:
-        """Those of each number, over n, ``(D,)``."""
+        """Variance along each dimension with the divisor n, ``(D,)``."""
         if self._scatter is None:
             return torch.cat(self._kept).var(0, correction=0)
         return self._scatter.diagonal() / self.count - (self._sum / self.count).square()
 
     def principal_directions(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """As :func:`~anomalib_flowood.flows.fitted.principal_directions`, of the points around their mean."""
+        """See :func:`~anomalib_flowood.flows.fitted.principal_directions`; of the points minus their mean."""
         if self._scatter is None:
             return principal_directions(torch.cat(self._kept) - self.mean, most)
         return directions_of(self.covariance, most)

@@ -30,9 +30,9 @@ class Subnet:
 
     Attributes:
         network: Its class.
-        fully_connected: Whether it has weights of its own for every position and so takes vectors, too; the others
-            are convolutional.
-        arguments: Which of the arguments of :func:`subnet_constructor` it takes.
+        fully_connected: Whether it has separate weights for every position, and therefore also takes vectors; other
+            networks are convolutional.
+        arguments: The arguments of its constructor.
     """
 
     network: type[nn.Module]
@@ -41,7 +41,7 @@ class Subnet:
 
     @property
     def squeezes(self) -> bool:
-        """Whether only ``bottleneck_dim`` numbers pass."""
+        """Whether it has a bottleneck."""
         return "bottleneck_dim" in self.arguments
 
 
@@ -52,18 +52,19 @@ Network = TypeVar("Network", bound=type[nn.Module])
 
 
 def register_subnet(name: str, *, fully_connected: bool = False) -> Callable[[Network], Network]:
-    """Make a class known as an s,t-network.
+    """Register a class as an s,t-network.
 
     Args:
         name: The name that users type.
-        fully_connected: Whether it takes vectors, too, and has weights of its own for every position of an image.
+        fully_connected: Whether it has separate weights for every position of an image, and therefore also takes
+            vectors.
 
     Returns:
-        Decorator of a class that is called with ``channels_in``, ``channels_out`` and, by keyword, those of the
-        arguments of :func:`subnet_constructor` that its signature names.
+        Decorator of a class that is called with ``channels_in``, ``channels_out`` and, by keyword, those arguments of
+        :func:`subnet_constructor` that its signature names.
 
     Raises:
-        ValueError: If another module has a subnet of the name.
+        ValueError: If another module has registered a subnet of that name.
     """
 
     def register(network: Network) -> Network:
@@ -75,7 +76,7 @@ def register_subnet(name: str, *, fully_connected: bool = False) -> Callable[[Ne
 
 
 def subnets_with(suits: Callable[[Subnet], bool]) -> str:
-    """Name the subnets of which something holds, as a sentence does."""
+    """Return the names of the subnets that satisfy a predicate, joined for use in a sentence."""
     return alternatives(name for name, subnet in SUBNETS.items() if suits(subnet))
 
 
@@ -127,17 +128,17 @@ class Mlp(FullyConnected):
 class Bottleneck(FullyConnected):
     """Fully connected network that squeezes its input to a few numbers (Kirichenko et al. 2020, section 6.2).
 
-    With no room for pixel-wise structure, the network has to describe its input by what it shows.
+    With no room for pixel-wise structure, the network has to describe its input semantically.
 
     Args:
         channels_in: Channels of the input.
         channels_out: Channels of the output.
         hidden_channels: Width of the layers before and after the squeeze.
-        bottleneck_dim: Numbers that pass the squeeze; the paper's K.
+        bottleneck_dim: Width of the squeeze; the paper's K.
         size: Spatial size of input and output; empty for flat vectors.
 
     Raises:
-        ValueError: If the squeeze is no narrower than the input.
+        ValueError: If the squeeze is not narrower than the input.
     """
 
     def __init__(
@@ -157,20 +158,20 @@ class Bottleneck(FullyConnected):
 
 @register_subnet("conv_bottleneck")
 class ConvBottleneck(nn.Module):
-    """Convolutional encoder and decoder around a few numbers (Kirichenko et al. 2020, section 6.2).
+    """Convolutional autoencoder with a code of a few numbers (Kirichenko et al. 2020, section 6.2).
 
-    Two convolutions of stride 2, a linear layer down to the code, one up again, two transposed convolutions. It has
-    far fewer weights than :class:`Bottleneck` on large images.
+    Two convolutions of stride 2, a linear layer to the code, one back, and two transposed convolutions. On large images
+    it has far fewer weights than :class:`Bottleneck`.
 
     Args:
         channels_in: Channels of the input.
         channels_out: Channels of the output.
         hidden_channels: Channels of the convolutions.
-        bottleneck_dim: Numbers that pass the squeeze; the paper's K.
+        bottleneck_dim: Length of the code; the paper's K.
         size: Spatial size of input and output, ``(H, W)``.
 
     Raises:
-        ValueError: If the squeeze is no narrower than the input.
+        ValueError: If the code is not shorter than the input.
     """
 
     def __init__(
@@ -193,9 +194,9 @@ class ConvBottleneck(nn.Module):
             nn.Linear(bottleneck_dim, features),
             nn.ReLU(),
             nn.Unflatten(1, (hidden_channels, *quarter)),
-            _doubling(hidden_channels, hidden_channels, half),
+            _upsampling(hidden_channels, hidden_channels, half),
             nn.ReLU(),
-            start_at_zero(_doubling(hidden_channels, channels_out, size)),
+            start_at_zero(_upsampling(hidden_channels, channels_out, size)),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,23 +204,23 @@ class ConvBottleneck(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def _doubling(channels_in: int, channels_out: int, size: tuple[int, ...]) -> nn.ConvTranspose2d:
+def _upsampling(channels_in: int, channels_out: int, size: tuple[int, ...]) -> nn.ConvTranspose2d:
     """Transposed convolution to ``size`` from half of it, rounded up."""
-    extra = (1 - size[0] % 2, 1 - size[1] % 2)
-    return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=extra)
+    output_padding = (1 - size[0] % 2, 1 - size[1] % 2)
+    return nn.ConvTranspose2d(channels_in, channels_out, 3, stride=2, padding=1, output_padding=output_padding)
 
 
 class WeightNormConv2d(nn.Conv2d):
-    """Convolution whose filters are a direction and a length each (Salimans and Kingma 2016, equation 2).
+    """Convolution with weight normalisation: filters as length times direction (Salimans and Kingma 2016, equation 2).
 
-    PyTorch's parametrisation of the same name neither pickles nor exports; this one is an ordinary module. It cannot
-    start at zero, where a filter has no direction.
+    PyTorch's parametrisation of the same name neither pickles nor exports; this is an ordinary module. It cannot start
+    at zero, where a filter has no direction.
 
     Args:
         channels_in: Channels of the input.
         channels_out: Channels of the output.
         kernel_size: Height and width of the filters, odd; the spatial size is kept.
-        bias: Whether there is one.
+        bias: Whether to add a bias.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, *, bias: bool = True) -> None:
@@ -246,8 +247,8 @@ class ResNet(nn.Module):
         channels_out: Channels of the output.
         hidden_channels: Channels inside.
         num_blocks: Residual blocks of two 3×3 convolutions each.
-        batch_norm: Normalise before every convolution but those of the skip connections. In evaluation the running
-            statistics count, so that an image's density does not depend on its batch.
+        batch_norm: Whether there is batch normalisation before every convolution except those of the skip connections.
+            In evaluation it uses the running statistics, so that an image's density does not depend on its batch.
     """
 
     def __init__(
@@ -266,7 +267,7 @@ class ResNet(nn.Module):
             nn.Sequential(
                 norm(hidden_channels),
                 nn.ReLU(),
-                # The normalisation that may follow would take a bias away.
+                # Batch normalisation would cancel a bias.
                 WeightNormConv2d(hidden_channels, hidden_channels, 3, bias=not batch_norm),
                 norm(hidden_channels),
                 nn.ReLU(),
@@ -293,8 +294,8 @@ class ResNet(nn.Module):
 class Highway(nn.Module):
     """Convolutional highway network (Srivastava et al. 2015), with which Kirichenko et al. (2020) train Glow.
 
-    Each block mixes a convolution ``h`` of its input into it, ``y = g h(x) + (1 - g) x``, where the gates
-    ``g = sigmoid(conv(x))`` are its only nonlinearity, as in the paper's code.
+    Each block computes ``y = g h(x) + (1 - g) x`` with a convolution ``h``, where the gates ``g = sigmoid(conv(x))``
+    are the only nonlinearity, as in the paper's code.
 
     Args:
         channels_in: Channels of the input.
@@ -334,17 +335,17 @@ def subnet_constructor(
     Args:
         name: One of :data:`SUBNETS`.
         hidden_channels: Width of the hidden layers.
-        bottleneck_dim: Numbers that pass the squeeze of a bottleneck; other networks have none.
-        size: Spatial size of what the network sees; empty for flat vectors.
-        num_blocks: Blocks of ``resnet`` and ``highway``; other networks have none.
-        batch_norm: Batch normalisation, in ``resnet`` alone.
+        bottleneck_dim: Width of a bottleneck's squeeze; ignored by other networks.
+        size: Spatial size of the network's input; empty for flat vectors.
+        num_blocks: Blocks of ``resnet`` and ``highway``; ignored by other networks.
+        batch_norm: Whether to use batch normalisation, which only ``resnet`` has.
 
     Returns:
         A constructor that pickles.
 
     Raises:
-        ValueError: If the name is unknown, a number is not positive, a convolutional network is asked for flat
-            vectors, or batch normalisation of a network that has none.
+        ValueError: If the name is unknown, a number is not positive, a convolutional network is to take flat vectors,
+            or a network without batch normalisation is to use it.
     """
     subnet = SUBNETS[name]
     numbers = {"hidden_channels": hidden_channels, "bottleneck_dim": bottleneck_dim, "num_blocks": num_blocks}
@@ -368,14 +369,14 @@ def subnet_constructor(
 
 
 def check_bottleneck(bottleneck_dim: int, values: int) -> None:
-    """Refuse a bottleneck that is no narrower than what feeds it.
+    """Check that a bottleneck is narrower than the network's input.
 
     Args:
-        bottleneck_dim: Numbers that pass.
-        values: Numbers that feed the network.
+        bottleneck_dim: Width of the squeeze.
+        values: Number of values that feed the network.
 
     Raises:
-        ValueError: If as many or more pass as there are.
+        ValueError: If it is not.
     """
     if bottleneck_dim >= values:
         msg = f"bottleneck_dim={bottleneck_dim} squeezes nothing: the network's input has {values} values."
@@ -383,10 +384,10 @@ def check_bottleneck(bottleneck_dim: int, values: int) -> None:
 
 
 def start_at_zero(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> nn.Module:
-    """Set a layer to zero: the last one of an s,t-network, whose coupling then starts as the identity.
+    """Set a layer to zero: as the last one of an s,t-network, it makes the coupling start as the identity.
 
     Args:
-        layer: The layer; it is changed in place.
+        layer: The layer, changed in place.
 
     Returns:
         The layer.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A density over many dimensions, split into the few that matter, and the rest."""
+"""A density over many dimensions, split into a principal subspace and the rest."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _LEAST = 1e-8
 """Variance, as a share of the largest, below which a direction counts as constant."""
 
 _TAIL_FLOOR = 1e-3
-"""Variance of the rest, as a share of the smallest in the subspace, for points that lie in it."""
+"""Least variance of the rest, as a share of the smallest in the subspace, for points that lie in the subspace."""
 
 
 class PrincipalSubspace(nn.Module):
-    """Standardised coordinates in a principal subspace, and a Gaussian for what lies outside of it.
+    """Standardised coordinates in a principal subspace, and a Gaussian for the rest.
 
-    With the mean m, the principal directions U (k of D), the variances v along them and the mean variance q of what is
-    left over::
+    With the mean m, the principal directions U (k of D), the variances v along them and the mean variance q of the
+    rest::
 
         w = U^T (x - m) / sqrt(v),    r = x - m - U U^T (x - m)
         log p(x) = log p(w) - 1/2 sum log(v) + log N(r; 0, q I)
 
-    which is the density of probabilistic PCA (Tipping and Bishop 1999, section 3) with any density of w in the place
-    of its Gaussian. Points are vectors, ``(N, D)``, or the positions of a map, ``(N, D, h, w)``.
+    This is the density of probabilistic PCA (Tipping and Bishop 1999, section 3) with any density of w instead of its
+    Gaussian. Points are vectors, ``(N, D)``, or the positions of maps, ``(N, D, h, w)``.
 
     Args:
         dims: D.
@@ -37,7 +37,7 @@ class PrincipalSubspace(nn.Module):
     """
 
     mean: Tensor
-    """m, ``(D,)``; a buffer, as the others."""
+    """m, ``(D,)``; a buffer, like the others."""
     components: Tensor
     """U^T, ``(k, D)``."""
     variances: Tensor
@@ -53,11 +53,11 @@ class PrincipalSubspace(nn.Module):
         self.register_buffer("tail_variance", torch.ones(()))
 
     def check(self, points: int, what: str = "points") -> None:
-        """Refuse too few points for the directions.
+        """Check that there are enough points for the directions.
 
         Args:
-            points: Their number n.
-            what: What errors call them.
+            points: The number of points n.
+            what: What errors call the points.
 
         Raises:
             ValueError: If there are no more points than directions.
@@ -72,27 +72,25 @@ class PrincipalSubspace(nn.Module):
         """Fit mean, directions and variances.
 
         Args:
-            points: ``(n, D)``; in main memory, and in float32 or more, it is worked on as it is.
+            points: ``(n, D)``; copied if they are not on the CPU or have less than 32 bits.
             what: What errors call the points.
-            solver: scikit-learn's ``svd_solver``; ``auto`` takes a randomised one where few of many directions are
-                wanted.
+            solver: scikit-learn's ``svd_solver``; ``auto`` uses a randomised one for few of many directions.
 
         Raises:
             ValueError: If there are too few points, or they vary in too few directions.
         """
         n, k = len(points), len(self.components)
         self.check(n, what)
-        # In NumPy, where eigensolvers are faster on the CPU.
         precise = points.to(torch.promote_types(points.dtype, torch.float32)).cpu()
         pca = PCA(n_components=k, svd_solver=solver, random_state=0).fit(precise.numpy())
         explained = torch.from_numpy(pca.explained_variance_).double()
         largest = float(explained[0])
         if float(explained[-1]) <= _LEAST * largest or largest <= 1e-12:
             rank = int((explained > _LEAST * largest).sum()) if largest > 1e-12 else 0
-            different = _different(precise)
-            if different <= n // 2:
+            distinct = _count_distinct(precise)
+            if distinct <= n // 2:
                 msg = (
-                    f"Many training images are the same, or constant: of {n} {what} only {different} differ, and vary "
+                    f"Many training images are the same, or constant: of {n} {what} only {distinct} differ, and vary "
                     f"in {rank} directions, fewer than subspace_dim={k}. Give more varied images."
                 )
                 raise ValueError(msg)
@@ -117,8 +115,8 @@ class PrincipalSubspace(nn.Module):
             points: ``(N, D)``, or ``(N, D, h, w)`` for the positions of maps.
 
         Returns:
-            Standardised coordinates w, ``(N, k)`` or ``(N, k, h, w)``, and the rest of the log-density, all of it but
-            log p(w), nats, ``(N,)`` or ``(N, h, w)``.
+            Standardised coordinates w, ``(N, k)`` or ``(N, k, h, w)``, and the log-density without log p(w), nats,
+            ``(N,)`` or ``(N, h, w)``.
         """
         k, dims = self.components.shape
         if points.ndim == 2:
@@ -128,30 +126,30 @@ class PrincipalSubspace(nn.Module):
             centred = points - self.mean[:, None, None]
             coordinates = functional.conv2d(centred, self.components[:, :, None, None])
             scale = self.variances.rsqrt()[:, None, None]
-        if k == dims:  # what is outside would be rounding alone
+        if k == dims:  # nothing lies outside; the difference would be rounding error
             outside = torch.zeros_like(centred[:, 0])
         else:
             outside = (centred.square().sum(1) - coordinates.square().sum(1)).clamp(min=0)
         constant = (dims - k) * torch.log(2 * math.pi * self.tail_variance) + self.variances.log().sum()
-        # One product and one sum with constants, which an OpenVINO model keeps in single precision.
+        # In this form, one product and one sum with constants, an OpenVINO model keeps single precision.
         return coordinates * scale, outside * (-0.5 / self.tail_variance) - 0.5 * constant
 
     @full_precision
     def coordinates(self, points: Tensor, scale: Tensor) -> Tensor:
-        """Return the standardised coordinates of the positions of maps, and nothing else: by one affine map.
+        """Return only the standardised coordinates of the positions of maps, by a single affine transform.
 
         Args:
-            points: ``(N, D, h, w)``, not scaled yet.
-            scale: By what their numbers are to be multiplied first, ``(D,)``.
+            points: ``(N, D, h, w)``, before scaling.
+            scale: Factors by which the channels are scaled first, ``(D,)``.
 
         Returns:
-            ``(N, k, h, w)``, as :meth:`forward` returns them for what is scaled.
+            ``(N, k, h, w)``, the coordinates that :meth:`forward` returns for the scaled points.
         """
         directions = self.components * self.variances.rsqrt()[:, None]
         return functional.conv2d(points, (directions * scale)[:, :, None, None], -(directions @ self.mean))
 
 
-def _different(points: Tensor) -> int:
-    """How many of points, ``(n, D)``, differ by more than the last digits of numbers in single precision."""
+def _count_distinct(points: Tensor) -> int:
+    """Return how many distinct points there are, ``(n, D)``, up to rounding errors of single precision."""
     unit = 1e-5 * points.abs().amax().clamp(min=1e-30)
     return len(torch.unique((points / unit).round(), dim=0))

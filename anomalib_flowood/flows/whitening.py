@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussians as invertible layers: of whole samples, and of each position of a map."""
+"""Gaussians as invertible layers: for whole samples, and for each position of a map."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .layers import Layer
 from .precision import full_precision, with_doubles
 
 _POINTS_PER_DIRECTION = 2
-"""With fewer points for each direction, whitening would learn them by heart."""
+"""Fewest points per direction: with fewer, whitening would overfit."""
 
 _POSITIONS = 64
-"""Positions whose covariances are computed at once, for which their vectors are copied."""
+"""Positions whose covariances are computed at a time, since their vectors are copied."""
 
 _SHIFT = 1.0
-"""Standard deviation of the shift of a part from image to image that covariances allow for, positions."""
+"""Standard deviation of the shifts between images that the covariances allow for, in positions."""
 
 _FARTHEST = 2
-"""Rows and columns to the farthest position that a shift leads to, beyond which few do."""
+"""Largest shift that is taken into account, in rows and in columns."""
 
 _SHARED = 2
-"""Images that what all positions share counts as, for each of the images that are fitted to."""
+"""Weight of the shared covariance, as a number of images for each training image."""
 
 _RIDGE = 1e-6
-"""Of the mean variance, added to every variance: a number that is constant stays invertible."""
+"""Ridge, as a share of the mean variance: covariances stay invertible where a channel is constant."""
 
 _ROUNDING = 1e-6
-"""What float32 may lose of a sum, and of a mean."""
+"""Bound on the relative error of sums and means in float32."""
 
 
 class Whitening(ForEachKind, Layer):
-    """Remove what varies from sample to sample as a whole, and keep the shape: a vector stays a vector, a map a map.
+    """Whiten samples as a whole along their leading principal directions, and keep their shape.
 
     With the leading principal directions W over the training samples (k of them, variances u), the mean variance r of
     the rest and the mean m::
@@ -51,24 +51,25 @@ class Whitening(ForEachKind, Layer):
     is symmetric and invertible. With a standard normal for w it is the Gaussian of probabilistic PCA (Tipping and
     Bishop 1999, section 3). Before a fit it is the identity.
 
-    Where samples are maps, directions can be held constant over square blocks of positions: what varies as a whole is
-    coarse, and W has fewer numbers.
+    If samples are maps, directions can be constant over square blocks of positions: variation of whole images is
+    coarse, and W takes less memory.
 
     Args:
         dims_in: One shape, of any rank.
-        directions: The most directions k that a fit takes; one for two samples at most, and no more than there
-            are numbers; of no more samples than numbers fewer than those in which they vary.
+        directions: Most directions k that a fit uses. It uses at most one for every two samples, and, of no more
+            samples than dimensions, fewer than those in which they vary.
         dims_c: FrEIA's convention; none are supported.
         block: Rows and columns of a block.
 
     Raises:
-        ValueError: If there is more than one input, a condition, k is negative, or the input is not made of blocks.
+        ValueError: If there is more than one input, there is a condition, k is negative, or blocks do not divide the
+            input.
     """
 
     mean: Tensor
-    """m, of the shape of a sample; a buffer, as the others."""
+    """m, of the shape of a sample; a buffer, like the others."""
     directions: Tensor
-    """W^T, ``(k, ...)`` with a row for each, of length 1, a number for each block; k is known after a fit."""
+    """W^T, unit vectors in rows, ``(k, ...)``, with one value for each block; k is known after a fit."""
     variances: Tensor
     """u, ``(k,)``."""
     rest: Tensor
@@ -101,11 +102,11 @@ class Whitening(ForEachKind, Layer):
     def fit(self, samples: Tensor, *, overwrite: bool = False) -> None:
         """Fit mean, directions and variances to samples, ``(n, ...)``.
 
-        The mean variance of the rest is 1e-6 at least. That is for numbers of about variance 1, as standardised
-        coordinates and what :class:`PositionWhitening` leaves have: others have to be scaled before.
+        The mean variance of the rest is at least 1e-6. That suits values of about unit variance, such as standardised
+        coordinates and the outputs of :class:`PositionWhitening`; others have to be scaled first.
 
         Args:
-            samples: The samples; each counts as one of n, turned copies of others, too.
+            samples: The samples; rotated copies of images count as samples, too.
             overwrite: Whether they may be overwritten, which saves a copy.
 
         Raises:
@@ -120,22 +121,24 @@ class Whitening(ForEachKind, Layer):
         blocks = self._blocks(centred).cpu()
         most = min(self.most, n // _POINTS_PER_DIRECTION)
         variances, directions = principal_directions(blocks, most + 1)
-        # With all in which few samples vary, the rest would be rounding alone, and anything new without bound.
+        # With all directions in which few samples vary, the rest would be rounding error only, and the distance of any
+        # new sample unbounded.
         kept = max(0, min(most, len(directions) - (n <= blocks.shape[1])))
         variances, directions = variances[:kept].to(samples) * n / (n - 1), directions[:kept]
-        # Of each sample, and then in float64: a single sum of squares in float32 is too small on a CPU, of 100 million
-        # numbers by 2 %, of 200 million by 6 %.
+        # Norms per sample, then a sum in float64: on a CPU, a single sum of squares in float32 is too small by 2 % for
+        # 100 million numbers, and by 6 % for 200 million.
         squares = torch.linalg.vector_norm(centred.flatten(1), dim=1).cpu().double().square()
-        left, others = (squares.sum() / (n - 1)).to(samples) - variances.sum(), centre.numel() - len(variances)
-        # Where there are no others, what is left is rounding alone, and their variance counts for nothing.
-        rest = (left / others if others else variances[-1]).clamp(min=1e-6)
+        remainder = (squares.sum() / (n - 1)).to(samples) - variances.sum()
+        others = centre.numel() - len(variances)
+        # Without other dimensions the remainder is rounding error, and the variance of the rest has no effect.
+        rest = (remainder / others if others else variances[-1]).clamp(min=1e-6)
         self.mean = centre.to(self.mean)
         self.rest = rest.to(self.mean)
         self.directions = directions.to(self.mean)
         self.variances = torch.maximum(variances, rest).to(self.mean)
 
     def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
-        """Hold several fits; those with fewer directions get further ones, of length 0, which change nothing."""
+        """Hold several fits; those with fewer directions are padded with zero vectors, which have no effect."""
         most = max(len(directions) for _, directions, _, _ in fits)
         super().join(
             [
@@ -150,7 +153,7 @@ class Whitening(ForEachKind, Layer):
         )
 
     def forget(self) -> None:
-        """Be the identity again."""
+        """Become the identity again."""
         self.mean = self.mean.new_zeros(self.shape)
         self.rest = self.rest.new_ones(())
         self.directions = self._none().to(self.directions)
@@ -158,17 +161,17 @@ class Whitening(ForEachKind, Layer):
 
     @property
     def log_det(self) -> Tensor:
-        """Log-determinant of the forward direction, the same for every sample, ``()``; or of each kind, ``(K,)``."""
+        """Log-determinant of the forward direction, the same for every sample, ``()``, or for each kind, ``(K,)``."""
         along = (self.variances / self.rest[..., None]).log().sum(-1)
         return -0.5 * (along + math.prod(self.shape) * self.rest.log())
 
     def transform(self, x: Tensor, rev: bool, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Whiten ``x``, or undo it; where there are kinds, that of each sample is given, ``(N,)``."""
+        """Whiten ``x``, ``(N, ...)``, or undo it, given the kind of each sample, ``(N,)``, if there are several."""
         log_det = self.log_det.expand(x.shape[0]) if kind is None else self.log_det[kind]
         return (self.by_kind(self._restored, x, kind), -log_det) if rev else (self.whitened(x, kind), log_det)
 
     def whitened(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Whiten ``x``, ``(N, ...)``, and leave out the log-determinant, which is the same for all of a kind."""
+        """Whiten ``x``, ``(N, ...)``, without the log-determinant, which is the same for all samples of a kind."""
         return self.by_kind(self._whitened, x, kind)
 
     def _whitened(self, x: Tensor, mean: Tensor, *covariance: Tensor) -> Tensor:
@@ -179,9 +182,9 @@ class Whitening(ForEachKind, Layer):
 
     @full_precision
     def _scaled(self, x: Tensor, power: float, directions: Tensor, variances: Tensor, rest: Tensor) -> Tensor:
-        """Multiply with the covariance, one for all or one for each, to some power."""
+        """Multiply by a power of the covariance, one for all samples or one for each."""
         scale = rest**power
-        if directions.shape[-2]:  # OpenVINO multiplies with no empty matrix
+        if directions.shape[-2]:  # OpenVINO cannot multiply by an empty matrix
             stretch = variances**power / scale[..., None] - 1
             blocks = self._blocks(x)
             if directions.ndim == 2:
@@ -193,32 +196,32 @@ class Whitening(ForEachKind, Layer):
         return x * scale.reshape(-1, *[1] * len(self.shape))
 
     def _none(self) -> Tensor:
-        """No direction: the product with it is that of nothing."""
+        """Return a matrix of no directions."""
         return torch.zeros(0, math.prod(self.shape) // self.block**2)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """Coordinates of samples, ``(N, ...)``, along what is constant over each block, and 0 elsewhere; length 1."""
+        """Return the coordinates of samples, ``(N, ...)``, along the unit vectors that are constant over one block."""
         if self.block > 1:
             x = functional.avg_pool2d(x, self.block) * self.block
         return x.flatten(1)
 
     def _added(self, x: Tensor, blocks: Tensor) -> Tensor:
-        """Samples, ``(N, ...)``, plus those that have these coordinates, and none that :meth:`_blocks` leaves out."""
+        """Add to samples, ``(N, ...)``, what has the given coordinates along the unit vectors of :meth:`_blocks`."""
         if self.block == 1:
             return x + blocks.unflatten(1, self.shape)
         dims, height, width = self.shape
         rows, columns = height // self.block, width // self.block
-        # By shapes alone: an interpolation would leave single precision in OpenVINO.
-        apart = x.reshape(-1, dims, rows, self.block, columns, self.block)
-        return (apart + blocks.reshape(-1, dims, rows, 1, columns, 1) / self.block).reshape(-1, *self.shape)
+        # Broadcasting and not an interpolation, which would leave single precision in OpenVINO.
+        split = x.reshape(-1, dims, rows, self.block, columns, self.block)
+        return (split + blocks.reshape(-1, dims, rows, 1, columns, 1) / self.block).reshape(-1, *self.shape)
 
 
 class PositionMoments:
-    """Number, mean and scatter of the vectors at each position of maps, as those of all maps but some, too.
+    """Number, mean and scatter of the vectors at each position of maps; those of some maps can be subtracted.
 
     Args:
         maps: ``(n, D, h, w)``.
-        around: What the sums are taken around, ``(h * w, D)``; by default the mean.
+        around: The vectors relative to which sums are computed, ``(h * w, D)``; by default the mean.
     """
 
     def __init__(self, maps: Tensor, around: Tensor | None = None) -> None:
@@ -229,7 +232,7 @@ class PositionMoments:
         self._unsure = _ROUNDING * self._total + self.count * float((_ROUNDING * self.around).square().sum())
 
     def without(self, others: PositionMoments) -> PositionMoments:
-        """Return those of all maps but some, whose sums were taken around the same."""
+        """Return the moments of all maps except others among them, which have the same :attr:`around`."""
         rest = copy(self)
         rest.count, rest._sum = self.count - others.count, self._sum - others._sum
         rest._scatter = self._scatter - others._scatter
@@ -237,12 +240,12 @@ class PositionMoments:
 
     @property
     def _total(self) -> float:
-        """The scatter of all numbers at all positions."""
+        """The trace of the scatter, summed over all positions."""
         return float(self._scatter.diagonal(dim1=1, dim2=2).sum() - self._sum.square().sum() / self.count)
 
     @property
     def vary(self) -> bool:
-        """Whether the vectors differ by more than rounding; not where a value is NaN or infinite."""
+        """Whether the vectors differ by more than rounding error; ``False`` if a value is NaN or infinite."""
         return self._unsure < self._total < math.inf
 
     @property
@@ -257,14 +260,14 @@ class PositionMoments:
 
 
 def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and scatter of vectors, ``(h * w, n, D)``, around others, ``(h * w, D)``; float64."""
+    """Return sum and scatter of vectors, ``(h * w, n, D)``, relative to others, ``(h * w, D)``; float64."""
     positions, _, dims = vectors.shape
     total = torch.empty(positions, dims, dtype=torch.float64, device=with_doubles(vectors.device))
     scatter = total.new_empty(positions, dims, dims)
     for some, centre, some_total, some_scatter in zip(
         *(part.split(_POSITIONS) for part in (vectors, around, total, scatter)), strict=True
     ):
-        # In float64: where a few are taken off few, less may be left than float32 loses of a sum.
+        # In float64: where the moments of some maps are subtracted, the rest may be smaller than float32's error.
         centred = (some - centre[:, None]).to(total.device).double()
         some_total.copy_(centred.sum(1))
         torch.bmm(centred.mT, centred, out=some_scatter)
@@ -272,22 +275,22 @@ def _sums(vectors: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PositionWhitening(ForEachKind, Layer):
-    """Whiten each position of a map by a mean and a covariance of its own: what belongs there becomes standard normal.
+    """Whiten each position of a map by a mean and a covariance of its own.
 
-    With a standard normal for what comes out, it is the Gaussian for each position of Defard et al. (2021, "PaDiM",
-    section 3.2). Their covariances of few images need a ridge; here each is shrunk towards the mean W of all positions'
-    covariances, as classes are in regularised discriminant analysis (Friedman 1989, equation 18), plus the covariance
-    B_p that a shift would add: a part does not lie to the pixel, and what belongs to a position q around, of mean m_q,
-    may come to lie at p. With the scatter S_p over n images, D numbers at each::
+    With a standard normal for the output, it is the Gaussian at each position of Defard et al. (2021, "PaDiM", section
+    3.2). With few images their covariances need a ridge; here the covariance at position p is shrunk towards
+    W + B_p. W is the mean of all positions' covariances, as for classes in regularised discriminant analysis (Friedman
+    1989, equation 18). B_p is the covariance that shifts would add: parts are not aligned to the pixel, so that what
+    belongs at a nearby position q, with mean m_q, may appear at p. With the scatter S_p over n images of D channels::
 
         C_p = (S_p + a (W + B_p)) / (n - 1 + a) + e I,    a = max(D, 2 (n - 1)),    e = 1e-6 tr(W) / D
         w = L_p^-1 (x - m_p),    C_p = L_p L_p^T
         B_p = sum over q of k(q - p) (m_q - m_p) (m_q - m_p)^T
 
-    with a Gaussian k of one position, over q up to two rows and columns away and within the map, where its sum is 1.
-    What is shared counts as D images at least, the fewest that determine a covariance, and twice as much as a
-    position's own. Turned copies of an image, where they are fitted to, count as images, too: n is the number of maps.
-    Before a fit it is the identity.
+    with a Gaussian k of a standard deviation of one position, over all q of the map up to two rows and columns away,
+    over which it sums to 1. The shared covariance has the weight a of at least D images, the fewest that determine a
+    covariance, and of twice as many as a position's own. Rotated copies of images count as images, too: n is the number
+    of maps. Before a fit it is the identity.
 
     Args:
         dims_in: One map shape, ``[(D, h, w)]``.
@@ -298,7 +301,7 @@ class PositionWhitening(ForEachKind, Layer):
     """
 
     mean: Tensor
-    """m, ``(h * w, D)``; a buffer, as the other."""
+    """m, ``(h * w, D)``; a buffer, like the other."""
     factors: Tensor
     """L_p^-1, lower triangular, ``(h * w, D, D)``."""
 
@@ -317,7 +320,7 @@ class PositionWhitening(ForEachKind, Layer):
         """Fit means and covariances.
 
         Args:
-            samples: Maps of training images, ``(n, D, h, w)``, in main memory, if they are many; or their moments.
+            samples: Maps of training images, ``(n, D, h, w)``, on the CPU if they are many; or their moments.
 
         Raises:
             ValueError: If there are fewer than two, they are all the same, or a value is NaN or infinite.
@@ -326,65 +329,65 @@ class PositionWhitening(ForEachKind, Layer):
         if n < 2:
             msg = f"A Gaussian for each position is fitted to at least 2 images, got {n}."
             raise ValueError(msg)
-        known = samples if isinstance(samples, PositionMoments) else PositionMoments(samples.to(self.mean.dtype))
-        if not known.vary:
+        moments = samples if isinstance(samples, PositionMoments) else PositionMoments(samples.to(self.mean.dtype))
+        if not moments.vary:
             msg = (
                 f"The maps of {n} training images hold NaN or infinite values, or are all the same: give more varied "
                 "images."
             )
             raise ValueError(msg)
-        covariances = known.scatter
+        covariances = moments.scatter  # a new tensor, which becomes the covariances in place
         shared = covariances.mean(0) / (n - 1)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
-        count, mean = max(dims, _SHARED * (n - 1)), known.mean
-        steps = self._steps(mean)
-        covariances.add_(count * shared).baddbmm_(steps, steps.mT, alpha=count).div_(n - 1 + count).add_(ridge)
-        # In NumPy, matrix after matrix: PyTorch's batched factorisations have hung on some CPUs.
+        weight, mean = max(dims, _SHARED * (n - 1)), moments.mean
+        shifts = self._shifts(mean)
+        covariances.add_(weight * shared).baddbmm_(shifts, shifts.mT, alpha=weight).div_(n - 1 + weight).add_(ridge)
+        # In NumPy, since PyTorch's batched factorisations have hung on some CPUs.
         lower = torch.from_numpy(np.linalg.cholesky(covariances.cpu().numpy()))
-        one = torch.eye(dims, dtype=torch.float64).expand_as(lower)
-        self.factors = torch.linalg.solve_triangular(lower, one, upper=False).tril().to(self.factors)
+        identity = torch.eye(dims, dtype=torch.float64).expand_as(lower)
+        self.factors = torch.linalg.solve_triangular(lower, identity, upper=False).tril().to(self.factors)
         self.mean = mean.to(self.mean)
 
-    def _steps(self, mean: Tensor) -> Tensor:
-        """Differences of means, ``(h * w, D)``, from those around, times the root of k: ``(h * w, D, around)``."""
+    def _shifts(self, mean: Tensor) -> Tensor:
+        """Return sqrt(k(q - p)) (m_q - m_p), ``(h * w, D, Q)`` for Q positions q around each p: a root of B_p."""
         dims, height, width = self.shape
         distances = torch.arange(-_FARTHEST, _FARTHEST + 1).to(mean)
         weights = (-0.5 * (distances / _SHIFT).square()).exp()
-        around = partial(functional.unfold, kernel_size=len(distances), padding=_FARTHEST)
-        inside = around(mean.new_ones(1, 1, height, width))[0] * torch.outer(weights, weights).flatten()[:, None]
-        of_others = around(mean.T.reshape(1, dims, height, width))[0].unflatten(0, (dims, -1))
-        return ((of_others - mean.T[:, None]) * (inside / inside.sum(0)).sqrt()).permute(2, 0, 1)
+        neighbours = partial(functional.unfold, kernel_size=len(distances), padding=_FARTHEST)
+        kernel = neighbours(mean.new_ones(1, 1, height, width))[0] * torch.outer(weights, weights).flatten()[:, None]
+        neighbour_means = neighbours(mean.T.reshape(1, dims, height, width))[0].unflatten(0, (dims, -1))
+        return ((neighbour_means - mean.T[:, None]) * (kernel / kernel.sum(0)).sqrt()).permute(2, 0, 1)
 
     def forget(self) -> None:
-        """Be the identity again."""
+        """Become the identity again."""
         dims, height, width = self.shape
         self.mean = self.mean.new_zeros(height * width, dims)
         self.factors = torch.eye(dims).repeat(height * width, 1, 1).to(self.factors)
 
     @property
     def log_dets(self) -> Tensor:
-        """Log-determinant of the forward direction at each position, ``(h, w)``, or of each kind, ``(K, h, w)``."""
+        """Log-determinant of the forward direction at each position, ``(h, w)``, or for each kind, ``(K, h, w)``."""
         return self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1).unflatten(-1, self.shape[1:])
 
     def transform(self, x: Tensor, rev: bool, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whiten maps, ``(N, D, h, w)``, or undo it; also return the log-determinant of this direction, ``(N,)``.
 
-        Where there are kinds, that of each map is given, ``(N,)``.
+        If there are several kinds, ``kind`` is that of each map, ``(N,)``.
         """
         log_det = self.log_dets.sum((-2, -1))
         log_det = log_det.expand(x.shape[0]) if kind is None else log_det[kind]
         return (self.by_kind(self._restored, x, kind), -log_det) if rev else (self.whitened(x, kind), log_det)
 
     def whitened(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Whiten maps, ``(N, D, h, w)``, and leave out the log-determinant, which is the same for all of a kind."""
+        """Whiten maps, ``(N, D, h, w)``, without the log-determinant, which is the same for all maps of a kind."""
         return self.by_kind(self._whitened, x, kind)
 
     @full_precision
     def _whitened(self, x: Tensor, mean: Tensor, factors: Tensor) -> Tensor:
-        if factors.ndim > 3:  # those of each map
+        if factors.ndim > 3:  # an exported graph has the factors of each map
             vectors = x.flatten(2).mT - mean  # (N, h * w, D)
             return (factors @ vectors[..., None])[..., 0].mT.unflatten(2, self.shape[1:])
-        # Vectors that lie in memory one after the other: PyTorch multiplies others by a loop, five times as slow.
+        # Contiguous vectors: PyTorch multiplies others in a loop, five times as slowly.
         vectors = x.flatten(2).permute(2, 0, 1).contiguous() - mean[:, None]  # (h * w, N, D)
         return (factors @ vectors.mT).permute(2, 1, 0).unflatten(2, self.shape[1:])
 
