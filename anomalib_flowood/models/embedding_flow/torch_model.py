@@ -25,24 +25,23 @@ from anomalib_flowood.scores.score import Inputs
 class EmbeddingFlowModel(FlowModel):
     """Density of a frozen network's embeddings: a mixture of Gaussians with a full, shrunk covariance.
 
-    What an embedding is, :class:`~anomalib_flowood.features.Embedding` says. Its parts, the pooled features and the
-    layouts of maps, have a covariance each (:class:`~anomalib_flowood.flows.ShrunkGaussian`), so that a part in which
-    normal images differ much does not blur what the others say. What is inside comes in clusters, and along the
-    leading directions of each part the Gaussians have means of their own
-    (:class:`~anomalib_flowood.flows.GaussianMixture`), which share the covariance within clusters. The density is that
-    of embeddings with some noise (``feature_noise``), which keeps few images from being learned by heart, and distances
-    from becoming blind to the directions in which clusters differ.
+    :class:`~anomalib_flowood.features.Embedding` describes what an embedding is. Each of its parts, the pooled features
+    and the layouts of maps, has its own covariance (:class:`~anomalib_flowood.flows.ShrunkGaussian`), so that a part in
+    which normal images vary much does not hide deviations in the others. Along the leading directions of all parts the
+    density is a mixture of Gaussians, one for each cluster (:class:`~anomalib_flowood.flows.GaussianMixture`), with the
+    covariance within clusters in common. It is the density of embeddings with added noise (``feature_noise``), which
+    prevents overfitting to few images, and keeps distances sensitive to the directions in which clusters differ.
 
-    Kinds that have nothing to do with each other, say the products of a line, share no covariance: to each a density of
-    its own is fitted (:class:`~anomalib_flowood.models.components.kinds.Kinds`), and an image is judged by that of its
-    kind, as a part of one mixture whose shares make all kinds equally likely. The score ``nll`` is then −log p in
-    standard deviations of images of the kind that were left out of a fit, above their mean, for a kind of few images
-    scatters more than one of many; it is no likelihood.
+    Kinds of images that have nothing in common, such as the products of a line, share no covariance: each has a density
+    of its own (:class:`~anomalib_flowood.models.components.kinds.Kinds`), by which its images are judged, as a
+    component of one mixture whose weights make unseen images of all kinds equally likely. The score ``nll`` is then
+    −log p minus its mean over held-out images of the kind, in their standard deviations, since kinds with few images
+    scatter more than those with many; it is no likelihood.
 
-    With couplings, a RealNVP between the leading directions and the mixture refines that; it trains on embeddings with
-    the variance that noise and shrinking add.
+    With couplings, a RealNVP between the leading directions and the mixture refines the density. It trains on
+    embeddings with the variance that noise and shrinkage add.
 
-    Arguments are those of :class:`~anomalib_flowood.EmbeddingFlow`, but for what training takes.
+    The arguments are those of :class:`~anomalib_flowood.EmbeddingFlow`, except those of the training.
 
     Raises:
         ValueError: If the backbone or a layer is unknown, or the configuration makes no sense.
@@ -77,8 +76,8 @@ class EmbeddingFlowModel(FlowModel):
                 msg = f"{argument} must be at least {least}, got {value}."
                 raise ValueError(msg)
         embedding = Embedding(backbone, layers, image_size, pre_trained=pre_trained, map_dims=map_dims)
-        share = max(1, subspace_dim // len(embedding.part_dims))
-        gaussians = [flows.ShrunkGaussian(dims, min(share, dims)) for dims in embedding.part_dims]
+        directions = max(1, subspace_dim // len(embedding.part_dims))
+        gaussians = [flows.ShrunkGaussian(dims, min(directions, dims)) for dims in embedding.part_dims]
         leading = sum(gaussian.directions for gaussian in gaussians)
         new_flow = partial(
             flows.vector_flow,
@@ -100,11 +99,11 @@ class EmbeddingFlowModel(FlowModel):
         self.gaussians = nn.ModuleList(gaussians)
         self.kinds = Kinds(kind_images)
         self.unseen = Evidence(1)
-        """−log p per dimension of images that were left out of a fit, of each kind where there are several."""
+        """Scale of −log p per dimension over held-out images, for each kind if there are several."""
 
     @property
     def scores_are_likelihoods(self) -> bool:
-        """Not where there are several kinds."""
+        """Whether ``pred_score`` is −log p per dimension, nats; it is not if there are several kinds."""
         return super().scores_are_likelihoods and self.kinds.points is None
 
     @property
@@ -113,10 +112,10 @@ class EmbeddingFlowModel(FlowModel):
         return self.embedding.network
 
     def extract(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return what embeddings are made of.
+        """Return the features from which embeddings are computed.
 
         Args:
-            images: Images as the backbone wants them, ``(N, 3, H, W)``.
+            images: Pre-processed images, ``(N, 3, H, W)``.
 
         Returns:
             The pooled features, ``(N, P)``, and for each layer its map, ``(N, C, h, w)``.
@@ -131,18 +130,18 @@ class EmbeddingFlowModel(FlowModel):
         return self.embedding(self.extract(images))
 
     def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> list[int]:
-        """Fit everything but the flow.
+        """Fit everything except the flow.
 
         Args:
-            features: What :meth:`extract` returns for all training images; in main memory, if they are many.
-            copies: Rows of each image, one after the other: itself, and copies that are not independent of it. To the
-                moments of a density each counts as an image; kinds, and what is left out of a fit, are of images.
+            features: What :meth:`extract` returns for all training images; on the CPU if they are many.
+            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it. In
+                the moments of a density each row counts; kinds and held-out parts are made of whole images.
 
         Returns:
             The number of images of each kind.
 
         Raises:
-            ValueError: If there are too few of them, or they are all alike.
+            ValueError: If there are too few images, or they are all alike.
         """
         self.unseen.forget()
         self.embedding.fit(features)
@@ -157,28 +156,28 @@ class EmbeddingFlowModel(FlowModel):
     def _fit_each(self, embeddings: flows.Rows, of_kinds: Sequence[Tensor], copies: int) -> None:
         """Fit a density to the rows of each kind.
 
-        They are one mixture, with the shares that make unseen images of all kinds equally likely: then one threshold is
-        as strict for each of them. Of the mixture an image gets the part of its kind.
+        They form one mixture, whose weights make unseen images of all kinds equally likely, so that one threshold is
+        equally strict for all kinds. The density of an image is the component of its kind.
         """
 
         def fit(rows: Tensor) -> None:
             unseen = []
-            for seen, part in folds(len(rows), copies):
-                self.fit_embeddings(_some_of(embeddings, rows[seen]))
-                for some in flows.in_turn(_some_of(embeddings, rows[part])):
+            for seen, held_out in folds(len(rows), copies):
+                self.fit_embeddings(_rows_at(embeddings, rows[seen]))
+                for some in flows.in_turn(_rows_at(embeddings, rows[held_out])):
                     leading, rest = self.split(some)
                     unseen.append(self.base.log_prob(leading) + rest)
             self.unseen.fit(-torch.cat(unseen)[:, None] / self.dims, [1.0])
-            self.fit_embeddings(_some_of(embeddings, rows))
+            self.fit_embeddings(_rows_at(embeddings, rows))
 
         fit_to_each(of_kinds, fit, [*self.gaussians, self.base, self.unseen])
-        shares = (self.dims * self.unseen.location[:, 0].cpu().double()).log_softmax(0)
-        self.base.weigh(shares)
-        self.unseen.location = self.unseen.location - (shares / self.dims).to(self.unseen.location)[:, None]
+        log_weights = (self.dims * self.unseen.location[:, 0].cpu().double()).log_softmax(0)
+        self.base.weigh(log_weights)
+        self.unseen.location = self.unseen.location - (log_weights / self.dims).to(self.unseen.location)[:, None]
 
     def _fit_kinds(self, features: tuple[Tensor, ...]) -> list[Tensor]:
-        """Find the kinds of images, from a row for each: the indices of all images of each kind."""
-        images, like = len(features[0]), torch.empty(0, dtype=self.dtype)  # in main memory, as the features
+        """Find the kinds of images, given one row for each image; return the indices of the images of each kind."""
+        images, like = len(features[0]), torch.empty(0, dtype=self.dtype)  # on the CPU, like the features
         points = flows.Computed(partial(pooled, like=like), features)
         if len(self.kinds.fit(images, points)) == 1:
             return [torch.arange(images)]
@@ -186,30 +185,30 @@ class EmbeddingFlowModel(FlowModel):
         return [(kind == number).nonzero().flatten() for number in range(int(kind.max()) + 1)]
 
     def fit_embeddings(self, embeddings: flows.Rows) -> None:
-        """Fit the Gaussians of the parts, and their mixture, to embeddings of one kind.
+        """Fit the Gaussians of the parts, and the mixture, to embeddings of one kind.
 
         Args:
-            embeddings: Training embeddings, ``(N, D)``, of which only some are looked at at a time.
+            embeddings: Training embeddings, ``(N, D)``, read a part at a time.
 
         Raises:
             ValueError: If there are fewer than two of them, or they are all alike.
         """
         moments = [flows.Moments() for _ in self.gaussians]
         for some in flows.in_turn(embeddings):
-            for known, (_, part) in zip(moments, self._pairs(some), strict=True):
-                known.add(part)
-        # By how much a part varies in all, and not by how many numbers it has: these say how finely a map is cut.
+            for of_part, (_, part) in zip(moments, self._pairs(some), strict=True):
+                of_part.add(part)
+        # In proportion to a part's total variance, not to the mean per dimension: the resolution of maps is arbitrary.
         dims = self.dims / len(moments)
-        noises = [self.feature_noise * float(known.variances.sum()) / dims for known in moments]
+        noises = [self.feature_noise * float(of_part.variances.sum()) / dims for of_part in moments]
         gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
-        for gaussian, known, noise in zip(gaussians, moments, noises, strict=True):
-            gaussian.fit(known, noise=noise, what="training images")
-        within = self.base.fit(flows.Computed(lambda parts: self._coordinates(parts[0]), [embeddings]))
-        within *= 1 - 1 / len(embeddings)  # over n, as the Gaussians' covariances
+        for gaussian, of_part, noise in zip(gaussians, moments, noises, strict=True):
+            gaussian.fit(of_part, noise=noise, what="training images")
+        within_clusters = self.base.fit(flows.Computed(lambda parts: self._coordinates(parts[0]), [embeddings]))
+        within_clusters *= 1 - 1 / len(embeddings)  # with the divisor n, like the Gaussians' covariances
         blocks, start = [], 0
         for gaussian, noise in zip(gaussians, noises, strict=True):
             own = slice(start, start + gaussian.directions)
-            blocks.append(gaussian.turn(within[own, own], noise=noise))
+            blocks.append(gaussian.turn(within_clusters[own, own], noise=noise))
             start = own.stop
         self.base.transform(torch.block_diag(*blocks))
 
@@ -217,36 +216,36 @@ class EmbeddingFlowModel(FlowModel):
         """Split the density of embeddings, ``(N, D)``, into leading directions and the rest.
 
         Returns:
-            Standardised coordinates along the leading directions of all parts, ``(N, k)``, and all of the log-density
-            but theirs, ``(N,)``, nats. Where there are several kinds, that of each comes last, ``(N,)``, as given.
+            Standardised coordinates along the leading directions of all parts, ``(N, k)``, and the log-density without
+            theirs, ``(N,)``, nats. If there are several kinds, ``kind`` follows as it is given, ``(N,)``.
         """
         leading, rests = zip(*(gaussian(part, kind) for gaussian, part in self._pairs(embeddings)), strict=True)
-        found = torch.cat(leading, dim=1), sum(rests[1:], rests[0])
-        return found if kind is None else (*found, kind)
+        inputs = torch.cat(leading, dim=1), sum(rests[1:], rests[0])
+        return inputs if kind is None else (*inputs, kind)
 
     def prepare(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Embed features, as :meth:`extract` returns them, and split their density as :meth:`split` does."""
         return self.split(self.embedding(features), self.kinds.of_features(features))
 
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
-        """Evaluate the density of prepared images; where there are several kinds, of images of the kind."""
+        """Evaluate the density of prepared images; with several kinds, each by that of its kind."""
         coordinates, rest, *kind = inputs
         base = self.base.of(kind[0]) if kind else self.base
         return flows.density(self.flow if flow is None else flow, base, coordinates, rest)
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
-        """Score prepared images, as :meth:`FlowModel.predict` does, but for −log p where there are several kinds."""
-        found = super().predict(inputs, scorer)
+        """Score prepared images as :meth:`FlowModel.predict` does; standardise −log p if there are several kinds."""
+        batch = super().predict(inputs, scorer)
         if len(inputs) == 2 or not isinstance(scorer or self.scorer, NegativeLogLikelihood):
-            return found
-        assert found.pred_score is not None
-        return InferenceBatch(pred_score=self.unseen.standardised(found.pred_score[:, None], inputs[2])[:, 0])
+            return batch
+        assert batch.pred_score is not None
+        return InferenceBatch(pred_score=self.unseen.standardised(batch.pred_score[:, None], inputs[2])[:, 0])
 
     def contributions(self, images: Tensor) -> Contributions:
-        """Take −log p of pre-processed images, ``(N, 3, H, W)``, apart; errors as for :meth:`extract`.
+        """Decompose −log p of pre-processed images, ``(N, 3, H, W)``, by direction; errors as for :meth:`extract`.
 
-        Of each part of an embedding the leading directions are those of the flow's latents, which without couplings are
-        the coordinates along them, and count from the nearest mean of the mixture.
+        The leading directions of each part of an embedding contribute by their latents' distance from the nearest mean
+        of the mixture; without couplings the latents are the coordinates along them.
         """
         features = self.extract(images)
         embeddings, kind = self.embedding(features), self.kinds.of_features(features)
@@ -265,18 +264,18 @@ class EmbeddingFlowModel(FlowModel):
         return Contributions(names, parts, torch.cat(coordinates, dim=1), 0.5 * torch.cat(squares, dim=1), kind)
 
     def blur(self, coordinates: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Add the noise to standardised coordinates, ``(N, k)``, on which the flow trains."""
+        """Add to standardised coordinates, ``(N, k)``, the variance of noise and shrinkage, as training does."""
         gaussians: list[flows.ShrunkGaussian] = list(self.gaussians)  # type: ignore[arg-type]
         ratios = [part.tail_variance[..., None] / part.variances[..., : part.directions] for part in gaussians]
-        shares = torch.cat(ratios, dim=-1).sqrt()
-        return coordinates + (shares if kind is None else shares[kind]) * torch.randn_like(coordinates)
+        std = torch.cat(ratios, dim=-1).sqrt()
+        return coordinates + (std if kind is None else std[kind]) * torch.randn_like(coordinates)
 
     def _pairs(self, embeddings: Tensor) -> list[tuple[flows.ShrunkGaussian, Tensor]]:
-        """The Gaussian of each part of embeddings, ``(N, D)``, and that part."""
+        """Return the Gaussian of each part of embeddings, ``(N, D)``, with that part."""
         return list(zip(self.gaussians, embeddings.split(self.embedding.part_dims, dim=1), strict=True))  # type: ignore[arg-type]
 
     def _coordinates(self, embeddings: Tensor) -> Tensor:
-        """Along the leading directions of all parts of embeddings, ``(N, D)``, before they are standardised."""
+        """Return unstandardised coordinates along the leading directions of all parts of embeddings, ``(N, D)``."""
         return torch.cat([gaussian.coordinates(part) for gaussian, part in self._pairs(embeddings)], dim=1)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -284,6 +283,6 @@ class EmbeddingFlowModel(FlowModel):
         return self.prepare(self.extract(images))
 
 
-def _some_of(embeddings: flows.Rows, rows: Tensor) -> flows.Computed:
-    """Some rows of embeddings, computed as asked for."""
+def _rows_at(embeddings: flows.Rows, rows: Tensor) -> flows.Computed:
+    """Return the rows of embeddings at the given indices, computed when they are read."""
     return flows.Computed(lambda parts: embeddings[parts[0]], [rows])

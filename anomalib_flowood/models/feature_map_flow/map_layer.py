@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before and behind the flow of one layer of FeatureMapFlow."""
+"""Everything except the flow for one layer of FeatureMapFlow: descriptors, subspace, whitening, memory bank, scales."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .nearest_patches import NearestPatches, standardised
 _CHUNK = 64
 """Images whose latents are computed and whitened at a time in a fit."""
 
-_SHARE = 0.5
+_DISTANCE_WEIGHT = 0.5
 """Weight of the map of distances relative to the anomaly map, which knows what belongs where."""
 
 _BESIDE_BANK = 0.5
 """Weight in the image score of the most anomalous positions of the finest shown layer, if it has a memory bank: of all
-evidence these two tell the least (docs/tried.md)."""
+evidence these two are the least informative (docs/tried.md)."""
 
 _BLOCKS = (4, 2, 1)
-"""Sides of the blocks over which the layout of the finest layer may be constant, the preferred first."""
+"""Sides of the blocks over which the layout of the finest layer may be constant, in order of preference."""
 
 
 class MapLayer(flows.ForEachKind):
@@ -41,15 +41,15 @@ class MapLayer(flows.ForEachKind):
         channels: C, the channels of the layer's map.
         shape: ``(D, h, w)`` of the reduced map.
         layout_dims: Directions of whole maps that are whitened.
-        top: Whether the layer's map is shown, and its most anomalous positions are evidence.
-        whole: Whether its mean over all positions is evidence.
-        top_fraction: The share of positions that are the most anomalous.
+        top: Whether the layer's map is shown, and the mean over its most anomalous positions is evidence.
+        whole: Whether the mean over all positions is evidence.
+        top_fraction: The share of positions that count as the most anomalous.
         finer: ``(D, h, w)`` of each finer map that is shown. In the finest layer the directions of whole maps are
-            constant over blocks of positions, as light and texture are, unless its mean over all positions is evidence,
-            which depends on what whitening leaves.
-        bank_size: The most positions in the memory bank of the finest shown layer (:class:`NearestPatches`): distances
-            to the nearest of them are shown, too, and the largest one in an image is evidence. Coarser shown layers
-            keep more positions, in inverse proportion to their size. 0 for no bank.
+            constant over blocks of positions, as lighting and texture are, unless the mean over all positions is
+            evidence, which depends on what whitening leaves.
+        bank_size: Most positions in the memory bank of the finest shown layer (:class:`NearestPatches`). Distances to
+            the nearest of them are shown, too, and the largest one in an image is evidence. Coarser shown layers keep
+            more positions, in inverse proportion to their size. 0 for no bank.
     """
 
     location: Tensor
@@ -83,13 +83,13 @@ class MapLayer(flows.ForEachKind):
         compared = [*finer, shape]
         size = bank_size * math.prod(compared[0][1:]) // math.prod(self.size)
         self.nearest = NearestPatches(sum(dims for dims, *_ in compared), size) if top and bank_size else None
-        self._of_top = _BESIDE_BANK if self.nearest is not None and not finer else 1.0
+        self._top_weight = _BESIDE_BANK if self.nearest is not None and not finer else 1.0
         self.of_kind = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
     def check_number(self, images: int) -> None:
-        """Refuse too few training images for the directions of descriptors."""
+        """Check that there are enough training images for the directions of descriptors; errors as for the subspace."""
         self.subspace.check(images * math.prod(self.size), self._points)
 
     @property
@@ -97,7 +97,7 @@ class MapLayer(flows.ForEachKind):
         return f"descriptors of layer {self.name}"
 
     def fit(self, maps: Tensor) -> None:
-        """Fit descriptors and subspace to the maps of all training images, ``(N, C, h, w)``; errors as theirs."""
+        """Fit descriptors and subspace to the maps of all training images, ``(N, C, h, w)``; errors as for these."""
         described = self.descriptors.fit(maps)
         self.subspace.fit(described, what=self._points, solver="covariance_eigh")
 
@@ -111,20 +111,20 @@ class MapLayer(flows.ForEachKind):
         return self.subspace(self.descriptors(maps))
 
     def reduced(self, maps: Tensor) -> Tensor:
-        """Reduce maps as :meth:`forward` does, without the rest of the log-density, which scores do not need."""
+        """Reduce maps as :meth:`forward` does, but without the rest of the log-density, which scores do not need."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
     def fit_behind(self, flow: SequenceINN, maps: Tensor, shown: Sequence[Tensor], copies: int = 1) -> list[Tensor]:
-        """Fit everything behind the flow: whitening, memory bank, scales.
+        """Fit everything after the flow: whitening, memory bank, scales.
 
         Args:
-            flow: The layer's.
+            flow: The layer's flow.
             maps: Reduced maps of training images, ``(N, D, h, w)``, in any precision.
-            shown: As :meth:`fit_nearest` takes them.
-            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+            shown: As for :meth:`fit_nearest`.
+            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
 
         Returns:
-            The :meth:`statistics` of some of the images, ``(m,)`` each, by fits to others.
+            The :meth:`statistics` of held-out images, ``(m,)`` each, from fits to the others.
         """
         like = self.location
         latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
@@ -140,34 +140,33 @@ class MapLayer(flows.ForEachKind):
         """Fit the whitening to the latents of training images.
 
         Args:
-            latents: The flow's, ``(N, D, h, w)``.
+            latents: The flow's latents, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
-            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
+            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
 
         Returns:
-            The rows of some of the images, ``(m,)``, and their anomaly maps by whitenings that were fitted to other
-            images, ``(m, h, w)``, nats.
+            The rows of held-out images, ``(m,)``, and their anomaly maps from fits to the others, ``(m, h, w)``, nats.
         """
         moments = flows.PositionMoments(latents)
         rows, unseen = [], []
-        for rest, part in folds(len(latents), copies):
-            self.positions.fit(moments.without(flows.PositionMoments(latents[part], moments.around)))
-            self._fit_layout(latents, rest)
-            rows.append(part[::copies])
+        for seen, held_out in folds(len(latents), copies):
+            self.positions.fit(moments.without(flows.PositionMoments(latents[held_out], moments.around)))
+            self._fit_layout(latents, seen)
+            rows.append(held_out[::copies])
             unseen.append(self.anomaly_map(latents[rows[-1]], scales[rows[-1]]))
         self.positions.fit(moments)
         self._fit_layout(latents, torch.arange(len(latents)))
         return torch.cat(rows), torch.cat(unseen)
 
     def _fit_layout(self, latents: Tensor, index: Tensor) -> None:
-        """Fit the whitening of whole maps to some of the images, behind that of positions."""
+        """Fit the whitening of whole maps to the rows at some indices, after that of positions."""
         whitened = torch.empty_like(latents[: len(index)])
         for some, filled in zip(index.split(_CHUNK), whitened.split(_CHUNK), strict=True):
             filled.copy_(self.positions.whitened(latents[some]))
         self.layout.fit(whitened, overwrite=True)
 
     def forget_whitening(self) -> None:
-        """Forget what was fitted to other weights of the flow, and whiten nothing."""
+        """Forget everything that was fitted to other weights of the flow; the whitening becomes the identity."""
         self.positions.forget()
         self.layout.forget()
         if self.nearest is not None:
@@ -176,31 +175,37 @@ class MapLayer(flows.ForEachKind):
 
     def whiten(self, latents: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whiten the flow's latents, ``(N, D, h, w)``; also return the log-determinant, ``(N,)``."""
-        latents, of_positions = self.positions.transform(latents, rev=False, kind=kind)
-        latents, of_layout = self.layout.transform(latents, rev=False, kind=kind)
-        return latents, of_positions + of_layout
+        latents, log_det_positions = self.positions.transform(latents, rev=False, kind=kind)
+        latents, log_det_layout = self.layout.transform(latents, rev=False, kind=kind)
+        return latents, log_det_positions + log_det_layout
 
     def anomaly_map(self, latents: Tensor, scales: Tensor, kind: Tensor | None = None) -> Tensor:
         """Return anomaly maps, ``(N, h, w)``, nats.
 
-        They leave the constants of the whitening out, with which all images would look anomalous at positions where
-        images vary more.
+        The log-determinant of the whitening is left out: with it, all images would look anomalous at positions where
+        normal images vary more.
 
         Args:
-            latents: The flow's, ``(N, D, h, w)``.
+            latents: The flow's latents, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
-            kind: The number of each image's kind, ``(N,)``, where there are several.
+            kind: The index of each image's kind, ``(N,)``, if there are several.
         """
         return 0.5 * self.whitened(latents, kind).square().sum(1) - scales
 
     def whitened(self, latents: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, which is the same for a kind."""
+        """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, a constant of each kind."""
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
     def fit_nearest(self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1) -> Tensor | None:
-        """Fill the memory bank from reduced maps of training images, in any precision, as :meth:`NearestPatches.fit`.
+        """Fill the memory bank; arguments and return value as for :meth:`NearestPatches.fit`.
 
-        The maps are those of the finer shown layers and of this one. Returns ``None`` if there is no bank.
+        Args:
+            shown: Reduced maps of training images, in any precision, of the finer shown layers and of this one.
+            scored: Rows whose distances are returned.
+            copies: Consecutive rows of each image.
+
+        Returns:
+            Distances, or ``None`` if there is no bank.
         """
         if self.nearest is None:
             return None
@@ -215,13 +220,13 @@ class MapLayer(flows.ForEachKind):
         """Distances of positions to the nearest in the memory bank, ``(N, h, w)``; ``None`` if there is no bank.
 
         Args:
-            shown: Reduced maps of the finer shown layers, and of this one, ``(N, D, h, w)`` each.
-            kind: The number of each image's kind, ``(N,)``, where there are several.
+            shown: Reduced maps of the finer shown layers and of this one, ``(N, D, h, w)`` each.
+            kind: The index of each image's kind, ``(N,)``, if there are several.
         """
         return None if self.nearest is None else self.nearest(self._compared(shown), kind)
 
     def _compared(self, shown: Sequence[Tensor]) -> Tensor:
-        """Vectors by which positions are compared, ``(N, sum of D, h, w)``: finer maps are averaged to this size."""
+        """Return the vectors by which positions are compared, ``(N, sum of D, h, w)``; finer maps are averaged."""
         *finer, own = shown
         return torch.cat([*(functional.adaptive_avg_pool2d(maps, self.size) for maps in finer), own], dim=1)
 
@@ -231,43 +236,44 @@ class MapLayer(flows.ForEachKind):
         self.spread = maps.std().clamp(min=1e-6)
 
     def standardise(self, maps: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Bring anomaly maps, ``(N, h, w)``, to the scale of normal images, of their kind."""
+        """Standardise anomaly maps, ``(N, h, w)``, by those of normal images of the kind."""
         return standardised(maps, self.location, self.spread, kind)
 
     @property
     def shares(self) -> list[float]:
         """The weight of each map that is :meth:`shown`."""
-        return [1.0] * self.top + [_SHARE] * (self.nearest is not None)
+        return [1.0] * self.top + [_DISTANCE_WEIGHT] * (self.nearest is not None)
 
     def shown(self, maps: Tensor, distances: Tensor | None, kind: Tensor | None = None) -> list[Tensor]:
-        """Return the maps to show, ``(N, h, w)``, in units of normal images; arguments as for :meth:`statistics`."""
-        found = [self.standardise(maps, kind)] if self.top else []
+        """Return the maps to show, ``(N, h, w)``, standardised; arguments as for :meth:`statistics`."""
+        shown = [self.standardise(maps, kind)] if self.top else []
         if distances is not None and self.nearest is not None:
-            found.append(self.nearest.standardise(distances, kind))
-        return found
+            shown.append(self.nearest.standardise(distances, kind))
+        return shown
 
     def statistics(self, maps: Tensor, distances: Tensor | None) -> list[Tensor]:
-        """Return the evidence about images: one to three statistics, ``(N,)`` each.
+        """Return the layer's evidence about images: one to three statistics, ``(N,)`` each.
 
         Args:
-            maps: Their anomaly maps, ``(N, h, w)``.
+            maps: Anomaly maps, ``(N, h, w)``.
             distances: What :meth:`distances` returns.
         """
         positions = maps.flatten(1)
-        found = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
+        statistics = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
         if distances is not None:
-            found.append(distances.flatten(1).amax(1))
-        return [*found, positions.mean(1)] if self.whole else found
+            statistics.append(distances.flatten(1).amax(1))
+        return [*statistics, positions.mean(1)] if self.whole else statistics
 
     def weights(self, images: int) -> list[float]:
-        """Return the weights of :meth:`statistics` after a fit to so many images.
+        """Return the weights of :meth:`statistics` after a fit to a number of images.
 
-        With fewer images than a position has numbers, its Gaussian is a guess, while a bank draws on all positions.
-        Beside a bank, the weight of the most anomalous positions then falls in proportion (docs/tried.md).
+        With fewer images than a position has dimensions, its Gaussian is unreliable, while a bank draws on all
+        positions. Beside a bank, the weight of the most anomalous positions is then reduced in proportion
+        (docs/tried.md).
         """
         bank = self.nearest is not None
-        of_top = self._of_top * min(1.0, images / self.dims) if bank else self._of_top
-        return [of_top] * self.top + [1.0] * bank + [1.0] * self.whole
+        top_weight = self._top_weight * min(1.0, images / self.dims) if bank else self._top_weight
+        return [top_weight] * self.top + [1.0] * bank + [1.0] * self.whole
 
     @property
     def statistic_names(self) -> list[str]:
@@ -286,17 +292,17 @@ def new_layers(
     roles: Sequence[tuple[bool, bool]],
     **arguments: Any,
 ) -> list[MapLayer]:
-    """Return layers, from the finest on, from their names, channels, shapes and roles, ``(top, whole)``."""
+    """Return layers, the finest first, given their names, channels, shapes and roles, ``(top, whole)``."""
     layers: list[MapLayer] = []
     finer: list[tuple[int, int, int]] = []
-    for name, own, shape, (top, whole) in zip(names, channels, shapes, roles, strict=True):
-        layers.append(MapLayer(name, own, shape, finer=finer, top=top, whole=whole, **arguments))
+    for name, layer_channels, shape, (top, whole) in zip(names, channels, shapes, roles, strict=True):
+        layers.append(MapLayer(name, layer_channels, shape, finer=finer, top=top, whole=whole, **arguments))
         finer = [*finer, shape] if top else finer
     return layers
 
 
 def shown_before(layers: Iterable[MapLayer], reduced: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield for each layer the reduced maps of the shown layers up to it, from the finest on."""
+    """Yield for each layer the reduced maps of the shown layers up to it, the finest first."""
     shown: list[Tensor] = []
     for layer, maps in zip(layers, reduced, strict=True):
         shown = [*shown, maps] if layer.top else shown
@@ -304,5 +310,5 @@ def shown_before(layers: Iterable[MapLayer], reduced: Iterable[Tensor]) -> Itera
 
 
 def _block(size: tuple[int, int]) -> int:
-    """The side of the largest blocks that a map divides into."""
+    """Return the side of the largest blocks that divide a map."""
     return next(block for block in _BLOCKS if not any(side % block for side in size))

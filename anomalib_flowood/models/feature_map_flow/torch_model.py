@@ -31,39 +31,38 @@ from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
 
 _MOST_STEPS = 500
-"""Of an epoch: with thousands of images it need not see every position."""
+"""Most training steps of an epoch: with thousands of images it need not see every position."""
 
 
 class FeatureMapFlowModel(MapExtraction):
-    """Density of the feature maps of a frozen network, one flow per layer; says what does not belong, and where.
+    """Density of the feature maps of a frozen network, one flow per layer, with an anomaly score and an anomaly map.
 
-    With ``context="mean"`` it is the density of the maps of images whose mean vector is given.
+    With ``context="mean"`` it is the density of maps given the image's mean vector.
 
-    Every position of a layer's map of C channels gets a descriptor of 2 C numbers
-    (:class:`~anomalib_flowood.features.Descriptors`), of which the flow models the D principal directions over all
-    positions and training images; the others have an isotropic Gaussian
-    (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
+    Every position of a layer's map of C channels has a descriptor of 2 C numbers
+    (:class:`~anomalib_flowood.features.Descriptors`). The flow models its D principal directions over all positions and
+    training images; the others have an isotropic Gaussian (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
 
-    The flow comes first: one for all positions of a layer (:func:`~anomalib_flowood.flows.position_flow`), which learns
-    the kinds of content that positions have. What it leaves is whitened in closed form when it has been trained: every
-    position by a Gaussian of its own (:class:`~anomalib_flowood.flows.PositionWhitening`), then the layout of the whole
-    map (:class:`~anomalib_flowood.flows.Whitening`), so that what varies from image to image as a whole (light,
-    texture) no longer stands out. Without couplings that is all there is. With latents z of all that::
+    First comes the flow, one for all positions of a layer (:func:`~anomalib_flowood.flows.position_flow`), which learns
+    what positions can show. After its training, its latents are whitened in closed form: each position by a Gaussian of
+    its own (:class:`~anomalib_flowood.flows.PositionWhitening`), then the whole map
+    (:class:`~anomalib_flowood.flows.Whitening`), so that variation of whole images, such as lighting and texture, does
+    not stand out. Without couplings there is only the whitening. With the whitened latents z::
 
         a(p) = sum over d of 1/2 z(d, p)^2 - log-scales of the couplings at (d, p)
 
-    is the anomaly map of a layer. It sums to −log p, but for what is the same for all images, and the Gaussian of the
-    other directions. The maps of ``map_layers`` are shown. The image score is a mean of several kinds of evidence
-    (:class:`~anomalib_flowood.scores.Evidence`): the mean of the most anomalous positions of each of these, which sees
-    small defects, the position of each that is least like any normal one (:class:`NearestPatches`), the mean of the
-    whole map of each of ``score_layers``, which sees what is wrong as a whole, and −log p of what is in the image,
-    wherever it is: of the mean features of all layers, by a shrunk Gaussian. Their scales are those of training images
-    to which nothing of this was fitted: it is fitted to some, and scores the others.
+    is the anomaly map of a layer. It sums to −log p, up to a constant and the Gaussian of the other directions. The
+    anomaly map of an image combines those of ``map_layers``. Its score is a weighted mean of several kinds of evidence
+    (:class:`~anomalib_flowood.scores.Evidence`): for each of ``map_layers``, the mean over the most anomalous
+    positions, which detects small defects, and the largest distance of a position from its nearest normal one
+    (:class:`NearestPatches`); for each of ``score_layers``, the mean over the map, which detects what is wrong with
+    whole images; and −log p of the mean features of all layers under a shrunk Gaussian, which depends on what an image
+    shows, but not on where. Each is standardised by held-out training images: fits to some images score the others.
 
-    In the place of single positions a flow can transform the whole map, with a mask that is named
+    With a named mask the flow transforms whole maps and not single positions
     (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
 
-    Arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, but for what training takes.
+    The arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, except those of the training.
 
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense.
@@ -143,14 +142,14 @@ class FeatureMapFlowModel(MapExtraction):
 
     @property
     def scores_are_likelihoods(self) -> bool:
-        """No: the score is made of evidence of several kinds."""
+        """Whether ``pred_score`` is a likelihood: no, it combines several kinds of evidence."""
         return False
 
     def fit_features(self, maps: tuple[Tensor, ...]) -> None:
         """Fit what comes before the flow.
 
         Args:
-            maps: Those of all training images, ``(N, C, h, w)`` for each layer; in main memory, if they are many.
+            maps: The maps of all training images, ``(N, C, h, w)`` for each layer; on the CPU if they are many.
 
         Raises:
             ValueError: If there are fewer than 3 images, or the features are all alike or vary in too few directions.
@@ -163,27 +162,27 @@ class FeatureMapFlowModel(MapExtraction):
             layer.fit(layer_maps)  # type: ignore[operator]
 
     def reduce(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Turn feature maps into what the flow models.
+        """Reduce feature maps to the principal directions that the flow models.
 
         Args:
-            maps: One map for each layer, as :meth:`extract` returns them. They may lie on another device than the
-                model, and have another precision.
+            maps: One map for each layer, as :meth:`extract` returns them. Their device and precision may differ from
+                the model's.
 
         Returns:
             Two tensors for each layer: its reduced map, ``(N, D, h, w)``, and the rest of the log-density at each
-            position, ``(N, h, w)``, nats; of a model with tiles both with the tiles as their second axis.
+            position, ``(N, h, w)``, nats; in a model with tiles, the tiles are the second axis of both.
         """
         pairs = zip(self.layers, maps, strict=True)
         parts = tuple(part for layer, layer_maps in pairs for part in layer(self.alone(layer_maps)))
         return parts if self.tiles is None else tuple(part.unflatten(0, maps[0].shape[:2]) for part in parts)
 
     def prepare(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Reduce maps as :meth:`reduce` does; last come mean features, ``(N, P)``, or ``(N, T, P)`` with tiles."""
+        """Reduce maps as :meth:`reduce` does, and append the mean features, ``(N, P)``, or ``(N, T, P)`` with tiles."""
         means = self._means(tuple(self.alone(layer) for layer in maps))
         return *self.reduce(maps), means if self.tiles is None else means.unflatten(0, maps[0].shape[:2])
 
     def _means(self, maps: Sequence[Tensor]) -> Tensor:
-        """What is in images, wherever it is, ``(N, P)``: also tells their kinds."""
+        """Return the mean features of images, ``(N, P)``, by which their kinds are told, too."""
         return pooled(maps, like=self.evidence.location)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +192,7 @@ class FeatureMapFlowModel(MapExtraction):
     def density(self, inputs: Inputs, flow: InvertibleModule | None = None) -> flows.Density:
         """Evaluate the density of the descriptors of all positions, from what :meth:`prepare` returns.
 
-        An image's tiles count as independent. Where there are kinds, it is that of images of the kind.
+        An image's tiles are treated as independent. If there are several kinds, the density is that of the image's.
         """
         kind = self.kinds(inputs[-1])
         alone = flows.independent(
@@ -211,14 +210,14 @@ class FeatureMapFlowModel(MapExtraction):
     def _sides(
         self, inputs: Inputs, flow: InvertibleModule | None = None
     ) -> Iterator[tuple[MapLayer, SequenceINN, Tensor, Tensor, list[Tensor]]]:
-        """Yield, layer by layer: itself, its flow, what :meth:`reduce` returns of it, and what positions compare."""
+        """Yield, for each layer: itself, its flow, what :meth:`reduce` returns, and the maps that its bank compares."""
         sides = (self.flow if flow is None else flow).flows
         reduced, rest = ([self.alone(part) for part in inputs[start : 2 * len(self.layers) : 2]] for start in (0, 1))
         layers = cast("Sequence[MapLayer]", self.layers)
         return zip(layers, sides, reduced, rest, shown_before(layers, reduced), strict=True)
 
     def epoch_steps(self, images: int) -> int | None:
-        """Return the steps in which training sees as many positions as the coarsest shown map has in so many images.
+        """Return the steps of an epoch: it draws as many positions as the coarsest shown map has in all images.
 
         ``None`` if the flow trains on whole maps.
         """
@@ -227,13 +226,13 @@ class FeatureMapFlowModel(MapExtraction):
         return max(1, min(_MOST_STEPS, round(images * self._coarsest / DRAWN)))
 
     def loss(self, inputs: Inputs, noise: float = 0.0) -> Tensor:
-        """Mean −log p of the flow's input per dimension, nats, ``()``, with noise added: what training makes small.
+        """Training loss: mean −log p of the flow's input per dimension, nats, ``()``.
 
-        Of a flow of positions it is taken at some of them, drawn anew every time.
+        A flow on single positions is evaluated at some of them, drawn anew at every call.
 
         Args:
             inputs: What :meth:`reduce` returned, reduced maps in any precision.
-            noise: Standard deviation of the noise.
+            noise: Standard deviation of the noise that is added to the input.
         """
         losses = []
         for _, flow, reduced, *_ in self._sides(inputs):
@@ -249,14 +248,14 @@ class FeatureMapFlowModel(MapExtraction):
 
     @property
     def views_layers(self) -> bool:
-        """Whether there are :meth:`layer_views`: of whole images, not of tiles."""
+        """Whether there are :meth:`layer_views`; not if there are tiles."""
         return self.tiles is None
 
     def layer_views(self, images: Tensor) -> list[LayerView]:
-        """View pre-processed images, ``(N, 3, H, W)``, layer by layer; errors as for :meth:`extract`.
+        """Return what each layer makes of pre-processed images, ``(N, 3, H, W)``.
 
         Raises:
-            ValueError: Also if the model has tiles.
+            ValueError: As for :meth:`extract`, and if the model has tiles.
         """
         if self.tiles is not None:
             msg = "What a score is made of is shown of whole images, and this detector has tiles (tile_size)."
@@ -289,17 +288,17 @@ class FeatureMapFlowModel(MapExtraction):
     def fit_whitening(
         self, inputs: Inputs, copies: int = 1, progress: Callable[..., object] = lambda **_: None
     ) -> list[int]:
-        """Fit the whitening behind the flow, and the scales of maps and evidence, with the flow's present weights.
+        """Fit the whitening after the flow, and the scales of maps and evidence, for the flow's current weights.
 
         Each kind of image has its own (:class:`Kinds`).
 
         Args:
-            inputs: What :meth:`prepare` returns for training images, in main memory; reduced maps in any precision.
-            copies: Rows of each image, one after the other: itself, and copies that are not independent of it.
-            progress: Told how many layers are fitted, of all kinds, as ``completed`` and ``total``.
+            inputs: What :meth:`prepare` returns for training images, on the CPU; reduced maps in any precision.
+            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
+            progress: Called with the number of layers fitted, over all kinds, as ``completed`` and ``total``.
 
         Returns:
-            The number of images that were fitted to, of each kind.
+            The number of training images of each kind.
         """
         images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies])
         fitted = count(1)
@@ -313,12 +312,12 @@ class FeatureMapFlowModel(MapExtraction):
             statistics.append(self.means.fit(self.alone(some[-1]), copies))
             self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0])
 
-        kept = [module for module in self.modules() if isinstance(module, flows.ForEachKind)]
-        fit_to_each([rows_of(some, copies) for some in images], fit, kept)
+        modules = [module for module in self.modules() if isinstance(module, flows.ForEachKind)]
+        fit_to_each([rows_of(some, copies) for some in images], fit, modules)
         return [len(some) for some in images]
 
     def forget_whitening(self) -> None:
-        """Whiten nothing, as long as the weights of the flow change."""
+        """Make the whitening the identity and forget all scales, since the flow's weights are about to change."""
         self.kinds.forget()
         self.evidence.forget()
         self.means.forget()
@@ -326,11 +325,11 @@ class FeatureMapFlowModel(MapExtraction):
             layer.forget_whitening()  # type: ignore[operator]
 
     def predict(self, inputs: Inputs, scorer: Score | None = None) -> InferenceBatch:
-        """Score reduced maps, as :meth:`forward` scores images.
+        """Score reduced maps as :meth:`forward` scores images.
 
         Args:
             inputs: What :meth:`prepare` returned.
-            scorer: Not used: the score goes with the map.
+            scorer: Not used: there is only one score.
         """
         del scorer
         parts = (*inputs[: 2 * len(self.layers) : 2], inputs[-1])
@@ -344,10 +343,10 @@ class FeatureMapFlowModel(MapExtraction):
         """Score pre-processed images, ``(N, 3, H, W)``; errors as for :meth:`extract`.
 
         Returns:
-            A batch with ``anomaly_map``, ``(N, 1, H, W)``: the maps of ``map_layers``, and those of the distances to
-            the nearest normal positions, in units of their standard deviations over normal images, up-sampled and
-            averaged (:class:`ShownMap`). And ``pred_score``, ``(N,)``: the combined evidence. Of a model with tiles the
-            map is stitched, and the score the highest of a tile.
+            A batch with ``pred_score``, ``(N,)``, the combined evidence, and ``anomaly_map``, ``(N, 1, H, W)``: the
+            maps of ``map_layers`` and of the distances to the nearest normal positions, standardised over normal
+            images, up-sampled and averaged (:class:`ShownMap`). With tiles, the map is stitched together, and the score
+            is the highest of all tiles.
         """
         if self.tiles is None:
             return self._judge_maps(self.extract(images))
@@ -355,7 +354,7 @@ class FeatureMapFlowModel(MapExtraction):
         return self.tiles.joined(map(self._judge_maps, self.tile_maps(image)) for image in images)
 
     def judged(self, images: Tensor) -> tuple[InferenceBatch, Tensor]:
-        """Score images by their tiles, some at a time; also return −log p per dimension, ``(N,)``."""
+        """Score images by their tiles, some at a time; also return −log p per dimension, nats, ``(N,)``."""
         assert self.tiles is not None
         self.check(images)
         log_prob = torch.zeros(len(images), dtype=self.dtype, device=images.device)
@@ -375,7 +374,7 @@ class FeatureMapFlowModel(MapExtraction):
         return self._judge(*reduced, self._means(maps))
 
     def _judge(self, *parts: Tensor) -> InferenceBatch:
-        """Score images by each layer's reduced maps, ``(N, D, h, w)``, and their mean features, ``(N, P)``."""
+        """Score images, given each layer's reduced maps, ``(N, D, h, w)``, and the mean features, ``(N, P)``."""
         *reduced, means = parts
         kind = self.kinds(means)
         shown, statistics = list[Tensor](), list[Tensor]()

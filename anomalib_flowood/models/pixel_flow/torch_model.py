@@ -48,17 +48,17 @@ class PixelFlowModel(FlowModel):
         new_flow = partial(flows.pixel_flow, shape, **flow_arguments)
         super().__init__(new_flow, flows.StandardNormal(), math.prod(shape), levels=flows.LEVELS, score=score)
         self.shape = shape
-        # Rec. 601, as PIL converts to grey; they sum to 1, so that grey stays what it is.
+        # Rec. 601, as in PIL's conversion to grey; they sum to 1, so that grey images keep their values.
         self.register_buffer("luma", torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1), persistent=False)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Check images and bring them to the flow's number of channels.
+        """Check images and convert them to the flow's number of channels.
 
         Args:
             images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
 
         Returns:
-            ``(N, C, H, W)``; colours turned into grey where the flow has one channel.
+            ``(N, C, H, W)``; colour is converted to grey if the flow has one channel.
 
         Raises:
             ValueError: If the shape is wrong, or a pixel is NaN or outside of [0, 1].
@@ -80,8 +80,8 @@ class PixelFlowModel(FlowModel):
 
         Args:
             images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
-            noisy: Dequantise with uniform noise, as training does; without, with its mean, so that scores are
-                deterministic and independent of the batch.
+            noisy: Whether to dequantise with uniform noise, as training does, and not with its mean, with which scores
+                are deterministic and independent of the batch.
 
         Returns:
             Images in the open unit cube, ``(N, C, H, W)``, to which densities refer.
@@ -95,8 +95,8 @@ class PixelFlowModel(FlowModel):
     def log_prob(self, images: Tensor, *, noisy: bool = False) -> Tensor:
         """Log-density of images with respect to the unit cube; nats, ``(N,)``. Arguments as for :meth:`inputs`.
 
-        Without noise it is the density at the centres of the pixels' bins, which the score is made of, and more than
-        the average over them: see :meth:`bits_per_dim`. It is −∞ where the flow overflowed.
+        Without noise it is the density at the centres of the pixels' bins, from which the score is computed; it is
+        higher than the average over the bins, see :meth:`bits_per_dim`. It is −∞ where the flow overflowed.
         """
         return self.log_prob_of(self.inputs(images, noisy=noisy))
 
@@ -110,9 +110,9 @@ class PixelFlowModel(FlowModel):
 
         Args:
             images: Images in [0, 1], ``(N, 3, H, W)`` or ``(N, C, H, W)``.
-            log_prob: Not used: the density at the centres of the bins says nothing of that around them.
+            log_prob: Not used: the average over the bins does not follow from the density at their centres.
             draws: Draws of :func:`anomalib_flowood.flows.dequantization_noise`.
-            seed: Their seed.
+            seed: Random seed of the noise.
 
         Returns:
             ``(N,)``, the dequantisation's 8 bits included; +∞ where the flow overflowed.
@@ -127,12 +127,10 @@ class PixelFlowModel(FlowModel):
         return flows.bits_per_dim(torch.stack(log_probs).mean(0), self.dims, self.levels)
 
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, as :meth:`draw` does, and clamp them to black and white.
-
-        Arguments as for :meth:`draw`.
+        """Draw images as :meth:`draw` does, with the same arguments, and clamp them to [0, 1].
 
         Returns:
-            Images in [0, 1], ``(n, C, H, W)``. They are dequantised, so that they have more grey levels than 256.
+            Images in [0, 1], ``(n, C, H, W)``. They are continuous, not quantised to 256 grey levels.
         """
         return self.draw(n, temperature, generator).clamp(0, 1)
 
@@ -141,9 +139,8 @@ class PixelFlowModel(FlowModel):
         """Draw from the flow's density, which reaches beyond black and white: see :class:`flows.Logit`.
 
         Args:
-            n: How many.
-            temperature: Standard deviation of the latents. Below 1 the images are no longer drawn from the density, but
-                from what is likelier.
+            n: Number of images.
+            temperature: Standard deviation of the latents. Below 1, images are more likely than draws from the density.
             generator: Source of randomness, on the model's device.
 
         Returns:
@@ -152,7 +149,7 @@ class PixelFlowModel(FlowModel):
         weight = next(self.flow.parameters())
         shape = (n, *self.flow.shapes[-1])
         z = temperature * torch.randn(shape, generator=generator, device=weight.device, dtype=weight.dtype)
-        # As at evaluation: batch statistics would make the images depend on each other, and shift the running ones.
+        # Evaluation mode: batch statistics would make images depend on each other, and change the running statistics.
         training = self.flow.training
         self.flow.eval()
         images, _ = self.flow(z, rev=True)
