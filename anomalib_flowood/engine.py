@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import datetime
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ class RunEngine(Engine):
 
     def kept_checkpoint(self) -> Path | None:
         """The newest checkpoint that this training has written so far; ``None`` if there is none."""
-        found = [] if self._new is None else [path for path in self._new.rglob("*.ckpt") if path.name[0] != "."]
+        if self._new is None:
+            return None
+        # rglob fails where a folder goes meanwhile, as that in which another process writes a checkpoint.
+        found = [self._new / path for path in glob("**/*.ckpt", root_dir=self._new, recursive=True)]  # noqa: PTH207
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def _turn_latest_back(self, new: Path) -> None:

@@ -16,7 +16,7 @@ from anomalib.data import Folder, PredictDataset
 from model_helpers import TRAINER, data, engine, feature_map_flow, pixel_flow
 from PIL import Image
 
-from anomalib_flowood import open_checkpoint
+from anomalib_flowood import load, open_checkpoint
 from anomalib_flowood.cli import main
 from anomalib_flowood.engine import RunEngine, new_folder, run_folder
 from anomalib_flowood.models.components import root_beside
@@ -143,6 +143,26 @@ def test_that_a_checkpoint_is_of_earlier_weights_is_said(limits, earlier, tmp_pa
     ]
     assert len(said) == earlier
     assert all(f"is of step {run.trainer.global_step}." in text for text in said)
+
+
+def test_a_folder_that_goes_while_checkpoints_are_looked_for_hides_none(tmp_path, monkeypatch):
+    """Checkpoints are written in one, which is gone a moment later."""
+    engine = RunEngine(default_root_dir=tmp_path)
+    engine._new = tmp_path
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.ckpt").touch()
+    (tmp_path / "weights" / ".flowood-0").mkdir()
+    scandir = os.scandir
+
+    def gone(path):
+        if str(path).endswith("-0"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert engine.kept_checkpoint() == tmp_path / "weights" / "model.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"Name one of what lies below it: \S+model\.ckpt$"):
+        load(tmp_path)
 
 
 def test_an_engine_that_has_ended_a_fit_takes_no_other(tmp_path):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def _export_in(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if _is_export(file))
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
-        below = sorted(str(file) for file in folder.rglob("*") if file.suffix == ".ckpt" or _is_export(file))
+        # rglob fails where a folder goes meanwhile, as that in which a training writes a checkpoint.
+        files = (folder / name for name in glob("**/*", root_dir=folder, recursive=True))  # noqa: PTH207
+        below = sorted(str(file) for file in files if file.suffix == ".ckpt" or _is_export(file))
         if below:
             msg += f" Name one of what lies below it: {', '.join(below[:_NAMED])}{', …' if len(below) > _NAMED else ''}"
         raise FileNotFoundError(msg)

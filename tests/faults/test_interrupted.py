@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,8 +43,25 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def started(arguments: list[str], said: Path | None = None) -> int:
-    """Run a command in a process of its own, which has imported everything; keep what it says on standard error."""
+@pytest.fixture
+def started():
+    """Run commands in processes of their own, and end them with the test, which may have failed before it would."""
+    children = []
+
+    def start(arguments: list[str], said: Path | None = None) -> int:
+        children.append(_start(arguments, said))
+        return children[-1]
+
+    yield start
+    for child in children:
+        with suppress(ChildProcessError):  # it has ended, and was waited for
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def _start(arguments: list[str], said: Path | None) -> int:
+    """Run a command in a process which has imported everything; keep what it says on standard error."""
     child = os.fork()
     if child:
         return child
@@ -60,7 +79,8 @@ def started(arguments: list[str], said: Path | None = None) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
+    """Those that are whole: what is being written lies in a hidden folder, which goes while it is looked for."""
+    return [folder / path for path in glob("**/*.ckpt", root_dir=folder, recursive=True)]  # noqa: PTH207
 
 
 def wait_for(condition, seconds: float = 30) -> None:
@@ -72,7 +92,7 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 @forks
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(number, status, here):
+def test_a_stopped_training_ends_with_the_signals_status_and_a_whole_checkpoint(number, status, here, started):
     child = started([*TRAIN, "--trainer.max_epochs=100000"])
     wait_for(lambda: checkpoints(here))
     os.kill(child, number)
@@ -109,7 +129,7 @@ def test_a_signal_within_a_checkpoint_is_no_error_of_its_writer(signalled, tmp_p
 
 @forks
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_training_says_how_it_goes_on(number, here):
+def test_an_interrupted_training_says_how_it_goes_on(number, here, started):
     said = here / "said.txt"
     child = started([*TRAIN, "--trainer.max_epochs=100000"], said)
     wait_for(lambda: checkpoints(here))
@@ -137,7 +157,7 @@ def test_interrupted_in_its_test_a_training_has_ended(here, capsys, monkeypatch)
 
 
 @forks
-def test_a_checkpoint_is_enough_to_go_on_with_a_training(here, capsys):
+def test_a_checkpoint_is_enough_to_go_on_with_a_training(here, started, capsys):
     """Without ``--model`` the default detector was built, which refused it; with it, every setting had to be given."""
     arguments = [*TRAIN, "--trainer.max_epochs=100000"]
     child = started(arguments)
@@ -158,7 +178,7 @@ def test_a_checkpoint_is_enough_to_go_on_with_a_training(here, capsys):
 
 @forks
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_training_leaves_checkpoints_that_load(seed, here):
+def test_a_killed_training_leaves_checkpoints_that_load(seed, here, started):
     child = started([*TRAIN, "--trainer.max_epochs=100000"])
     wait_for(lambda: checkpoints(here))
     time.sleep(0.1 * seed + 0.03)
