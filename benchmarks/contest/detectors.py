@@ -206,26 +206,26 @@ _OURS = {
 }
 
 UNTURNED = {f"{name} (no rotations)": name for name in _OURS}
-"""Detectors that are fitted to images as they lie, and which of ours they are otherwise."""
+"""Variants without rotated images, and the detectors that they are variants of."""
 
 ONE_KIND = {f"{name} (one kind)": f"{name} (no rotations)" for name in _OURS}
-"""Detectors that take all normal images, as they lie, for one kind, and what they are otherwise."""
+"""Variants that treat all normal images as one kind, and the detectors that they are variants of; without rotations."""
 
 NO_BANK = {"FeatureMapFlow (no bank)": "FeatureMapFlow (no rotations)"}
-"""Detectors that remember no normal positions, fitted to images as they lie, and what they are otherwise."""
+"""Variants without a memory bank, and the detectors that they are variants of; without rotations."""
 
 _FLOWS: dict[str, dict[str, Any]] = {
     "FeatureMapFlow": {"coupling_layers": 10, "bank_size": 0},
     "EmbeddingFlow": {"coupling_layers": 6},
 }
-"""Arguments that give our detectors a flow, of which they have none by default; without a memory bank, whose distances
+"""Arguments that give our detectors a flow, which they do not have by default; without a memory bank, whose distances
 do not depend on it."""
 
 TRAINED = {
     "FeatureMapFlow (flow)": "FeatureMapFlow (no bank)",
     "EmbeddingFlow (flow)": "EmbeddingFlow (no rotations)",
 }
-"""Detectors that train a flow, on images as they lie, and what they are without it."""
+"""Variants with a flow, and the detectors that they are variants of; without rotations."""
 
 
 def _variant(name: str, of: str, **changes: Any) -> Detector:

@@ -296,15 +296,15 @@ def tables(rows: pd.DataFrame) -> str:
         texts += [f"### {title}", *shown] if shown else []
     seeds = "mean over seeds ± standard deviation of that difference."
     bring = (
-        ("rotations bring", f"Images in all rotations that fit − as they lie, {seeds}", _without(UNTURNED)),
+        ("rotations bring", f"With rotated images, where they fit − without, {seeds}", _without(UNTURNED)),
         (
             "kinds bring",
-            f"A fit to each kind of normal image that is found − one to all, images as they lie, {seeds}",
+            f"A fit to each kind of normal image that is found − one fit to all, without rotations, {seeds}",
             _without(ONE_KIND),
         ),
         (
             "the memory bank brings",
-            f"With normal positions that are remembered − without, images as they lie, {seeds}",
+            f"With a memory bank of normal positions − without, no rotations, {seeds}",
             _without(NO_BANK),
         ),
         ("the flow brings", f"Trained − untrained, {seeds}", TRAINED),
