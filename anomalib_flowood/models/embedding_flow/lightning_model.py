@@ -28,44 +28,44 @@ from .torch_model import EmbeddingFlowModel
     scales=SCALES,
 )
 class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
-    """Normalizing flow on the embeddings of a frozen, pretrained network.
+    """Density of the embeddings of a frozen, pretrained network.
 
     For whole images that do not belong: another class, another data set, a part that is broken or missing. One density
-    over the whole embedding, which holds the pooled features and the layout of feature maps: a mixture of Gaussians
-    with a full, shrunk covariance, which takes seconds to fit, from two images up. Couplings on top are off by default.
+    over the whole embedding, which consists of the pooled features and the layout of feature maps: a mixture of
+    Gaussians with a full, shrunk covariance, which takes seconds to fit, to two images or more. A normalizing flow
+    before the mixture is off by default.
 
     Args:
-        backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
-        layers: Layers whose layout counts beside the pooled features, by timm's module names or indices; ``None`` for
+        backbone: A timm name, or ``local-dir:FOLDER`` for a folder with weights.
+        layers: Layers whose layout is part of the embedding, by timm's module names or indices; ``None`` for
             the last one of stride 16 or less (or of the finest stride there is) and the network's last, an empty list
             for none.
-        pre_trained: Load the backbone's weights.
-        image_size: Height and width that the backbone gets; ``None`` for the size it was trained at.
+        pre_trained: Whether to load the backbone's weights.
+        image_size: Height and width to which images are resized; ``None`` for the size of the backbone's training.
         map_dims: Principal directions of each layer's feature vectors.
-        subspace_dim: Leading directions along which the mixture has several means and couplings work; pooled features
-            and layouts have an even share each.
-        modes: Means that a run of k-means finds; at most one for ten training images.
-        kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
-            of images that have nothing to do with each other by what the backbone sees, and each has a density of its
-            own. They are found without labels, and a fit says how many there are. 0 for one kind.
+        subspace_dim: Leading directions, along which the mixture has several means and couplings work; pooled features
+            and layouts have an equal share each.
+        modes: Clusters of each run of k-means; at most one for ten training images.
+        kind_images: The fewest training images of a *kind* of normal image, such as one of several products: kinds are
+            groups of images that have nothing in common for the backbone, and each has its own density. They are found
+            without labels, and a fit says how many there are. 0 for one kind.
         feature_noise: Variance of the noise along every direction of a part of embeddings, in units of the part's
-            variance in all over the numbers that parts have in the mean.
+            total variance over the mean number of dimensions of a part.
         subnet: s,t-network: {subnets}.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network.
-        coupling_layers: Number of couplings. Without any it is a mixture of Gaussians, and nothing trains; with some
-            it is no better on any data that the project measured.
+        bottleneck_dim: Width of the squeeze in the ``bottleneck`` network.
+        coupling_layers: Number of couplings. Without any the density is a mixture of Gaussians, and nothing is trained;
+            with some it is no better on any data that the project measured.
         hidden_channels: Width of the s,t-networks.
-        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only.
-        rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
-            quarters, if turned ones are as near to the others as the images are.
-        score: {scores}; ``nll`` is −log p, or where there are several kinds how far it is above that of other images of
-            the kind, in their standard deviations. ``ensemble`` trains four more flows, of couplings. See
-            docs/scores.md.
-        max_epochs: Epochs to train when the trainer names no limit.
+        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which only shift values.
+        rotations: Whether to fit to few images (500 at most) also rotated by 180°, and by 90° and 270° if they are
+            square, provided that rotated images are as near to the others as the images are.
+        score: {scores}; ``nll`` is −log p, with several kinds in standard deviations above its mean over held-out
+            images of the kind. ``ensemble`` trains four more flows, of couplings. See docs/scores.md.
+        max_epochs: Epochs to train if the trainer sets no limit.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
-        pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
+        pre_processor: anomalib's; by default images are resized and normalised as in the backbone's training.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
-        evaluator: anomalib's; by default AUROC and FPR95, of each outside set too, F1, bits per dimension.
+        evaluator: anomalib's; by default AUROC and FPR95, also of each outside set, F1, bits per dimension.
         visualizer: anomalib's; none by default, since there is no anomaly map.
 
     Raises:
@@ -137,6 +137,6 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
         kinds.report(self.model.fit_features(features, copies), "the density")
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """What :meth:`EmbeddingFlowModel.prepare` returns, with noise on the coordinates."""
+        """Return what :meth:`EmbeddingFlowModel.prepare` returns, with noise on the coordinates."""
         coordinates, rest, *kind = self.inputs_of(batch)
         return self.model.blur(coordinates, *kind), rest, *kind

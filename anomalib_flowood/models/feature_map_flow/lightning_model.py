@@ -40,54 +40,54 @@ from .torch_model import FeatureMapFlowModel
 logger = logging.getLogger(__name__)
 
 _FITTED_TILES = 1000
-"""Tiles that a fit looks at: as many as images from which the whitening learns."""
+"""Tiles that a fit uses: as many as the most images to which the whitening is fitted."""
 
 
 @lists_names(masks=MASKS, subnets=SUBNETS, contexts=CONTEXTS, scales=SCALES)
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
-    """Normalizing flow on the feature maps of a frozen, pretrained network: says what does not belong, and where.
+    """Density of the feature maps of a frozen, pretrained network: scores images, and localises what is anomalous.
 
     Args:
-        backbone: A timm name, or ``local-dir:FOLDER`` with weights in it.
+        backbone: A timm name, or ``local-dir:FOLDER`` for a folder with weights.
         map_layers: Layers whose maps are shown, by timm's module names or indices; their most anomalous positions are
             evidence. ``None`` for the last ones of stride 8 and 16, or less.
         score_layers: Layers whose maps are evidence as a whole, an empty list for none; ``None`` for the last one of
-            stride 32, or less. There is one flow for each layer of either kind.
-        pre_trained: Load the backbone's weights.
-        image_size: Height and width that the backbone gets.
+            stride 32, or less. There is one flow for each layer in either list.
+        pre_trained: Whether to load the backbone's weights.
+        image_size: Height and width to which images are resized.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
-        layout_dims: Principal directions of whole maps that are whitened behind the flow; at most one for two training
-            images are used.
-        mask: ``position``, a flow of single positions with weights that all of them share; or the coupling mask of a
-            flow of whole maps: {masks}.
-        context: What a flow of positions is told of the rest of the image: {contexts}.
-        subnet: s,t-network: {subnets}; of single positions a fully connected one, ``mlp`` or ``bottleneck``.
-        bottleneck_dim: Numbers that pass the squeeze of the ``bottleneck`` network, and of the context ``quadrant``.
-        coupling_layers: Number of couplings, say 10. By default there are none: it is a whitened Gaussian, fitted in
-            one pass, and nothing trains.
+        layout_dims: Principal directions of whole maps that are whitened after the flow; at most one for every two
+            training images.
+        mask: ``position`` for a flow on single positions with weights that all of them share; or the coupling mask of a
+            flow on whole maps: {masks}.
+        context: What a flow on positions knows of the rest of the image: {contexts}.
+        subnet: s,t-network: {subnets}; for single positions a fully connected one, ``mlp`` or ``bottleneck``.
+        bottleneck_dim: Width of the squeeze in the ``bottleneck`` network, and in the context ``quadrant``.
+        coupling_layers: Number of couplings, for example 10. By default there are none: the density is a whitened
+            Gaussian, fitted in one pass without training.
         hidden_channels: Width of the s,t-networks.
         scale: Log-scales of the couplings: {scales}; with ``none`` they only shift.
-        score_fraction: The share of a map's positions that are its most anomalous ones.
-        bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank, of a coarser one as
-            many more as its map has fewer: the distance of the position of an image that has the farthest way to any of
-            them is evidence. 0 for none.
-        kind_images: The fewest training images of a *kind* of normal image, say a product of several: kinds are groups
-            of images that have nothing to do with each other by what the backbone sees, and each is whitened on its
-            own. They are found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.
-        rotations: Fit to few images (500 at most) as if each lay in other rotations, too, by half a circle or by
-            quarters, if turned ones are as near to the others as the images are. Not with tiles.
-        tile_size: Height and width of tiles that large images are cut into, one after the other: what the backbone gets
-            in the place of ``image_size``, which is then that of whole images. ``None`` for no tiles.
-        tile_stride: The largest step from a tile to the next; smaller than a tile they overlap, and the map is the
-            average. ``None`` for ``tile_size``.
-        feature_noise: Standard deviation of the Gaussian noise on reduced maps in training. It keeps the flow from
-            learning few images by heart.
+        score_fraction: The share of a map's positions that count as its most anomalous ones.
+        bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank; a coarser one keeps
+            more, in inverse proportion to its size. The largest distance of an image's positions from their nearest
+            ones in the bank is evidence. 0 for no bank.
+        kind_images: The fewest training images of a *kind* of normal image, such as one of several products: kinds are
+            groups of images that have nothing in common for the backbone, and each has its own whitening. They are
+            found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.
+        rotations: Whether to fit to few images (500 at most) also rotated by 180°, and by 90° and 270° if they are
+            square, provided that rotated images are as near to the others as the images are. Not with tiles.
+        tile_size: Height and width of tiles into which large images are cut; ``image_size`` is then that of whole
+            images. ``None`` for no tiles.
+        tile_stride: The largest step from one tile to the next; if it is smaller than a tile, tiles overlap, and their
+            maps are averaged. ``None`` for ``tile_size``.
+        feature_noise: Standard deviation of the Gaussian noise on reduced maps in training, which prevents overfitting
+            to few images.
         cache_gib: Memory for stored features, in GiB; more go to a temporary file.
-        max_epochs: Epochs to train when the trainer names no limit. An epoch of a flow of positions has as many steps
-            as show it each position of the coarsest of ``map_layers`` once, 500 at most; with context ``quadrant``, or
-            with a mask of whole maps, every image is seen once.
+        max_epochs: Epochs to train if the trainer sets no limit. An epoch of a flow on positions has as many steps as
+            it takes to draw as many positions as the coarsest of ``map_layers`` has in all images, 500 at most; with
+            context ``quadrant``, or with a mask of whole maps, it sees every image once.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
-        pre_processor: anomalib's; by default images are resized and normalised as the backbone was trained.
+        pre_processor: anomalib's; by default images are resized and normalised as in the backbone's training.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
         evaluator: anomalib's; by default AUROC, FPR95 and F1 of images, and AUROC and AUPRO of pixels.
         visualizer: anomalib's; by default it draws every test image's map.
@@ -99,7 +99,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     model: FeatureMapFlowModel
     reference_images = 10_000
-    """Among which kinds are looked for; the whitening is fitted to fewer."""
+    """Most images among which kinds are found; the whitening is fitted to fewer."""
     least_images = 3
 
     readable_since = "0.2.0"
@@ -179,7 +179,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """The image metrics of all our detectors, and AUROC and AUPRO of pixels where there are masks."""
+        """Return the image metrics of all our detectors, and AUROC and AUPRO of pixels if there are masks."""
         evaluator = FlowModule.configure_evaluator()
         for metric in (AUROC, AUPRO):
             evaluator.test_metrics.append(metric(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
@@ -187,40 +187,40 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
-        """Draw the map of every test image, as anomalib's detectors do."""
+        """Draw the map of every test image, like anomalib's detectors."""
         return ImageVisualizer()
 
     def check_number(self, images: int) -> None:
-        """Refuse too few training images, for the directions of each layer, too; see :class:`FrozenFeatures`."""
+        """Check the number of training images, also for each layer's directions; see :class:`FrozenFeatures`."""
         super().check_number(images)
         for layer in self.model.layers:
             layer.check_number(images)  # type: ignore[operator]
 
     @property
     def takes_bytes(self) -> bool:
-        """With tiles, which alone become floats, unless another pre-processor than ours needs the whole image so."""
+        """Whether images may stay bytes: with tiles, which become floats later, and no pre-processor but ours."""
         transform = getattr(self.pre_processor, "transform", None)
         return self.model.tiles is not None and (transform is None or type(transform) is Resize)
 
     def judged(self, batch: Any) -> tuple[InferenceBatch, Tensor]:
-        """As all detectors do; with tiles, some tiles after the others."""
+        """See :meth:`FlowModule.judged`; with tiles, some of them at a time."""
         return super().judged(batch) if self.model.tiles is None else self.model.judged(batch.image)
 
     def extract_training(self, images: Tensor, batch: int, total: int) -> tuple[Tensor, ...]:
-        """Return the feature maps of training images in half precision: they are many.
+        """Return the feature maps of training images, in half precision to save memory.
 
-        With tiles those of some, drawn anew for each image.
+        With tiles, only some are used, drawn at random for each image.
         """
         tiles = self.model.tiles
         if tiles is None:
             return _halved(self.extract(images))
         count = min(len(tiles), math.ceil(_FITTED_TILES / total))
-        generator = torch.Generator().manual_seed(batch)  # the same in a fit that is resumed
+        generator = torch.Generator().manual_seed(batch)  # the same tiles in a resumed fit
         which = [torch.randperm(len(tiles), generator=generator)[:count].tolist() for _ in images]
         return _halved(self.model.extract(images, which))
 
     def _validate_on_stored(self) -> None:
-        """Store the features of validation images, but not of all their tiles, which are many."""
+        """Store the features of validation images, except with tiles, of which there are too many."""
         if self.model.tiles is None:
             super()._validate_on_stored()
 
@@ -234,12 +234,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             raise ValueError(msg)
 
     def fit_features(self, features: tuple[Tensor, ...], copies: int = 1) -> None:
-        """Fit descriptors and principal subspaces, to which copies of an image are as good as any."""
+        """Fit descriptors and principal subspaces, for which copies of an image count like images."""
         del copies
         self.model.fit_features(features)
 
     def keep_reference(self, features: tuple[Tensor, ...], copies: int) -> None:
-        """Keep the reduced maps, and that by which kinds are known, for the whitening."""
+        """Keep the reduced maps and the mean features for the whitening."""
         self._reference, self._copies = features, copies
         self._whitened = None
 
@@ -250,23 +250,23 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         return tuple(part.half() if place in range(0, maps, 2) else part for place, part in enumerate(prepared))
 
     def epoch_steps(self, images: int) -> int | None:
-        """As many as take each position of the coarsest shown map once, up to a limit; as usual, if nothing trains."""
+        """See :meth:`FeatureMapFlowModel.epoch_steps`; ``None`` if nothing is trained."""
         return self.model.epoch_steps(images) if self._trainable else None
 
     def inputs_of(self, batch: Any) -> tuple[Tensor, ...]:
-        """What :meth:`FeatureMapFlowModel.prepare` returns for a batch, in the detector's precision."""
+        """Return what :meth:`FeatureMapFlowModel.prepare` returns for a batch, in the detector's precision."""
         return tuple(part.to(self.dtype) for part in super().inputs_of(batch))
 
     def training_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """The same, in the precision in which it is stored."""
+        """Return the same, in the precision in which it is stored."""
         return super().inputs_of(batch)
 
     def training_loss(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Mean −log p per dimension of the flow's input, with noise on it; nats, ``()``."""
+        """Return the mean −log p per dimension of the flow's noisy input; nats, ``()``."""
         return self.model.loss(inputs, self.feature_noise)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """Forget a whitening that a validation in the midst of the epoch has fitted."""
+        """Forget a whitening that a validation during the epoch has fitted."""
         if self._whitened is not None:
             self.forget_weights()
         return super().on_train_batch_start(batch, batch_idx)
@@ -279,25 +279,25 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self._whitened = None
 
     def on_validation_start(self) -> None:
-        """Fit the whitening with the last weights, before validation images are scored and calibrated."""
+        """Fit the whitening for the last weights, before validation images are scored and calibrate."""
         super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._fit_whitening(ends=self._training_ends())
 
     def on_train_epoch_end(self) -> None:
-        """Fit the whitening where no validation did."""
+        """Fit the whitening if no validation has done so."""
         super().on_train_epoch_end()
         self._fit_whitening(ends=self._training_ends())
 
     def on_train_end(self) -> None:
-        """Fit the whitening where training ended before its last epoch did, or a callback has averaged weights."""
+        """Fit the whitening if training ended during an epoch, or a callback has averaged weights."""
         super().on_train_end()
         self._fit_whitening(ends=True)
-        self._reference = ()  # so that the stored features are let go
+        self._reference = ()  # releases the stored features
 
     def _fit_whitening(self, *, ends: bool) -> None:
-        """Fit the whitening if the weights are the last ones. Without it, no score means anything."""
-        # Once for the same weights: what a validation has calibrated stays to the last bit.
+        """Fit the whitening if the weights are the last ones; without it, scores are meaningless."""
+        # Only once for the same weights, so that scores stay as the validation has calibrated them, to the last bit.
         weights = tuple(checksum(parameter) for parameter in self.model.flow.parameters()) if ends else None
         if ends and self._whitened != weights and self._reference:
             if self._shows_progress:
@@ -314,12 +314,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In half precision, large numbers within its range; infinite ones stay what they are, and are refused."""
+    """Convert to half precision, clamped to its range; infinite values are kept, and refused later."""
     return tuple(torch.where(layer.isinf(), layer, layer.clamp(-6e4, 6e4)).half() for layer in maps)
 
 
 def _pre_processor(backbone: str, image_size: tuple[int, int], tile_size: tuple[int, int] | None) -> PreProcessor:
-    """The backbone's; before tiles, which the model normalises, a resize alone."""
+    """Return the backbone's pre-processor; with tiles only a resize, since the model normalises them."""
     if tile_size is None:
         return backbone_pre_processor(backbone, image_size)
     return ExactPreProcessor(Resize(image_size, antialias=True))

@@ -25,7 +25,8 @@ from .torch_model import PixelFlowModel
 
 logger = logging.getLogger(__name__)
 
-_EPOCHS_OF_ONE = 900
+_EPOCHS_TIMES_ROOT = 900
+"""Epochs for n images, times the square root of n."""
 _MOST_EPOCHS = 100
 
 
@@ -41,8 +42,8 @@ _MOST_EPOCHS = 100
 class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
     """Normalizing flow on pixels, for small images.
 
-    The defaults are what makes a flow on pixels detect what does not belong: couplings with the cycle mask, whose
-    s,t-networks squeeze each quadrant to a few numbers (Kirichenko et al. 2020, section 6). ``mask: checkerboard`` with
+    The defaults make a flow on pixels detect what does not belong: couplings with the cycle mask, whose s,t-networks
+    squeeze each quadrant to a few numbers (Kirichenko et al. 2020, section 6). ``mask: checkerboard`` with
     ``subnet: resnet`` is the plain flow that rates digits as more likely than the clothes it was trained on.
 
     Args:
@@ -53,30 +54,30 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         scales: Number of scales of ``realnvp`` and ``glow``, which halve the image ``scales - 1`` and ``scales``
             times.
         mask: Coupling mask of ``single_scale``, ``cycle`` by default: {masks}. The other architectures have their own.
-        native: With mask {native}, let the networks see what feeds the mask alone (fast), and not the zero-masked
-            image.
+        native: With mask {native}, whether the networks see only the values that feed them (fast), and not the
+            zero-masked image.
         subnet: s,t-network: {subnets}; by default ``bottleneck`` for ``single_scale``, ``resnet`` for ``realnvp``,
             ``highway`` for ``glow``, neither of which takes {fully_connected}.
-        bottleneck_dim: Numbers that pass the squeeze of ``bottleneck`` and ``conv_bottleneck``; the paper's K.
+        bottleneck_dim: Width of the squeeze in ``bottleneck`` and ``conv_bottleneck``; the paper's K.
         coupling_layers: Number of couplings (``single_scale``; default 8), of couplings in each group of ``realnvp``
             (default 3, and one more at the last scale), or of steps at each scale of ``glow`` (default 8).
         hidden_channels: Width of the s,t-networks: units, or channels of the convolutional ones. Default 256 for
             ``single_scale``, 64 for the others; ``realnvp`` doubles it with every squeeze.
         num_blocks: Blocks of ``resnet`` and ``highway``.
         batch_norm: Batch normalisation in ``resnet``.
-        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which shift values only. Of the
-            layers of ``glow`` others scale, too.
-        logit_alpha: What the logit keeps off black and white, above 0 and below 0.5. The literature has 0.05, which
+        scale: Log-scales of the couplings: {scales}; ``none`` for additive couplings, which only shift values. The
+            other layers of ``glow`` still scale.
+        logit_alpha: Margin of the logit at black and white, above 0 and below 0.5. The literature uses 0.05, which
             gives fewer bits per dimension; 0.25 detects better by −log p.
         score: {scores}; ``nll`` is −log p. ``likelihood_ratio`` and ``ensemble`` train one and four more flows. See
             docs/scores.md.
-        max_epochs: Epochs to train when the trainer names no limit. By default as many as the number of training images
-            asks for, see :meth:`epochs_for`. The weights of the best one are kept: see
+        max_epochs: Epochs to train if the trainer sets no limit. By default it depends on the number of training
+            images, see :meth:`epochs_for`. The weights of the best epoch are kept: see
             :class:`~anomalib_flowood.models.components.KeptEpoch`.
         learning_rate: Adam's learning rate at the start; it follows a cosine down to zero.
         pre_processor: anomalib's; by default images are resized, and not normalised.
         post_processor: anomalib's; by default labels are conformal at alpha = 0.05, from normal validation images.
-        evaluator: anomalib's; by default AUROC and FPR95, of each outside set too, F1, bits per dimension.
+        evaluator: anomalib's; by default AUROC and FPR95, also of each outside set, F1, bits per dimension.
         visualizer: anomalib's; none by default, since there is no anomaly map.
 
     Raises:
@@ -142,15 +143,15 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         return ExactPreProcessor(Resize(image_size or (32, 32), antialias=True))
 
     def epochs_for(self, images: int) -> int:
-        """Return how many epochs to train on so many images: the fewer the images, the more epochs.
+        """Return for how many epochs to train on a number of images: the fewer the images, the more epochs.
 
-        From some number of epochs on a flow learns its images by heart. With 180, 900 and 9,000 images held-out ones
+        With too many epochs a flow memorises its images. With 180, 900 and 9,000 images held-out ones
         had the fewest bits per dimension after about 40 to 80, 30 to 50 and 10 to 20 epochs.
         """
-        return max(1, min(_MOST_EPOCHS, round(_EPOCHS_OF_ONE / math.sqrt(max(1, images)))))
+        return max(1, min(_MOST_EPOCHS, round(_EPOCHS_TIMES_ROOT / math.sqrt(max(1, images)))))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """Say so where the images to train on are all the same, of which a flow learns no density."""
+        """Warn if the training images are all the same, from which a flow learns no density."""
         images = batch.image
         if self.trainer.global_step == batch_idx == 0 and len(images) > 1 and bool((images == images[:1]).all()):
             logger.warning(
@@ -161,5 +162,5 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
         return super().on_train_batch_start(batch, batch_idx)
 
     def training_inputs(self, batch: Any) -> tuple[Tensor]:
-        """Images dequantised with noise, ``(N, C, H, W)``."""
+        """Return images dequantised with noise, ``(N, C, H, W)``."""
         return self.model.inputs(batch.image, noisy=True)
