@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone of FeatureMapFlow, and what it sees: whole images, or their tiles."""
+"""The backbone of FeatureMapFlow, and its input: whole images, or their tiles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from anomalib_flowood.models.components.flow_model import check_images, check_pr
 from .tiles import Tiles
 
 MAP_STRIDES = (8, 16)
-"""Where small defects show; finer maps see edges alone."""
+"""Strides of the layers that show small defects; finer maps show only edges."""
 SCORE_STRIDES = (32,)
-"""Where an image shows whether it belongs as a whole."""
+"""Stride of the layer that tells whether an image belongs as a whole."""
 
 
 def indices_of(backbone: str, layers: Sequence[str | int] | None, strides: Sequence[int]) -> list[int]:
-    """Places of layers among those of a backbone; where none are given, of the last ones of some strides."""
+    """Return the indices of layers of a backbone; by default of the last ones of the given strides."""
     return layer_indices(backbone, default_layers(backbone, strides) if layers is None else layers)
 
 
@@ -34,17 +34,17 @@ class MapExtraction(FlowModel):
     image_size: tuple[int, int]
     tiles: Tiles | None
     normalise: Normalize | None
-    """What the backbone wants of tiles."""
+    """Normalisation of tiles for the backbone."""
 
     def train(self, mode: bool = True) -> MapExtraction:
-        """Set the flow's mode; the backbone is frozen, its batch norms included."""
+        """Set the flow's mode; the backbone stays in evaluation mode, batch norms included."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     @property
     def tiler(self) -> Tiles | None:
-        """The tiles, as ``anomalib.callbacks.TilerConfigurationCallback`` sets them; others than ours are refused."""
+        """The tiles, which ``anomalib.callbacks.TilerConfigurationCallback`` may set only to the same ones."""
         return self.tiles
 
     @tiler.setter
@@ -60,12 +60,12 @@ class MapExtraction(FlowModel):
         """Return the feature maps of pre-processed images.
 
         Args:
-            images: Images as the backbone wants them, ``(N, 3, H, W)``; of a model with tiles they lie in [0, 1], or
-                are bytes, of which only tiles become floats.
-            which: For each image which of its tiles to take, equally many; all by default.
+            images: Images normalised for the backbone, ``(N, 3, H, W)``; with tiles, images in [0, 1], or bytes, of
+                which tiles are converted to floats.
+            which: For each image the indices of the wanted tiles, equally many; all by default.
 
         Returns:
-            One map for each layer, ``(N, C, h, w)``; of a model with T tiles ``(N, T, C, h, w)``.
+            One map for each layer, ``(N, C, h, w)``, or ``(N, T, C, h, w)`` with T tiles.
 
         Raises:
             ValueError: If a pixel is NaN or infinite, or the images have another size than the model's.
@@ -79,16 +79,16 @@ class MapExtraction(FlowModel):
         return tuple(torch.stack(layer) for layer in layers)
 
     def check(self, images: Tensor) -> None:
-        """Refuse images that cannot be scored: errors as for :meth:`extract`."""
+        """Check that images can be scored; errors as for :meth:`extract`."""
         check_precision(self.dtype)
         check_images(images, size=self.image_size)
 
     def tile_maps(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the feature maps of an image's tiles, of some tiles at once."""
+        """Yield the feature maps of an image's tiles, in batches of tiles."""
         assert self.tiles is not None and self.normalise is not None  # noqa: PT018
         for tiles in self.tiles.cut(image, which):
             yield run_backbone(self.backbone, self.normalise(in_unit_range(tiles).to(self.dtype)))
 
     def alone(self, part: Tensor) -> Tensor:
-        """Of what is said of images, put all tiles in a row: ``(N, T, ...)`` to ``(N * T, ...)``."""
+        """Merge the axes of images and tiles, if there are tiles: ``(N, T, ...)`` to ``(N * T, ...)``."""
         return part if self.tiles is None else part.flatten(0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flows of FeatureMapFlow's layers, side by side: of single positions, or of whole maps."""
+"""The flows of FeatureMapFlow's layers, side by side: on single positions, or on whole maps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from anomalib_flowood import flows
 
 POSITION = "position"
-"""The mask that is none: every position is transformed on its own, by weights that all of them share."""
-
+"""The name for no mask: every position is transformed on its own, with weights that all of them share."""
 
 DRAWN = 512
-"""Positions of each layer in a training step."""
+"""Positions of each layer that a training step draws."""
 
 
 def new_flow(shapes: Sequence[tuple[int, int, int]], mask: str, context: str, **arguments: Any) -> flows.SideBySide:
@@ -34,16 +33,16 @@ def draws_positions(flow: InvertibleModule) -> TypeGuard[flows.PositionFlow]:
 
 
 def coupled(flow: SequenceINN, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``; a 0 without couplings."""
+    """Return latents of maps, ``(N, D, h, w)``, and the log-scales at each position, ``(N, h, w)``, or a 0 if none."""
     latents, scales = flows.couple(flow, maps) if len(flow) else (maps, maps.new_zeros(1, 1))
     return latents, scales.sum(1)
 
 
 def transformed(flow: SequenceINN, maps: Tensor, noise: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Transform maps as training does, ``(N, D, h, w)``, with noise of some standard deviation added.
+    """Transform maps, ``(N, D, h, w)``, as training does, with added noise of the given standard deviation.
 
     Returns:
-        Latents of the maps, or of some of their positions, drawn anew every time, and the log-determinant of each.
+        Latents of the maps, or of some of their positions, drawn anew at every call, and their log-determinants.
     """
     if not draws_positions(flow):
         return flow(_blurred(maps.to(dtype), noise))
@@ -51,7 +50,7 @@ def transformed(flow: SequenceINN, maps: Tensor, noise: float, dtype: torch.dtyp
     points = _blurred(points.to(dtype), noise)
     condition = flow.condition(maps.to(dtype))
     if condition is not None:
-        # Noise of one standard deviation: otherwise the flow would know its few images by their conditions.
+        # Noise of one standard deviation: otherwise the flow could recognise its few images by their conditions.
         condition = (condition + condition.std(0, correction=0) * torch.randn_like(condition))[images]
     return flow.at(points, places, condition)
 

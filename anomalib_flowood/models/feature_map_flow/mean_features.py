@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How unlike anything normal an image is by what is in it, wherever that is."""
+"""The density of an image's mean features: what it shows, regardless of where."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from anomalib_flowood.models.components.folds import folds
 
 
 class MeanFeatures(nn.Module):
-    """−log p of an image's mean features, by a shrunk Gaussian; of several kinds of image each has its own.
+    """−log p of an image's mean features under a shrunk Gaussian, one for each kind of image.
 
-    Positions are compared with positions, and an image may be unlike any other where none of them is. That is in each
-    layer's mean feature vector (:func:`~anomalib_flowood.models.components.kinds.pooled`), of which a Gaussian with a
-    full, shrunk covariance says how likely it is (:class:`~anomalib_flowood.flows.ShrunkGaussian`).
+    Maps compare positions with positions, but an image may be anomalous although none of its positions is. This shows
+    in each layer's mean feature vector (:func:`~anomalib_flowood.models.components.kinds.pooled`), whose density is a
+    Gaussian with a full, shrunk covariance (:class:`~anomalib_flowood.flows.ShrunkGaussian`).
 
     Args:
-        dims: P, numbers of an image.
+        dims: P, the length of the mean features.
     """
 
     name = "all layers: their mean features"
 
     def __init__(self, dims: int) -> None:
         super().__init__()
-        self.gaussian = flows.ShrunkGaussian(dims, 1)  # a graph has no matrix without rows, as before a fit
+        self.gaussian = flows.ShrunkGaussian(dims, 1)  # with 0 directions an unfitted graph would have an empty matrix
 
     def fit(self, means: Tensor, copies: int = 1) -> Tensor:
         """Fit the Gaussian.
 
         Args:
-            means: Those of training images, ``(N, P)``.
-            copies: Rows of each image, one after the other.
+            means: Mean features of training images, ``(N, P)``.
+            copies: Consecutive rows of each image.
 
         Returns:
-            What :meth:`forward` returns for some of the images, ``(m,)``, each by a fit to others.
+            What :meth:`forward` returns for held-out images, ``(m,)``, from fits to the others.
         """
         unseen = []
-        for rest, part in folds(len(means), copies):
-            self._fit(means[rest])
-            unseen.append(self(means[part[::copies]].to(self.gaussian.mean)))
+        for seen, held_out in folds(len(means), copies):
+            self._fit(means[seen])
+            unseen.append(self(means[held_out[::copies]].to(self.gaussian.mean)))
         self._fit(means)
         return torch.cat(unseen)
 
@@ -48,9 +48,9 @@ class MeanFeatures(nn.Module):
         self.gaussian.fit(means, what="images' mean features")
 
     def forget(self) -> None:
-        """Know nothing that is normal."""
+        """Forget the fit."""
         self.gaussian.forget()
 
     def forward(self, means: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Return −log p per dimension of mean features, ``(N, P)``, each as of its kind; nats, ``(N,)``."""
+        """Return −log p per dimension of mean features, ``(N, P)``, given their kinds, ``(N,)``; nats, ``(N,)``."""
         return -self.gaussian.log_prob(means, kind) / means.shape[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How unlike any normal position each position of a map is, wherever that may be."""
+"""Distances of a map's positions to the nearest normal ones: a memory bank."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ from anomalib_flowood import flows
 from .coreset import farthest_first
 
 _CANDIDATES = 100_000
-"""The most positions among which those of the memory bank are chosen: more take longer and gain little
-(docs/tried.md)."""
+"""Most positions among which those of the memory bank are chosen: more take longer and gain little (docs/tried.md)."""
 _PART = 128
 """Positions of the bank that are compared at a time: the results for one image fit into a processor's cache."""
 _ALIKE = 1e-5
-"""The least squared distance, as a share of a position's squared length. The distance of a position that is in the bank
-would be the root of a rounding error, which is thousands of times as large as the error."""
+"""Least squared distance, as a share of a position's squared length. Otherwise the distance of a position in the bank
+would be the square root of a rounding error, thousands of times as large as the error."""
 _DISTANCES = 2**20
 """Distances in memory at a time, of some images to one part of the bank."""
 
 
 class NearestPatches(flows.ForEachKind):
-    """Distance of each position of a map to the nearest normal one, of any image and from any place in it.
+    """Distance of each position of a map to the nearest normal position, in any image and at any place.
 
-    A Gaussian for each position knows what belongs there, which is no help if parts lie in any place, or each has
+    A Gaussian for each position knows what belongs there, which does not help if parts may lie anywhere, or each has
     another layout. Then an anomaly is what occurs nowhere in normal images. As in PatchCore (Roth et al. 2022, "Towards
     Total Recall in Industrial Anomaly Detection", section 3.2) normal positions are kept in a memory bank, each the
-    farthest from those before it, so that rare ones are among them. Distances are of reduced maps, whose directions all
-    have variance 1 over normal positions.
+    farthest from those before it, so that rare ones are included. Distances are those of reduced maps, whose directions
+    all have variance 1 over normal positions.
 
     Args:
-        dims: D, numbers of a position.
-        size: The most positions of the bank.
+        dims: D, the channels of a position.
+        size: Most positions in the bank.
     """
 
     bank: Tensor
-    """``(K, D)``; a buffer, as the others. Before a fit it is the mean of all positions."""
+    """``(K, D)``; a buffer, like the others. Before a fit it holds only the mean of all positions."""
     location: Tensor
     """Mean of the distances of normal positions, ``()``."""
     spread: Tensor
@@ -61,10 +60,10 @@ class NearestPatches(flows.ForEachKind):
         Args:
             maps: Reduced maps of training images, ``(N, D, h, w)``.
             scored: Indices of some of them, ``(m,)``.
-            copies: Rows of each image, one after the other.
+            copies: Consecutive rows of each image.
 
         Returns:
-            Distances of their positions to the nearest in the bank from other images, ``(m, h, w)``.
+            Distances of their positions to the nearest ones of other images in the bank, ``(m, h, w)``.
         """
         _, _, height, width = maps.shape
         candidates = flows.draw(len(maps) * height * width, _CANDIDATES).to(maps.device)
@@ -77,7 +76,7 @@ class NearestPatches(flows.ForEachKind):
         found = []
         for row in scored.tolist():
             others = self.bank[images[chosen] != row // copies]
-            if not len(others):  # the bank is all of this image
+            if not len(others):  # the whole bank is from this image
                 others = points[images != row // copies]
             found.append(self._distances(maps[row : row + 1].to(others), others))
         distances = torch.cat(found)
@@ -85,21 +84,21 @@ class NearestPatches(flows.ForEachKind):
         return distances
 
     def forget(self) -> None:
-        """Empty the bank, but for the mean."""
+        """Forget the bank, except for the mean."""
         self.bank = self.bank.new_zeros(1, self.bank.shape[-1])
         self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
     def join(self, fits: Sequence[tuple[Tensor, ...]]) -> None:
-        """Hold several fits; smaller banks are filled up with their last position."""
+        """Hold several fits; smaller banks are padded with their last position."""
         most = max(len(bank) for bank, *_ in fits)
         super().join([(torch.cat([bank, bank[-1:].expand(most - len(bank), -1)]), *scale) for bank, *scale in fits])
 
     def standardise(self, distances: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Bring distances, ``(N, h, w)``, to the scale of normal images, of their kind."""
+        """Standardise distances, ``(N, h, w)``, by those of normal images of the kind."""
         return standardised(distances, self.location, self.spread, kind)
 
     def forward(self, maps: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Return the distance of each position of reduced maps, ``(N, D, h, w)``, to the nearest: ``(N, h, w)``."""
+        """Return the distance of each position of reduced maps, ``(N, D, h, w)``, to the bank: ``(N, h, w)``."""
         return self.by_kind(lambda some, bank, *_: self._distances(some, bank), maps, kind)
 
     @flows.full_precision
@@ -111,24 +110,24 @@ class NearestPatches(flows.ForEachKind):
 
     @staticmethod
     def _nearest(maps: Tensor, bank: Tensor) -> Tensor:
-        """By ``|x - b|^2 = |x|^2 - 2 (x b - |b|^2 / 2)``."""
-        half = 0.5 * bank.square().sum(-1)
-        parts = zip(bank.split(_PART, dim=-2), half.split(_PART, dim=-1), strict=True)
-        alike = reduce(torch.maximum, (NearestPatches._most_alike(maps, some, less) for some, less in parts))
+        """Return the distance to the nearest b, by ``|x - b|^2 = |x|^2 - 2 (x·b - |b|^2 / 2)``."""
+        half_squares = 0.5 * bank.square().sum(-1)
+        parts = zip(bank.split(_PART, dim=-2), half_squares.split(_PART, dim=-1), strict=True)
+        similarity = reduce(torch.maximum, (NearestPatches._similarity(maps, *part) for part in parts))
         square = maps.square().sum(1)
-        return torch.maximum(square - 2 * alike, _ALIKE * square).sqrt()
+        return torch.maximum(square - 2 * similarity, _ALIKE * square).sqrt()
 
     @staticmethod
-    def _most_alike(maps: Tensor, bank: Tensor, half: Tensor) -> Tensor:
-        """The largest ``x b - |b|^2 / 2`` at each position, ``(N, h, w)``."""
+    def _similarity(maps: Tensor, bank: Tensor, half_squares: Tensor) -> Tensor:
+        """Return the largest ``x·b - |b|^2 / 2`` at each position, ``(N, h, w)``."""
         if bank.ndim == 2:
-            return functional.conv2d(maps, bank[:, :, None, None], -half).amax(1)
-        # A bank for each map.
-        return (bank @ maps.flatten(2) - half[:, :, None]).amax(1).unflatten(1, maps.shape[2:])
+            return functional.conv2d(maps, bank[:, :, None, None], -half_squares).amax(1)
+        # An exported graph has a bank for each map.
+        return (bank @ maps.flatten(2) - half_squares[:, :, None]).amax(1).unflatten(1, maps.shape[2:])
 
 
 def standardised(maps: Tensor, location: Tensor, spread: Tensor, kind: Tensor | None) -> Tensor:
-    """Bring maps, ``(N, h, w)``, to the scale of normal images: one for all, ``()``, or one of each kind, ``(K,)``."""
+    """Standardise maps, ``(N, h, w)``, with one location and spread for all, ``()``, or for each kind, ``(K,)``."""
     if kind is not None:
         location, spread = (part[kind][:, None, None] for part in (location, spread))
     return (maps - location) / spread

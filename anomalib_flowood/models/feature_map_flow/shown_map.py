@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The anomaly map that is shown, from those of several layers."""
+"""The anomaly map that is shown, from the maps of several layers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from anomalib_flowood import flows
 
 
 class ShownMap(nn.Module):
-    """The mean of maps of several sizes, up-sampled to the image's (bicubic, which blurs less than bilinear).
+    """The weighted mean of maps of several sizes, up-sampled to the image's size (bicubic, less blurred than bilinear).
 
-    Finer maps say better where: each map's weight is in proportion to its rows, and to its share. Up-sampling is linear
-    along both axes, so that it is one product with a matrix for each, ten times as fast on a CPU as interpolation.
+    Finer maps localise better: each map's weight is in proportion to its number of rows, and to its share. Up-sampling
+    is linear and separable, so that it is one matrix product for each axis, ten times as fast on a CPU as
+    interpolation.
 
     Args:
         sizes: Height and width of each map.
-        shares: What each counts for beside others of its size.
+        shares: Weight of each map among those of its size.
         image_size: Height and width of the image.
     """
 
     rows: Tensor
-    """Turns columns of all maps, one below the other, to those of the image, ``(H, sum of h)``; a buffer.
+    """Up-samples the columns of all maps, stacked on top of each other, ``(H, sum of h)``; a buffer.
 
-    It is not saved, nor are those for the columns: they follow from the sizes."""
+    Like the buffers for the rows of maps, it is not saved, since it follows from the sizes."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], shares: Sequence[float], image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class ShownMap(nn.Module):
 
     @flows.full_precision
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Average maps, one ``(N, h, w)`` for each size: ``(N, 1, H, W)``."""
+        """Average maps, ``(N, h, w)`` for each size; return ``(N, 1, H, W)``."""
         wide = [
             part * weight @ self.get_buffer(f"columns{place}")
             for place, (part, weight) in enumerate(zip(maps, self.weights, strict=True))
@@ -49,6 +50,6 @@ class ShownMap(nn.Module):
 
 
 def _bicubic(length: int, target: int) -> Tensor:
-    """Return the matrix that up-samples one axis, ``(target, length)``: what becomes of each unit vector."""
+    """Return the matrix that up-samples one axis, ``(target, length)``; its columns are the up-sampled unit vectors."""
     unit = torch.eye(length)[None, None]
     return functional.interpolate(unit, (target, length), mode="bicubic", align_corners=False)[0, 0]

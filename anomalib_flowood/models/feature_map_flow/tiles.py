@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large images in tiles of the size that a backbone gets, and what is said of the tiles put together again."""
+"""Cutting large images into tiles, and combining the results of the tiles."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torchvision.transforms.v2 import Normalize
 from anomalib_flowood.features import backbone_config
 
 AT_ONCE = 8
-"""Tiles that the backbone sees at once, whatever the number of images."""
+"""Tiles that the backbone sees at a time, for any number of images."""
 
 
 class Tiles:
     """A grid of equal tiles that cover an image, evenly spaced, each within it.
 
-    Where the stride divides what a tile leaves of the image, they are those of anomalib's
-    :class:`~anomalib.data.utils.tiler.Tiler`, in its order, row by row. Elsewhere that one pads the image with black,
-    which looks anomalous; here tiles move closer together. And it holds all tiles of an image at once, twice.
+    If tiles fit at the given stride, they are those of anomalib's :class:`~anomalib.data.utils.tiler.Tiler`, in its
+    order, row by row. Otherwise the latter pads the image with black, which looks anomalous, while here tiles move
+    closer together. It also holds all tiles of an image at once, twice.
 
     Args:
         image_size: Height and width of the images.
         size: Height and width of a tile.
-        stride: The largest step from a tile to the next, down and to the right; as large as a tile by default.
+        stride: The largest step from one tile to the next, down and to the right; the size of a tile by default.
 
     Raises:
         ValueError: If a tile is larger than the image, or a stride is larger than a tile, or not positive.
@@ -51,7 +51,7 @@ class Tiles:
         return len(self.rows) * len(self.columns)
 
     def __eq__(self, other: object) -> bool:
-        """Whether an anomalib ``Tiler``, or other tiles, cut likewise."""
+        """Whether other tiles, or an anomalib ``Tiler``, cut images in the same way."""
         if isinstance(other, Tiler):
             sizes = (other.tile_size_h, other.tile_size_w), (other.stride_h, other.stride_w)
             return sizes == (self.size, self.stride) and not other.remove_border_count
@@ -60,11 +60,11 @@ class Tiles:
     __hash__ = None  # type: ignore[assignment]
 
     def cut(self, image: Tensor, which: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Yield the tiles of an image, ``(C, H, W)``, some at once: ``(n, C, h, w)``.
+        """Yield the tiles of an image, ``(C, H, W)``, in batches, ``(n, C, h, w)``.
 
         Args:
             image: The image.
-            which: The places of those that are wanted, row by row; all by default.
+            which: Indices of the wanted tiles, row by row; all by default.
         """
         height, width = self.size
         places = list(product(self.rows, self.columns))
@@ -78,7 +78,7 @@ class Tiles:
         """Put tiles together, and average them where they overlap.
 
         Args:
-            tiles: Those of one image, in the order and the parts of :meth:`cut`: ``(n, C, h, w)`` each.
+            tiles: Results for the tiles of one image, in the order and the batches of :meth:`cut`: ``(n, C, h, w)``.
 
         Returns:
             The image, ``(C, H, W)``.
@@ -102,10 +102,10 @@ class Tiles:
         return whole
 
     def joined(self, images: Iterable[Iterable[InferenceBatch]]) -> InferenceBatch:
-        """Say of images what was said of their tiles: the highest score, and the stitched map.
+        """Combine the results of tiles into those of images: the highest score, and the stitched map.
 
         Args:
-            images: For each image what was said of its tiles, in the parts of :meth:`cut`.
+            images: For each image the results of its tiles, in the batches of :meth:`cut`.
         """
         scores, maps = [], []
         for parts in images:
@@ -116,7 +116,7 @@ class Tiles:
 
 
 def new_tiles(image_size: tuple[int, int], size: Sequence[int] | None, stride: Sequence[int] | None) -> Tiles | None:
-    """Return the tiles that arguments ask for; ``None`` for whole images. Errors as for :class:`Tiles`."""
+    """Return the tiles of a size and stride; ``None`` for whole images. Errors as for :class:`Tiles`."""
     if size is None:
         if stride is not None:
             msg = f"tile_stride {tuple(stride)} needs a tile_size: without one images are not cut into tiles."
@@ -128,16 +128,16 @@ def new_tiles(image_size: tuple[int, int], size: Sequence[int] | None, stride: S
 
 
 def normalise_of(backbone: str) -> Normalize:
-    """Return the normalisation that a backbone was trained with.
+    """Return the normalisation with which a backbone was trained.
 
-    A detector with tiles leaves it to its model: of a whole image it would be one more in memory.
+    With tiles it is done by the model: a normalised whole image would be another copy in memory.
     """
     config = backbone_config(backbone)
     return Normalize(config["mean"], config["std"])
 
 
 def _maps(parts: Iterable[InferenceBatch], highest: list[Tensor]) -> Iterator[Tensor]:
-    """Yield the maps of tiles, and keep the highest score of each part."""
+    """Yield the maps of tiles, and append the highest score of each batch to a list."""
     for part in parts:
         assert part.pred_score is not None and part.anomaly_map is not None  # noqa: PT018
         highest.append(part.pred_score.amax())
