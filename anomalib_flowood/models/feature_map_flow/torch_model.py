@@ -182,7 +182,7 @@ class FeatureMapFlowModel(MapExtraction):
         return *self.reduce(maps), means if self.tiles is None else means.unflatten(0, maps[0].shape[:2])
 
     def _means(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the mean features of images, ``(N, P)``, by which their kinds are told, too."""
+        """Return the mean features of images, ``(N, P)``, which also determine their kinds."""
         return pooled(maps, like=self.evidence.location)
 
     def inputs(self, images: Tensor) -> tuple[Tensor, ...]:
