@@ -197,7 +197,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             "--device",
             type=str,
             default="cpu",
-            help="Where PyTorch computes, cuda say: that of a checkpoint or a torch export.",
+            help="Device of a checkpoint or a torch export, such as cuda.",
         )
 
     def add_watch_arguments(self, parser: ArgumentParser) -> None:
@@ -208,7 +208,7 @@ class FlowoodCLI(DetectorCLI, ResultsCLI):
             "--output", type=Path, default=None, help="Table to append to; FOLDER/watch.csv if not given."
         )
         parser.add_argument("--aside", type=Path, default=None, help="Folder that anomalous images are moved to.")
-        parser.add_argument("--link", type=bool, default=False, help="Link to them from there in the place of moving.")
+        parser.add_argument("--link", type=bool, default=False, help="Link to them from there instead of moving them.")
         parser.add_argument("--interval", type=PositiveFloat, default=1.0, help="Seconds between two looks.")
         self._add_device_argument(parser)
 

@@ -198,7 +198,7 @@ SUBCOMMANDS = {
             ("--config configs/benchmark/one_class.yaml", "flowood configs writes this file"),
             ("--resume runs/benchmark/…", "what is finished is not run again"),
         ),
-        more=(Argument("--images", NUMBER, "List so many images on which each detector is most wrong."),),
+        more=(Argument("--images", NUMBER, "Number of images to list on which each detector is most wrong."),),
     ),
     "explain": Subcommand(
         "Draw what a fitted flow does to images from inside and outside, on one page.",

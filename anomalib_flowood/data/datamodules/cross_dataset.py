@@ -20,21 +20,20 @@ from anomalib_flowood.names import lists_names
 
 @lists_names(data_sets=DATA_SETS, layouts=what_folders_hold())
 class CrossDataset(SourcedDataModule, AnomalibDataModule):
-    """Train on one data set and tell its test images from those of others.
+    """Train on one data set and distinguish its test images from those of others.
 
     * training and validation: the training split of the in-distribution data set;
     * test: its test split (label 0) and the test split of each out-of-distribution data set (label 1), mixed evenly,
       so that any run of batches (``trainer.limit_test_batches``) holds both.
 
-    Each image's ``source`` is the name of its data set, and ``near: cifar100`` if that is in a group. A known name
+    Each image's ``source`` is the name of its data set, or ``near: cifar100`` if that is in a group. A known name
     always means that data set: write ``./mnist`` for a folder of that name.
 
     Args:
         in_distribution: The normal data set: {data_sets}, or a folder of {layouts}. A folder without ``train/`` and
             ``test/`` is divided by ``test_split_ratio``.
         out_of_distribution: One or more other data sets; or groups of them by name, such as OpenOOD's ``near`` and
-            ``far``, of which results have averages of their own. Of a folder without ``train/`` and ``test/`` all
-            images are used.
+            ``far``, whose averages are reported, too. Of a folder without ``train/`` and ``test/`` all images are used.
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.
         train_limit: The most images to take from the training split, validation included. For one seed, the images of
@@ -42,13 +41,13 @@ class CrossDataset(SourcedDataModule, AnomalibDataModule):
         test_limit: The most test images to take from each data set, likewise.
         test_split_ratio: Share of a folder without ``train/`` and ``test/`` that becomes its test split.
         val_split_ratio: Share of the training images that is held out for validation. By default a tenth; of fewer than
-            200 images as many as labels at their default level take, 20, but at most a quarter; none where a folder has
-            normal images in ``validation/`` or ``val/`` beside ``train/``, which then validate. See docs/decisions.md.
-        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
-            this, in MiB; all others are read from the disk when they are needed.
-        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
-            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
-            it in their checkpoints, and test and predict by it. See docs/images.md.
+            200 images 20, as many as labels at the default level take, but at most a quarter; none if a folder has
+            normal images in ``validation/`` or ``val/`` beside ``train/``, which are used then. See docs/decisions.md.
+        memory_limit_mib: Image files of one size are kept in memory up to this total, in MiB; all others are read from
+            the disk when they are needed.
+        max_value: The value of white in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the
+            largest value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; checkpoints of this
+            package's detectors hold it, for tests and predictions. See docs/images.md.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Worker processes. Images in memory need none; without any, files are read in up to four threads.

@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 @lists_names(data_sets=DATA_SETS, layouts=what_folders_hold())
 class OneClass(SourcedDataModule, AnomalibDataModule):
-    """Train on one class of a data set and tell its test images from those of the other classes.
+    """Train on one class of a data set and distinguish its test images from those of the other classes.
 
     * training and validation: the normal class in the training split;
     * test: the whole test split, the normal class with label 0 and all others with label 1, mixed evenly; with the
-      masks that a folder has in ``ground_truth/KIND/NAME.png`` or ``NAME_mask.png``, as MVTec AD.
+      masks of a folder in ``ground_truth/KIND/NAME.png`` or ``NAME_mask.png``, as in MVTec AD.
 
     Each image's ``source`` is the name of its class.
 
     Args:
         dataset: A data set with classes: {data_sets}, or a folder of {layouts}, with labels, or with a sub-folder per
             class, below ``train/`` and ``test/`` or directly.
-        normal_class: Name of the normal class, or its label (for a folder: its place among the sorted class names). Of
-            a folder it need not be given where its training images are of one class or have none, or one is called
-            ``good``, ``normal`` or ``ok``.
+        normal_class: Name of the normal class, or its label (for a folder: its index among the sorted class names). It
+            need not be given for a folder whose training images have one class or none, or a class ``good``,
+            ``normal`` or ``ok``.
         root: Folder for the files of data sets that are given by name. A bare word that is no name and no folder here
             is looked for in it.
         train_limit: The most images to take from the normal class, validation included. For one seed, the images of a
@@ -46,13 +46,13 @@ class OneClass(SourcedDataModule, AnomalibDataModule):
         test_split_ratio: Share of the normal images of a folder without ``train/`` and ``test/`` that becomes its test
             split, beside all images of other classes.
         val_split_ratio: Share of the training images that is held out for validation. By default a tenth; of fewer than
-            200 images as many as labels at their default level take, 20, but at most a quarter; none where a folder has
-            normal images in ``validation/`` or ``val/`` beside ``train/``, which then validate. See docs/decisions.md.
-        memory_limit_mib: Image files of one size are kept in memory as long as all that are kept take no more than
-            this, in MiB; all others are read from the disk when they are needed.
-        max_value: What white is in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the largest
-            value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; detectors of this package keep
-            it in their checkpoints, and test and predict by it. See docs/images.md.
+            200 images 20, as many as labels at the default level take, but at most a quarter; none if a folder has
+            normal images in ``validation/`` or ``val/`` beside ``train/``, which are used then. See docs/decisions.md.
+        memory_limit_mib: Image files of one size are kept in memory up to this total, in MiB; all others are read from
+            the disk when they are needed.
+        max_value: The value of white in files of 16 bits: 4095 if a camera of 12 bits wrote them. By default the
+            largest value of the training images, rounded up to 255, 1023, 4095, 16383 or 65535; checkpoints of this
+            package's detectors hold it, for tests and predictions. See docs/images.md.
         train_batch_size: Images in a training batch.
         eval_batch_size: Images in a validation or test batch.
         num_workers: Worker processes. Images in memory need none; without any, files are read in up to four threads.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every torch model of a flow detector offers."""
+"""The base class of the detectors' torch models."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class FlowModel(nn.Module):
 
         Args:
             inputs: What :meth:`inputs` returned.
-            flow: Another flow of the same architecture, to take in the place of the model's own.
+            flow: Another flow of the same architecture, to use instead of the model's own.
         """
         return flows.density(self.flow if flow is None else flow, self.base, *inputs)
 
@@ -116,7 +116,7 @@ class FlowModel(nn.Module):
         return self.log_prob_of(self.inputs(images))
 
     def log_prob_of(self, inputs: Inputs) -> Tensor:
-        """The same of prepared images."""
+        """Return the same for prepared images."""
         return _defined(self.density(inputs).log_prob, -math.inf)
 
     def bits_per_dim(self, images: Tensor, *, log_prob: Tensor | None = None) -> Tensor:
@@ -124,7 +124,7 @@ class FlowModel(nn.Module):
 
         Args:
             images: Pre-processed images, ``(N, C, H, W)``.
-            log_prob: What :meth:`log_prob` gives for them, where that is known: it may save an evaluation.
+            log_prob: What :meth:`log_prob` returns for them, if it is known, which may save an evaluation.
         """
         return flows.bits_per_dim(self.log_prob(images) if log_prob is None else log_prob, self.dims, self.levels)
 
@@ -133,11 +133,11 @@ class FlowModel(nn.Module):
 
         Args:
             inputs: What :meth:`inputs` returned.
-            scorer: A score to take in the place of the model's own.
+            scorer: A score to use instead of the model's own.
 
         Returns:
-            A batch whose ``pred_score``, ``(N,)``, is higher for what is more anomalous. Where the flow overflowed, so
-            that there is no density, the score is infinite: the most anomalous one.
+            A batch whose ``pred_score``, ``(N,)``, is higher for more anomalous images. Where the flow overflowed, so
+            that there is no density, the score is infinite, the most anomalous one.
 
         Raises:
             NotFittedError: If the score has not been fitted.
@@ -168,7 +168,7 @@ def check_precision(precision: str | int | torch.dtype) -> None:
 
 
 def _defined(values: Tensor, overflow: float) -> Tensor:
-    """Values with another in the place of NaN, which an overflow leaves: broken images have been refused."""
+    """Replace NaN, which an overflow of the flow causes, since broken images have been refused."""
     return torch.where(torch.isnan(values), torch.full_like(values, overflow), values)
 
 

@@ -26,37 +26,38 @@ logger = logging.getLogger(__name__)
 
 
 class ConformalPostProcessor(PostProcessor):
-    """Labels an image anomalous where its split-conformal p-value is below ``alpha``.
+    """Labels an image anomalous if its split-conformal p-value is below ``alpha``.
 
-    The calibration images are the validation images with label 0; those without a label are left out, since nothing
-    says what they are. Of fresh images from the same distribution, at most ``alpha`` are then flagged in expectation:
-    see :mod:`anomalib_flowood.conformal`.
+    The calibration images are the validation images with label 0; those without a label are ignored. Of new images from
+    the same distribution, a share of at most ``alpha`` is then flagged in expectation: see
+    :mod:`anomalib_flowood.conformal`.
 
-    ``pred_score`` lies in [0, 1] and grows with the raw score; it is above 0.5 exactly where the label is 1. With the
+    ``pred_score`` lies in [0, 1] and grows with the raw score; it is above 0.5 exactly if the label is 1. With the
     distance x from the threshold in interquartile ranges of the calibration scores, it is 0.5 / (1 + x) below the
     threshold and 1 - 0.5 / (1 + 4 x)^(1/4) above: every step rounds monotonically, so that no order is ever reversed,
-    and the heavy tail keeps scores apart that are very far out. Float32 has 2^23 numbers between 0.5 and 1, fewer than
-    between most thresholds and infinity; where the last bit counts, a batch has the raw scores as ``raw_score``,
-    ``(N,)``, beside its ``p_value``, ``(N,)``, float64.
+    and the heavy tail keeps extreme scores apart. Float32 has 2^23 numbers between 0.5 and 1, fewer than between most
+    thresholds and infinity; where the last bit matters, use the batch's ``raw_score``, ``(N,)``, or ``p_value``,
+    ``(N,)``, float64.
 
-    A pixel of an anomaly map is marked where its value is above the threshold that the same rule sets on the maxima of
-    the calibration images' maps: of fresh normal images, at most ``alpha`` have any marked pixel, in expectation.
-    ``anomaly_map`` is in [0, 1] as scores are, with 0.5 at that threshold, in units of the range of normal maps.
+    A pixel of an anomaly map is marked if its value is above the threshold that the same rule sets on the maxima of
+    the calibration images' maps: of new normal images, a share of at most ``alpha`` has any marked pixel, in
+    expectation. ``anomaly_map`` is in [0, 1] like scores, with 0.5 at that threshold, in units of the range of normal
+    maps.
 
-    Fewer than 20 calibration images have no p-value below 0.05, the default level. Then the images are labelled that
-    score above all of them, as 1 / (n + 1) of the normal images do in expectation, and a warning says so; any other
-    level is taken for a demand, and refused where it cannot be reached.
+    With fewer than 20 calibration images no p-value is below 0.05, the default level. Then images that score above all
+    of them are labelled anomalous, a share of 1 / (n + 1) of the normal images in expectation, and a warning says so;
+    any other level is a requirement, and refused if it cannot be reached.
 
-    A calibration holds for the weights, score and settings that gave its scores, whose fingerprint is kept beside it:
-    see :meth:`check`.
+    A calibration is valid for the weights, score and settings that produced its scores, whose fingerprint is stored
+    with it: see :meth:`check`.
 
     Args:
-        alpha: The level, in (0, 1); ``None`` for that of the checkpoint which the detector is loaded from, and 0.05
+        alpha: The level, in (0, 1); ``None`` for that of the checkpoint from which the detector is loaded, and 0.05
             without one.
-        contamination: The largest share of the calibration images that may be anomalies, in [0, 0.5). So many of the
-            highest scores are left out of account, k of n, and nothing else in the calibration can make the detector
-            blind; up to α + k / (n - k + 1) of the normal images are flagged then: see :func:`conformal.trimmed`.
-            ``None`` for the checkpoint's, and 0 without one.
+        contamination: The largest share of the calibration images that may be anomalies, in [0, 0.5). As many of the
+            highest scores, k of n, are ignored, so that anomalies among the calibration images cannot hide others; up
+            to α + k / (n - k + 1) of the normal images are flagged then: see :func:`conformal.trimmed`. ``None`` for
+            the checkpoint's, and 0 without one.
 
     Raises:
         ValueError: If the level is not in (0, 1), or the share not in [0, 0.5).
@@ -65,23 +66,23 @@ class ConformalPostProcessor(PostProcessor):
     calibration: Tensor
     """Scores of the calibration images, ascending, ``(n,)``; empty before a validation."""
     pixel_calibration: Tensor
-    """Maxima of the calibration images' anomaly maps, ascending, ``(n,)``; empty where there are no maps."""
+    """Maxima of the calibration images' anomaly maps, ascending, ``(n,)``; empty if there are no maps."""
     calibrated_for: Tensor
-    """Fingerprint of the detector that gave them, ``(32,)``, bytes; empty where nobody knows."""
+    """Fingerprint of the detector that produced them, ``(32,)``, bytes; empty if it is unknown."""
 
     def __init__(self, alpha: float | None = None, contamination: float | None = None) -> None:
         super().__init__()
         self._contamination = contamination
         self._stored_contamination = 0.0
-        conformal.trimmed_number(0, self.contamination)  # refuses what is no share
+        conformal.trimmed_number(0, self.contamination)  # raises if it is no share
         self._chosen = alpha is not None
         self._overruled: float | None = None
         self._alpha = conformal.DEFAULT_ALPHA if alpha is None else alpha
-        conformal.images_needed(self._alpha)  # refuses what is no level
+        conformal.images_needed(self._alpha)  # raises if it is no level
         self.register_buffer("calibration", torch.empty(0))
         self.register_buffer("pixel_calibration", torch.empty(0))
         self.register_buffer("calibrated_for", torch.empty(0, dtype=torch.uint8))
-        # Brought together here, since a process may have no normal image.
+        # Gathered from all processes by this class, since a process may have no normal image.
         new_list = partial(CatMetric, nan_strategy="disable", sync_on_compute=False)
         self._validated, self._validated_minima, self._validated_maxima = new_list(), new_list(), new_list()
         self._scored_by = torch.empty(0, dtype=torch.uint8)
