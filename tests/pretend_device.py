@@ -11,19 +11,17 @@ main memory) may be mixed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from torch import Tensor
 from torch.optim import optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 from torchvision.tv_tensors import TVTensor
 
 from anomalib_flowood.flows import precision
@@ -50,17 +48,18 @@ class PretendTensor(Tensor):
     def __new__(cls, inner: Tensor) -> PretendTensor:
         _refuse_doubles(inner)
         inference = inner.is_inference()
-        alike = inference == torch.is_inference_mode_enabled()
-        with nullcontext() if alike else torch.inference_mode(inference):
-            tensor = Tensor._make_wrapper_subclass(
-                cls,
-                inner.size(),
-                strides=inner.stride(),
-                storage_offset=inner.storage_offset(),
-                dtype=inner.dtype,
-                device=DEVICE,
-                requires_grad=False,
-            )
+        if inference != torch.is_inference_mode_enabled():
+            with torch.inference_mode(inference):
+                return cls(inner)
+        tensor = Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
         tensor.inner = inner
         return tensor
 
@@ -75,6 +74,9 @@ class PretendTensor(Tensor):
 
     def as_subclass(self, cls: Any) -> PretendTensor:
         return self  # A tensor cannot be of two subclasses: torchvision's are left off.
+
+    def new_tensor(self, values: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor(values, **{"dtype": self.dtype, "device": DEVICE} | kwargs)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -102,18 +104,20 @@ def _is_away(device: Any) -> bool:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _is_composite(func):  # in inference mode
+    about = _about(func)
+    if about.is_composite:  # in inference mode
         with _Dispatch():
             return func.decompose(*args, **kwargs)
     seen: list[Tensor] = []
     inner_args, inner_kwargs = _unwrap(args, seen), {name: _unwrap(value, seen) for name, value in kwargs.items()}
-    any_away = any(type(x) is PretendTensor for x in seen)
+    types = set(map(type, seen))
+    any_away = PretendTensor in types
     device = kwargs.get("device")
     away = any_away if device is None else _is_away(device)
     if func is aten.copy_.default:
         away = type(args[0]) is PretendTensor
     elif func is not aten._to_copy.default:
-        if any_away:
+        if any_away and len(types) > 1:
             _check(func, args, seen)
         generator = kwargs.get("generator")
         if generator is not None and any(generator._cdata == other._cdata for other in _Generator.away) != away:
@@ -124,12 +128,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any_away and func in (aten.copy_.default, aten._to_copy.default) and seen[-1].dtype != out.dtype:
             _refuse_doubles(out)  # another precision is converted before it is copied
         return out
-    out = tree_map_only(Tensor, PretendTensor, out)
-    return return_and_correct_aliasing(func, args, kwargs, out) if any_away and _aliases(func) else out
+    out = _wrap(out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if any_away and about.aliases else out
 
 
 def _refuse_doubles(x: Tensor) -> None:
-    if x.dtype == torch.float64 and not PretendTensor.doubles:
+    if not PretendTensor.doubles and x.dtype == torch.float64:
         msg = "Cannot convert a tensor to float64 dtype as the device doesn't support float64."
         raise TypeError(msg)
 
@@ -141,7 +145,14 @@ def _unwrap(x: Any, seen: list[Tensor]) -> Any:
         return x.inner if type(x) is PretendTensor else x
     if isinstance(x, torch.device):
         return torch.device("cpu") if x == DEVICE else x
-    return type(x)(_unwrap(part, seen) for part in x) if type(x) in (list, tuple) else x
+    return type(x)([_unwrap(part, seen) for part in x]) if type(x) in (list, tuple) else x
+
+
+def _wrap(x: Any) -> Any:
+    """Let tensors say that they are away."""
+    if isinstance(x, Tensor):
+        return PretendTensor(x)
+    return type(x)([_wrap(part) for part in x]) if type(x) in (list, tuple) else x
 
 
 def _check(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
@@ -154,36 +165,45 @@ def _check(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
         raise RuntimeError(msg)
 
 
-@cache
-def _is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+class _About(NamedTuple):
+    """What is asked of every call of an operation, and does not change."""
+
+    is_composite: bool
+    aliases: bool
 
 
 @cache
-def _aliases(func: Any) -> bool:
-    return any(result.alias_info is not None for result in func._schema.returns)
+def _about(func: Any) -> _About:
+    return _About(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        any(result.alias_info is not None for result in func._schema.returns),
+    )
 
 
 class _Dispatch(TorchDispatchMode):
     """Makes tensors that are asked for on the device."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # Nothing is compiled here, and what would keep it from being takes as long as an operation.
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
-class _Functions(TorchFunctionMode):
-    """What PyTorch decides before operations are dispatched."""
+def _made_there(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.tensor`` and its like copy data there, where PyTorch would make a meta tensor without any."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.to and isinstance(args[0], TVTensor):
-            args = (args[0].as_subclass(Tensor), *args[1:])  # see PretendTensor.as_subclass
-        # Data is copied there, where PyTorch would make a meta tensor without.
-        if func in (torch.tensor, torch.as_tensor) and _is_away(kwargs.get("device")):
-            return func(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
-        if func is Tensor.new_tensor and isinstance(args[0], PretendTensor):
-            return torch.tensor(args[1], **{"dtype": args[0].dtype, "device": DEVICE} | kwargs)
-        return func(*args, **kwargs)
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        if _is_away(kwargs.get("device")):
+            return make(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+        return make(*args, **kwargs)
+
+    return made
+
+
+def _to(self: TVTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return self.as_subclass(Tensor).to(*args, **kwargs)  # see PretendTensor.as_subclass
 
 
 class PretendAccelerator(Accelerator):
@@ -234,7 +254,10 @@ def pretend_device(*, doubles: bool = True) -> Iterator[torch.device]:
         patch.object(PretendTensor, "doubles", doubles),
         patch.object(precision, "_WITHOUT_DOUBLES", set() if doubles else {DEVICE.type}),
         patch.object(torch.accelerator, "synchronize", lambda device=None: None),
-        _Functions(),
+        # What PyTorch decides before operations are dispatched. A function mode would be asked about all of them.
+        patch.object(torch, "tensor", _made_there(torch.tensor)),
+        patch.object(torch, "as_tensor", _made_there(torch.as_tensor)),
+        patch.object(TVTensor, "to", _to),
         _Dispatch(),
     ):
         yield DEVICE
