@@ -62,7 +62,7 @@ def embedding_flow(**kwargs) -> EmbeddingFlow:
 def feature_map_flow(**kwargs) -> FeatureMapFlow:
     small = {"backbone": BACKBONE, "pre_trained": False, "map_layers": (1, 2), "score_layers": (2,)}
     small |= {"image_size": (48, 48), "subspace_dim": 4, "coupling_layers": 4, "hidden_channels": 16}
-    small |= {"bottleneck_dim": 3, "rotations": False, "visualizer": False}
+    small |= {"bottleneck_dim": 3, "bank_size": 100, "rotations": False, "visualizer": False}
     return FeatureMapFlow(**{**small, "max_epochs": 2, **kwargs})
 
 

@@ -20,7 +20,7 @@ NETWORK = {"backbone": BACKBONE, "pre_trained": False, "subspace_dim": 4}
 DETECTORS = {
     "PixelFlow": {"image_size": [12, 12], "channels": 1, "bottleneck_dim": 2},
     "EmbeddingFlow": {**NETWORK, "image_size": [32, 32]},
-    "FeatureMapFlow": {**NETWORK, "image_size": [48, 48], "map_layers": [1, 2], "visualizer": False},
+    "FeatureMapFlow": {**NETWORK, "image_size": [48, 48], "map_layers": [1, 2], "bank_size": 50, "visualizer": False},
 }
 
 

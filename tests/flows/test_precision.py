@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,11 +77,10 @@ def test_bfloat16_is_off_on_the_cpu_within_and_as_it_was_behind_it():
     assert multiplies_in("cpu")[0] == before[0]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("asked", ["none", "tf32"])
-def test_what_is_set_for_all_devices_behind_it_holds(kind, asked):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that nothing is imported anew")
+def test_what_is_set_for_all_devices_behind_it_holds():
     """What it found was inherited, and is not set for good; in a process in which nobody has set any precision."""
-    subprocess.run([sys.executable, __file__, kind, asked], check=True)
+    subprocess.run([sys.executable, __file__], check=True)
 
 
 def set_for_all_devices(kind, asked):
@@ -135,4 +136,9 @@ class Exported(nn.Module):
 
 
 if __name__ == "__main__":
-    set_for_all_devices(*sys.argv[1:])
+    for arguments in itertools.product(["cpu", "cuda"], ["none", "tf32"]):
+        child = os.fork()
+        if not child:
+            set_for_all_devices(*arguments)
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0, arguments

@@ -57,23 +57,22 @@ import os, sys
 import numpy as np
 import anomalib_flowood
 image = np.full((3, 60, 41), 100, np.uint8)
-detector = anomalib_flowood.load(sys.argv[1])
-before = detector.score([image, image]).raw_score
-with open(sys.argv[2], "r+b") as file:
-    file.write(bytes(os.path.getsize(sys.argv[2])))
-assert np.array_equal(detector.score([image, image]).raw_score, before)
-os.truncate(sys.argv[2], 0)
-assert np.array_equal(detector.score([image, image]).raw_score, before)
+for weights in sys.argv[1:]:
+    detector = anomalib_flowood.load(os.path.dirname(weights))
+    before = detector.score([image, image]).raw_score
+    with open(weights, "r+b") as file:
+        file.write(bytes(os.path.getsize(weights)))
+    assert np.array_equal(detector.score([image, image]).raw_score, before), weights
+    os.truncate(weights, 0)
+    assert np.array_equal(detector.score([image, image]).raw_score, before), weights
 """
 
 
-@pytest.mark.parametrize("export_type", WEIGHTS)
-def test_a_detector_that_is_loaded_stays_what_it_is(export_type, case, tmp_path):
+def test_a_detector_that_is_loaded_stays_what_it_is(case, tmp_path):
     """Its weights were those of whatever was copied over them; in the midst of a copy that was the end, by SIGBUS."""
-    folder = copied(case, export_type, tmp_path)
-    command = [sys.executable, "-c", _WRITTEN_OVER, str(folder), str(folder / WEIGHTS[export_type])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    weights = [str(copied(case, kind, tmp_path / kind) / name) for kind, name in WEIGHTS.items()]
+    done = subprocess.run([sys.executable, "-c", _WRITTEN_OVER, *weights], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 def test_an_export_of_a_later_version_is_told(case, tmp_path):

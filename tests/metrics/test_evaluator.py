@@ -215,7 +215,10 @@ def test_barebones_returns_the_same(fitted, folder, tmp_path):
 
 
 def test_a_detector_of_anomalib_may_have_its_scores_in_a_column(folder, tmp_path):
-    padim = Padim("test_resnet", layers=["layer1"], n_features=8, pre_trained=False, evaluator=PerSetEvaluator())
+    small = {"backbone": "test_resnet", "layers": ["layer1"], "n_features": 8, "pre_trained": False}
+    padim = Padim(
+        **small, pre_processor=Padim.configure_pre_processor(image_size=(32, 32)), evaluator=PerSetEvaluator()
+    )
     module = cross(folder, "squares", "others")
     engine(tmp_path).fit(padim, datamodule=module)
     metrics = run_test(padim, module, tmp_path)
