@@ -31,8 +31,8 @@ from anomalib_flowood.models.components import (
 
 SETTINGS = {
     "backbone": BACKBONE, "pre_trained": False, "map_layers": [1, 2], "score_layers": [2], "image_size": [48, 48],
-    "subspace_dim": 4, "layout_dims": 2, "coupling_layers": 4, "hidden_channels": 16, "bottleneck_dim": 3,
-    "score_fraction": 0.1, "max_epochs": 1, "visualizer": False,
+    "subspace_dim": 4, "layout_dims": 2, "coupling_layers": 2, "hidden_channels": 16, "bottleneck_dim": 3,
+    "score_fraction": 0.1, "bank_size": 100, "max_epochs": 1, "visualizer": False,
 }  # fmt: skip
 MOST = [14, 4]
 """A tenth of the positions of each layer."""
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
         "trainer": TRAINER,
         "default_root_dir": str(folder / "results"),
     }
-    config["data"]["init_args"] |= {"val_split_ratio": 0.2}
+    config["data"]["init_args"] |= {"val_split_ratio": 0.2, "test_limit": 12}
     (folder / "detector.yaml").write_text(yaml.safe_dump(config))
     del config["model"]
     (folder / "data.yaml").write_text(yaml.safe_dump(config))
