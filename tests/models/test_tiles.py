@@ -22,7 +22,7 @@ from anomalib_flowood.models.feature_map_flow.tiles import Tiles
 
 SIZE, TILE, STRIDE = (96, 120), (48, 48), (24, 36)
 SMALL = {"backbone": BACKBONE, "pre_trained": False, "map_layers": (1, 2), "score_layers": (2,), "subspace_dim": 4}
-SMALL |= {"layout_dims": 8, "visualizer": False, "evaluator": False}
+SMALL |= {"layout_dims": 8, "coupling_layers": 4, "bank_size": 100, "visualizer": False, "evaluator": False}
 
 
 @st.composite
@@ -206,9 +206,11 @@ def test_a_checkpoint_of_large_images_keeps_few_of_them_and_a_graph_is_refused(t
 
 
 @pytest.mark.parametrize("axes", [(1, 1), (1,)])
-def test_a_large_map_is_decided_on_row_by_row_in_its_own_memory(axes):
+def test_a_large_map_is_decided_on_row_by_row_in_its_own_memory(axes, monkeypatch):
     """Also without an axis of channels, as in anomalib's batches."""
-    raw, threshold, unit = torch.randn(*axes, 4200, 4100), torch.tensor(0.3), torch.tensor(2.0)
+    monkeypatch.setattr("anomalib_flowood.models.components.squash._LARGE", 2**14)
+    monkeypatch.setattr("anomalib_flowood.models.components.squash._AT_ONCE", 2**10)
+    raw, threshold, unit = torch.randn(*axes, 132, 130), torch.tensor(0.3), torch.tensor(2.0)
     want = squash_values(raw, threshold, unit)
     squashed, above = squash(raw, threshold, unit)
     assert squashed.data_ptr() == raw.data_ptr()
