@@ -58,7 +58,6 @@ def cases(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     common = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exports"
 
-    smaller = {"pixel_flow": {}, "embedding_flow": {"coupling_layers": 2}, "feature_map_flow": {"coupling_layers": 2}}
     made = {}
 
     def get(name):
@@ -66,7 +65,7 @@ def cases(tmp_path_factory):
             torch.manual_seed(0)
             exports = common / name
             exports.mkdir(parents=True, exist_ok=True)
-            made[name] = Case(tmp_path_factory.mktemp(name), DETECTORS[name](**smaller[name]), exports=exports)
+            made[name] = Case(tmp_path_factory.mktemp(name), DETECTORS[name](), exports=exports)
         return made[name]
 
     return get

@@ -56,12 +56,12 @@ def pixel_flow(**kwargs) -> PixelFlow:
 
 def embedding_flow(**kwargs) -> EmbeddingFlow:
     small = {"backbone": BACKBONE, "pre_trained": False, "image_size": (32, 32), "subspace_dim": 8, "rotations": False}
-    return EmbeddingFlow(**{**small, "coupling_layers": 4, "hidden_channels": 16, "max_epochs": 2, **kwargs})
+    return EmbeddingFlow(**{**small, "coupling_layers": 2, "hidden_channels": 16, "max_epochs": 2, **kwargs})
 
 
 def feature_map_flow(**kwargs) -> FeatureMapFlow:
     small = {"backbone": BACKBONE, "pre_trained": False, "map_layers": (1, 2), "score_layers": (2,)}
-    small |= {"image_size": (48, 48), "subspace_dim": 4, "coupling_layers": 4, "hidden_channels": 16}
+    small |= {"image_size": (48, 48), "subspace_dim": 4, "coupling_layers": 2, "hidden_channels": 16}
     small |= {"bottleneck_dim": 3, "bank_size": 100, "rotations": False, "visualizer": False}
     return FeatureMapFlow(**{**small, "max_epochs": 2, **kwargs})
 
