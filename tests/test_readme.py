@@ -53,6 +53,11 @@ CONFIGURED = commands_of(README.partition("# detector.yaml")[2].partition("A che
 """Those that tests/models/test_few_images.py runs."""
 
 
+def test_the_tests_run_with_the_readmes_command():
+    assert ["make", "test"] in commands_of(README)
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == "make test"
+
+
 def test_the_readme_begins_with_a_folder():
     assert HOUR[0] == ["flowood", "train", "--data", "./parts"]
     assert [command[1] for command in HOUR] == ["train", "test", "predict", "export", "report"]
