@@ -10,7 +10,7 @@ def test_couplings_of_every_detector_may_do_without_a_scale(detector):
     for scale in ("tanh", "none"):
         flow = detector(scale=scale).model.flow
         found = [coupling.scale is None for coupling in flow.modules() if isinstance(coupling, AffineCoupling)]
-        assert len(found) >= 4
+        assert len(found) >= 2
         assert set(found) == {scale == "none"}
     with pytest.raises(ValueError, match="Unknown scale 'exp'. Known: none, tanh"):
         detector(scale="exp")
