@@ -7,7 +7,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import datetime
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models.components import AnomalibModule
 
+from anomalib_flowood.files import files_below
 from anomalib_flowood.saving import keep_end
 from anomalib_flowood.started import was_started
 from anomalib_flowood.trainers import is_trial
@@ -101,8 +101,7 @@ class RunEngine(Engine):
         """The newest checkpoint that this training has written so far; ``None`` if there is none."""
         if self._new is None:
             return None
-        # rglob fails where a folder goes meanwhile, as that in which another process writes a checkpoint.
-        found = [self._new / path for path in glob("**/*.ckpt", root_dir=self._new, recursive=True)]  # noqa: PTH207
+        found = [path for path in files_below(self._new) if path.suffix == ".ckpt"]
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def _turn_latest_back(self, new: Path) -> None:

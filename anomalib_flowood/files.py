@@ -184,6 +184,16 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, except hidden ones; links to folders are not followed.
+
+    A folder that goes meanwhile, as that in which another process writes a file, has none; ``Path.rglob`` raises.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (Path(place, name) for name in names if name[0] != ".")
+
+
 def at_home(path: str | Path) -> Path:
     """Put the home folder in the place of ``~``, as a shell does: a name that begins so, and is no user's, stays."""
     try:

@@ -152,6 +152,7 @@ def test_a_folder_that_goes_while_checkpoints_are_looked_for_hides_none(tmp_path
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.ckpt").touch()
     (tmp_path / "weights" / ".flowood-0").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "weights", target_is_directory=True)
     scandir = os.scandir
 
     def gone(path):
@@ -161,7 +162,7 @@ def test_a_folder_that_goes_while_checkpoints_are_looked_for_hides_none(tmp_path
 
     monkeypatch.setattr(os, "scandir", gone)
     assert engine.kept_checkpoint() == tmp_path / "weights" / "model.ckpt"
-    with pytest.raises(FileNotFoundError, match=r"Name one of what lies below it: \S+model\.ckpt$"):
+    with pytest.raises(FileNotFoundError, match=r"Name one of what lies below it: \S+weights.model\.ckpt$"):
         load(tmp_path)
 
 

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import os
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from anomalib_flowood.exported import description_path, digest_of, read_description
-from anomalib_flowood.files import at_home
+from anomalib_flowood.files import at_home, files_below
 from anomalib_flowood.inference.detector import Detector
 from anomalib_flowood.models.components import ConformalPostProcessor, open_checkpoint
 from anomalib_flowood.models.components.export_check import (
@@ -113,9 +112,7 @@ def _export_in(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if _is_export(file))
     if not found:
         msg = f"There is no exported model (.xml, .onnx, .pt) in {folder}."
-        # rglob fails where a folder goes meanwhile, as that in which a training writes a checkpoint.
-        files = (folder / name for name in glob("**/*", root_dir=folder, recursive=True))  # noqa: PTH207
-        below = sorted(str(file) for file in files if file.suffix == ".ckpt" or _is_export(file))
+        below = sorted(str(file) for file in files_below(folder) if file.suffix == ".ckpt" or _is_export(file))
         if below:
             msg += f" Name one of what lies below it: {', '.join(below[:_NAMED])}{', …' if len(below) > _NAMED else ''}"
         raise FileNotFoundError(msg)

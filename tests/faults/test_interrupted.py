@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,7 +22,16 @@ from model_helpers import data, engine, pixel_flow
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.cli import main
 from anomalib_flowood.cli.output import unheard
-from anomalib_flowood.files import NAMES, escaped, unescaped, whole_file, whole_files, write_table, write_text
+from anomalib_flowood.files import (
+    NAMES,
+    escaped,
+    files_below,
+    unescaped,
+    whole_file,
+    whole_files,
+    write_table,
+    write_text,
+)
 from anomalib_flowood.models.components.checkpoint_files import read_checkpoint
 from anomalib_flowood.parsing import FlowoodParser
 from anomalib_flowood.saving import save_checkpoint
@@ -79,8 +87,8 @@ def _start(arguments: list[str], said: Path | None) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that are whole: what is being written lies in a hidden folder, which goes while it is looked for."""
-    return [folder / path for path in glob("**/*.ckpt", root_dir=folder, recursive=True)]  # noqa: PTH207
+    """Those that are whole: what is being written lies in a hidden folder."""
+    return [path for path in files_below(folder) if path.suffix == ".ckpt"]
 
 
 def wait_for(condition, seconds: float = 30) -> None:
