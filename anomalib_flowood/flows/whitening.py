@@ -340,12 +340,12 @@ class PositionWhitening(ForEachKind, Layer):
         shared = covariances.mean(0) / (n - 1)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
         weight, mean = max(dims, _SHARED * (n - 1)), moments.mean
-        shifts = self._shifts(mean)
+        shifts = self._shifts(mean).contiguous()  # else each of these products is one of its own
         covariances.add_(weight * shared).baddbmm_(shifts, shifts.mT, alpha=weight).div_(n - 1 + weight).add_(ridge)
-        # In NumPy, since PyTorch's batched factorisations have hung on some CPUs.
-        lower = torch.from_numpy(np.linalg.cholesky(covariances.cpu().numpy()))
-        identity = torch.eye(dims, dtype=torch.float64).expand_as(lower)
-        self.factors = torch.linalg.solve_triangular(lower, identity, upper=False).tril().to(self.factors)
+        # In NumPy, since PyTorch's threads meet at each of these small matrices: it takes a hundred times as long, or
+        # hangs, if something else has one of their cores.
+        lower = np.linalg.cholesky(covariances.cpu().numpy())
+        self.factors = torch.from_numpy(np.linalg.inv(lower)).tril().to(self.factors)
         self.mean = mean.to(self.mean)
 
     def _shifts(self, mean: Tensor) -> Tensor:
