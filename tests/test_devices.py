@@ -39,8 +39,7 @@ BUILD = {
 }
 WITH_SCORES = [
     *(("pixel_flow", score) for score in SCORES),
-    # None, one that is fitted, and one with flows of its own.
-    *(("embedding_flow", score) for score in ("nll", "density_of_states", "ensemble")),
+    *(("embedding_flow", name) for name, score in SCORES.items() if not score.pixels_only),
 ]
 
 
@@ -160,8 +159,7 @@ def test_kinds_of_images_and_turned_copies_are_fitted_there(kind, turned, away, 
     run.test(detector, datamodule=module)
     assert all(batch.p_value is not None for batch in run.predict(detector, dataloaders=module.test_dataloader()))
     says_the_same_everywhere(detector, away, batch_of(module))
-    if turned:
-        assert explain(detector, module, tmp_path / "page", max_images=8).is_file()
+    assert explain(detector, module, tmp_path / "page", max_images=8).is_file()
 
 
 @pytest.mark.parametrize(

@@ -340,10 +340,10 @@ class PositionWhitening(ForEachKind, Layer):
         shared = covariances.mean(0) / (n - 1)
         ridge = _RIDGE * shared.trace() / dims * torch.eye(dims).to(shared)
         weight, mean = max(dims, _SHARED * (n - 1)), moments.mean
-        shifts = self._shifts(mean).contiguous()  # else each of these products is one of its own
+        shifts = self._shifts(mean).contiguous()  # strided matrices would be multiplied one by one
         covariances.add_(weight * shared).baddbmm_(shifts, shifts.mT, alpha=weight).div_(n - 1 + weight).add_(ridge)
-        # In NumPy, since PyTorch's threads meet at each of these small matrices: it takes a hundred times as long, or
-        # hangs, if something else has one of their cores.
+        # In NumPy: PyTorch's batched triangular solve takes a hundred times as long while another process uses one of
+        # its cores, and its batched factorisations have hung on some CPUs.
         lower = np.linalg.cholesky(covariances.cpu().numpy())
         self.factors = torch.from_numpy(np.linalg.inv(lower)).tril().to(self.factors)
         self.mean = mean.to(self.mean)

@@ -82,7 +82,7 @@ def test_every_metric_has_a_function_and_a_class() -> None:
         assert cls.measure is DETECTION_METRICS[name]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_agrees_with_scikit_learn_on_any_scores(data: st.DataObject) -> None:
     n = data.draw(st.integers(2, 60))
@@ -322,7 +322,7 @@ def parts(n: int, batches: int) -> Iterator[np.ndarray]:
     return (part for part in np.array_split(np.arange(n), batches) if len(part))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sourced_scores(), st.integers(1, 5), st.randoms())
 def test_one_pass_is_as_good_as_a_pass_for_each_set(
     data: tuple[torch.Tensor, torch.Tensor, np.ndarray], batches: int, random: object

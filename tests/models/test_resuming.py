@@ -149,6 +149,7 @@ LIMITS = {
     [
         *(("pixels", limit) for limit in LIMITS),
         ("maps, nothing trains", "an epoch"),
+        ("maps, nothing trains", "steps to its end"),
     ],
 )
 def test_a_training_goes_on_exactly_from_behind_its_last_step(kind, limit, tmp_path):

@@ -182,11 +182,12 @@ def test_names_of_outputs_are_kept(tmp_path):
     "build",
     [
         lambda: pixel_flow(mask="horizontal", subnet="highway", coupling_layers=2),
+        lambda: feature_map_flow(mask="cycle", subnet="resnet", coupling_layers=1),
         lambda: feature_map_flow(
-            backbone="resnet18", context="quadrant", mask="cycle", subnet="resnet", coupling_layers=1
+            backbone="resnet18", map_layers=None, score_layers=None, context="quadrant", coupling_layers=1
         ),
     ],
-    ids=["highway", "resnet18 and its maps"],
+    ids=["highway", "maps", "resnet18 and quadrants"],
 )
 def test_no_layer_of_other_networks_is_lowered(build, tmp_path):
     detector = build()

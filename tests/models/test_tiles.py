@@ -22,7 +22,7 @@ from anomalib_flowood.models.feature_map_flow.tiles import Tiles
 
 SIZE, TILE, STRIDE = (96, 120), (48, 48), (24, 36)
 SMALL = {"backbone": BACKBONE, "pre_trained": False, "map_layers": (1, 2), "score_layers": (2,), "subspace_dim": 4}
-SMALL |= {"layout_dims": 8, "coupling_layers": 4, "bank_size": 100, "visualizer": False, "evaluator": False}
+SMALL |= {"layout_dims": 8, "bank_size": 100, "visualizer": False, "evaluator": False}
 
 
 @st.composite
