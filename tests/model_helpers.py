@@ -2,8 +2,11 @@
 """Small images in memory, small detectors, one way to fit them."""
 
 import io
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -146,6 +149,36 @@ def check_exports(case: Case, images: np.ndarray) -> None:
         assert (found.anomaly_map is None) == (expected.anomaly_map is None)
         if expected.anomaly_map is not None:
             np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=1e-3)
+
+
+def in_a_fork(run: Callable[[], object], out: str | Path = os.devnull, errors: str | Path = os.devnull) -> int:
+    """Run something in a process that has imported everything already; return the process's number.
+
+    Its status is that of a ``SystemExit``, and 99 after another error.
+
+    Args:
+        run: What to run.
+        out: File for its output.
+        errors: File for its errors.
+    """
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        for number, name, file in ((1, "stdout", out), (2, "stderr", errors)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  # not pytest's
+        run()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:  # whatever is wrong, this process must not go on as a second pytest
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @contextmanager

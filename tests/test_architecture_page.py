@@ -9,11 +9,11 @@ import re
 import runpy
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+from model_helpers import in_a_fork
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -93,28 +93,16 @@ def test_what_the_page_adds_works_and_gets_the_tests_of_its_kind(package: Path):
 
 def command(package: Path, module: str, *arguments: str) -> tuple[int, str, str]:
     """Run a module in a fork, which has imported anomalib already; return its status, output and errors."""
-    child = os.fork()
-    if not child:
-        status = 99
-        try:
-            os.chdir(package)
-            sys.path.insert(0, str(package))
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-                setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  # not pytest's
-            sys.argv = [module, *arguments]
-            runpy.run_module(module, run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, *((package / f"{name}.txt").read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    said = package / "said.txt", package / "errors.txt"
+
+    def run() -> None:
+        os.chdir(package)
+        sys.path.insert(0, str(package))
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
+
+    status = os.waitstatus_to_exitcode(os.waitpid(in_a_fork(run, *said), 0)[1])
+    return status, *(file.read_text(encoding="utf-8") for file in said)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that nothing is imported anew")

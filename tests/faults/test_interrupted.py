@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from model_helpers import data, engine, pixel_flow
+from model_helpers import data, engine, in_a_fork, pixel_flow
 
 from anomalib_flowood.benchmark import ScoreRecorder
 from anomalib_flowood.cli import main
@@ -56,8 +56,8 @@ def started():
     """Run commands in processes of their own, and end them with the test, which may have failed before it would."""
     children = []
 
-    def start(arguments: list[str], said: Path | None = None) -> int:
-        children.append(_start(arguments, said))
+    def start(arguments: list[str], errors: str | Path = os.devnull) -> int:
+        children.append(in_a_fork(lambda: main(arguments), errors=errors))
         return children[-1]
 
     yield start
@@ -66,24 +66,6 @@ def started():
             if os.waitpid(child, os.WNOHANG) == (0, 0):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-
-
-def _start(arguments: list[str], said: Path | None) -> int:
-    """Run a command in a process which has imported everything; keep what it says on standard error."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        if said is not None:
-            sys.stderr = said.open("w", buffering=1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        main(arguments)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        status = 99
-    os._exit(status)
 
 
 def checkpoints(folder: Path) -> list[Path]:
