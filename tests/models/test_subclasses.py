@@ -89,6 +89,7 @@ def test_a_pre_processor_of_a_subclass_is_taken(detector):
         arguments |= {"backbone": BACKBONE, "pre_trained": False}
     assert detector(**arguments).input_size == (48, 48)
     assert Half(**arguments).input_size == (24, 24)
+    arguments["image_size"] = (32, 32)
     assert Half(**arguments, pre_processor=ExactPreProcessor(Resize((32, 32)))).input_size == (32, 32)
 
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from anomalib import LearningType
@@ -58,6 +59,8 @@ from .training import FlowTraining
 
 logger = logging.getLogger(__name__)
 
+Size = TypeVar("Size", bound="tuple[int, int] | None")
+
 _FEW = 200
 """Fewer training images than these are few."""
 
@@ -99,6 +102,42 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
     """
 
     # -- what images are, and how they are scored ------------------------------------------------------------------
+
+    def resized_to(self, image_size: Size, pre_processor: PreProcessor | bool) -> Size | tuple[int, int]:
+        """Return the size of images behind a given pre-processor, from which anomalib's detectors have theirs.
+
+        ``FeatureMapFlow(pre_processor=FeatureMapFlow.configure_pre_processor((224, 224)))`` is therefore the same as
+        ``FeatureMapFlow(image_size=(224, 224))``, also in the hyper-parameters.
+
+        Args:
+            image_size: The detector's argument: height and width.
+            pre_processor: The detector's argument.
+
+        Returns:
+            Height and width; ``image_size``, if no pre-processor is given, or it does not tell a size.
+
+        Raises:
+            ValueError: If ``image_size`` is neither that size nor the default.
+        """
+        if not isinstance(pre_processor, PreProcessor):
+            return image_size
+        try:
+            size = self.input_size
+        except (RuntimeError, ValueError):  # anomalib tries one pixel, which some transforms do not take
+            size = None
+        default = getattr(inspect.signature(type(self)).parameters.get("image_size"), "default", image_size)
+        if size is None or image_size == tuple(size):
+            return image_size
+        if image_size not in (None, default):
+            given, resized = (f"{height} x {width}" for height, width in (image_size, size))
+            msg = (
+                f"image_size is {given}, but the pre-processor resizes images to {resized} (height x width). Leave out "
+                "image_size, or make them agree."
+            )
+            raise ValueError(msg)
+        height, width = size
+        self.hparams["image_size"] = height, width
+        return height, width
 
     @property
     def takes_bytes(self) -> bool:

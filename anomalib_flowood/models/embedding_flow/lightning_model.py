@@ -41,7 +41,8 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             the last one of stride 16 or less (or of the finest stride there is) and the network's last, an empty list
             for none.
         pre_trained: Whether to load the backbone's weights.
-        image_size: Height and width to which images are resized; ``None`` for the size of the backbone's training.
+        image_size: Height and width to which images are resized, unless a ``pre_processor`` says otherwise; ``None`` is
+            the size of the backbone's training.
         map_dims: Principal directions of each layer's feature vectors.
         subspace_dim: Leading directions, along which the mixture has several means and couplings work; pooled features
             and layouts have an equal share each.
@@ -110,6 +111,7 @@ class EmbeddingFlow(FrozenFeatures, FlowModule, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        image_size = self.resized_to(image_size, pre_processor)
         check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate

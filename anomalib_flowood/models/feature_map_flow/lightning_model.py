@@ -54,7 +54,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         score_layers: Layers whose maps are evidence as a whole, an empty list for none; ``None`` for the last one of
             stride 32, or less. There is one flow for each layer in either list.
         pre_trained: Whether to load the backbone's weights.
-        image_size: Height and width to which images are resized.
+        image_size: Height and width to which images are resized, unless a ``pre_processor`` says otherwise.
         subspace_dim: Principal directions to which each layer's descriptors are reduced.
         layout_dims: Principal directions of whole maps that are whitened after the flow; at most one for every two
             training images.
@@ -145,6 +145,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        image_size = self.resized_to(image_size, pre_processor)
         check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate

@@ -47,7 +47,7 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
     ``subnet: resnet`` is the plain flow that rates digits as more likely than the clothes it was trained on.
 
     Args:
-        image_size: Height and width to which images are resized.
+        image_size: Height and width to which images are resized, unless a ``pre_processor`` says otherwise.
         channels: 3 for colour, 1 for grey.
         architecture: {architectures}: couplings of one mask; checkerboard and channel couplings at several scales;
             ActNorm, 1×1 convolutions and channel couplings at several scales.
@@ -116,6 +116,7 @@ class PixelFlow(KeptEpoch, FlowModule, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        image_size = self.resized_to(image_size, pre_processor)
         check_sizes(self.hparams)
         self.max_epochs = max_epochs
         self.learning_rate = learning_rate
