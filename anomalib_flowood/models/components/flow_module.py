@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from anomalib import LearningType
 from anomalib.data import InferenceBatch
-from anomalib.metrics import Evaluator
+from anomalib.metrics import AnomalibMetric, Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -364,18 +364,17 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         there are, and the detection error, which follows AUROC.
         """
         return PerSetEvaluator(
-            test_metrics=[
-                AUROC(prefix="image_"),
-                FPR95(prefix="image_"),
-                F1Score(prefix="image_", strict=False),
-                BitsPerDim(strict=False),
-                BitsPerDimMedian(strict=False),
-            ]
+            test_metrics=[*image_metrics(), BitsPerDim(strict=False), BitsPerDimMedian(strict=False)]
         )
 
     @classmethod
     def configure_visualizer(cls) -> Any:
         """None: without an anomaly map there is nothing to draw, and anomalib would write one picture per image."""
+
+
+def image_metrics() -> list[AnomalibMetric]:
+    """The test metrics of images that every detector has, whatever its score is."""
+    return [AUROC(prefix="image_"), FPR95(prefix="image_"), F1Score(prefix="image_", strict=False)]
 
 
 def _takes_tiles(detector: type) -> bool:

@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_flowood.checks import check_sizes
 from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
-from anomalib_flowood.metrics import AUPRO, AUROC
+from anomalib_flowood.metrics import AUPRO, AUROC, PerSetEvaluator
 from anomalib_flowood.models.components import (
     ExactPreProcessor,
     FlowModule,
@@ -31,6 +31,7 @@ from anomalib_flowood.models.components import (
     backbone_pre_processor,
     kinds,
 )
+from anomalib_flowood.models.components.flow_module import image_metrics
 from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
 
@@ -180,11 +181,12 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """Return the image metrics of all our detectors, and AUROC and AUPRO of pixels if there are masks."""
-        evaluator = FlowModule.configure_evaluator()
-        for metric in (AUROC, AUPRO):
-            evaluator.test_metrics.append(metric(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False))
-        return evaluator
+        """Return the image metrics of all our detectors but bits per dimension; of pixels AUROC and AUPRO, given masks.
+
+        anomalib's tiled ensemble takes no metric without a value, as bits per dimension would be.
+        """
+        pixels = [metric(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False) for metric in (AUROC, AUPRO)]
+        return PerSetEvaluator(test_metrics=[*image_metrics(), *pixels])
 
     @classmethod
     def configure_visualizer(cls) -> ImageVisualizer:
