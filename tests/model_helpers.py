@@ -4,6 +4,7 @@
 import io
 import os
 import shutil
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -179,6 +180,18 @@ def in_a_fork(run: Callable[[], object], out: str | Path = os.devnull, errors: s
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def fork_ranks(count: int) -> None:
+    """Go on in several processes, in the environment in which Lightning starts them, with everything imported once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ.update(address, WORLD_SIZE=str(count), NODE_RANK="0", LOCAL_RANK="0")
+    for rank in range(1, count):
+        if not os.fork():
+            os.environ["LOCAL_RANK"] = str(rank)
+            return
 
 
 @contextmanager

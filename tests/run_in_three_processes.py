@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits, tests and predicts fewer images than suit three processes; Lightning starts this file twice more."""
+"""Fits, tests and predicts fewer images than suit three processes, as which this one goes on."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from lightning.pytorch import Callback
-from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, pixel_flow
+from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, fork_ranks, pixel_flow
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
@@ -106,6 +106,7 @@ def train(folder, name):
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    fork_ranks(PROCESSES)
     found = {}
     for title, build in FITTED.items():
         for mixed in (False, True):

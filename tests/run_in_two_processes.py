@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits, validates, tests and predicts in two processes; Lightning starts this file a second time."""
+"""Fits, validates, tests and predicts in two processes; this one goes on as both."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
-from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, pixel_flow
+from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, fork_ranks, pixel_flow
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
@@ -84,6 +84,7 @@ def unlike_when_resumed(folder: Path, build) -> list[str]:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    fork_ranks(2)
     for title, build in DETECTORS.items():
         torch.manual_seed(0)
         found = run(place, title, build(), 2, fit=True)

@@ -5,14 +5,14 @@ import csv
 import errno
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
+from model_helpers import in_a_fork
 from PIL import Image
 
 from anomalib_flowood import inference
@@ -289,19 +289,22 @@ def test_a_folder_for_anomalous_images_that_holds_the_watched_one_is_refused(
 
 
 def test_a_second_process_is_kept_from_the_table(detector, folder, tmp_path, monkeypatch, capsys):
-    code = (
-        "import sys, pathlib, anomalib_flowood.inference.watching as watching\n"
-        "with watching.only_writer(pathlib.Path(sys.argv[1])):\n"
-        "    print('locked', flush=True)\n"
-        "    input()\n"
-    )
-    command = [sys.executable, "-c", code, str(folder / "watch.csv")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
+    def writes():
+        with only_writer(folder / "watch.csv"):
+            (tmp_path / "locked").touch()
+            time.sleep(600)
+
+    other = in_a_fork(writes)
+    try:
+        while not (tmp_path / "locked").exists():
+            assert os.waitpid(other, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
         monkeypatch.setattr(inference, "load", lambda path, device: detector)
         with pytest.raises(SystemExit, match="1"):
             main(["watch", "model.ckpt", str(folder)])
-        other.kill()  # which gives it back
+    finally:
+        os.kill(other, signal.SIGKILL)  # which gives it back
+        os.waitpid(other, 0)
     assert "Another `flowood watch` writes" in capsys.readouterr().err
     with only_writer(folder / "watch.csv"):
         pass
