@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -25,7 +25,7 @@ def loading(what: str) -> Iterator[None]:
     """
     from rich.console import Console
 
-    atexit.register(gc.freeze)
+    atexit.register(_leave_the_rest)
     collecting = gc.isenabled()
     gc.disable()
     # anomalib and timm warn about their own deprecated imports, which no user can mend.
@@ -72,6 +72,13 @@ def _handled_by(handler: Callable[[int, FrameType | None], NoReturn], *signals: 
     finally:
         for number, earlier in before.items():
             signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+def _leave_the_rest() -> None:
+    """Collect no garbage at the end, and let no library complain of what that leaves to the system, as Triton does."""
+    gc.freeze()
+    with suppress(OSError):  # without file descriptors nobody hears it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
