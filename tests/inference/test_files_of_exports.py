@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import anomalib_flowood
@@ -55,6 +56,7 @@ def test_weights_that_are_missing_are_named(export_type, case, tmp_path):
 _WRITTEN_OVER = """
 import os, sys
 import numpy as np
+import onnxruntime
 import anomalib_flowood
 image = np.full((3, 60, 41), 100, np.uint8)
 for weights in sys.argv[1:]:
@@ -70,7 +72,10 @@ for weights in sys.argv[1:]:
 
 def test_a_detector_that_is_loaded_stays_what_it_is(case, tmp_path):
     """Its weights were those of whatever was copied over them; in the midst of a copy that was the end, by SIGBUS."""
-    weights = [str(copied(case, kind, tmp_path / kind) / name) for kind, name in WEIGHTS.items()]
+    held = dict(WEIGHTS)
+    if not hasattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        del held["onnx"]  # before 1.24, as on Python 3.10, the file is mapped
+    weights = [str(copied(case, kind, tmp_path / kind) / name) for kind, name in held.items()]
     done = subprocess.run([sys.executable, "-c", _WRITTEN_OVER, *weights], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
