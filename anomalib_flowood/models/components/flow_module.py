@@ -126,7 +126,7 @@ class FlowModule(FlowTraining, Averaging, ScoreFitting, Resuming, Restoring, Che
         except (RuntimeError, ValueError):  # anomalib tries one pixel, which some transforms do not take
             size = None
         default = getattr(inspect.signature(type(self)).parameters.get("image_size"), "default", image_size)
-        if size is None or image_size == tuple(size):
+        if size is None or (image_size is not None and tuple(image_size) == tuple(size)):
             return image_size
         if image_size not in (None, default):
             given, resized = (f"{height} x {width}" for height, width in (image_size, size))
