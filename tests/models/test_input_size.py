@@ -38,7 +38,7 @@ def test_what_does_not_agree_is_refused_at_once(detector, arguments):
     """It was refused at the first batch, after a full start."""
     cropped = PreProcessor(Compose([Resize(56), CenterCrop((48, 40))]))
     assert size_of(detector(**arguments, image_size=(48, 40), pre_processor=cropped)) == (48, 40)
-    assert size_of(detector(**arguments, image_size=[48, 40], pre_processor=cropped)) in ((48, 40), [48, 40])
+    assert tuple(size_of(detector(**arguments, image_size=[48, 40], pre_processor=cropped))) == (48, 40)
     with pytest.raises(ValueError, match="image_size is 32 x 40, but the pre-processor resizes images to 48 x 40"):
         detector(**arguments, image_size=(32, 40), pre_processor=cropped)
 
