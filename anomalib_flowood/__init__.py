@@ -8,12 +8,13 @@ importable without anomalib and Lightning, so that registration waits until ``an
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from .noise import quiet_imports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +54,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _imported(module: str) -> ModuleType:
-    with warnings.catch_warnings():
-        # anomalib and timm warn about their own deprecated imports, which no user can mend.
-        warnings.simplefilter("ignore", FutureWarning)
+    with quiet_imports():
         return import_module(f"{__name__}.{module}")
 
 

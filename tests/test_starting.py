@@ -4,6 +4,7 @@
 import gc
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -14,6 +15,13 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported():
     with loading("little"):
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("kind", [FutureWarning, SyntaxWarning])
+def test_warnings_of_the_code_of_libraries_are_not_heard(kind, recwarn):
+    with loading("little"):
+        warnings.warn("of an import", kind, stacklevel=1)
+    assert not recwarn.list
 
 
 def test_nor_is_it_among_what_was_imported_when_the_process_ends():

@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
+
+from anomalib_flowood.noise import quiet_imports
 
 
 @contextmanager
@@ -28,13 +29,11 @@ def loading(what: str) -> Iterator[None]:
     atexit.register(_leave_the_rest)
     collecting = gc.isenabled()
     gc.disable()
-    # anomalib and timm warn about their own deprecated imports, which no user can mend.
     with (
         _handled_by(_leave, signal.SIGINT, signal.SIGTERM),
         Console(stderr=True).status(f"loading {what}"),
-        warnings.catch_warnings(),
+        quiet_imports(),
     ):
-        warnings.simplefilter("ignore", FutureWarning)
         try:
             yield
         finally:
