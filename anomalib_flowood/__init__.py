@@ -8,13 +8,14 @@ importable without anomalib and Lightning, so that registration waits until ``an
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from .noise import quiet_imports
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,19 @@ def __getattr__(name: str) -> Any:
         return getattr(detectors, name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Within the context, say nothing of what Python finds in the code of libraries, which no user can mend.
+
+    anomalib and timm import what is deprecated. Python 3.12 warns of a string of FrEIA's when it compiles it, which pip
+    does, and others leave to the first import.
+    """
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, SyntaxWarning):
+            warnings.simplefilter("ignore", kind)
+        yield
 
 
 def _imported(module: str) -> ModuleType:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from anomalib_flowood.noise import quiet_imports
+from anomalib_flowood import quiet_imports
 
 
 @contextmanager
