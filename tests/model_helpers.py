@@ -182,16 +182,26 @@ def in_a_fork(run: Callable[[], object], out: str | Path = os.devnull, errors: s
         os._exit(status)
 
 
-def fork_ranks(count: int) -> None:
-    """Go on in several processes, in the environment in which Lightning starts them, with everything imported once."""
+@contextmanager
+def forked_ranks(count: int) -> Iterator[None]:
+    """Go on in several processes, in the environment in which Lightning starts them, with everything imported once.
+
+    The first of them waits for the others at the end, and fails if one of them has failed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     os.environ.update(address, WORLD_SIZE=str(count), NODE_RANK="0", LOCAL_RANK="0")
+    others: list[int] = []
     for rank in range(1, count):
-        if not os.fork():
+        others.append(os.fork())
+        if not others[-1]:
+            others.clear()
             os.environ["LOCAL_RANK"] = str(rank)
-            return
+            break
+    yield
+    failed = [other for other in others if os.waitpid(other, 0)[1]]
+    assert not failed
 
 
 @contextmanager

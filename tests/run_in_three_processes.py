@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from lightning.pytorch import Callback
-from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, fork_ranks, pixel_flow
+from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, forked_ranks, pixel_flow
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
@@ -106,15 +106,15 @@ def train(folder, name):
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    fork_ranks(PROCESSES)
-    found = {}
-    for title, build in FITTED.items():
-        for mixed in (False, True):
-            torch.manual_seed(0)
-            detector = build()
-            torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")))  # no process draws what another does
-            found[title, mixed] = run(place, detector, PROCESSES, mixed=mixed)
-    for title in TRAINED:
-        found[title] = train(place, title)
-    if not processes.rank():
-        torch.save(found, place / "found.pt")
+    with forked_ranks(PROCESSES):
+        found = {}
+        for title, build in FITTED.items():
+            for mixed in (False, True):
+                torch.manual_seed(0)
+                detector = build()
+                torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")))  # no process draws what another does
+                found[title, mixed] = run(place, detector, PROCESSES, mixed=mixed)
+        for title in TRAINED:
+            found[title] = train(place, title)
+        if not processes.rank():
+            torch.save(found, place / "found.pt")

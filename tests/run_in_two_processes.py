@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback
-from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, fork_ranks, pixel_flow
+from model_helpers import TRAINER, data, embedding_flow, feature_map_flow, forked_ranks, pixel_flow
 
 from anomalib_flowood import processes
 from anomalib_flowood.benchmark import ScoreRecorder
@@ -84,14 +84,14 @@ def unlike_when_resumed(folder: Path, build) -> list[str]:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    fork_ranks(2)
-    for title, build in DETECTORS.items():
-        torch.manual_seed(0)
-        found = run(place, title, build(), 2, fit=True)
-        others = processes.gathered_objects(found["state"])
-        found["unlike"] = [key for key in others[0] if not _same(others[0][key], others[1][key])]
+    with forked_ranks(2):
+        for title, build in DETECTORS.items():
+            torch.manual_seed(0)
+            found = run(place, title, build(), 2, fit=True)
+            others = processes.gathered_objects(found["state"])
+            found["unlike"] = [key for key in others[0] if not _same(others[0][key], others[1][key])]
+            if not processes.rank():
+                torch.save(found, place / f"{title}.pt")
+        resumed = {title: unlike_when_resumed(place / f"{title}-resumed", build) for title, build in TRAINED.items()}
         if not processes.rank():
-            torch.save(found, place / f"{title}.pt")
-    resumed = {title: unlike_when_resumed(place / f"{title}-resumed", build) for title, build in TRAINED.items()}
-    if not processes.rank():
-        torch.save(resumed, place / "resumed.pt")
+            torch.save(resumed, place / "resumed.pt")

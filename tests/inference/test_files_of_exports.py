@@ -56,7 +56,6 @@ def test_weights_that_are_missing_are_named(export_type, case, tmp_path):
 _WRITTEN_OVER = """
 import os, sys
 import numpy as np
-import onnxruntime
 import anomalib_flowood
 image = np.full((3, 60, 41), 100, np.uint8)
 for weights in sys.argv[1:]:
