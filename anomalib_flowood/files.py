@@ -7,9 +7,9 @@ import csv
 import errno
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -87,27 +87,38 @@ def _workplace(parent: Path) -> Iterator[Path]:
 
     It is locked as long as its process lives, so that folders which killed processes have left can be told from those
     in use, even by another machine. The next process that writes there removes the former.
+
+    A signal that ends the process (Ctrl-C, SIGTERM) leaves none, even one that arrives while the folder is made or
+    removed: its name is known before, and removing it is begun anew.
     """
     _remove_abandoned(parent)
-    folder, lock = _new_workplace(parent)
+    folder, lock = parent / f"{_WORKPLACE}{secrets.token_hex(8)}", None
     try:
-        yield folder
-    except RuntimeError as error:  # PyTorch's writer hides what has ended it: Ctrl-C, SIGTERM
+        try:
+            lock = _made(folder)
+            yield folder
+        finally:
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            finally:
+                if lock is not None:
+                    os.close(lock)
+    except (OSError, RuntimeError) as error:  # of rmtree, of PyTorch's writer: they hide the signal that ended them
         if isinstance(error.__context__, KeyboardInterrupt | SystemExit):
             raise error.__context__ from None
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
-def _new_workplace(parent: Path) -> tuple[Path, int | None]:
+def _made(folder: Path) -> int | None:
+    """Make a folder, for its owner alone, and lock it; see :func:`_locked`."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_WORKPLACE, dir=parent))
+        folder.mkdir(mode=0o700)
         lock = _locked(folder, wait=True)
         if folder.exists():
-            return folder, lock
+            return lock
         # Another process has taken it for abandoned before it was locked.
         if lock is not None:
             os.close(lock)
