@@ -3,7 +3,6 @@
 
 import io
 import os
-import shutil
 import socket
 import sys
 import traceback
@@ -206,20 +205,26 @@ def forked_ranks(count: int) -> Iterator[None]:
 
 @contextmanager
 def _traced_once(folder: Path) -> Iterator[None]:
-    """Trace a model for ONNX once, which takes seconds: what OpenVINO converts is a copy, if it is asked for alike."""
+    """Trace a model for ONNX once, which takes seconds: an ONNX export optimises what OpenVINO converts as it is."""
+    import onnx_ir
+    from onnxscript.optimizer import optimize_ir
+
     export = torch.onnx.export
 
-    def traced(model: nn.Module, args: tuple, f: Path, **kwargs: object) -> None:
-        asked = repr((type(model), [(arg.shape, arg.dtype) for arg in args], sorted(kwargs.items())))
+    def traced(model: nn.Module, args: tuple, f: str, optimize: bool = True, **kwargs: object) -> None:
+        name = Path(f).name
+        asked = repr((name, type(model), [(arg.shape, arg.dtype) for arg in args], sorted(kwargs.items())))
         if not (folder / "asked").exists():
-            export(model, args, f, **kwargs)
-            shutil.copytree(Path(f).parent, folder)  # before anything is done to it
+            folder.mkdir(exist_ok=True)
+            export(model, args, folder / name, optimize=False, **kwargs)
             (folder / "asked").write_text(asked)
-        elif (folder / "asked").read_text() == asked:
-            for file in folder.glob(f"{Path(f).name}*"):
-                shutil.copy(file, Path(f).parent)
-        else:
-            export(model, args, f, **kwargs)
+        elif (folder / "asked").read_text() != asked:
+            export(model, args, f, optimize=optimize, **kwargs)
+            return
+        graph = onnx_ir.load(folder / name)
+        if optimize:
+            optimize_ir(graph)
+        onnx_ir.save(graph, f, external_data=f"{name}.data")
 
     with patch.object(torch.onnx, "export", traced):
         yield

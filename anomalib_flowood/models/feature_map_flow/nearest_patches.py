@@ -16,8 +16,9 @@ from .coreset import farthest_first
 
 _CANDIDATES = 100_000
 """Most positions among which those of the memory bank are chosen: more take longer and gain little (docs/tried.md)."""
-_PART = 128
-"""Positions of the bank that are compared at a time: the results for one image fit into a processor's cache."""
+_PART = 512
+"""Positions of the bank that are compared at a time: the results for one image fit into a processor's cache, and an
+exported graph has few parts."""
 _ALIKE = 1e-5
 """Least squared distance, as a share of a position's squared length. Otherwise the distance of a position in the bank
 would be the square root of a rounding error, thousands of times as large as the error."""
