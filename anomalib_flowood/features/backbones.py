@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from anomalib_flowood.flows import full_precision
 from anomalib_flowood.look import shorten
 
-from .catalogue import feature_layers, layer_indices, pixels, size_of
+from .catalogue import LOCAL_DIR, feature_layers, layer_indices, pixels, size_of
 from .folding import folded
 from .weights import create_backbone
 
@@ -22,6 +22,9 @@ _STEPS = (14, 16, 28, 32, 48, 64, 224)
 
 _CPU_CHUNK = 16
 """Images that go through a backbone at once on the CPU: more do not fit the caches, and 64 take twice the time."""
+
+_taken: set[tuple[Any, ...]] = set()
+"""Backbones with layers, and image sizes that they are known to take: a benchmark builds the same many times."""
 
 
 def create_feature_maps(
@@ -62,7 +65,7 @@ def create_feature_maps(
     def check(network: Any, images: Tensor) -> None:
         _check_maps(run_backbone(network, images), network.feature_info.get_dicts())
 
-    _check_size(name, image_size, build, check)
+    _check_size(name, ("maps", *indices), image_size, build, check)
     return build(image_size, pre_trained)
 
 
@@ -103,7 +106,7 @@ class PooledAndMaps(nn.Module):
             _, *maps = _pooled_and_maps(network, images, self.indices)
             _check_maps(maps, [network.feature_info[index] for index in self.indices])
 
-        _check_size(name, image_size, build, check)
+        _check_size(name, ("pooled", *self.indices), image_size, build, check)
         self.network = build(image_size, pre_trained)
         self.pretrained_cfg: dict[str, Any] = self.network.pretrained_cfg
 
@@ -168,6 +171,7 @@ def _check_maps(maps: Sequence[Tensor], infos: Sequence[dict[str, Any]]) -> None
 
 def _check_size(
     name: str,
+    outputs: tuple[str | int, ...],
     image_size: tuple[int, int] | None,
     build: Callable[[tuple[int, int]], nn.Module],
     check: Callable[[nn.Module, Tensor], None],
@@ -176,6 +180,8 @@ def _check_size(
 
     Args:
         name: The backbone's name.
+        outputs: What the network returns, and the indices of its layers. What has passed is not checked again, except
+            for folders, whose files may change.
         image_size: Height and width; by default the size that the backbone was trained at.
         build: Makes the network for a size of images, with random weights.
         check: Runs the network on an image, and raises if its outputs are not as expected.
@@ -201,8 +207,13 @@ def _check_size(
 
     own = size_of(name)
     height, width = size = image_size or own
+    asked = (name, outputs, height, width)
+    if asked in _taken:
+        return
     reason = problem((height, width))
     if not reason:
+        if not name.startswith(LOCAL_DIR):
+            _taken.add(asked)
         return
     near = {((height // step + up) * step, (width // step + up) * step) for step in _STEPS for up in (0, 1)}
     nearest = sorted(near - {own, (height, width)}, key=lambda other: abs(other[0] - height) + abs(other[1] - width))

@@ -237,6 +237,22 @@ def test_sizes_that_do_not_fit_are_refused_with_some_that_do(create, name, size,
         create(name, None, image_size=size)  # with weights, which nobody has asked for yet
 
 
+@pytest.mark.parametrize("create", [create_feature_maps, PooledAndMaps])
+def test_a_size_is_checked_once(create, tmp_path, monkeypatch):
+    """A benchmark builds the same detector many times; a folder may have other files by then."""
+    built = []
+    timms = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: built.append(args) or timms(*args, **kwargs))
+    times = []
+    for name in ("test_resnet", small_backbone("test_resnet", {}, tmp_path)):
+        for _ in range(3):
+            built.clear()
+            create(name, ["layer1"], pre_trained=False, image_size=(40, 56))
+            times.append(len(built))
+    assert times[1:3] == [1, 1]
+    assert times[4:] == [2, 2]
+
+
 def test_a_transformer_is_built_for_the_size_of_the_images(tmp_path):
     backbone = small_backbone(DINO, FAMILIES[DINO][1], tmp_path, (518, 518))
     for create in (create_feature_maps, PooledAndMaps):
