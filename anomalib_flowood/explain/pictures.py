@@ -47,6 +47,7 @@ def _save(figure: Figure, path: Path, **kwargs: Any) -> None:
         figure.savefig(file, dpi=130, **kwargs)
     dark = path.parent / DARK
     if dark.is_dir():
+        figure.set_layout_engine("none")  # everything has its place already
         _darken(figure)
         with whole_file(dark / path.name) as file:
             figure.savefig(file, dpi=130, **kwargs)
