@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -62,7 +63,13 @@ def test_an_image_that_inflates_is_named(tmp_path, monkeypatch):
     ],
 )
 def test_sizes_that_nobody_means_are_refused_before_anything_is_built(detector, argument, value, bound, monkeypatch):
-    monkeypatch.setattr("timm.create_model", None)
+    timms = timm.create_model
+
+    def without_weights(*args, **kwargs):
+        assert torch.empty(0).is_meta  # of which names and sizes are asked
+        return timms(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", without_weights)
     with pytest.raises(ValueError, match=f"{argument} must be {bound}, got {value}"):
         detector(**{argument: value})
 
