@@ -17,7 +17,7 @@ def _stack(context: int = 1) -> list[inspect.FrameInfo]:
     """Return the frames of the calling function and of its callers, as `inspect.stack` does, without lines of source.
 
     Lightning asks at each checkpoint that it loads, and jsonargparse at each command line. For pytest's many frames the
-    lines took 3 % of the time of all tests; nobody looks at them.
+    lines took 3 % of a sample of the tests' time; nobody looks at them.
     """
     del context
     frame, found = sys._getframe(1), []

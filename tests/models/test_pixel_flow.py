@@ -175,9 +175,8 @@ def test_samples_in_training_leave_the_running_statistics_alone():
     assert not model.flow.training
 
 
-@pytest.mark.parametrize("name", ["realnvp with batch norm", "glow", "cycle with a convolutional bottleneck"])
-def test_every_part_of_the_architectures_trains_is_saved_and_exported(name, tmp_path):
-    """Each part in one of these: exports take long."""
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_every_architecture_trains_is_saved_and_exported(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is the extra anomalib-flowood[export]")
     pytest.importorskip("openvino", reason="OpenVINO export is the extra anomalib-flowood[export]")
     case = Case(tmp_path, pixel_flow(max_epochs=1, **CONVOLUTIONAL[name]))

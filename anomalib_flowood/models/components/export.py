@@ -136,7 +136,7 @@ class CheckedExport(CheckedWeights, KeepsImages):
         if raw_only and not self._within_calibration:
             logger.warning("No validation images were scored, so the exported model gives raw scores and no labels.")
         if self._within_openvino:
-            kwargs.setdefault("optimize", False)  # OpenVINO does so itself; here it is a fifth of an export's time
+            kwargs.setdefault("optimize", False)  # OpenVINO does so itself
             return self._graph(export_root, model_file_name, input_size, **kwargs)
         target = self._target(export_root, ExportType.ONNX, f"{model_file_name}.onnx")
         with self._whole_export(target) as root:
