@@ -38,8 +38,8 @@ _FEW_LEVELS = 4095
 """What white is in a camera of 12 bits; with 16 it is nearly black."""
 _FEW_LEVELS_TOLD = (
     "The image %s has 16 bits, and no value above %d of 65535, which is taken for white: if a camera of fewer bits "
-    "wrote it, it looks nearly black. Set max_value of the data module to what white is (4095 for 12 bits), or train "
-    "on such files."
+    "wrote it, it looks nearly black. Train on such files with OneClass or CrossDataset, which take white from the "
+    "training images, or set their max_value (4095 for 12 bits); anomalib's own data modules cannot."
 )
 _AT_ONCE = 2**20
 """Values that are scaled, and pixels that are fetched, at once."""
