@@ -187,7 +187,7 @@ def test_layers_are_brought_to_a_common_scale():
 
 
 @pytest.mark.parametrize("bank_size", [0, 100])
-def test_the_score_is_made_of_tops_of_the_shown_maps_means_of_the_others_and_mean_features(bank_size):
+def test_the_score_is_made_of_tops_or_rare_patches_of_shown_maps_means_of_others_and_mean_features(bank_size):
     density = model(map_layers=(1,), score_layers=(2,), score_fraction=0.1, bank_size=bank_size)
     images = some()
     batch = density(images)
@@ -198,19 +198,22 @@ def test_the_score_is_made_of_tops_of_the_shown_maps_means_of_the_others_and_mea
     top = fine.flatten(1).sort(dim=1).values[:, -14:].mean(1)  # of 10 x 14
     nearest = density.layers[0].nearest
     assert (nearest is None) == (bank_size == 0)
-    farthest = [] if nearest is None else [nearest(reduced[0]).amax((1, 2))]
+    first = [top]
+    if nearest is not None:
+        distances = nearest(reduced[0])
+        first = [density.layers[0].rare(reduced[0], distances).amax((1, 2)), distances.amax((1, 2))]
     means = torch.cat([functional.normalize(layer.mean((2, 3))) for layer in maps], dim=1)
     unlikely = -density.means.gaussian.log_prob(means) / means.shape[1]
-    statistics = torch.stack([top, *farthest, coarse.mean((1, 2)), unlikely], dim=1)
+    statistics = torch.stack([*first, coarse.mean((1, 2)), unlikely], dim=1)
     evidence = density.evidence
     standardised = (statistics - evidence.location) / evidence.spread
     above = (1 + standardised.exp()).log() - math.log(2)
-    weights = torch.tensor([0.5, 1, 1, 1] if bank_size else [1.0, 1, 1])  # a bank sees the same positions
+    weights = torch.tensor([0.5, 1, 1, 1] if bank_size else [1.0, 1, 1])  # what is rare depends on the bank, too
     torch.testing.assert_close(batch.pred_score, (above * weights).sum(1) / weights.sum())
 
 
 @pytest.mark.parametrize(("bank_size", "weights"), [(0, [1, 1, 1, 1]), (100, [0.5, 1, 1, 1, 1, 1])])
-def test_most_anomalous_positions_count_half_beside_a_bank_of_the_finest_layer_alone(bank_size, weights):
+def test_the_patch_that_is_rarest_for_its_place_counts_half(bank_size, weights):
     density = model(map_layers=(1, 2), score_layers=(2,), bank_size=bank_size)
     expected = torch.tensor(weights, dtype=density.evidence.shares.dtype)
     torch.testing.assert_close(density.evidence.shares, expected / expected.sum())
@@ -219,7 +222,7 @@ def test_most_anomalous_positions_count_half_beside_a_bank_of_the_finest_layer_a
 def test_of_few_images_most_anomalous_positions_count_less_beside_a_bank():
     """Of 30 images and positions of 32 numbers."""
     few = 30 / 32
-    for bank_size, weights in ((0, [1.0, 1, 1, 1]), (100, [0.5 * few, 1, few, 1, 1, 1])):
+    for bank_size, weights in ((0, [1.0, 1, 1, 1]), (100, [0.5, 1, few, 1, 1, 1])):
         density = model(map_layers=(1, 2), score_layers=(2,), subspace_dim=32, bank_size=bank_size)
         expected = torch.tensor(weights, dtype=density.evidence.shares.dtype)
         torch.testing.assert_close(density.evidence.shares, expected / expected.sum())

@@ -18,6 +18,7 @@ from anomalib_flowood.models.components.folds import folds
 
 from .layer_flows import coupled
 from .nearest_patches import NearestPatches, standardised
+from .rare_patches import RarePatches
 
 _CHUNK = 64
 """Images whose latents are computed and whitened at a time in a fit."""
@@ -25,9 +26,8 @@ _CHUNK = 64
 _DISTANCE_WEIGHT = 0.5
 """Weight of the map of distances relative to the anomaly map, which knows what belongs where."""
 
-_BESIDE_BANK = 0.5
-"""Weight in the image score of the most anomalous positions of the finest shown layer, if it has a memory bank: of all
-evidence these two are the least informative (docs/tried.md)."""
+_RARE_WEIGHT = 0.5
+"""Weight in the image score of the patch that is rarest for its place, which depends on the memory bank, too."""
 
 _BLOCKS = (4, 2, 1)
 """Sides of the blocks over which the layout of the finest layer may be constant, in order of preference."""
@@ -49,7 +49,8 @@ class MapLayer(flows.ForEachKind):
             evidence, which depends on what whitening leaves.
         bank_size: Most positions in the memory bank of the finest shown layer (:class:`NearestPatches`). Distances to
             the nearest of them are shown, too, and the largest one in an image is evidence. Coarser shown layers keep
-            more positions, in inverse proportion to their size. 0 for no bank.
+            more positions, in inverse proportion to their size. In the finest layer, the patch that is rarest for its
+            place (:class:`RarePatches`) is evidence in place of the most anomalous positions. 0 for no bank.
     """
 
     location: Tensor
@@ -83,7 +84,7 @@ class MapLayer(flows.ForEachKind):
         compared = [*finer, shape]
         size = bank_size * math.prod(compared[0][1:]) // math.prod(self.size)
         self.nearest = NearestPatches(sum(dims for dims, *_ in compared), size) if top and bank_size else None
-        self._top_weight = _BESIDE_BANK if self.nearest is not None and not finer else 1.0
+        self.rare = RarePatches(self.size) if self.nearest is not None and not finer else None
         self.of_kind = {"location": 0, "spread": 0}
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
@@ -134,7 +135,7 @@ class MapLayer(flows.ForEachKind):
                 part.copy_(values)
         rows, unseen = self.fit_whitening(latents, scales, copies)
         self.fit_scale(unseen)
-        return self.statistics(unseen, self.fit_nearest(shown, rows, copies))
+        return self.statistics(unseen, *self.fit_nearest(shown, rows, copies))
 
     def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Fit the whitening to the latents of training images.
@@ -171,6 +172,8 @@ class MapLayer(flows.ForEachKind):
         self.layout.forget()
         if self.nearest is not None:
             self.nearest.forget()
+        if self.rare is not None:
+            self.rare.forget()
         self.location, self.spread = self.location.new_zeros(()), self.spread.new_ones(())
 
     def whiten(self, latents: Tensor, kind: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -196,34 +199,42 @@ class MapLayer(flows.ForEachKind):
         """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, a constant of each kind."""
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
-    def fit_nearest(self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1) -> Tensor | None:
-        """Fill the memory bank; arguments and return value as for :meth:`NearestPatches.fit`.
+    def fit_nearest(
+        self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Fill the memory bank, and find what is usual.
 
         Args:
             shown: Reduced maps of training images, in any precision, of the finer shown layers and of this one.
-            scored: Rows whose distances are returned.
+            scored: Rows for which :meth:`distances` are returned, from fits to other images.
             copies: Consecutive rows of each image.
-
-        Returns:
-            Distances, or ``None`` if there is no bank.
         """
         if self.nearest is None:
-            return None
+            return None, None
         own = compared = shown[-1]
         if len(shown) > 1:
             chunks = zip(*(maps.split(_CHUNK) for maps in shown), strict=True)
             parts = [self._compared([maps.to(self.location) for maps in some]).to(own) for some in chunks]
             compared = torch.cat(parts)
-        return self.nearest.fit(compared, scored, copies)
+        distances = self.nearest.fit(compared, scored, copies)
+        return distances, None if self.rare is None else self.rare.fit(compared[scored], distances)
 
-    def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> Tensor | None:
-        """Distances of positions to the nearest in the memory bank, ``(N, h, w)``; ``None`` if there is no bank.
+    def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Return how far positions are from normal ones.
 
         Args:
             shown: Reduced maps of the finer shown layers and of this one, ``(N, D, h, w)`` each.
             kind: The index of each image's kind, ``(N,)``, if there are several.
+
+        Returns:
+            The distance to the nearest one in the memory bank, ``(N, h, w)``, ``None`` if there is no bank; and by how
+            much a position is rarer than usual at its place, ``(N, h, w)``, ``None`` except in the finest layer.
         """
-        return None if self.nearest is None else self.nearest(self._compared(shown), kind)
+        if self.nearest is None:
+            return None, None
+        compared = self._compared(shown)
+        distances = self.nearest(compared, kind)
+        return distances, None if self.rare is None else self.rare(compared, distances, kind)
 
     def _compared(self, shown: Sequence[Tensor]) -> Tensor:
         """Return the vectors by which positions are compared, ``(N, sum of D, h, w)``; finer maps are averaged."""
@@ -251,15 +262,20 @@ class MapLayer(flows.ForEachKind):
             shown.append(self.nearest.standardise(distances, kind))
         return shown
 
-    def statistics(self, maps: Tensor, distances: Tensor | None) -> list[Tensor]:
+    def statistics(self, maps: Tensor, distances: Tensor | None, rarity: Tensor | None) -> list[Tensor]:
         """Return the layer's evidence about images: one to three statistics, ``(N,)`` each.
 
         Args:
             maps: Anomaly maps, ``(N, h, w)``.
-            distances: What :meth:`distances` returns.
+            distances: The first of what :meth:`distances` returns.
+            rarity: The second one.
         """
         positions = maps.flatten(1)
-        statistics = [positions.topk(self.most, dim=1).values.mean(1)] if self.top else []
+        statistics = []
+        if rarity is not None:
+            statistics.append(rarity.flatten(1).amax(1))
+        elif self.top:
+            statistics.append(positions.topk(self.most, dim=1).values.mean(1))
         if distances is not None:
             statistics.append(distances.flatten(1).amax(1))
         return [*statistics, positions.mean(1)] if self.whole else statistics
@@ -272,14 +288,15 @@ class MapLayer(flows.ForEachKind):
         (docs/tried.md).
         """
         bank = self.nearest is not None
-        top_weight = self._top_weight * min(1.0, images / self.dims) if bank else self._top_weight
-        return [top_weight] * self.top + [1.0] * bank + [1.0] * self.whole
+        top_weight = min(1.0, images / self.dims) if bank else 1.0
+        return [_RARE_WEIGHT if self.rare else top_weight] * self.top + [1.0] * bank + [1.0] * self.whole
 
     @property
     def statistic_names(self) -> list[str]:
         """The names of :meth:`statistics`."""
+        first = "its patch that is rarest for its place" if self.rare else "its most anomalous positions"
         return [
-            *([f"{self.name}: its most anomalous positions"] * self.top),
+            *([f"{self.name}: {first}"] * self.top),
             *([f"{self.name}: its patch that is least like any normal one"] * (self.nearest is not None)),
             *([f"{self.name}: its whole map"] * self.whole),
         ]

@@ -19,7 +19,7 @@ _CANDIDATES = 100_000
 _PART = 512
 """Positions of the bank that are compared at a time: the results for one image fit into a processor's cache, and an
 exported graph has few parts."""
-_ALIKE = 1e-5
+ALIKE = 1e-5
 """Least squared distance, as a share of a position's squared length. Otherwise the distance of a position in the bank
 would be the square root of a rounding error, thousands of times as large as the error."""
 _DISTANCES = 2**20
@@ -116,7 +116,7 @@ class NearestPatches(flows.ForEachKind):
         parts = zip(bank.split(_PART, dim=-2), half_squares.split(_PART, dim=-1), strict=True)
         similarity = reduce(torch.maximum, (NearestPatches._similarity(maps, *part) for part in parts))
         square = maps.square().sum(1)
-        return torch.maximum(square - 2 * similarity, _ALIKE * square).sqrt()
+        return torch.maximum(square - 2 * similarity, ALIKE * square).sqrt()
 
     @staticmethod
     def _similarity(maps: Tensor, bank: Tensor, half_squares: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class FeatureMapFlowModel(MapExtraction):
     is the anomaly map of a layer. It sums to −log p, up to a constant and the Gaussian of the other directions. The
     anomaly map of an image combines those of ``map_layers``. Its score is a weighted mean of several kinds of evidence
     (:class:`~anomalib_flowood.scores.Evidence`): for each of ``map_layers``, the mean over the most anomalous
-    positions, which detects small defects, and the largest distance of a position from its nearest normal one
+    positions, which detects small defects (in the finest layer the patch that is rarest for its place,
+    :class:`RarePatches`), and the largest distance of a position from its nearest normal one
     (:class:`NearestPatches`); for each of ``score_layers``, the mean over the map, which detects what is wrong with
     whole images; and −log p of the mean features of all layers under a shrunk Gaussian, which depends on what an image
     shows, but not on where. Each is standardised by held-out training images: fits to some images score the others.
@@ -266,7 +267,7 @@ class FeatureMapFlowModel(MapExtraction):
             latents, scales = coupled(flow, reduced)
             maps = layer.anomaly_map(latents, scales, kind)
             found.append((layer, reduced, layer.whitened(latents, kind), maps))
-            statistics += layer.statistics(maps, layer.distances(shown, kind))
+            statistics += layer.statistics(maps, *layer.distances(shown, kind))
         statistics.append(self.means(inputs[-1], kind))
         *parts, of_means = self.evidence.parts(torch.stack(statistics, dim=1), kind).unbind(1)
         of_layers = iter(parts)
@@ -382,8 +383,9 @@ class FeatureMapFlowModel(MapExtraction):
         for layer, flow, latents, compared in zip(
             layers, self.flow.flows, reduced, shown_before(layers, reduced), strict=True
         ):
-            maps, distances = layer.anomaly_map(*coupled(flow, latents), kind), layer.distances(compared, kind)
-            statistics += layer.statistics(maps, distances)
+            maps = layer.anomaly_map(*coupled(flow, latents), kind)
+            distances, rarity = layer.distances(compared, kind)
+            statistics += layer.statistics(maps, distances, rarity)
             shown += layer.shown(maps, distances, kind)
         statistics.append(self.means(means, kind))
         score = self.evidence(torch.stack(statistics, dim=1), kind)
