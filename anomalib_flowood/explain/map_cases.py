@@ -78,12 +78,12 @@ def map_cases(detector: FlowModule, scored: list[Scored], normal: ImageSet, fold
         numbers |= {"position": [place.row, place.column], "directions": shares, **distances}
         cases.append(Case(one.title, [*tiles, *patches], _HEADING, bars(parts), directions, numbers))
     caption = (
-        "What the score is made of: what each layer's most anomalous positions, its patch that is least like any "
-        "normal one and its whole map add to it, where they are evidence, and what the image shows wherever it is, by "
-        "the mean features of all layers; 0 is the mean of normal images. All maps of "
-        "a layer have one colour scale, clear where nine tenths of the inside ones' positions are. The frame is the "
-        "most anomalous position, with its neighbours, of the layer that finds "
-        f"it so; beside it that patch of {len(normal.images)} {normal.name} images which is most like it there. "
+        "What the score is made of: what each layer's most anomalous positions, its patch that is rarest for its "
+        "place, in normal images and in its own, its patch that is least like any normal one and its whole map add to "
+        "it, where they are evidence, and what the image shows wherever it is, by the mean features of all layers; 0 "
+        "is the mean of normal images. All maps of a layer have one colour scale, clear where nine tenths of the "
+        "inside ones' positions are. The frame is the most anomalous position, with its neighbours, of the layer that "
+        f"finds it so; beside it that patch of {len(normal.images)} {normal.name} images which is most like it there. "
         "Directions: those of the layer's descriptors in which the position is most unlike normal images, with their "
         "share of its anomaly, where it is along them and where nine tenths of the inside images are, and patches of "
         f"{normal.name} images at this position that are lowest and highest along them."

@@ -204,6 +204,8 @@ def map_state(model: FeatureMapFlowModel) -> dict[str, Tensor]:
         state |= {f"layout_{name}_{number}": value for name, value in layer.layout.state_dict().items()}
         if layer.nearest is not None:
             state |= {f"nearest_{name}_{number}": value for name, value in layer.nearest.state_dict().items()}
+        if layer.rare is not None:
+            state[f"rare_usual_{number}"] = layer.rare.usual
     return state
 
 

@@ -71,7 +71,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         score_fraction: The share of a map's positions that count as its most anomalous ones.
         bank_size: Normal positions of the finest of ``map_layers`` that are kept in a memory bank; a coarser one keeps
             more, in inverse proportion to its size. The largest distance of an image's positions from their nearest
-            ones in the bank is evidence. 0 for no bank.
+            ones in the bank is evidence. In the finest layer, the patch that is rarest for its place is evidence in
+            place of the most anomalous positions. 0 for no bank.
         kind_images: The fewest training images of a *kind* of normal image, such as one of several products: kinds are
             groups of images that have nothing in common for the backbone, and each has its own whitening. They are
             found without labels, and a fit says how many there are. 0 for one kind. Not with tiles.
