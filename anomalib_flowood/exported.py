@@ -94,7 +94,7 @@ def _are_scores(given: Any) -> bool:
 
 
 def _is_size(given: Any) -> bool:
-    return given is None or (isinstance(given, list) and len(given) == 2 and all(map(_is_count, given)))
+    return given is None or (isinstance(given, list) and len(given) in {1, 2} and all(map(_is_count, given)))
 
 
 def _is_count(given: Any) -> bool:

@@ -103,3 +103,12 @@ def resize_of(detector: nn.Module) -> Resize | None:
     transform = getattr(getattr(detector, "pre_processor", None), "transform", None)
     resizes = extract_transforms_by_type(transform, Resize) if transform is not None else []
     return resizes[0] if resizes else None
+
+
+def size_read(detector: nn.Module) -> tuple[int, ...] | None:
+    """Height and width that a detector's images are resized to first, or the shorter side alone, if they are at all.
+
+    It differs from what the model sees where the pre-processing crops or pads after that.
+    """
+    size = getattr(resize_of(detector), "size", None)
+    return None if size is None else tuple(size)

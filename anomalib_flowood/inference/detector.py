@@ -56,7 +56,8 @@ class Detector:
 
     Args:
         runtime: Computes the outputs.
-        size: Height and width that images are resized to first; ``None`` leaves them as they are.
+        size: Height and width that images are resized to first, or the shorter side alone, which keeps the aspect;
+            ``None`` leaves them as they are.
         calibration: Raw scores of normal images, ``(n,)``; empty without a calibration.
         level: The largest p-value that is labelled anomalous.
         max_value: The value of white in 16-bit files in training.
@@ -68,7 +69,7 @@ class Detector:
     def __init__(
         self,
         runtime: Runtime,
-        size: tuple[int, int] | None,
+        size: tuple[int, ...] | None,
         calibration: Sequence[float] = (),
         level: float | None = None,
         max_value: int | None = None,
@@ -150,7 +151,9 @@ class Detector:
             tiles it may be uint8, which takes a quarter of the memory.
         """
         _, _, height, width = self.runtime.shape
-        size = (height or self.size[0], width or self.size[1]) if self.size else None
+        size = self.size
+        if size and (height or width):  # a graph of a fixed size
+            size = (height or size[0], width or size[-1])
 
         def read(image: SingleImage) -> ReadImage:
             path, pixels = of_single(image, self.max_value)

@@ -29,6 +29,7 @@ from anomalib_flowood.data.datamodules.normal_class import NORMAL_NAMES
 from anomalib_flowood.data.datamodules.splits import needed_for, train_and_val
 from anomalib_flowood.data.decoding import plain_max_value
 from anomalib_flowood.data.listing import image_files
+from anomalib_flowood.data.path_dataset import size_read
 from anomalib_flowood.files import at_home
 from anomalib_flowood.inference.images import CHANNELS, PATHS, each_image, resized, single_images
 from anomalib_flowood.inference.loading import of_module
@@ -230,7 +231,7 @@ def _check_normal_alone(folder: Path) -> None:
 class _Normal(Dataset):
     """Normal images, which are read when they are asked for, as :class:`Detector` reads them."""
 
-    def __init__(self, images: Sequence[Any], size: tuple[int, int] | None, max_value: int | None) -> None:
+    def __init__(self, images: Sequence[Any], size: tuple[int, ...] | None, max_value: int | None) -> None:
         self.images, self.size, self.max_value = images, size, max_value
 
     def __len__(self) -> int:
@@ -264,6 +265,5 @@ class _Divided(LightningDataModule):
 
 
 def _loader(module: Any, images: Sequence[Any], max_value: int | None) -> DataLoader:
-    size = module.input_size
-    data = _Normal(images, tuple(size) if size else None, max_value)
+    data = _Normal(images, size_read(module), max_value)
     return DataLoader(data, batch_size=module.images_at_once, collate_fn=ImageBatch.collate)

@@ -177,21 +177,24 @@ def _scaled(image: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def resized(image: np.ndarray, size: tuple[int, int] | None, *, keep_bytes: bool = False) -> np.ndarray:
+def resized(image: np.ndarray, size: tuple[int, ...] | None, *, keep_bytes: bool = False) -> np.ndarray:
     """Resize an image as training did, and repeat a single channel three times.
 
     Args:
         image: What :func:`each_image` yields.
-        size: Height and width; ``None`` for those that it has.
+        size: Height and width, or the shorter side alone, which keeps the aspect; ``None`` for those that it has.
         keep_bytes: Leave one of bytes so that is not resized.
 
     Returns:
         The image, ``(3, H, W)``: float32 in [0, 1], or uint8.
     """
+    if size is not None and len(size) == 1:
+        height, width = image.shape[1:]  # as torchvision rounds
+        size = (size[0], int(size[0] * width / height)) if height <= width else (int(size[0] * height / width), size[0])
     if size is not None and image.shape[1:] != size:
         pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         if image.dtype == np.uint8:
-            image = resize_bytes(pixels[None], size)[0].numpy()
+            image = resize_bytes(pixels[None], (size[0], size[1]))[0].numpy()
         else:
             image = functional.resize(pixels, list(size), antialias=True).numpy()
     image = np.ascontiguousarray(image if keep_bytes else _scaled(image))

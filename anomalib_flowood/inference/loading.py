@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from anomalib_flowood.data.path_dataset import size_read
 from anomalib_flowood.exported import description_path, digest_of, read_description
 from anomalib_flowood.files import at_home, files_below
 from anomalib_flowood.inference.detector import Detector
@@ -95,10 +96,9 @@ def of_module(module: Any, again: Any = None) -> Detector:
     module = module.eval()
     post_processor = module.post_processor
     calibrated = isinstance(post_processor, ConformalPostProcessor) and post_processor.calibrated
-    size: Any = module.input_size
     return Detector(
         module_runtime(module),
-        tuple(size) if size else None,
+        size_read(module),
         post_processor.kept.tolist() if calibrated else (),
         post_processor.level if calibrated else None,
         getattr(module, "max_value", None),

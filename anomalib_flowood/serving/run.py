@@ -50,7 +50,7 @@ def serve(
             raise ValueError(msg) from error
         detector = load(model, device)
         if detector.size is not None:  # the first image prepares a graph, and shows what is missing
-            detector.score(np.full((*detector.size, 3), 128, np.uint8))
+            detector.score(np.full((detector.size[0], detector.size[-1], 3), 128, np.uint8))
         app = create_app(detector, limits, drift_images)
         # h11, whose heads of requests are bounded, also where httptools is installed.
         config = uvicorn.Config(

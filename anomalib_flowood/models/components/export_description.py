@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.deploy.export import ExportType
 
+from anomalib_flowood.data.path_dataset import size_read
 from anomalib_flowood.exported import FORMAT, description_path, digest_of
 from anomalib_flowood.files import write_text
 
@@ -110,7 +111,7 @@ def _settings(detector: CheckedWeights) -> dict[str, Any]:
     return {
         "class": f"anomalib_flowood.{type(detector).__name__}",
         "arguments": _plain(settings_of(detector.hparams)),
-        "image_size": _plain(detector.input_size),
+        "image_size": _plain(size_read(detector)),
         "pre_processing": _plain(pre_processing.get("transform")),
         "score": detector.model.scorer.name,
     }

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from anomalib_flowood.checks import check_batch
 from anomalib_flowood.data.items import in_unit_range
+from anomalib_flowood.data.path_dataset import size_read
 from anomalib_flowood.trainers import training_loaders, validation_loaders
 
 from .flow_model import FlowModel
@@ -33,7 +34,7 @@ class KeepsImages(Mixin):
 
     model: FlowModel
     check_images: Tensor | None = None
-    """Normal images at the detector's input size, ``(n, 3, H, W)``, uint8; ``None`` if they are too large to keep."""
+    """Normal images at the size that exports are given them at, ``(n, 3, H, W)``, uint8; ``None`` if they are too large to keep."""
 
     def on_fit_start(self) -> None:
         """Keep a few normal images for checks of later exports."""
@@ -43,7 +44,8 @@ class KeepsImages(Mixin):
         count = min(_CHECK_IMAGES, _CHECK_PIXELS // (height * width))
         images = list(_normal_images(_image_loader(trainer), count))
         if images:
-            size = list(self.input_size or images[0].shape[-2:])
+            read = size_read(self) or ()
+            size = list(read if len(read) == 2 else images[0].shape[-2:])
             resized = [functional.resize(image, size, antialias=True) for image in images]
             self.check_images = (torch.stack(resized).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
