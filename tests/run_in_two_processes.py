@@ -49,7 +49,7 @@ def run(folder: Path, name: str, detector, devices: int, *, fit: bool) -> dict:
     predicted = engine.predict(detector, datamodule=module)
     out = folder / f"{name}-{devices}"
     keep_predictions(predicted, out, detector.post_processor)
-    maps = {path: values for path, (values, _) in recorder.shown_maps.items()}
+    maps = {path: kept.map for path, kept in recorder.shown_maps.items()}
     return {"metrics": metrics, "scores": recorder.scores, "maps": maps, "state": dict(detector.state_dict())}
 
 

@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_flowood import processes
+from anomalib_flowood.data.seen import as_seen, moves_places, transform_of
 from anomalib_flowood.metrics import DETECTION_METRICS, per_set
 from anomalib_flowood.report.decisions import decision_of, without_expectation
-from anomalib_flowood.report.maps import MapKeeper, shown_images
+from anomalib_flowood.report.maps import Kept, MapKeeper, shown_images
 
 
 class ScoreRecorder(Callback):
@@ -32,7 +32,7 @@ class ScoreRecorder(Callback):
         self.seconds = 0.0
         self.sourced = False
         """Whether the data say which set each image belongs to; else its folder is taken for its source."""
-        self.shown_maps: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self.shown_maps: dict[str, Kept] = {}
         """Anomaly map and mask, made small, of each image that a report shows and that has them, by its path."""
         self.decision: dict[str, float] = {}
         """What the detector labels images by, see :func:`decision_of`."""
@@ -75,7 +75,11 @@ class ScoreRecorder(Callback):
         columns = {"image_path": paths, "source": list(sources), "label": labels.numpy(), "score": raw.numpy()}
         own = processes.own_rows(trainer, batch_idx, len(raw), dataloader_idx)
         self._parts.append(pd.DataFrame(columns)[:own])
-        self._keeper.add(paths, anomaly_map, getattr(batch, "gt_mask", None))
+        loaders = getattr(trainer, "test_dataloaders", None)
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+        moved = moves_places(pl_module, getattr(loader, "dataset", None))
+        seen = as_seen(batch.image, transform_of(pl_module)) if moved else None
+        self._keeper.add(paths, anomaly_map, getattr(batch, "gt_mask", None), seen)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock before any metric is computed; bits per dimension, which no score needs, do not count.

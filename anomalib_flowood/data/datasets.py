@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from anomalib import TaskType
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from torch.utils.data import get_worker_info
-from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.transforms.v2 import Resize, Transform
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_flowood.checks import SINGLE_IMAGES
@@ -24,6 +24,7 @@ from anomalib_flowood.data.images import Images
 from anomalib_flowood.data.items import SourcedImageBatch, SourcedImageItem, of_one_type
 from anomalib_flowood.data.masks import union_of
 from anomalib_flowood.data.resizing import is_antialiased, resize_bytes
+from anomalib_flowood.data.seen import steps_of
 
 _CHUNK = 2**22
 """The most numbers that are resized at once, 16 MiB of them."""
@@ -237,7 +238,7 @@ class SourcedDataset(AnomalibDataset):
         self, images: Images, rows: np.ndarray, mask_paths: list[str] | None
     ) -> tuple[torch.Tensor | list[torch.Tensor], list[torch.Tensor]]:
         """Read and augment: ``(M, 3, H, W)``, or M images of shape ``(3, H, W)`` where sizes differ; and M masks."""
-        steps = list(_flatten(self.augmentations))
+        steps = list(steps_of(self.augmentations))
         resizes: list[Resize] = []
         while steps and type(steps[-1]) is Resize:
             resizes.insert(0, cast("Resize", steps.pop()))
@@ -324,15 +325,6 @@ def _joined_items(data: list[SourcedImageItem]) -> SourcedImageBatch:
     # anomalib would stretch smaller images to the largest without a word.
     _check_sizes([item.image for item in data], [str(item.image_path) for item in data])
     return cast("SourcedImageBatch", SourcedImageBatch.collate(list(data)))
-
-
-def _flatten(transform: Transform | None) -> Iterator[Transform]:
-    """The single steps of nested compositions."""
-    if isinstance(transform, Compose):
-        for step in transform.transforms:
-            yield from _flatten(step)
-    elif transform is not None:
-        yield transform
 
 
 def _scale(image: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from anomalib_flowood.data.decoding import plain_max_value, read_picture
 from anomalib_flowood.data.items import SourcedImageItem, SourcedNumpyImageItem
+from anomalib_flowood.data.seen import as_seen, moves_places, transform_of
 from anomalib_flowood.files import whole_file
 
 _MOST_DRAWN = 2048
@@ -108,15 +109,21 @@ def save_pictures(
     dataloader_idx: int = 0,
 ) -> None:
     """Draw and save the images of a batch, in the folders that they are in, below the data set's own."""
-    del pl_module, outputs
+    del outputs
     loaders = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
-    common = _common_folder(getattr(loader, "dataset", None))
+    dataset = getattr(loader, "dataset", None)
+    common, moved = _common_folder(dataset), moves_places(pl_module, dataset)
     # Not kept in `output_dir`, as anomalib does: the next run may write elsewhere.
     output = Path(trainer.default_root_dir) / "images" if self.output_dir is None else Path(self.output_dir)
     for number, item in enumerate(batch):
+        drawn = item
+        if moved:  # over the file the map would be at another place
+            drawn = item.update(
+                in_place=False, image_path=None, image=as_seen(item.image, transform_of(pl_module)).cpu()
+            )
         picture: Any = visualizer.visualize_image_item(
-            item,
+            drawn,
             fields=self.fields,
             overlay_fields=self.overlay_fields,
             field_size=self.field_size,

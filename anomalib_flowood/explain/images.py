@@ -13,11 +13,11 @@ import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from anomalib_flowood.data.datamodules import SourcedDataModule
 from anomalib_flowood.data.path_dataset import takes_bytes
 from anomalib_flowood.data.prediction import read_as_trained
+from anomalib_flowood.data.seen import as_seen
 
 _INSIDE = "inside"
 _OUTSIDE = "outside"
@@ -164,6 +164,5 @@ def _image_set(detector: AnomalibModule, name: str, outside: bool, images: Seque
     if len({image.shape for image in inputs}) > 1:
         msg = f"The images of {name!r} differ in size, and the detector's pre-processor does not resize them."
         raise ValueError(msg)
-    height, width = inputs[0].shape[-2:]
-    shown = [resize(image, [height, width], antialias=True).clamp(0, 1) for image in plain]
-    return ImageSet(name, outside, torch.stack(shown), torch.stack(inputs))
+    seen = torch.stack(inputs)
+    return ImageSet(name, outside, as_seen(seen, transform), seen)

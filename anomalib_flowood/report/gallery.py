@@ -65,7 +65,7 @@ class Gallery:
     """All images of one data set.
 
     Attributes:
-        pictures: Each image once, by its path.
+        pictures: Each image once, by its path; as a detector sees it, by the detector's name and the path.
         strips: For each detector rows of images by what they are.
         missing: Why some are not there; empty if all are.
     """
@@ -111,16 +111,19 @@ def make_gallery(
         return Gallery()
     everything = pd.concat([scores["image_path"] for scores in jobs.values()]).unique()
     found, missing = find_thumbnails([*paths, *everything] if len(everything) <= _ALL else paths, open_data)
+    seen = {(name, path): image for name, own in maps.items() if name in jobs for path, image in own.seen.items()}
+    every = {**found, **{f"{detector}: {path}": image for (detector, path), image in seen.items()}}
     pictures = {
-        path: Picture(f"{prefix}{number}", *image, pixelated=max(image.width, image.height) <= _PIXELATED)
-        for number, (path, image) in enumerate(found.items(), start=1)
+        key: Picture(f"{prefix}{number}", *image, pixelated=max(image.width, image.height) <= _PIXELATED)
+        for number, (key, image) in enumerate(every.items(), start=1)
     }
     strips = {}
     for detector, parts in chosen.items():
         scores, own = jobs[detector], maps.get(detector, JobMaps({}, {}))
         ends = own.ends(scores.loc[scores["label"] == 0, "image_path"])
         threshold = thresholds.get(detector)
-        strips[detector] = {title: _tiles(rows, pictures, own, ends, threshold) for title, rows in parts.items()}
+        shown = {**pictures, **{path: pictures[f"{detector}: {path}"] for path in own.seen}}
+        strips[detector] = {title: _tiles(rows, shown, own, ends, threshold) for title, rows in parts.items()}
     return Gallery(pictures, strips, missing)
 
 

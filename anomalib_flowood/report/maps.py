@@ -10,9 +10,9 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import contourpy
 import matplotlib as mpl
@@ -28,6 +28,7 @@ from anomalib_flowood.look import shorten
 from anomalib_flowood.metrics import MOST_SETS
 
 from .run import JOB_COLUMNS
+from .thumbnails import Thumbnail, thumbnail
 
 MAPS = "maps"
 """The folder in that of a run which holds a file for each job with maps."""
@@ -70,19 +71,34 @@ def shown_images(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {title: rows for title, rows in chosen.items() if not rows.empty}
 
 
+class Kept(NamedTuple):
+    """What is kept of an image.
+
+    Attributes:
+        map: Its anomaly map, ``(h, w)``.
+        mask: Its ground truth, ``(h, w)``, 255 where it is anomalous; ``None`` without one.
+        seen: The image as the detector sees it, where the map does not cover the file.
+    """
+
+    map: np.ndarray
+    mask: np.ndarray | None
+    seen: Thumbnail | None = None
+
+
 class MapKeeper:
     """Small copies of the anomaly maps and masks of a test, in main memory."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._kept: dict[str, Kept] = {}
 
-    def add(self, paths: Sequence[str], maps: Tensor | None, masks: Tensor | None) -> None:
+    def add(self, paths: Sequence[str], maps: Tensor | None, masks: Tensor | None, seen: Tensor | None = None) -> None:
         """Keep those of a batch.
 
         Args:
             paths: Of the images, by which they are found again; an empty one has no map.
             maps: Raw anomaly maps, ``(N, 1, H, W)`` or ``(N, H, W)``.
             masks: Ground truth, likewise; what is not 0 is anomalous.
+            seen: The images as the detector sees them, ``(N, C, H, W)`` in [0, 1], if its maps do not cover the files.
         """
         if maps is None or len(self._kept) >= _MOST:
             return
@@ -91,10 +107,11 @@ class MapKeeper:
         for place, path in enumerate(paths):
             if path:
                 mask = None if truth is None or not truth[place].any() else truth[place]
-                self._kept[path] = small[place], mask
+                picture = None if seen is None else thumbnail(seen[place].float().cpu(), _MASK_SIDE)
+                self._kept[path] = Kept(small[place], mask, picture)
 
-    def of(self, paths: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-        """Return the map and the mask of each of some images that have them."""
+    def of(self, paths: Iterable[str]) -> dict[str, Kept]:
+        """Return what is kept of each of some images that have maps."""
         return {path: self._kept[path] for path in paths if path in self._kept}
 
 
@@ -109,14 +126,16 @@ def _shrunk(maps: Tensor, side: int) -> Tensor:
     return maps[:, 0].cpu()
 
 
-def write_maps(folder: Path, row: Mapping[str, Any], maps: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> None:
+def write_maps(folder: Path, row: Mapping[str, Any], maps: Mapping[str, Kept]) -> None:
     """Write the maps and masks of a job, by the path of the image, into a run's folder, if there are any."""
     if not maps:
         return
     job = json.dumps([row[name] for name in JOB_COLUMNS], default=str)
     arrays: dict[str, Any] = {"job": np.array(job), "image_path": np.array(list(maps))}
-    for number, (values, mask) in enumerate(maps.values()):
+    for number, (values, mask, seen) in enumerate(maps.values()):
         arrays[f"map_{number}"] = values
+        if seen is not None:
+            arrays[f"seen_{number}"] = np.array([seen.uri, str(seen.width), str(seen.height)])
         if mask is not None:
             arrays[f"mask_{number}"] = mask
     (folder / MAPS).mkdir(exist_ok=True)
@@ -131,10 +150,12 @@ class JobMaps:
     Attributes:
         maps: By the path of the image, ``(h, w)``.
         masks: Ground truth by the path of the image, ``(h, w)``, 255 where it is anomalous; of those that have one.
+        seen: The image by its path, of those whose map does not cover the file.
     """
 
     maps: dict[str, np.ndarray]
     masks: dict[str, np.ndarray]
+    seen: dict[str, Thumbnail] = field(default_factory=dict)
 
     def ends(self, inside: Iterable[str]) -> tuple[float, float]:
         """The values at which colours begin and end, the same for all images of the job.
@@ -164,13 +185,19 @@ def read_maps(folder: Path) -> dict[tuple[str, str, str], JobMaps]:
                 names = [str(name) for name in file["image_path"]]
                 maps = {name: file[f"map_{number}"] for number, name in enumerate(names)}
                 masks = {name: file[f"mask_{n}"] for n, name in enumerate(names) if f"mask_{n}" in file}
+                seen = {name: _picture(file[f"seen_{n}"]) for n, name in enumerate(names) if f"seen_{n}" in file}
                 detector, data, seed = json.loads(str(file["job"]))
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             reason = shorten(error, 80)
             msg = f"{path} holds no anomaly maps of a test: {reason}. Without it the page has none of this job."
             raise ValueError(msg) from error
-        found[str(detector), str(data), str(seed)] = JobMaps(maps, masks)
+        found[str(detector), str(data), str(seed)] = JobMaps(maps, masks, seen)
     return found
+
+
+def _picture(parts: np.ndarray) -> Thumbnail:
+    uri, width, height = parts.tolist()
+    return Thumbnail(uri, int(width), int(height))
 
 
 def map_uri(values: np.ndarray, ends: tuple[float, float]) -> str:

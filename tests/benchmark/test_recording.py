@@ -45,7 +45,7 @@ def test_maps_and_masks_are_kept_of_the_images_that_a_report_shows() -> None:
     assert recorder.decision == {"threshold": 9.0, "alpha": 0.05}
     shown = {9, 8, 7, 6, 5, 4, 3, 2} | set(range(10, 18))
     assert set(recorder.shown_maps) == {f"{number}.png" for number in shown}
-    for path, (values, mask) in recorder.shown_maps.items():
+    for path, (values, mask, _) in recorder.shown_maps.items():
         number = int(path.partition(".")[0])
         assert (values == number).all()
         assert (mask is None) == (number < 10)

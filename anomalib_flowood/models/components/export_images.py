@@ -34,7 +34,7 @@ class KeepsImages(Mixin):
 
     model: FlowModel
     check_images: Tensor | None = None
-    """Normal images at the size that exports are given them at, ``(n, 3, H, W)``, uint8; ``None`` if they are too large to keep."""
+    """Normal images as an export is given them, ``(n, 3, H, W)``, uint8; ``None`` if they are too large to keep."""
 
     def on_fit_start(self) -> None:
         """Keep a few normal images for checks of later exports."""
