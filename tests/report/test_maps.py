@@ -16,7 +16,7 @@ from test_decisions import images
 
 from anomalib_flowood.benchmark import Results
 from anomalib_flowood.report import gallery
-from anomalib_flowood.report.maps import MapKeeper, map_uri, outline, read_maps, shown_images
+from anomalib_flowood.report.maps import Kept, MapKeeper, map_uri, outline, read_maps, shown_images
 
 
 def scored() -> pd.DataFrame:
@@ -102,7 +102,7 @@ def test_the_page_lays_maps_and_outlines_over_images(tmp_path: Path, monkeypatch
         Image.fromarray(rng.integers(0, 256, (40, 60, 3)).astype(np.uint8)).save(file)
         mask = np.zeros((40, 60), np.uint8)
         mask[10:20, 10:20] = 255
-        maps[str(file)] = rng.random((20, 30)).astype(np.float16), mask if scores["label"][place] else None
+        maps[str(file)] = Kept(rng.random((20, 30)).astype(np.float16), mask if scores["label"][place] else None)
     scores["image_path"] = [str(tmp_path / path) for path in scores["image_path"]]
     folder = tmp_path / "run"
     folder.mkdir()
