@@ -105,7 +105,7 @@ def test_copies_are_at_no_distance_of_rounding():
 def test_large_maps_are_compared_with_fewer_of_their_positions(size, step, compared):
     patches = RarePatches(size)
     assert patches.step == step
-    assert patches.near.shape == (size[0] * size[1], compared)
+    assert patches.near.shape == (compared, size[0] * size[1])
 
 
 def test_each_kind_has_its_usual():

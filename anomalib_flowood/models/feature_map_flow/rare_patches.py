@@ -42,7 +42,7 @@ class RarePatches(flows.ForEachKind):
     usual: Tensor
     """Mean of e(p) over normal images, ``(h, w)``; a buffer."""
     near: Tensor
-    """Whether positions q are too near to p, ``(h * w, Q)``; a buffer that is not saved."""
+    """Whether positions q are too near to p, ``(Q, h * w)``; a buffer that is not saved."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class RarePatches(flows.ForEachKind):
         while math.prod(-(-side // self.step) for side in size) > _MOST:
             self.step += 1
         places = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
-        apart = [(axis.flatten()[:, None] - axis[:: self.step, :: self.step].flatten()).abs() for axis in places]
+        apart = [(axis[:: self.step, :: self.step].flatten()[:, None] - axis.flatten()).abs() for axis in places]
         self.register_buffer("near", torch.maximum(*apart) <= _AROUND, persistent=False)
 
     def fit(self, maps: Tensor, distances: Tensor) -> Tensor:
@@ -97,6 +97,6 @@ class RarePatches(flows.ForEachKind):
         """Return the least ``|x(p) - x(q)|``, ``(N, h, w)``; infinite where all q are too near."""
         vectors, others = maps.flatten(2), maps[:, :, :: self.step, :: self.step].flatten(2)
         # |x - y|^2 = |x|^2 - 2 (x·y - |y|^2 / 2)
-        similarity = vectors.mT @ others - 0.5 * others.square().sum(1)[:, None]
-        square, nearest = vectors.square().sum(1), similarity.masked_fill(self.near, -torch.inf).amax(2)
+        similarity = torch.baddbmm(-0.5 * others.square().sum(1)[:, :, None], others.mT, vectors)
+        square, nearest = vectors.square().sum(1), similarity.masked_fill_(self.near, -torch.inf).amax(1)
         return torch.maximum(square - 2 * nearest, ALIKE * square).sqrt().unflatten(1, maps.shape[2:])
