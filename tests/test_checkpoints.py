@@ -164,9 +164,9 @@ def test_what_is_given_against_the_checkpoint_is_refused_by_name(args, message, 
 
 
 def test_another_level_is_applied(trained):
-    table = predictions(trained, "--model.post_processor.alpha", "0.3")
-    assert (table.pred_label == (table.p_value < 0.3)).all()
-    assert ((table.p_value < 0.3) != (table.p_value < 0.05)).any()
+    table = predictions(trained, "--model.post_processor.alpha", "0.6")
+    assert (table.pred_label == (table.p_value < 0.6)).all()
+    assert ((table.p_value < 0.6) != (table.p_value < 0.05)).any()
 
 
 def test_without_a_checkpoint_there_is_no_detector(trained, capsys):

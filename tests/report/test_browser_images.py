@@ -12,6 +12,7 @@ from PIL import Image
 from report_helpers import headings_at_the_foot, job, needs_browser, needs_pdftotext, report, show
 
 from anomalib_flowood.benchmark import Results
+from anomalib_flowood.report.maps import Kept
 
 pytestmark = needs_browser
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = root / f"{number}{NAMES[number % 5].replace('/', '-')}.png"
         Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(path)
         rows.append({"image_path": str(path), "source": source, "label": int(number % 3 > 0)})
-        maps[str(path)] = rng.random((8, 8)).astype(np.float16), mask if number % 3 else None
+        maps[str(path)] = Kept(rng.random((8, 8)).astype(np.float16), mask if number % 3 else None)
     samples = pd.DataFrame(rows)
     (root / "run").mkdir()
     results = Results(root / "run")
