@@ -124,7 +124,7 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
     size = batch_size_of(loader)
     sampler: Any = getattr(loader.batch_sampler, "sampler", None)
     shuffled = isinstance(sampler, RandomSampler) or getattr(sampler, "shuffle", False)
-    if isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+    if in_order(loader):
         rows = list(range(len(loader.dataset)))  # type: ignore[arg-type]
     else:
         batch_sampler: Any = loader.batch_sampler
@@ -141,6 +141,12 @@ def shares(loader: DataLoader, batches: int | None = None, single: bool = False)
     parts = [rows[start : start + size] for start in turns]
     own = same_images(loader, batch_sampler=[part or rows[:1] for part in parts])
     return own, [len(part) for part in parts]
+
+
+def in_order(loader: DataLoader) -> bool:
+    """Whether :func:`shares` reads the images of a loader in the order of its data set, each once."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler)
 
 
 def same_images(loader: DataLoader, **batches: Any) -> DataLoader:

@@ -111,19 +111,21 @@ class Kinds(nn.Module):
             For each kind, the indices of the images that a whitening is fitted to.
         """
         self.forget()
-        if not self.least:
-            return [flows.draw(images, _FITTED)]
-        looked_at = flows.draw(images, _LOOKED_AT)
-        found = torch.from_numpy(kinds_of(flows.take(points, looked_at), self.least))
-        fitted = []
-        for kind in range(int(found.max()) + 1):
-            own = looked_at[found == kind]
-            fitted.append(own[flows.draw(len(own), _FITTED)])
+        fitted = self.find(images, points)
         if len(fitted) > 1:
             self.points = flows.take(points, torch.cat(fitted)).to(self._like)
             sizes = torch.tensor([len(own) for own in fitted])
             self.of_points = torch.arange(len(fitted)).repeat_interleave(sizes).to(self._like.device)
         return fitted
+
+    def find(self, images: int, points: flows.Rows) -> list[Tensor]:
+        """Return the same as :meth:`fit`, and change nothing."""
+        if not self.least:
+            return [flows.draw(images, _FITTED)]
+        looked_at = flows.draw(images, _LOOKED_AT)
+        found = torch.from_numpy(kinds_of(flows.take(points, looked_at), self.least))
+        own = [looked_at[found == kind] for kind in range(int(found.max()) + 1)]
+        return [some[flows.draw(len(some), _FITTED)] for some in own]
 
     def forget(self) -> None:
         """Know only one kind."""

@@ -19,10 +19,12 @@ from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import Resize
 
+from anomalib_flowood import processes
 from anomalib_flowood.checks import check_sizes
-from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS
+from anomalib_flowood.flows import CONTEXTS, MASKS, SCALES, SUBNETS, draw
 from anomalib_flowood.metrics import AUPRO, AUROC, PerSetEvaluator
 from anomalib_flowood.models.components import (
     ExactPreProcessor,
@@ -31,14 +33,20 @@ from anomalib_flowood.models.components import (
     backbone_pre_processor,
     kinds,
 )
+from anomalib_flowood.models.components.damage import DamagedImages
 from anomalib_flowood.models.components.flow_module import image_metrics
+from anomalib_flowood.models.components.folds import SCORED
 from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
+from anomalib_flowood.trainers import training_loaders
 
 from .layer_flows import POSITION
 from .torch_model import FeatureMapFlowModel
 
 logger = logging.getLogger(__name__)
+
+_DAMAGED_OF_KIND = 20
+"""Images of each kind that are damaged if there are several; with one kind as many as are scored."""
 
 _FITTED_TILES = 1000
 """Tiles that a fit uses: as many as the most images to which the whitening is fitted."""
@@ -178,6 +186,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self.images_at_once = 1 if tile_size else FlowModule.images_at_once
         self._reference: tuple[Tensor, ...] = ()
         self._copies = 1
+        self._damaged: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._whitened: tuple[int, ...] | None = None
 
     @staticmethod
@@ -247,6 +256,29 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         self._reference, self._copies = features, copies
         self._whitened = None
 
+    def _train_on_stored(self) -> None:
+        """Also extract features of damaged copies of some training images, by which evidence is weighted.
+
+        Not with tiles, nor where the stored features are not those of each image, as if their number is limited.
+        """
+        loaders = training_loaders(self.trainer)
+        super()._train_on_stored()
+        loader = loaders[0]
+        images = len(self._reference[0]) // self._copies if self._reference else 0
+        if self.model.tiles is not None or images != len(loader.dataset) or not processes.in_order(loader):
+            return
+        found = self.model.kinds.find(images, self._reference[-1][:: self._copies])
+        each = max(_DAMAGED_OF_KIND, SCORED // len(found))
+        of = torch.cat([some[draw(len(some), each)] for some in found]).sort().values
+        copies = DataLoader(
+            DamagedImages(Subset(loader.dataset, of.tolist())),
+            batch_size=processes.batch_size_of(loader),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
+        extracted, *_ = self._extract_all(copies, 1.0, "damaged training")
+        self._damaged = of, self._prepare_all(self.prepare_training, extracted.features, self.cache_gib).features
+
     def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Prepare the features of training images, with the reduced maps in half precision."""
         maps = 2 * len(self.model.layers)
@@ -297,7 +329,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         """Fit the whitening if training ended during an epoch, or a callback has averaged weights."""
         super().on_train_end()
         self._fit_whitening(ends=True)
-        self._reference = ()  # releases the stored features
+        self._reference, self._damaged = (), None  # releases the stored features
 
     def _fit_whitening(self, *, ends: bool) -> None:
         """Fit the whitening if the weights are the last ones; without it, scores are meaningless."""
@@ -311,7 +343,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             self.model.eval()
             with Progress(transient=True, disable=not self._shows_progress) as progress:
                 show = partial(progress.update, progress.add_task("Fitting the whitening", total=None), refresh=True)
-                images = self.model.fit_whitening(self._reference, self._copies, show)
+                images = self.model.fit_whitening(self._reference, self._copies, show, self._damaged)
             self.model.train(training)
             kinds.report(images, "the whitening")
         self.model.fitted.fill_(self._whitened is not None)

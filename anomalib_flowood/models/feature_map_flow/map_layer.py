@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from anomalib_flowood import flows
 from anomalib_flowood.features import Descriptors
-from anomalib_flowood.models.components.folds import folds
 
 from .layer_flows import coupled
 from .nearest_patches import NearestPatches, standardised
 from .rare_patches import RarePatches
+from .training_rows import TrainingRows
 
 _CHUNK = 64
 """Images whose latents are computed and whitened at a time in a fit."""
@@ -115,17 +115,19 @@ class MapLayer(flows.ForEachKind):
         """Reduce maps as :meth:`forward` does, but without the rest of the log-density, which scores do not need."""
         return self.subspace.coordinates(self.descriptors.unscaled(maps), self.descriptors.scale)
 
-    def fit_behind(self, flow: SequenceINN, maps: Tensor, shown: Sequence[Tensor], copies: int = 1) -> list[Tensor]:
+    def fit_behind(
+        self, flow: SequenceINN, maps: Tensor, shown: Sequence[Tensor], training: TrainingRows
+    ) -> list[Tensor]:
         """Fit everything after the flow: whitening, memory bank, scales.
 
         Args:
             flow: The layer's flow.
             maps: Reduced maps of training images, ``(N, D, h, w)``, in any precision.
             shown: As for :meth:`fit_nearest`.
-            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
+            training: What the rows are.
 
         Returns:
-            The :meth:`statistics` of held-out images, ``(m,)`` each, from fits to the others.
+            The :meth:`statistics` of the :attr:`~TrainingRows.scored` rows, ``(m,)`` each, from fits to other images.
         """
         like = self.location
         latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
@@ -133,31 +135,30 @@ class MapLayer(flows.ForEachKind):
         for some, *filled in zip(*(part.split(_CHUNK) for part in (maps, latents, scales)), strict=True):
             for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
                 part.copy_(values)
-        rows, unseen = self.fit_whitening(latents, scales, copies)
-        self.fit_scale(unseen)
-        return self.statistics(unseen, *self.fit_nearest(shown, rows, copies))
+        unseen = self.fit_whitening(latents, scales, training)
+        self.fit_scale(unseen[training.scored < training.fitted])
+        return self.statistics(unseen, *self.fit_nearest(shown, training))
 
-    def fit_whitening(self, latents: Tensor, scales: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+    def fit_whitening(self, latents: Tensor, scales: Tensor, training: TrainingRows) -> Tensor:
         """Fit the whitening to the latents of training images.
 
         Args:
             latents: The flow's latents, ``(N, D, h, w)``.
             scales: Log-scales of the couplings at each position, ``(N, h, w)``.
-            copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
+            training: What the rows are.
 
         Returns:
-            The rows of held-out images, ``(m,)``, and their anomaly maps from fits to the others, ``(m, h, w)``, nats.
+            Anomaly maps of the :attr:`~TrainingRows.scored` rows, ``(m, h, w)``, from fits to other images, nats.
         """
-        moments = flows.PositionMoments(latents)
-        rows, unseen = [], []
-        for seen, held_out in folds(len(latents), copies):
+        moments = flows.PositionMoments(latents[: training.fitted])
+        unseen = []
+        for seen, held_out, scored in training.folds():
             self.positions.fit(moments.without(flows.PositionMoments(latents[held_out], moments.around)))
             self._fit_layout(latents, seen)
-            rows.append(held_out[::copies])
-            unseen.append(self.anomaly_map(latents[rows[-1]], scales[rows[-1]]))
+            unseen.append(self.anomaly_map(latents[scored], scales[scored]))
         self.positions.fit(moments)
-        self._fit_layout(latents, torch.arange(len(latents)))
-        return torch.cat(rows), torch.cat(unseen)
+        self._fit_layout(latents, torch.arange(training.fitted))
+        return torch.cat(unseen)
 
     def _fit_layout(self, latents: Tensor, index: Tensor) -> None:
         """Fit the whitening of whole maps to the rows at some indices, after that of positions."""
@@ -199,15 +200,15 @@ class MapLayer(flows.ForEachKind):
         """Whiten the flow's latents, ``(N, D, h, w)``, without the log-determinant, a constant of each kind."""
         return self.layout.whitened(self.positions.whitened(latents, kind), kind)
 
-    def fit_nearest(
-        self, shown: Sequence[Tensor], scored: Tensor, copies: int = 1
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def fit_nearest(self, shown: Sequence[Tensor], training: TrainingRows) -> tuple[Tensor | None, Tensor | None]:
         """Fill the memory bank, and find what is usual.
 
         Args:
             shown: Reduced maps of training images, in any precision, of the finer shown layers and of this one.
-            scored: Rows for which :meth:`distances` are returned, from fits to other images.
-            copies: Consecutive rows of each image.
+            training: What the rows are.
+
+        Returns:
+            The :meth:`distances` of the :attr:`~TrainingRows.scored` rows, from fits to other images.
         """
         if self.nearest is None:
             return None, None
@@ -216,8 +217,11 @@ class MapLayer(flows.ForEachKind):
             chunks = zip(*(maps.split(_CHUNK) for maps in shown), strict=True)
             parts = [self._compared([maps.to(self.location) for maps in some]).to(own) for some in chunks]
             compared = torch.cat(parts)
-        distances = self.nearest.fit(compared, scored, copies)
-        return distances, None if self.rare is None else self.rare.fit(compared[scored], distances)
+        scored = training.scored
+        distances = self.nearest.fit(compared, scored, training)
+        if self.rare is None:
+            return distances, None
+        return distances, self.rare.fit(compared[scored], distances, training.undamaged(scored))
 
     def distances(self, shown: Sequence[Tensor], kind: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Return how far positions are from normal ones.

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_flowood import flows
-from anomalib_flowood.models.components.folds import folds
+
+from .training_rows import TrainingRows
 
 
 class MeanFeatures(nn.Module):
@@ -27,21 +28,22 @@ class MeanFeatures(nn.Module):
         super().__init__()
         self.gaussian = flows.ShrunkGaussian(dims, 1)  # with 0 directions an unfitted graph would have an empty matrix
 
-    def fit(self, means: Tensor, copies: int = 1) -> Tensor:
+    def fit(self, means: Tensor, training: TrainingRows | None = None) -> Tensor:
         """Fit the Gaussian.
 
         Args:
             means: Mean features of training images, ``(N, P)``.
-            copies: Consecutive rows of each image.
+            training: What the rows are; by default an image each.
 
         Returns:
-            What :meth:`forward` returns for held-out images, ``(m,)``, from fits to the others.
+            What :meth:`forward` returns for the :attr:`~TrainingRows.scored` rows, ``(m,)``, from fits to other images.
         """
+        training = training or TrainingRows(len(means))
         unseen = []
-        for seen, held_out in folds(len(means), copies):
+        for seen, _, scored in training.folds():
             self._fit(means[seen])
-            unseen.append(self(means[held_out[::copies]].to(self.gaussian.mean)))
-        self._fit(means)
+            unseen.append(self(means[scored].to(self.gaussian.mean)))
+        self._fit(means[: training.fitted])
         return torch.cat(unseen)
 
     def _fit(self, means: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from anomalib_flowood import flows
 
 from .coreset import farthest_first
+from .training_rows import TrainingRows
 
 _CANDIDATES = 100_000
 """Most positions among which those of the memory bank are chosen: more take longer and gain little (docs/tried.md)."""
@@ -55,33 +56,35 @@ class NearestPatches(flows.ForEachKind):
         self.register_buffer("location", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
-    def fit(self, maps: Tensor, scored: Tensor, copies: int = 1) -> Tensor:
+    def fit(self, maps: Tensor, scored: Tensor, training: TrainingRows | None = None) -> Tensor:
         """Choose the positions of the bank, and set the scale of distances.
 
         Args:
             maps: Reduced maps of training images, ``(N, D, h, w)``.
-            scored: Indices of some of them, ``(m,)``.
-            copies: Consecutive rows of each image.
+            scored: Rows of some of them, ``(m,)``.
+            training: What the rows are; by default an image each.
 
         Returns:
             Distances of their positions to the nearest ones of other images in the bank, ``(m, h, w)``.
         """
+        training = training or TrainingRows(len(maps))
         _, _, height, width = maps.shape
-        candidates = flows.draw(len(maps) * height * width, _CANDIDATES).to(maps.device)
+        candidates = flows.draw(training.fitted * height * width, _CANDIDATES).to(maps.device)
         rows, places = candidates // (height * width), candidates % (height * width)
         points = maps[rows, :, places // width, places % width].to(self.bank)
         start = int(points.square().sum(1).argmax())
         chosen = torch.tensor(farthest_first(points, min(self.size, len(points)), start), device=points.device)
         self.bank = points[chosen]
-        images = rows.to(points.device) // copies
+        images = rows.to(points.device) // training.copies
         found = []
-        for row in scored.tolist():
-            others = self.bank[images[chosen] != row // copies]
+        for row, image in zip(scored.tolist(), training.image(scored).tolist(), strict=True):
+            others = self.bank[images[chosen] != image]
             if not len(others):  # the whole bank is from this image
-                others = points[images != row // copies]
+                others = points[images != image]
             found.append(self._distances(maps[row : row + 1].to(others), others))
         distances = torch.cat(found)
-        self.location, self.spread = distances.mean(), distances.std().clamp(min=1e-6)
+        normal = distances[scored < training.fitted]
+        self.location, self.spread = normal.mean(), normal.std().clamp(min=1e-6)
         return distances
 
     def forget(self) -> None:

@@ -55,19 +55,24 @@ class RarePatches(flows.ForEachKind):
         apart = [(axis[:: self.step, :: self.step].flatten()[:, None] - axis.flatten()).abs() for axis in places]
         self.register_buffer("near", torch.maximum(*apart) <= _AROUND, persistent=False)
 
-    def fit(self, maps: Tensor, distances: Tensor) -> Tensor:
+    def fit(self, maps: Tensor, distances: Tensor, undamaged: Tensor | None = None) -> Tensor:
         """Set what is usual.
 
         Args:
-            maps: Reduced maps of normal images, ``(m, D, h, w)``.
+            maps: Reduced maps of images, ``(m, D, h, w)``.
             distances: d, ``(m, h, w)``, to positions of other images.
+            undamaged: For each row that of its image before it was damaged, its own if it is not, ``(m,)``; by default
+                none is damaged.
 
         Returns:
             a, ``(m, h, w)``, each image's from the mean over the others.
         """
         rare = self._rare(maps.to(distances), distances)
-        self.usual = rare.mean(0)
-        return (rare - self.usual) * (len(rare) / max(1, len(rare) - 1))
+        every = torch.arange(len(rare))
+        undamaged = every if undamaged is None else undamaged
+        normal = rare[undamaged == every]
+        self.usual = normal.mean(0)
+        return rare - self.usual + (rare[undamaged] - self.usual) / max(1, len(normal) - 1)
 
     def forget(self) -> None:
         """Forget what is usual."""

@@ -29,6 +29,7 @@ from .map_layer import MapLayer, new_layers, shown_before
 from .mean_features import MeanFeatures
 from .shown_map import ShownMap
 from .tiles import AT_ONCE, new_tiles, normalise_of
+from .training_rows import TrainingRows
 
 _MOST_STEPS = 500
 """Most training steps of an epoch: with thousands of images it need not see every position."""
@@ -287,7 +288,11 @@ class FeatureMapFlowModel(MapExtraction):
 
     @torch.no_grad()
     def fit_whitening(
-        self, inputs: Inputs, copies: int = 1, progress: Callable[..., object] = lambda **_: None
+        self,
+        inputs: Inputs,
+        copies: int = 1,
+        progress: Callable[..., object] = lambda **_: None,
+        damaged: tuple[Tensor, Inputs] | None = None,
     ) -> list[int]:
         """Fit the whitening after the flow, and the scales of maps and evidence, for the flow's current weights.
 
@@ -297,24 +302,31 @@ class FeatureMapFlowModel(MapExtraction):
             inputs: What :meth:`prepare` returns for training images, on the CPU; reduced maps in any precision.
             copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
             progress: Called with the number of layers fitted, over all kinds, as ``completed`` and ``total``.
+            damaged: Indices of training images, ``(m,)``, and the same inputs for a damaged copy of each: the better
+                a kind of evidence tells these from images, the more it counts (:class:`Evidence`).
 
         Returns:
             The number of training images of each kind.
         """
         images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies])
         fitted = count(1)
+        of, copied = damaged or (torch.zeros(0, dtype=torch.int64), tuple(part[:0] for part in inputs))
 
-        def fit(rows: Tensor) -> None:
-            statistics, weights, some = list[Tensor](), list[float](), tuple(part[rows] for part in inputs)
+        def fit(own: Tensor) -> None:
+            rows, here = rows_of(own, copies), torch.isin(of, own)
+            some = tuple(torch.cat([part[rows], more[here]]) for part, more in zip(inputs, copied, strict=True))
+            tiles = 1 if self.tiles is None else some[0].shape[1]  # to a fit, each tile is an image
+            training = TrainingRows(len(own) * tiles, copies, torch.searchsorted(own, of[here]))
+            statistics, weights = list[Tensor](), list[float]()
             for layer, flow, maps, _, shown in self._sides(some):
-                statistics += layer.fit_behind(flow, maps, shown, copies)
-                weights += layer.weights(len(maps) // copies)
+                statistics += layer.fit_behind(flow, maps, shown, training)
+                weights += layer.weights(training.images)
                 progress(completed=next(fitted), total=len(images) * len(self.layers))
-            statistics.append(self.means.fit(self.alone(some[-1]), copies))
-            self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0])
+            statistics.append(self.means.fit(self.alone(some[-1]), training))
+            self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0], training.scored < training.fitted)
 
         modules = [module for module in self.modules() if isinstance(module, flows.ForEachKind)]
-        fit_to_each([rows_of(some, copies) for some in images], fit, modules)
+        fit_to_each(images, fit, modules)
         return [len(some) for some in images]
 
     def forget_whitening(self) -> None:
