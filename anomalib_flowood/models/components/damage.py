@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from anomalib_flowood.data.items import in_unit_range
 
 _AREA = (0.05, 0.3)
-"""Least and largest share of the image that is damaged: small enough to be a defect, large enough to change the whole."""
+"""Least and largest share of the image that is damaged: small enough for a defect, large enough to change the whole."""
 _LONGER = 1.2
 """Logarithm of the most that a patch's share of the height may exceed its share of the width, or fall short of it."""
 _BRIGHTER = 0.2

@@ -38,11 +38,10 @@ _MOST_STEPS = 500
 class FeatureMapFlowModel(MapExtraction):
     """Density of the feature maps of a frozen network, one flow per layer, with an anomaly score and an anomaly map.
 
-    With ``context="mean"`` it is the density of maps given the image's mean vector.
-
-    Every position of a layer's map of C channels has a descriptor of 2 C numbers
-    (:class:`~anomalib_flowood.features.Descriptors`). The flow models its D principal directions over all positions and
-    training images; the others have an isotropic Gaussian (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
+    With ``context="mean"`` it is the density of maps given the image's mean vector. Every position of a layer's map of C
+    channels has a descriptor of 2 C numbers (:class:`~anomalib_flowood.features.Descriptors`). The flow models its D
+    principal directions over all positions and training images; the others have an isotropic Gaussian
+    (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
 
     First comes the flow, one for all positions of a layer (:func:`~anomalib_flowood.flows.position_flow`), which learns
     what positions can show. After its training, its latents are whitened in closed form: each position by a Gaussian of
@@ -59,7 +58,8 @@ class FeatureMapFlowModel(MapExtraction):
     :class:`RarePatches`), and the largest distance of a position from its nearest normal one
     (:class:`NearestPatches`); for each of ``score_layers``, the mean over the map, which detects what is wrong with
     whole images; and −log p of the mean features of all layers under a shrunk Gaussian, which depends on what an image
-    shows, but not on where. Each is standardised by held-out training images: fits to some images score the others.
+    shows, but not on where. Each is standardised by held-out training images, which fits to others score, and weighted
+    by how well it tells damaged copies of them.
 
     With a named mask the flow transforms whole maps and not single positions
     (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
@@ -294,28 +294,25 @@ class FeatureMapFlowModel(MapExtraction):
         progress: Callable[..., object] = lambda **_: None,
         damaged: tuple[Tensor, Inputs] | None = None,
     ) -> list[int]:
-        """Fit the whitening after the flow, and the scales of maps and evidence, for the flow's current weights.
-
-        Each kind of image has its own (:class:`Kinds`).
+        """Fit the whitening, and scales of maps and evidence, to each kind of image, for the flow's current weights.
 
         Args:
             inputs: What :meth:`prepare` returns for training images, on the CPU; reduced maps in any precision.
             copies: Consecutive rows of each image: the image and rotated copies, which are not independent of it.
             progress: Called with the number of layers fitted, over all kinds, as ``completed`` and ``total``.
-            damaged: Indices of training images, ``(m,)``, and the same inputs for a damaged copy of each: the better
-                a kind of evidence tells these from images, the more it counts (:class:`Evidence`).
+            damaged: Indices of training images, ``(m,)``, and the same inputs for a damaged copy of each.
 
         Returns:
             The number of training images of each kind.
         """
         images = self.kinds.fit(len(inputs[0]) // copies, inputs[-1][::copies])
+        of, more = damaged or (torch.zeros(0, dtype=torch.int64), tuple(part[:0] for part in inputs))
+        tiles = 1 if self.tiles is None else inputs[0].shape[1]  # to a fit, each tile is an image
         fitted = count(1)
-        of, copied = damaged or (torch.zeros(0, dtype=torch.int64), tuple(part[:0] for part in inputs))
 
         def fit(own: Tensor) -> None:
             rows, here = rows_of(own, copies), torch.isin(of, own)
-            some = tuple(torch.cat([part[rows], more[here]]) for part, more in zip(inputs, copied, strict=True))
-            tiles = 1 if self.tiles is None else some[0].shape[1]  # to a fit, each tile is an image
+            some = tuple(torch.cat([part[rows], other[here]]) for part, other in zip(inputs, more, strict=True))
             training = TrainingRows(len(own) * tiles, copies, torch.searchsorted(own, of[here]))
             statistics, weights = list[Tensor](), list[float]()
             for layer, flow, maps, _, shown in self._sides(some):
@@ -325,8 +322,7 @@ class FeatureMapFlowModel(MapExtraction):
             statistics.append(self.means.fit(self.alone(some[-1]), training))
             self.evidence.fit(torch.stack(statistics, dim=1), [*weights, 1.0], training.scored < training.fitted)
 
-        modules = [module for module in self.modules() if isinstance(module, flows.ForEachKind)]
-        fit_to_each(images, fit, modules)
+        fit_to_each(images, fit, [module for module in self.modules() if isinstance(module, flows.ForEachKind)])
         return [len(some) for some in images]
 
     def forget_whitening(self) -> None:
