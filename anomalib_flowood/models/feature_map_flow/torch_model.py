@@ -38,8 +38,8 @@ _MOST_STEPS = 500
 class FeatureMapFlowModel(MapExtraction):
     """Density of the feature maps of a frozen network, one flow per layer, with an anomaly score and an anomaly map.
 
-    With ``context="mean"`` it is the density of maps given the image's mean vector. Every position of a layer's map of C
-    channels has a descriptor of 2 C numbers (:class:`~anomalib_flowood.features.Descriptors`). The flow models its D
+    With ``context="mean"`` it is the density of maps given the image's mean vector. Every position of a layer's map of
+    C channels has a descriptor of 2 C numbers (:class:`~anomalib_flowood.features.Descriptors`). The flow models its D
     principal directions over all positions and training images; the others have an isotropic Gaussian
     (:class:`~anomalib_flowood.flows.PrincipalSubspace`).
 
