@@ -15,7 +15,7 @@ from anomalib_flowood.flows import ForEachKind
 _PRIOR_IMAGES = 4
 """Images that the common spread counts as much as: from few images a statistic's own is a guess."""
 
-_LEAST_DAMAGED = 10
+LEAST_DAMAGED = 10
 """Fewest damaged images by which statistics are weighted: with ten, an AUROC of 0.5 scatters by 0.13."""
 
 _SURE = 0.98
@@ -93,7 +93,7 @@ class Evidence(ForEachKind):
         self.location = location.to(self.location)
         self.spread = (size * shrunk.sqrt()).clamp(min=1e-6).to(self.spread)
         shares = torch.tensor(weights, dtype=torch.float64)
-        if len(damaged) >= _LEAST_DAMAGED:
+        if len(damaged) >= LEAST_DAMAGED:
             weighted = shares * separations(statistics, damaged.cpu().double())
             shares = weighted if weighted.any() else shares
         self.shares = (shares / shares.sum()).to(self.shares)

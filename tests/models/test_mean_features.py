@@ -7,6 +7,7 @@ from torch.distributions import MultivariateNormal
 
 from anomalib_flowood.models.components.folds import folds
 from anomalib_flowood.models.feature_map_flow.mean_features import MeanFeatures
+from anomalib_flowood.models.feature_map_flow.training_rows import TrainingRows
 
 DIMS = 6
 
@@ -33,7 +34,7 @@ def test_it_is_minus_log_p_of_a_gaussian_with_a_full_covariance():
 @pytest.mark.parametrize("copies", [1, 2])
 def test_training_images_are_scored_by_fits_to_others(copies):
     points = drawn(30 * copies)
-    unseen = MeanFeatures(DIMS).double().fit(points, copies)
+    unseen = MeanFeatures(DIMS).double().fit(points, TrainingRows(30, copies))
     expected = [fitted(points[rest])(points[part[::copies]]) for rest, part in folds(len(points), copies)]
     torch.testing.assert_close(unseen, torch.cat(expected))
     assert len(unseen) == 30

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from anomalib_flowood.models.feature_map_flow import coreset, nearest_patches
 from anomalib_flowood.models.feature_map_flow.coreset import farthest_first
 from anomalib_flowood.models.feature_map_flow.nearest_patches import NearestPatches
+from anomalib_flowood.models.feature_map_flow.training_rows import TrainingRows
 
 DIMS = 3
 
@@ -31,9 +32,9 @@ def nearest(some, bank):
     return torch.maximum(found, least(some))
 
 
-def fitted(some, size=100, scored=(0, 2), copies=1):
+def fitted(some, size=100, scored=(0, 2), training=None):
     patches = NearestPatches(DIMS, size).double()
-    return patches, patches.fit(some, torch.tensor(scored), copies)
+    return patches, patches.fit(some, torch.tensor(scored), training)
 
 
 @settings(max_examples=30)
@@ -66,7 +67,7 @@ def test_normal_positions_are_near_wherever_they_are():
 def test_images_that_set_the_scale_leave_themselves_out(copies):
     some = maps(8)
     scored = (0, 4, 6)
-    patches, distances = fitted(some, scored=scored, copies=copies)
+    patches, distances = fitted(some, scored=scored, training=TrainingRows(8 // copies, copies))
     for row, found in zip(scored, distances, strict=True):
         image = row // copies
         others = torch.cat([some[: image * copies], some[(image + 1) * copies :]])
@@ -76,6 +77,20 @@ def test_images_that_set_the_scale_leave_themselves_out(copies):
     scaled = patches.standardise(distances)
     assert abs(scaled.mean()) < 1e-9
     assert scaled.std() == pytest.approx(1)
+
+
+def test_a_damaged_copy_is_compared_with_other_images_and_fitted_to_by_none():
+    some, damaged = maps(8), maps(2, 1)
+    training = TrainingRows(8, 1, torch.tensor([2, 5]))
+    patches, distances = fitted(torch.cat([some, damaged]), scored=(2, 8, 5, 9), training=training)
+    alone, of_images = fitted(some, scored=(2, 5))
+    assert torch.equal(patches.bank, alone.bank)
+    torch.testing.assert_close(distances[::2], of_images)
+    for image, copy, found in zip((2, 5), damaged, distances[1::2], strict=True):
+        others = torch.cat([some[:image], some[image + 1 :]])
+        torch.testing.assert_close(found, nearest(copy[None], points(others))[0], atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(patches.location, alone.location)
+    torch.testing.assert_close(patches.spread, alone.spread)
 
 
 def test_an_image_that_fills_the_bank_is_compared_with_all_others():

@@ -61,6 +61,18 @@ def test_images_that_set_what_is_usual_leave_themselves_out():
         torch.testing.assert_close(found[place], own[place] - others.mean(0))
 
 
+def test_what_is_usual_is_so_without_damaged_copies():
+    """A copy's is the mean over images other than its own."""
+    some = maps(5)
+    patches = RarePatches(SIZE).double()
+    found = patches.fit(some, distances(some), torch.tensor([0, 1, 2, 1, 2]))
+    own = rare(some, distances(some))
+    torch.testing.assert_close(patches.usual, own[:3].mean(0))
+    torch.testing.assert_close(found[3], own[3] - own[[0, 2]].mean(0))
+    torch.testing.assert_close(found[4], own[4] - own[[0, 1]].mean(0))
+    torch.testing.assert_close(found[:3], fitted(some[:3], distances(some)[:3])[1])
+
+
 def test_what_is_rare_in_the_same_place_of_every_image_is_usual():
     """An edge, or a label: it stands out only where it does not belong."""
     some = 0.1 * maps(30)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from anomalib_flowood.scores import Evidence
+from anomalib_flowood.scores.evidence import separations
 
 
 def statistics(n: int, kinds: int = 3, seed: int = 0) -> torch.Tensor:
@@ -125,3 +126,39 @@ def test_what_has_no_spread_is_refused_and_changes_nothing(values, message):
 
 def test_nan_stays_nan():
     assert fitted(statistics(9))(torch.tensor([[1.0, math.nan, 2.0]], dtype=torch.float64)).isnan().all()
+
+
+def test_the_better_a_kind_tells_damaged_images_the_more_it_counts():
+    """Gaussians of equal variance, whose separation is the distance of their means."""
+    normal = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 50
+    shifts = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    damaged = normal.flip(0)[:2000] + shifts
+    torch.testing.assert_close(separations(normal[:2000], damaged), shifts, rtol=0.05, atol=0.07)
+    evidence = Evidence(4).double()
+    evidence.fit(torch.cat([damaged, normal[:2000]]), [1.0, 2.0, 1.0, 1.0], torch.arange(4000) >= 2000)
+    expected = shifts * torch.tensor([1.0, 2.0, 1.0, 1.0])
+    torch.testing.assert_close(evidence.shares, expected / expected.sum(), rtol=0.1, atol=0.03)
+    torch.testing.assert_close(evidence.location, normal[:2000].mean(0))
+
+
+def test_what_tells_all_of_them_is_not_weighted_by_how_far_off_they_are():
+    normal = statistics(50, 2)
+    damaged = normal + torch.tensor([1e3, 1e6])
+    found = separations(normal, damaged)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0]) == pytest.approx(2.904, abs=0.01)
+
+
+@pytest.mark.parametrize("damaged", [statistics(9) + 100, statistics(60) - 1000, statistics(60)], ids=str)
+def test_weights_stay_if_damaged_images_are_few_or_none_of_them_is_told(damaged):
+    normal = statistics(60)
+    evidence = Evidence(3).double()
+    evidence.fit(torch.cat([normal, damaged]), [1.0, 0.5, 1.0], torch.arange(60 + len(damaged)) < 60)
+    torch.testing.assert_close(evidence.shares, torch.tensor([0.4, 0.2, 0.4], dtype=torch.float64))
+
+
+def test_a_damaged_image_without_a_statistic_is_refused():
+    values = statistics(60)
+    values[-1, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Evidence(3).double().fit(values, [1.0, 1.0, 1.0], torch.arange(60) < 40)

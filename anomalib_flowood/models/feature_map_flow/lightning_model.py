@@ -38,6 +38,7 @@ from anomalib_flowood.models.components.flow_module import image_metrics
 from anomalib_flowood.models.components.folds import SCORED
 from anomalib_flowood.models.components.weights import checksum
 from anomalib_flowood.names import lists_names
+from anomalib_flowood.scores.evidence import LEAST_DAMAGED
 from anomalib_flowood.trainers import training_loaders
 
 from .layer_flows import POSITION
@@ -265,7 +266,8 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
         super()._train_on_stored()
         loader = loaders[0]
         images = len(self._reference[0]) // self._copies if self._reference else 0
-        if self.model.tiles is not None or images != len(loader.dataset) or not processes.in_order(loader):
+        stored = images == len(loader.dataset) and processes.in_order(loader)
+        if self.model.tiles is not None or not stored or images < LEAST_DAMAGED:
             return
         found = self.model.kinds.find(images, self._reference[-1][:: self._copies])
         each = max(_DAMAGED_OF_KIND, SCORED // len(found))
@@ -346,7 +348,18 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
                 images = self.model.fit_whitening(self._reference, self._copies, show, self._damaged)
             self.model.train(training)
             kinds.report(images, "the whitening")
+            if self._damaged is not None and not processes.rank():
+                self._report_weights()
         self.model.fitted.fill_(self._whitened is not None)
+
+    def _report_weights(self) -> None:
+        """Log what each kind of evidence counts for; the mean over all kinds of images."""
+        shares = self.model.evidence.shares.unflatten(-1, (1, -1)).flatten(0, -2).mean(0).tolist()
+        named = sorted(zip(shares, self.model.evidence_names, strict=True), reverse=True)
+        logger.info(
+            "Evidence counts by how well it tells damaged copies of training images: %s.",
+            ", ".join(f"{share:.0%} {name}" for share, name in named),
+        )
 
 
 def _halved(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

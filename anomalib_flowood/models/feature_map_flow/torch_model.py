@@ -58,13 +58,12 @@ class FeatureMapFlowModel(MapExtraction):
     :class:`RarePatches`), and the largest distance of a position from its nearest normal one
     (:class:`NearestPatches`); for each of ``score_layers``, the mean over the map, which detects what is wrong with
     whole images; and −log p of the mean features of all layers under a shrunk Gaussian, which depends on what an image
-    shows, but not on where. Each is standardised by held-out training images, which fits to others score, and weighted
-    by how well it tells damaged copies of them.
+    shows, but not on where. Each is standardised by training images that are scored by fits to others, and weighted by
+    how well it tells damaged copies of them.
 
     With a named mask the flow transforms whole maps and not single positions
-    (:func:`~anomalib_flowood.flows.map_flow`); all else is the same.
-
-    The arguments are those of :class:`~anomalib_flowood.FeatureMapFlow`, except those of the training.
+    (:func:`~anomalib_flowood.flows.map_flow`); all else is the same. The arguments are those of
+    :class:`~anomalib_flowood.FeatureMapFlow`, except those of the training.
 
     Raises:
         ValueError: If a name is unknown, or the configuration makes no sense.
@@ -72,7 +71,6 @@ class FeatureMapFlowModel(MapExtraction):
     """
 
     parts = 3
-
     flow: flows.SideBySide
     base: flows.StandardNormal
 
@@ -136,7 +134,8 @@ class FeatureMapFlowModel(MapExtraction):
         self.normalise = normalise_of(backbone) if tiles else None
         self.layers = nn.ModuleList(layers)
         self.means = MeanFeatures(sum(channels))
-        self.evidence = Evidence(sum(len(layer.statistic_names) for layer in layers) + 1)
+        self.evidence_names = [*(name for layer in layers for name in layer.statistic_names), self.means.name]
+        self.evidence = Evidence(len(self.evidence_names))
         self.kinds = Kinds(0 if tiles else kind_images)
         shown, shares = zip(*((layer.size, share) for layer in layers for share in layer.shares), strict=True)
         self.shown_map = ShownMap(shown, shares, size)
