@@ -57,6 +57,9 @@ _FITTED_TILES = 1000
 class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
     """Density of the feature maps of a frozen, pretrained network: scores images, and localises what is anomalous.
 
+    The score of an image combines several kinds of evidence, weighted by how well each tells damaged copies of up to
+    100 training images, more if there are many kinds of images.
+
     Args:
         backbone: A timm name, or ``local-dir:FOLDER`` for a folder with weights.
         map_layers: Layers whose maps are shown, by timm's module names or indices; their most anomalous positions are
