@@ -22,18 +22,21 @@ def whitening(detector) -> dict[str, torch.Tensor]:
 def observed(**kwargs):
     """A detector, which lets go what it is fitted to, and what that was."""
     detector = feature_map_flow(**kwargs)
-    keep, seen = detector.keep_reference, []
-    detector.keep_reference = lambda features, copies: (seen.append(features), keep(features, copies))
+    fit, seen = detector.model.fit_whitening, []
+    detector.model.fit_whitening = lambda *fitted_to: (seen.append(fitted_to), fit(*fitted_to))[1]
     return detector, seen
 
 
 def assert_own(detector, seen) -> None:
     """The whitening is that of the present weights and of the images of the fit, which are let go."""
     assert detector._reference == ()
+    assert detector._damaged is None
+    *_, damaged = seen[-1]
+    assert damaged is not None
     found = whitening(detector)
     assert float(detector.model.evidence.location.abs().min()) > 0
     detector.model.eval()
-    detector.model.fit_whitening(seen[-1])
+    detector.model.fit_whitening(*seen[-1])
     torch.testing.assert_close(found, whitening(detector))
 
 

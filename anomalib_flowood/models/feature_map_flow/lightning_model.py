@@ -282,7 +282,10 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             num_workers=loader.num_workers,
         )
         extracted, *_ = self._extract_all(copies, 1.0, "damaged training")
-        self._damaged = of, self._prepare_all(self.prepare_training, extracted.features, self.cache_gib).features
+        room = self.cache_gib - self._kept_gib - extracted.taken_gib
+        store = self._prepare_all(self.prepare_training, extracted.features, room)
+        self._kept_gib += store.taken_gib
+        self._damaged = of, store.features
 
     def prepare_training(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Prepare the features of training images, with the reduced maps in half precision."""

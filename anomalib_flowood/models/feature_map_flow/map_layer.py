@@ -132,9 +132,8 @@ class MapLayer(flows.ForEachKind):
         like = self.location
         latents = torch.empty_like(maps, dtype=like.dtype, device=like.device)
         scales = like.new_empty(len(maps), *self.size)
-        for some, *filled in zip(*(part.split(_CHUNK) for part in (maps, latents, scales)), strict=True):
-            for part, values in zip(filled, coupled(flow, some.to(like)), strict=True):
-                part.copy_(values)
+        for rows in training.apart(_CHUNK):
+            latents[rows], scales[rows] = coupled(flow, maps[rows].to(like))
         unseen = self.fit_whitening(latents, scales, training)
         self.fit_scale(unseen[training.scored < training.fitted])
         return self.statistics(unseen, *self.fit_nearest(shown, training))

@@ -37,6 +37,15 @@ class TrainingRows:
         """The rows that the :meth:`folds` score, ``(n,)``, in their order."""
         return torch.cat([scored for _, _, scored in self.folds()])
 
+    def apart(self, most: int) -> Iterator[slice]:
+        """Yield all rows, at most so many at a time, and none that is fitted to together with a damaged copy.
+
+        In a batch of others a row would be rounded otherwise.
+        """
+        every = self.fitted + len(self.damaged)
+        for start, stop in ((0, self.fitted), (self.fitted, every)):
+            yield from (slice(first, min(first + most, stop)) for first in range(start, stop, most))
+
     def folds(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the rows to fit to, those held out, and those to score: held-out images and their damaged copies."""
         for seen, held_out in folds(self.fitted, self.copies, self.damaged):
