@@ -155,7 +155,7 @@ def test_a_fit_weights_its_evidence_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     detector, seen = observed(rotations=False)
     engine(tmp_path).fit(detector, datamodule=parts(tmp_path / "parts", lying="upright"))
-    assert seen == {"training": 30, "damaged training": 30, "validation": 10}
+    assert seen == {"training": 30, "damaged-copy": 30, "validation": 10}
     (said,) = [message for message in caplog.messages if "damaged copies" in message]
     assert said.count("%") == len(detector.model.evidence_names)
     assert detector._damaged is None
@@ -175,7 +175,7 @@ def test_evidence_has_fixed_weights_where_copies_of_all_images_are_not_to_be_had
     module.train_batch_size = 8
     engine(tmp_path, **trainer).fit(detector, datamodule=module)
     assert seen["training"] == (16 if trainer else 30)
-    assert "damaged training" not in seen
+    assert "damaged-copy" not in seen
     assert torch.isfinite(detector.model.evidence.shares).all()
 
 

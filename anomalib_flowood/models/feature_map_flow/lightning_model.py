@@ -281,7 +281,7 @@ class FeatureMapFlow(FrozenFeatures, FlowModule, AnomalibModule):
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
         )
-        extracted, *_ = self._extract_all(copies, 1.0, "damaged training")
+        extracted, *_ = self._extract_all(copies, 1.0, "damaged-copy")
         room = self.cache_gib - self._kept_gib - extracted.taken_gib
         store = self._prepare_all(self.prepare_training, extracted.features, room)
         self._kept_gib += store.taken_gib
